@@ -1,0 +1,10 @@
+"""The one exception that a user's mistake raises."""
+
+
+class UserError(Exception):
+    """Something that the user can put right: a path, a config key, a row of data, a model folder.
+
+    The message is one line that says what was expected, what was found, where (``file:line`` of the
+    data, the key of the config, the tensor of the file) and what to do. The command line prints it
+    without a traceback and exits with code 2.
+    """
