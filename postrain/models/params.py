@@ -1,0 +1,178 @@
+"""The parameter tree: names, shapes, logical axes, initialisation, adapters.
+
+One table (``param_specs``) says everything about every parameter; the rest is read off it. Layers are
+stacked on a leading axis, matrices are [in, out] (``y = x @ kernel``), embeddings are [V', D].
+
+Legend: L layers, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, V' padded vocabulary, r LoRA rank.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from postrain.models.config import LoraConfig, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Shape, logical axis of each dimension (see postrain.sharding), and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"  # "normal" (std = config.init_std), "ones", "zeros", "lora_a"
+
+
+def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:
+    specs = {"kernel": ParamSpec((num_layers, size_in, size_out), ("layers", axis_in, axis_out))}
+    if bias:
+        specs["bias"] = ParamSpec((num_layers, size_out), ("layers", axis_out), "zeros")
+    return specs
+
+
+def _norm(*shape: int) -> dict:
+    axes = ("layers", None) if len(shape) == 2 else (None,)
+    return {"scale": ParamSpec(shape, axes, "ones")}
+
+
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """Nested dict of ParamSpec for the base model, without adapters."""
+    c, num_layers = config, config.num_layers
+    size_q, size_kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    attention = {
+        "q": _linear(num_layers, c.embed_size, size_q, "embed", "heads", c.qkv_bias),
+        "k": _linear(num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
+        "v": _linear(num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
+        "o": _linear(num_layers, size_q, c.embed_size, "heads", "embed", c.o_bias),
+    }
+    if c.qk_norm:
+        attention |= {"q_norm": _norm(num_layers, c.head_dim), "k_norm": _norm(num_layers, c.head_dim)}
+    specs = {
+        "embed": {"embedding": ParamSpec((c.padded_vocab_size, c.embed_size), ("vocab", "embed"))},
+        "layers": {
+            "attention_norm": _norm(num_layers, c.embed_size),
+            "attention": attention,
+            "mlp_norm": _norm(num_layers, c.embed_size),
+            "mlp": {
+                "gate": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+                "up": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+                "down": _linear(num_layers, c.mlp_size, c.embed_size, "mlp", "embed", c.mlp_bias),
+            },
+        },
+        "final_norm": _norm(c.embed_size),
+    }
+    if not c.tie_embeddings:
+        specs["unembed"] = {"embedding": ParamSpec((c.padded_vocab_size, c.embed_size), ("vocab", "embed"))}
+    return specs
+
+
+def lora_specs(config: ModelConfig) -> dict[str, Any]:
+    """Nested dict of ParamSpec for the adapters of ``config.lora``, shaped like the linear layers they stand beside."""
+    assert isinstance(config.lora, LoraConfig)
+    rank, targets = config.lora.rank, config.lora.targets
+
+    def adapters(kernel: ParamSpec) -> dict:
+        num_layers, size_in, size_out = kernel.shape
+        _, axis_in, axis_out = kernel.axes
+        return {
+            "lora_a": ParamSpec((num_layers, size_in, rank), ("layers", axis_in, None), "lora_a"),
+            "lora_b": ParamSpec((num_layers, rank, size_out), ("layers", None, axis_out), "zeros"),
+        }
+
+    layers = param_specs(config)["layers"]
+    found = {
+        part: {name: adapters(linear["kernel"]) for name, linear in layers[part].items() if name in targets}
+        for part in ("attention", "mlp")
+    }
+    return {"layers": {part: linears for part, linears in found.items() if linears}}
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def shapes_of(specs: dict, dtype=jnp.float32) -> dict:
+    """ParamSpec tree -> tree of jax.ShapeDtypeStruct."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=_is_spec)
+
+
+def axes_of(specs: dict) -> dict:
+    """ParamSpec tree -> tree of tuples of logical axis names."""
+    return jax.tree.map(lambda s: s.axes, specs, is_leaf=_is_spec)
+
+
+def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
+    """Tree of jax.ShapeDtypeStruct of the base model."""
+    return shapes_of(param_specs(config), dtype)
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """Tree of tuples of logical axis names of the base model."""
+    return axes_of(param_specs(config))
+
+
+def _init(specs: dict, config: ModelConfig, rng: jax.Array) -> dict:
+    leaves, treedef = jax.tree.flatten(specs, is_leaf=_is_spec)
+
+    def start(spec: ParamSpec, key: jax.Array) -> jax.Array:
+        if spec.init == "ones":
+            return jnp.ones(spec.shape, jnp.float32)
+        if spec.init == "zeros":
+            return jnp.zeros(spec.shape, jnp.float32)
+        if spec.init == "lora_a":
+            # peft's start: kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)).
+            bound = 1 / math.sqrt(spec.shape[-2])
+            return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
+        return config.init_std * jax.random.normal(key, spec.shape, jnp.float32)
+
+    keys = jax.random.split(rng, len(leaves))
+    return jax.tree.unflatten(treedef, [start(s, k) for s, k in zip(leaves, keys, strict=True)])
+
+
+def init_params(config: ModelConfig, rng: jax.Array) -> dict:
+    """Random float32 parameters; rows of the embeddings past ``vocab_size`` are zero."""
+    params = _init(param_specs(config), config, rng)
+    for name in ("embed", "unembed"):
+        if name in params:
+            rows = params[name]["embedding"]
+            params[name]["embedding"] = rows.at[config.vocab_size :].set(0)
+    return params
+
+
+def init_lora(config: ModelConfig, rng: jax.Array) -> dict:
+    """Adapters that change nothing yet: A random, B zero (float32)."""
+    return _init(lora_specs(config), config, rng)
+
+
+def merge_params(params: dict, frozen: dict) -> dict:
+    """The one tree of two nested dicts with disjoint leaves; arrays are shared, not copied."""
+    out = dict(frozen)
+    for key, value in params.items():
+        if key not in out:
+            out[key] = value
+        elif isinstance(value, dict) and isinstance(out[key], dict):
+            out[key] = merge_params(value, out[key])
+        else:
+            raise ValueError(f"parameter {key!r} is both trained and frozen")
+    return out
+
+
+def merge_lora(params: dict, config: ModelConfig) -> dict:
+    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them (products in float32)."""
+    if not isinstance(params, dict):
+        return params
+    if "lora_a" not in params:
+        return {key: merge_lora(value, config) for key, value in params.items()}
+    assert config.lora is not None
+    kernel = params["kernel"]
+    a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
+    delta = config.lora.scale * jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+    merged = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b")}
+    return merged | {"kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
+
+
+def num_params(tree: Any) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))

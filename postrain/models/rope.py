@@ -1,0 +1,44 @@
+"""Rotary position embedding. Legend: B rows, T positions, N heads, H head_dim."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain.models.config import RopeConfig
+
+
+def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Radians per position of each of the H/2 planes, float32 [H/2]."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    if rope.kind == "default":
+        return frequencies
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        longest = rope.original_max_positions / rope.low_freq_factor
+        shortest = rope.original_max_positions / rope.high_freq_factor
+        ramp = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        between = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
+        scaled = np.where(wavelengths > longest, frequencies / rope.factor, between)
+        return np.where(wavelengths < shortest, frequencies, scaled).astype(np.float32)
+    raise ValueError(f"rope kind {rope.kind!r} is none of default, linear, llama3")
+
+
+def compute_rotations(rope: RopeConfig, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every angle, float32 [B, T, 1, H/2]: computed once, used by every layer."""
+    angles = positions_BT[..., None, None].astype(jnp.float32) * compute_inverse_frequencies(rope, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotations(x_BTNH: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (h, h + H/2) of every head; returns x's dtype."""
+    cos, sin = rotations
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
