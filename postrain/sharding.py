@@ -40,7 +40,7 @@ ACTIVATION_RULES = {
 }
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices=None) -> Mesh:
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A mesh over ``devices`` (default: all of them) with the axes of ``MESH_AXES``.
 
     At most one axis of ``config`` may be -1: the devices that the others leave. Axes that the config
