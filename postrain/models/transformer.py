@@ -1,0 +1,136 @@
+"""The one decoder-only transformer: embed, layers under one scan, final norm, unembed.
+
+Pure functions of (params, config, arrays); ``postrain.models.params`` has the tree.
+Legend: B rows, T positions, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, L layers, V' padded vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from postrain.models.attention import attention, cached_attention
+from postrain.models.cache import KVCache, write_cache
+from postrain.models.config import ModelConfig
+from postrain.models.rope import apply_rotations, compute_rotations
+from postrain.sharding import constrain
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
+    """x @ kernel, plus bias and low-rank adapter where ``p`` has them."""
+    y = x @ p["kernel"].astype(x.dtype)
+    if "lora_a" in p:
+        y = y + (x @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * config.lora.scale).astype(x.dtype)
+    if "bias" in p:
+        y = y + p["bias"].astype(x.dtype)
+    return y
+
+
+def _attention_inputs(x_BTD, p, config, rotations):
+    """Queries, keys and values with norms and rotations applied: [B, T, N, H], [B, T, K, H] twice."""
+    heads = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
+    q, k, v = (heads(linear(x_BTD, p[name], config)) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        q = rms_norm(q, p["q_norm"]["scale"], config.norm_eps)
+        k = rms_norm(k, p["k_norm"]["scale"], config.norm_eps)
+    return apply_rotations(q, rotations), apply_rotations(k, rotations), v
+
+
+def _attention_output(out_BTNH, p, config):
+    return linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), p["o"], config)
+
+
+def _mlp(x_BTD, p, config):
+    gate = ACTIVATIONS[config.activation](linear(x_BTD, p["gate"], config))
+    hidden = constrain(gate * linear(x_BTD, p["up"], config), ("batch", "sequence", "mlp"))
+    return linear(hidden, p["down"], config)
+
+
+def _layer(x_BTD, p, config, rotations, segment_ids, positions):
+    h = rms_norm(x_BTD, p["attention_norm"]["scale"], config.norm_eps)
+    q, k, v = _attention_inputs(h, p["attention"], config, rotations)
+    out = attention(
+        q, k, v, segment_ids=segment_ids, positions=positions, backend=config.attention, chunk=config.attention_chunk
+    )
+    out = jax.ad_checkpoint.checkpoint_name(out, "attention")
+    x_BTD = x_BTD + _attention_output(out, p["attention"], config)
+    x_BTD = x_BTD + _mlp(rms_norm(x_BTD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
+    return constrain(x_BTD, ("batch", "sequence", "embed_act"))
+
+
+def _rematerialize(layer, policy: str):
+    """What backward keeps of a layer: everything, its matrix products and attention, or its input alone."""
+    if policy == "none":
+        return layer
+    if policy == "full":
+        return jax.checkpoint(layer, prevent_cse=False)
+    if policy == "dots":
+        policies = jax.checkpoint_policies
+        keep = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+        )
+        return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    raise ValueError(f"remat {policy!r} is none of none, dots, full")
+
+
+def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding in the compute dtype, [..., D]."""
+    return params["embed"]["embedding"][tokens].astype(config.compute_dtype)
+
+
+def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
+    """Hidden states after the final norm, [B, T, D] in the compute dtype.
+
+    ``segment_ids_BT`` keep packed documents apart (0 = padding), ``positions_BT`` restart with each document.
+    """
+    x_BTD = constrain(embed(params, config, tokens_BT), ("batch", "sequence", "embed_act"))
+    rotations = compute_rotations(config.rope, config.head_dim, positions_BT)
+
+    def layer(x_BTD, p):
+        return _layer(x_BTD, p, config, rotations, segment_ids_BT, positions_BT), None
+
+    x_BTD, _ = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, params["layers"])
+    return rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+
+
+def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):
+    """The next S positions of every row: hidden states after the final norm [B, S, D] and the longer cache.
+
+    Row b's new keys and values go to slots ``positions_BS[b]``; a query at position p sees slots 0..p.
+    Position -1 marks what is no token: nothing of it is written.
+    """
+    x_BSD = embed(params, config, tokens_BS)
+    rotations = compute_rotations(config.rope, config.head_dim, positions_BS)
+
+    def layer(x_BSD, inputs):
+        p, k_cache, v_cache = inputs
+        h = rms_norm(x_BSD, p["attention_norm"]["scale"], config.norm_eps)
+        q, k, v = _attention_inputs(h, p["attention"], config, rotations)
+        k_cache = write_cache(k_cache, k, positions_BS)
+        v_cache = write_cache(v_cache, v, positions_BS)
+        out = cached_attention(q, k_cache, v_cache, positions_BS)
+        x_BSD = x_BSD + _attention_output(out, p["attention"], config)
+        x_BSD = x_BSD + _mlp(rms_norm(x_BSD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
+        return x_BSD, (k_cache, v_cache)
+
+    x_BSD, (k, v) = jax.lax.scan(layer, x_BSD, (params["layers"], cache.k, cache.v))
+    return rms_norm(x_BSD, params["final_norm"]["scale"], config.norm_eps), KVCache(k=k, v=v)
+
+
+def unembedding(params: dict, config: ModelConfig) -> jax.Array:
+    """The projection onto the vocabulary, [V', D]: the embedding itself where the two are tied."""
+    return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
+
+
+def compute_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V'] from hidden states [..., D]; entries past ``vocab_size`` are the lowest float32."""
+    weights = unembedding(params, config).astype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)
