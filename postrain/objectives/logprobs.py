@@ -1,0 +1,249 @@
+"""Log-probabilities of tokens from hidden states, without the [N, V] array of logits.
+
+Positions whose mask is zero are dropped before the projection onto the vocabulary; the rest goes through in
+chunks: a chunk's logits live only while it is worked on, in forward and in backward. Two functions stand on
+the same chunk: ``compute_token_logprobs`` (any objective: backward computes the logits again) and
+``compute_weighted_nll`` (a sum with weights known beforehand: the gradient is made while the logits are
+there, a quarter of the products saved).
+
+Legend: N positions, D embed_size, V' padded vocabulary, C chunk.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+
+@flax.struct.dataclass
+class TokenLogprobs:
+    """Per position, float32, 0 where the mask is 0. In nats."""
+
+    logprobs: jax.Array  # log p(target)
+    entropy: jax.Array  # -sum_v p log p
+    logsumexp: jax.Array  # log of the softmax's denominator (for z-loss, and to compare samplers)
+
+
+class _Compacted(NamedTuple):
+    """Indices of the masked-in positions first, and how many chunks they fill."""
+
+    order: jax.Array  # int32 [N padded to C]; N for what is no position
+    num_chunks: jax.Array  # int32 []
+
+
+def _compact(mask_N, chunk: int) -> _Compacted:
+    kept = mask_N != 0
+    size = mask_N.shape[0]
+    slots = jnp.where(kept, jnp.cumsum(kept) - 1, size + chunk)
+    order = jnp.full(math.ceil(size / chunk) * chunk, size, jnp.int32)
+    order = order.at[slots].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    return _Compacted(order, (kept.sum() + chunk - 1) // chunk)
+
+
+def _chunk_rows(compacted: _Compacted, index, chunk: int):
+    return jax.lax.dynamic_slice_in_dim(compacted.order, index * chunk, chunk)
+
+
+def _take(x, rows, fill=0):
+    return x.at[rows].get(mode="fill", fill_value=fill)
+
+
+def _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size: int):
+    """float32 [C, V'] and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
+    hidden = _take(hidden_ND, rows)
+    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if vocab_size < unembed_VD.shape[0]:
+        logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < vocab_size, logits, -jnp.inf)
+    return logits, hidden
+
+
+def _logsumexp(logits):
+    peak = logits.max(-1)
+    return peak + jnp.log(jnp.exp(logits - peak[:, None]).sum(-1)), peak
+
+
+def _pick(x, targets):
+    return jnp.take_along_axis(x, targets[:, None], axis=1)[:, 0]
+
+
+def _entropy(logits, logsumexp):
+    """-sum p log p = logsumexp - sum p logit; entries at -inf count nothing."""
+    products = jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(logits - logsumexp[:, None]) * logits)
+    return logsumexp - products.sum(-1)
+
+
+def _gradients(dlogits, hidden, unembed_VD):
+    """Gradients of the chunk's projection, to the hidden states [C, D] and to the unembedding [V', D]."""
+    dlogits = dlogits.astype(hidden.dtype)
+    to_hidden = jnp.einsum(
+        "cv,vd->cd", dlogits, unembed_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    to_unembed = functools.partial(jnp.einsum, "cv,cd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+    return to_hidden, to_unembed
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk):
+    compacted = _compact(mask_N, chunk)
+
+    def body(index, outputs):
+        rows = _chunk_rows(compacted, index, chunk)
+        logits, _ = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        logsumexp, _ = _logsumexp(logits)
+        values = _pick(logits, _take(targets_N, rows)) - logsumexp, _entropy(logits, logsumexp), logsumexp
+        return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
+
+    start = (jnp.zeros(targets_N.shape, jnp.float32),) * 3
+    return TokenLogprobs(*jax.lax.fori_loop(0, compacted.num_chunks, body, start))
+
+
+def _token_logprobs_forward(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk):
+    needs_unembed = unembed_VD.perturbed
+    hidden_ND, unembed_VD, targets_N, mask_N = (x.value for x in (hidden_ND, unembed_VD, targets_N, mask_N))
+    out = _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk)
+    residuals = hidden_ND, unembed_VD, targets_N, mask_N, out, (() if needs_unembed else None)
+    return out, residuals
+
+
+def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs):
+    hidden_ND, unembed_VD, targets_N, mask_N, out, needs_unembed = residuals
+    compacted = _compact(mask_N, chunk)
+    dense = lambda g: jnp.zeros(g.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+    needs_entropy = not isinstance(grads.entropy, jax.custom_derivatives.SymbolicZero)
+    dlogprob_N, dentropy_N, dlogsumexp_N = dense(grads.logprobs), dense(grads.entropy), dense(grads.logsumexp)
+
+    def body(index, carry):
+        dhidden, dunembed = carry
+        rows = _chunk_rows(compacted, index, chunk)
+        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        log_p = logits - _take(out.logsumexp, rows)[:, None]
+        p = jnp.exp(log_p)
+        dlogprob, dlogsumexp = _take(dlogprob_N, rows), _take(dlogsumexp_N, rows)
+        dlogits = p * (dlogsumexp - dlogprob)[:, None]
+        if needs_entropy:  # dH/dlogit_v = -p_v (log p_v + H)
+            surprise = jnp.where(p > 0, log_p + _take(out.entropy, rows)[:, None], 0.0)
+            dlogits = dlogits - p * surprise * _take(dentropy_N, rows)[:, None]
+        hits = jnp.arange(logits.shape[1]) == _take(targets_N, rows)[:, None]
+        dlogits = dlogits + jnp.where(hits, dlogprob[:, None], 0.0)
+        to_hidden, to_unembed = _gradients(dlogits, hidden, unembed_VD)
+        dhidden = dhidden.at[rows].set(to_hidden.astype(dhidden.dtype), mode="drop")
+        return dhidden, (None if dunembed is None else dunembed + to_unembed())
+
+    start = jnp.zeros_like(hidden_ND), (None if needs_unembed is None else jnp.zeros(unembed_VD.shape, jnp.float32))
+    dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
+    return dhidden, (None if dunembed is None else dunembed.astype(unembed_VD.dtype)), None, None
+
+
+_token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted_nll(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk):
+    sums, _, _ = _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk, False, False)
+    return sums
+
+
+def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk, to_hidden, to_unembed):
+    """One pass over the chunks: (loss, correct) sums and, where asked for, the gradients of the loss sum."""
+    compacted = _compact(weights_N, chunk)
+
+    def body(index, carry):
+        loss, correct, dhidden, dunembed = carry
+        rows = _chunk_rows(compacted, index, chunk)
+        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        logsumexp, peak = _logsumexp(logits)
+        targets, weights = _take(targets_N, rows), _take(weights_N, rows)
+        target_logits = _pick(logits, targets)
+        loss = loss + (weights * (logsumexp - target_logits)).sum()
+        correct = correct + jnp.where(target_logits == peak, weights, 0.0).sum()
+        if to_hidden or to_unembed:
+            hits = jnp.arange(logits.shape[1]) == targets[:, None]
+            dlogits = (jnp.exp(logits - logsumexp[:, None]) - hits) * weights[:, None]
+            dhidden_rows, dunembed_rows = _gradients(dlogits, hidden, unembed_VD)
+            if to_hidden:
+                dhidden = dhidden.at[rows].set(dhidden_rows.astype(dhidden.dtype), mode="drop")
+            if to_unembed:
+                dunembed = dunembed + dunembed_rows()
+        return loss, correct, dhidden, dunembed
+
+    start = (
+        jnp.zeros(()),
+        jnp.zeros(()),
+        jnp.zeros_like(hidden_ND) if to_hidden else None,
+        jnp.zeros(unembed_VD.shape, jnp.float32) if to_unembed else None,
+    )
+    loss, correct, dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
+    return (loss, correct), dhidden, dunembed
+
+
+def _weighted_nll_forward(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk):
+    sums, dhidden, dunembed = _weighted_nll_pass(
+        hidden_ND.value,
+        unembed_VD.value,
+        targets_N.value,
+        weights_N.value,
+        vocab_size,
+        chunk,
+        hidden_ND.perturbed,
+        unembed_VD.perturbed,
+    )
+    dtype = jnp.zeros((), unembed_VD.value.dtype)
+    return sums, (dhidden, dunembed, dtype)
+
+
+def _weighted_nll_backward(vocab_size, chunk, residuals, grads):
+    dhidden, dunembed, dtype = residuals
+    dloss = grads[0]
+    if isinstance(dloss, jax.custom_derivatives.SymbolicZero):
+        dloss = jnp.zeros(())
+    scale = lambda x, to: None if x is None else (x * dloss).astype(to)
+    return scale(dhidden, None if dhidden is None else dhidden.dtype), scale(dunembed, dtype.dtype), None, None
+
+
+_weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward, symbolic_zeros=True)
+
+
+def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
+    """Runs ``fn`` on each device's own rows: positions are gathered within a device, never across devices.
+
+    Other mesh axes (the vocabulary over ``tensor``) stay with the partitioner.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    flatten = lambda x: x.reshape(-1, *x.shape[per_position[0].ndim :])
+
+    def local(hidden, unembed, *per_position):
+        out = fn(flatten(hidden), unembed, *(x.reshape(-1) for x in per_position))
+        restore = (lambda x: x[None]) if sums else (lambda x: x.reshape(per_position[0].shape))
+        return jax.tree.map(restore, out)
+
+    if rows:
+        specs = P(rows), P(), *(P(rows) for _ in per_position)
+        local = jax.shard_map(
+            local, mesh=mesh, in_specs=specs, out_specs=P(rows), axis_names=set(rows), check_vma=False
+        )
+    out = local(hidden, unembed, *per_position)
+    return jax.tree.map(lambda x: x.sum(0), out) if sums else out
+
+
+def compute_token_logprobs(hidden, unembed_VD, targets, mask, *, vocab_size: int, chunk: int = 1024) -> TokenLogprobs:
+    """log p(target), entropy and logsumexp of every position where ``mask`` is not 0.
+
+    ``hidden`` [..., D], ``unembed_VD`` [V', D], ``targets`` and ``mask`` [...]. At most ``chunk`` x V' logits
+    exist at a time. Gradients flow to ``hidden`` and ``unembed_VD``.
+    """
+    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, vocab_size, chunk)
+    return _per_row_shard(fn, hidden, unembed_VD, targets, mask, sums=False)
+
+
+def compute_weighted_nll(hidden, unembed_VD, targets, weights, *, vocab_size: int, chunk: int = 1024):
+    """Two float32 scalars: sum of -weight * log p(target), and the weight of targets that are the likeliest token.
+
+    Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
+    """
+    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, vocab_size, chunk)
+    return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(jnp.float32), sums=True)
