@@ -5,7 +5,16 @@ line overrides keys as ``--config.optimizer.learning_rate=1e-5``. ``resolve`` tu
 the frozen dataclasses below. An unknown key is an error that names the nearest key.
 """
 
+import ast
 import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import traceback
+import typing
+from typing import Any
+
+from postrain.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +39,8 @@ class DataConfig:
     too_long: str = "drop"  # documents over sequence_length: "drop", "truncate", "error"
     on_bad_row: str = "error"  # or "skip": counted, written to rejected.jsonl
     max_bad_fraction: float = 0.05  # a run that skips a larger share of a source's rows stops
-    shuffle: bool = True
-    seed: int = 0
+    shuffle: bool = True  # a new order of rows each epoch
+    seed: int = 0  # of that order
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
@@ -41,9 +50,9 @@ class DataConfig:
 class LoraSection:
     """Low-rank adapters. ``rank=0``: every parameter trains."""
 
-    rank: int = 0
-    alpha: float = 32.0
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    rank: int = 0  # r, columns of A and rows of B
+    alpha: float = 32.0  # the adapters' share is scaled by alpha / rank
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # linear layers that get adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +76,12 @@ class OptimizerConfig:
     name: str = "adamw"  # "adamw", "lion", "adafactor", "sgd", "muon"
     learning_rate: float = 1e-5  # the peak
     schedule: str = "cosine"  # "constant", "linear", "cosine", "wsd"
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of a linear rise from 0
     decay_steps: int = 0  # of "wsd": length of the final decay; 0: a tenth of the run
     final_fraction: float = 0.0  # learning rate at the end / peak
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of the average of gradients
+    b2: float = 0.999  # decay of the average of squared gradients
+    eps: float = 1e-8  # added to the root of that average
     momentum: float = 0.0  # of sgd
     weight_decay: float = 0.0  # decoupled; applied to matrices only
     weight_decay_exclude: tuple[str, ...] = ("norm", "bias", "embed")  # parts of a parameter's path
@@ -84,9 +93,9 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices along each axis; one may be -1: whatever is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # rows are split, parameters copied
+    fsdp: int = -1  # rows and parameters are split
+    tensor: int = 1  # heads, hidden units and vocabulary are split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +105,8 @@ class TrainSection:
     steps: int = 0  # updates; 0: by epochs
     epochs: float = 1.0  # used when steps is 0
     micro_batches: int = 1  # splits of a batch; the result does not depend on it
-    seed: int = 0
-    log_every: int = 1
+    seed: int = 0  # of new parameters and of anything drawn while training
+    log_every: int = 1  # steps between lines of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +116,36 @@ class EvalSection:
     every: int = 0  # steps between evaluations; 0: at the end only
     before: bool = True  # also before the first step
     generate_rows: int = 0  # rows that are generated and scored; 0: loss only
-    max_new_tokens: int = 128
+    max_new_tokens: int = 128  # a longer answer is cut and counts as wrong
     batch_size: int = 32  # prompts generated together
     metrics: tuple[str, ...] = ("exact_match",)  # and "valid_json"
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """What is kept in ``workdir/checkpoints``, from which a run goes on."""
+
     every: int = 0  # steps; 0: at the end only
     keep: int = 2  # newest ones
     keep_best: int = 0  # best ones by `metric`, besides
-    metric: str = "eval/loss"
+    metric: str = "eval/loss"  # what "best" means, a name in metrics.jsonl
     mode: str = "min"  # or "max"
-    asynchronous: bool = True
+    asynchronous: bool = True  # write while training goes on
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackersConfig:
     """Besides metrics.jsonl, which is always written."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # event files in workdir/tensorboard
     wandb: str = "off"  # "online", "offline"
-    wandb_project: str = "postrain"
+    wandb_project: str = "postrain"  # the project that runs are filed under
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportSection:
+    """What is written to ``workdir/export`` at the end."""
+
     format: str = "merged"  # a Hugging Face folder; "adapter": a PEFT folder; "none"
     dtype: str = "as_loaded"  # or "float32", "bfloat16", "float16"
 
@@ -141,7 +154,7 @@ class ExportSection:
 class Config:
     """A run. ``recipe`` names the file in postrain/recipes that carries it out."""
 
-    recipe: str = "sft"
+    recipe: str = "sft"  # which loop
     data: DataConfig = DataConfig()
     model: ModelSection = ModelSection()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -151,3 +164,196 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
     export: ExportSection = ExportSection()
+
+
+# What a key may be where its type says too little. A test holds this table to the comments above.
+CHOICES: dict[str, tuple] = {
+    "recipe": ("sft",),
+    "data.train.kind": ("auto", "messages", "prompt_completion", "text"),
+    "data.eval.kind": ("auto", "messages", "prompt_completion", "text"),
+    "data.packing": ("best_fit", "none"),
+    "data.too_long": ("drop", "truncate", "error"),
+    "data.on_bad_row": ("error", "skip"),
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "model.lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
+    "optimizer.name": ("adamw", "lion", "adafactor", "sgd", "muon"),
+    "optimizer.schedule": ("constant", "linear", "cosine", "wsd"),
+    "eval.metrics": ("exact_match", "valid_json"),
+    "checkpoint.mode": ("min", "max"),
+    "trackers.wandb": ("off", "offline", "online"),
+    "export.format": ("merged", "adapter", "none"),
+    "export.dtype": ("as_loaded", "float32", "bfloat16", "float16"),
+}
+AT_LEAST_ONE = (
+    "data.sequence_length",
+    "data.batch_size",
+    "data.packing_window",
+    "model.attention_chunk",
+    "model.loss_chunk",
+    "train.micro_batches",
+    "train.log_every",
+    "eval.max_new_tokens",
+    "eval.batch_size",
+    "checkpoint.keep",
+)
+MAY_BE_NEGATIVE = ("mesh.data", "mesh.fsdp", "mesh.tensor")
+
+
+def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
+    """The checked config of a file and what the command line overrides.
+
+    Args:
+        spec: ``path/to/config.py`` or ``path/to/config.py:arg``; ``arg`` is what its ``get_config`` is given.
+        overrides: dotted key -> value as written on the command line, a Python literal or a bare word:
+            ``{"optimizer.learning_rate": "1e-5", "data.train": "a.jsonl"}``.
+
+    Raises:
+        UserError: no such file, an error inside it, an unknown key, a value of the wrong type or range.
+    """
+    path, _, arg = spec.partition(":")
+    values = _as_dict(_run_config_file(path, arg or None))
+    for key, text in (overrides or {}).items():
+        *sections, leaf = key.split(".")
+        place = values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"--config.{key}: {section!r} is a value, not a section; its keys cannot be overridden")
+        place[leaf] = _parse_literal(text)
+    return resolve(values)
+
+
+def resolve(values: Any) -> Config:
+    """A ConfigDict or nested dict -> the frozen Config, defaults filled in, every key checked.
+
+    A source of ``data.train`` and ``data.eval`` may be a path in place of a dict, and a single one needs no list.
+    """
+    config = _build(Config, _as_dict(values), "")
+    if not config.data.train:
+        raise UserError("config key 'data.train' is empty: give at least one source of training rows")
+    if not config.model.path:
+        raise UserError("config key 'model.path' is empty: give a Hugging Face folder")
+    if config.train.steps == 0 and config.train.epochs <= 0:
+        raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
+    if config.data.batch_size % config.train.micro_batches:
+        raise UserError(
+            f"config key 'train.micro_batches' = {config.train.micro_batches} does not divide "
+            f"'data.batch_size' = {config.data.batch_size}"
+        )
+    if config.model.lora.rank == 0 and config.export.format == "adapter":
+        raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def format_config(config: Config) -> str:
+    """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
+    given, default = _flatten(to_dict(config)), _flatten(to_dict(Config()))
+    return "\n".join(
+        f"{'*' if value != default.get(key) else ' '} {key} = {value!r}" for key, value in given.items()
+    )
+
+
+def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _as_dict(values: Any) -> dict:
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if not isinstance(values, dict):
+        raise UserError(f"get_config must return a ConfigDict, found {type(values).__name__}")
+    return values
+
+
+def _run_config_file(path: str, arg: str | None) -> Any:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        raise UserError(f"--config: no file {path}{hint}")
+    spec = importlib.util.spec_from_file_location("postrain_user_config", file)
+    if spec is None:
+        raise UserError(f"--config: {path} is not a Python file (expected NAME.py or NAME.py:ARG)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config: {path} has no function get_config(arg=None)")
+        return module.get_config() if arg is None else module.get_config(arg)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own Python file does wrong is the user's to put right
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
+        raise UserError(f"--config: {path}:{line}: {type(error).__name__}: {error}") from error
+
+
+def _parse_literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _build(cls: type, values: dict, prefix: str) -> Any:
+    types = typing.get_type_hints(cls)
+    for key in values:
+        if key not in types:
+            raise UserError(f"config key '{prefix}{key}' does not exist{_nearest(key, prefix, types)}")
+    return cls(**{key: _check(value, types[key], prefix + key) for key, value in values.items()})
+
+
+def _nearest(key: str, prefix: str, siblings: dict) -> str:
+    """Names the key that was probably meant: of this section, else of the whole config."""
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in _flatten(to_dict(Config()))}
+    near = difflib.get_close_matches(key, everywhere, n=1)
+    if near:
+        return f"; did you mean '{everywhere[near[0]]}'?"
+    return f"; '{prefix.rstrip('.')}' has {', '.join(siblings)}" if prefix else f"; there are {', '.join(siblings)}"
+
+
+def _check(value: Any, kind: Any, key: str) -> Any:
+    """``value`` as the type ``kind``, or a UserError that names ``key``."""
+    if dataclasses.is_dataclass(kind):
+        if kind is SourceConfig and isinstance(value, str):
+            value = {"path": value}
+        if not isinstance(value, dict):
+            raise UserError(f"config key '{key}' is a section of keys, found {value!r}")
+        return _build(kind, value, key + ".")
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        values = (value,) if isinstance(value, (str, dict)) and value else value or ()
+        if not isinstance(values, (list, tuple)):
+            raise UserError(f"config key '{key}' must be a list, found {value!r}")
+        return tuple(_check(one, item, key) for one in values)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"config key '{key}' must be {kind.__name__}, found {value!r} ({type(value).__name__})")
+    if key in CHOICES and value not in CHOICES[key]:
+        near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"config key '{key}' must be one of {', '.join(CHOICES[key])}; found {value!r}{hint}")
+    if kind in (int, float) and key not in MAY_BE_NEGATIVE and not value >= (1 if key in AT_LEAST_ONE else 0):
+        raise UserError(f"config key '{key}' must be at least {1 if key in AT_LEAST_ONE else 0}, found {value!r}")
+    return value
