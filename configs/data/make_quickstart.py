@@ -229,7 +229,8 @@ def say_subject(query: dict, rng: random.Random) -> tuple[str, bool]:
         words = ([mood] if mood else []) + adjectives + [rng.choice(GENRES[genres[-1]][1])]
         return "something " + " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words), False
     if not genres:
-        return rng.choice(("something {}", "a {} film")).format(mood) if mood else rng.choice(("a film", "a movie")), False
+        nouns = ("something {}", "a {} film") if mood else ("a film", "a movie")
+        return rng.choice(nouns).format(mood), False
     noun = rng.choice(GENRES[genres[-1]][0])
     article, rest = noun.split(" ", 1)
     spoken = "language" in query and rng.random() < 0.5
