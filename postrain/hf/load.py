@@ -1,0 +1,139 @@
+"""A Hugging Face folder -> ModelConfig and parameters, every device reading the slices that it holds.
+
+Nothing unsharded exists on the way: the files are memory-mapped, and for each parameter each device is
+given the rows and columns that its sharding says, cut out of the tensors' layers one by one.
+"""
+
+import os
+import re
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from postrain.errors import UserError
+from postrain.hf.config import parse_dtype, read_config, read_family
+from postrain.hf.families import IGNORED_TENSORS, TensorName
+from postrain.hf.safetensors_io import TensorFiles
+from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
+from postrain.models.config import ModelConfig
+from postrain.models.params import ParamSpec
+from postrain.sharding import named_shardings
+
+
+def load_pretrained(
+    folder: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, dict]:
+    """ModelConfig and parameter tree (see postrain.models.params) of a Hugging Face folder.
+
+    With ``mesh`` the arrays are global arrays laid out by ``postrain.sharding``; without, they are on the
+    default device. Rows of the vocabulary past ``vocab_size`` are zero. Raises UserError: config.json
+    unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen
+    (all of them in one message).
+    """
+    config = read_config(folder)
+    files, entries = open_checked(folder, config)
+    target = parse_dtype(dtype, "dtype")
+    leaves = {}
+    for entry, spec in entries:
+        read = make_reader(files, entry, spec, config, target)
+        leaves[entry.param] = place(read, spec, mesh)
+    return config, unflatten(leaves)
+
+
+def open_checked(folder, config: ModelConfig) -> tuple[TensorFiles, list[tuple[TensorName, ParamSpec]]]:
+    """The folder's tensors and the table rows they fill. Raises one UserError for all that does not fit."""
+    family = read_family(folder)
+    files = TensorFiles(folder)
+    expected = {tensor.name: tensor for tensor in list_tensors(config, family)}
+    entries = list_entries(config, family)
+    ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
+    extra = sorted(set(files.infos) - set(expected) - set(ignored), key=_natural)
+    if config.tie_embeddings:
+        extra = _drop_tied_copy(files, family.tensors, extra)
+    missing = [name for name in expected if name not in files.infos]
+    misshapen = [
+        f"{name} {list(files.infos[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in files.infos and files.infos[name].shape != tensor.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing: {group_layers(missing)}")
+    if extra:
+        problems.append(f"left over: {group_layers(extra)}")
+    if misshapen:
+        problems.append(f"of another shape: {', '.join(misshapen)}")
+    if problems:
+        raise UserError(
+            f"{folder}: tensors do not fit config.json: {'; '.join(problems)}: use the config.json that belongs to "
+            "these weights, or download them again"
+        )
+    return files, entries
+
+
+def _drop_tied_copy(files: TensorFiles, tensors: tuple[TensorName, ...], extra: list[str]) -> list[str]:
+    """A tied model may carry its embedding a second time; a copy with other values is a contradiction."""
+    names = {entry.param: entry.name for entry in tensors}
+    copy, original = names["unembed.embedding"], names["embed.embedding"]
+    if copy not in extra or original not in files.infos or files.infos[copy].shape != files.infos[original].shape:
+        return extra
+    rows, step = files.infos[copy].shape[0], 4096
+    first, second = files.read(original), files.read(copy)
+    for start in range(0, rows, step):
+        if not np.array_equal(first[start : start + step], second[start : start + step]):
+            raise UserError(
+                f"{files.folder}: config.json ties the embeddings, but {copy} differs from {original}: set "
+                "tie_word_embeddings to false if the model was trained untied"
+            )
+    return [name for name in extra if name != copy]
+
+
+def make_reader(
+    files: TensorFiles, entry: TensorName, spec: ParamSpec, config: ModelConfig, dtype: np.dtype
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function from an index into the parameter to its values, which reads those slices of the file alone."""
+
+    def fill(out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
+        source = files.read(name)
+        if entry.transpose:
+            source = source.T
+        if "vocab" in spec.axes:  # rows past the file's vocabulary stay zero
+            source = source[index[0].start : min(index[0].stop, config.vocab_size)]
+            out[: source.shape[0]] = source[(slice(None), *index[1:])]
+        else:
+            out[...] = source[index]
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
+        out = np.zeros([part.stop - part.start for part in index], dtype)
+        if entry.per_layer:
+            for i, layer in enumerate(range(index[0].start, index[0].stop)):
+                fill(out[i], entry.name.format(layer), index[1:])
+        else:
+            fill(out, entry.name, index)
+        return out
+
+    return read
+
+
+def place(read: Callable[[tuple[slice, ...]], np.ndarray], spec: ParamSpec, mesh: Mesh | None) -> jax.Array:
+    """The parameter on the default device, or each part of it on the devices of ``mesh`` that hold it."""
+    if mesh is None:
+        return jax.device_put(read((slice(None),) * len(spec.shape)))
+    shape = jax.ShapeDtypeStruct(spec.shape, np.float32)
+    sharding = named_shardings({"": spec.axes}, mesh, {"": shape})[""]
+    parts: dict[tuple, np.ndarray] = {}  # replicas on this host share one read
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(spec.shape, sharding, part)
+
+
+def _natural(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

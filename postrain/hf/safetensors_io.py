@@ -1,0 +1,201 @@
+"""Tensors of a Hugging Face folder: slices out of its safetensors files, and files written tensor by tensor.
+
+Reading goes through a memory map, for a slice of a tensor must cost that slice, and the numpy side of the
+`safetensors` package has no bfloat16. The package still checks every header.
+
+Format: 8 bytes of header length, a JSON header (name -> dtype, shape, offsets), the tensors' bytes.
+"""
+
+import dataclasses
+import json
+import mmap
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Iterator
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from postrain.errors import UserError
+
+ONE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``dtype`` as safetensors spells it, ``offset`` in bytes from the start of the file."""
+
+    file: pathlib.Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+
+
+class TensorFiles:
+    """All tensors of a folder: ``infos`` by name, ``read(name)`` an array over the file's memory map.
+
+    Raises UserError, naming the file, when there is none, one is missing or unreadable, or the index and
+    the files disagree.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = pathlib.Path(folder)
+        self.infos: dict[str, TensorInfo] = {}
+        self._maps: dict[pathlib.Path, mmap.mmap] = {}
+        index = self.folder / INDEX_FILE
+        if index.exists():
+            self._open_sharded(index)
+        elif (self.folder / ONE_FILE).exists():
+            self.infos = read_header(self.folder / ONE_FILE)
+        else:
+            raise UserError(f"{self.folder}: expected {ONE_FILE} or {INDEX_FILE}, found {_other_weights(self.folder)}")
+
+    def _open_sharded(self, index: pathlib.Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")
+        missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
+        if missing:
+            raise UserError(f"{index}: names files that are not there: {', '.join(missing)}: download them")
+        for file in sorted(set(weight_map.values())):
+            found = read_header(self.folder / file)
+            listed = {name for name, where in weight_map.items() if where == file}
+            if absent := sorted(listed - set(found)):
+                raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {_some(absent)}")
+            if unlisted := sorted(set(found) - listed):
+                raise UserError(f"{index}: has no entry for tensors of {file}: {_some(unlisted)}: download it again")
+            self.infos |= found
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as a read-only array over the file: only what is then sliced or copied is read."""
+        info = self.infos[name]
+        if info.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise UserError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {known}: dequantise it first")
+        if info.file not in self._maps:
+            with open(info.file, "rb") as file:
+                self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = int(np.prod(info.shape, dtype=np.int64))
+        flat = np.frombuffer(self._maps[info.file], DTYPES[info.dtype], count, info.offset)
+        return flat.reshape(info.shape)
+
+
+def read_json(file: pathlib.Path) -> dict:
+    """A JSON object. Raises UserError when the file is missing, is not JSON, or holds something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: not found") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error}): download or write it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file. Raises UserError when it is truncated or is no such file."""
+    try:
+        with safe_open(file, framework="numpy"):  # checks the header against the length of the file
+            pass  # fmt: skip
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error}): download or write it again") from error
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def write_tensors(
+    folder: pathlib.Path,
+    tensors: list[tuple[str, tuple[int, ...], np.dtype]],
+    fetch: Callable[[str], np.ndarray],
+    *,
+    file_name: str = ONE_FILE,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes tensors to safetensors files of at most ``max_shard_bytes`` and, when there are several, their index.
+
+    ``tensors`` are (name, shape, dtype); ``fetch(name)`` gives each array when its turn comes, so that one
+    tensor at a time is in memory. A tensor larger than a shard gets one of its own.
+    """
+    shards = list(_split(tensors, max_shard_bytes))
+    stem = file_name.removesuffix(".safetensors")
+    weight_map, total = {}, 0
+    for i, shard in enumerate(shards):
+        name = file_name if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / name, shard, fetch)
+        weight_map |= {tensor: name for tensor, _, _ in shard}
+        total += sum(_num_bytes(shape, dtype) for _, shape, dtype in shard)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / f"{file_name}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+
+def _split(tensors: list, max_shard_bytes: int) -> Iterator[list]:
+    shard, size = [], 0
+    for tensor in tensors:
+        num_bytes = _num_bytes(*tensor[1:])
+        if shard and size + num_bytes > max_shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += num_bytes
+    yield shard
+
+
+def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.ndarray]) -> None:
+    # Wide dtypes first, as the safetensors package orders them: every tensor is aligned to its own width.
+    tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape, dtype in tensors:
+        begin, end = end, end + _num_bytes(shape, dtype)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for name, shape, dtype in tensors:
+            array = np.ascontiguousarray(fetch(name).astype(dtype, copy=False))
+            if array.shape != shape:
+                raise ValueError(f"{name}: fetched shape {array.shape}, announced {shape}")
+            stream.write(array.reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())  # a full disk behind a network shows itself here at the latest
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _other_weights(folder: pathlib.Path) -> str:
+    for pattern, advice in (
+        ("*.gguf", "postrain import FILE.gguf OUT"),
+        ("*.bin", "save it again with safetensors: model.save_pretrained(folder, safe_serialization=True)"),
+        ("adapter_model.safetensors", "merge the adapter into its base model first"),
+    ):
+        if found := sorted(path.name for path in folder.glob(pattern)):
+            return f"{found[0]}: {advice}"
+    return "neither: give the folder of a Hugging Face model"

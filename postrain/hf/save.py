@@ -1,0 +1,150 @@
+"""Parameters -> a Hugging Face folder that `transformers` loads as is.
+
+Names, dtypes, config, tokenizer, chat template and generation config are the source folder's. Tensors are
+gathered and written one at a time; the folder appears when it is whole and has been read back.
+"""
+
+import functools
+import os
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from postrain.errors import UserError
+from postrain.hf.config import parse_dtype, read_family, source_dtype, write_config
+from postrain.hf.folders import atomic_folder
+from postrain.hf.load import open_checked
+from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, TensorFiles, write_tensors
+from postrain.hf.tree import FileTensor, flatten, list_tensors
+from postrain.models.config import ModelConfig
+from postrain.models.params import abstract_params
+
+# Small files that make a folder usable, copied byte by byte where the source has them.
+SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+
+
+def save_pretrained(
+    folder: str | os.PathLike,
+    params: dict,
+    config: ModelConfig,
+    *,
+    source_folder: str | os.PathLike,
+    dtype: str = "as_loaded",
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes ``params`` (without adapters: see models.params.merge_lora) as a Hugging Face folder.
+
+    ``source_folder`` is the folder that the model was loaded from. ``dtype``: "as_loaded" (each tensor's
+    dtype in the source) or "float32", "bfloat16", "float16". Every process must call it; the first one
+    writes. Raises UserError when the folder cannot be written; nothing that looks whole is left then.
+    """
+    check_params(params, config)
+    if os.path.realpath(folder) == os.path.realpath(source_folder):
+        raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
+    tensors = list_tensors(config, read_family(source_folder))
+    dtypes = _choose_dtypes(tensors, source_folder, dtype)
+    tensors.sort(key=lambda tensor: -dtypes[tensor.name].itemsize)  # the order of a file, so of every gather
+    leaves, by_name = flatten(params), {tensor.name: tensor for tensor in tensors}
+
+    def fetch(name: str) -> np.ndarray:
+        tensor = by_name[name]
+        return _cast(fetch_tensor(leaves[tensor.entry.param], tensor), dtypes[name], name)
+
+    if jax.process_index() == 0:
+        announced = [(tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors]
+        with atomic_folder(folder) as temporary:
+            write_tensors(temporary, announced, fetch, max_shard_bytes=max_shard_bytes)
+            write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
+            copy_side_files(source_folder, temporary)
+            open_checked(temporary, config)
+    else:
+        for tensor in tensors:  # a gather needs every process
+            fetch(tensor.name)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_pretrained")
+
+
+def check_params(params: dict, config: ModelConfig) -> None:
+    """Raises ValueError unless ``params`` is the tree of ``config``: names and shapes, no adapters."""
+    found = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    expected = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
+    wrong = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
+    if wrong:
+        listed = ", ".join(f"{path} {found.get(path)} instead of {expected.get(path)}" for path in wrong)
+        raise ValueError(f"parameters do not fit the model config: {listed}")
+
+
+def fetch_tensor(param: jax.Array, tensor: FileTensor) -> np.ndarray:
+    """One tensor as the file has it: one layer, vocabulary padding cut, [out, in]. Gathers that layer alone."""
+    array = gather(param, tensor.layer)
+    return array.T if tensor.entry.transpose else array[: tensor.shape[0]]
+
+
+def gather(param, layer: int | None) -> np.ndarray:
+    """A parameter, or one layer of a stacked one, whole on this host, wherever its parts are."""
+    if isinstance(param, np.ndarray):
+        return param if layer is None else param[layer]
+    devices = param.sharding.device_set
+    if len(devices) > 1:
+        everywhere = NamedSharding(param.sharding.mesh, PartitionSpec())
+        gathered = _make_gather(everywhere)(param, 0 if layer is None else layer, layer is not None)
+        return np.asarray(gathered.addressable_data(0))
+    if layer is None or next(iter(devices)).platform == "cpu":  # the host's own memory is not copied
+        return np.asarray(param) if layer is None else np.asarray(param)[layer]
+    return np.asarray(param[layer])
+
+
+@functools.cache
+def _make_gather(sharding: NamedSharding):
+    """(stacked or single parameter, layer, is it stacked) -> the array on every device."""
+    pick = lambda param, layer, stacked: param[layer] if stacked else param
+    return jax.jit(pick, static_argnums=2, out_shardings=sharding)
+
+
+def _choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[str, np.dtype]:
+    if dtype != "as_loaded":
+        return dict.fromkeys([tensor.name for tensor in tensors], parse_dtype(dtype, "export.dtype"))
+    stated = source_dtype(source_folder) or np.dtype(np.float32)
+    folder = pathlib.Path(source_folder)
+    weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
+    infos = TensorFiles(folder).infos if weights else {}
+    return {t.name: DTYPES[infos[t.name].dtype] if t.name in infos else stated for t in tensors}
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # told below, with the tensor's name
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        raise UserError(f"export: tensor {name} has values that are not finite in {dtype.name}: choose another dtype")
+    return array
+
+
+def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path) -> None:
+    """Copies tokenizer, chat template and generation config, as they are."""
+    for name in SIDE_FILES:
+        source = pathlib.Path(source_folder) / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.exists():
+            shutil.copyfile(source, folder / name)

@@ -1,0 +1,99 @@
+"""The parameter tree by paths such as ``layers.attention.q.kernel``, beside the names of safetensors files."""
+
+import dataclasses
+import re
+from typing import Any
+
+from postrain.hf.families import Family, TensorName
+from postrain.models.config import ModelConfig
+from postrain.models.params import ParamSpec, param_specs
+
+
+@dataclasses.dataclass(frozen=True)
+class FileTensor:
+    """One tensor of a folder: where it goes in the tree and the shape it must have in the file."""
+
+    name: str  # in the file
+    entry: TensorName
+    layer: int | None  # index into the stacked parameter
+    shape: tuple[int, ...]  # in the file: [out, in] for linear layers, the vocabulary without padding
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"a.b.c": leaf}."""
+    leaves = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        leaves |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def unflatten(leaves: dict[str, Any]) -> dict:
+    """{"a.b.c": leaf} -> nested dict."""
+    tree: dict = {}
+    for path, value in leaves.items():
+        *parents, last = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def list_entries(config: ModelConfig, family: Family) -> list[tuple[TensorName, ParamSpec]]:
+    """The rows of the family's table that a model of ``config`` has, in the table's order, with their specs."""
+    specs = flatten(param_specs(config))
+    named = {entry.param for entry in family.tensors}
+    if unnamed := sorted(set(specs) - named):
+        raise ValueError(f"postrain/hf/families.py names no tensors for {', '.join(unnamed)}")
+    return [(entry, specs[entry.param]) for entry in family.tensors if entry.param in specs]
+
+
+def list_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
+    """Every tensor of the folder of such a model, layer by layer as Hugging Face orders its modules."""
+    entries = list_entries(config, family)
+    make = lambda entry, spec, layer: FileTensor(
+        entry.name.format(layer) if entry.per_layer else entry.name, entry, layer, file_shape(entry, spec, config)
+    )
+    first = next((i for i, (entry, _) in enumerate(entries) if entry.per_layer), len(entries))
+    before = [make(entry, spec, None) for entry, spec in entries[:first] if not entry.per_layer]
+    after = [make(entry, spec, None) for entry, spec in entries[first:] if not entry.per_layer]
+    layers = [
+        make(entry, spec, layer)
+        for layer in range(config.num_layers)
+        for entry, spec in entries
+        if entry.per_layer
+    ]  # fmt: skip
+    return before + layers + after
+
+
+def file_shape(entry: TensorName, spec: ParamSpec, config: ModelConfig) -> tuple[int, ...]:
+    """Shape in the file of one layer of a parameter."""
+    shape = spec.shape[1:] if entry.per_layer else spec.shape
+    axes = spec.axes[1:] if entry.per_layer else spec.axes
+    shape = tuple(config.vocab_size if axis == "vocab" else size for axis, size in zip(axes, shape, strict=True))
+    return shape[::-1] if entry.transpose else shape
+
+
+def group_layers(names: list[str]) -> str:
+    """Names on one line, those that differ in the layer alone put together: ``model.layers.{0-3,7}.mlp...``."""
+    groups: dict[str, list[int]] = {}
+    for name in names:
+        match = re.search(r"\.layers\.(\d+)\.", name)
+        pattern = name[: match.start(1)] + "{}" + name[match.end(1) :] if match else name
+        groups.setdefault(pattern, []).extend([int(match.group(1))] if match else [])
+    return ", ".join(
+        pattern.replace("{}", _ranges(sorted(layers)), 1) if layers else pattern for pattern, layers in groups.items()
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    if len(layers) == 1:
+        return str(layers[0])
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
