@@ -1,0 +1,314 @@
+"""Rows of a source -> checked, normalised conversations, prompt/completion pairs or plain text.
+
+Three kinds of row (other top-level keys are ignored):
+
+* ``{"messages": [...], "tools": [...]}``: OpenAI-style messages with the roles system, developer, user,
+  assistant and tool; ``tool_calls`` with arguments as an object or as a JSON string; ``reasoning_content``
+  (also spelt ``reasoning`` or ``thinking``); ``train: false`` (or OpenAI's ``weight: 0``) on an assistant
+  message keeps it out of the loss.
+* ``{"prompt": ..., "completion": ...}``: two strings, or lists of messages; only the completion is trained.
+* ``{"text": "..."}``: plain text, trained as a whole.
+
+What comes out is plain: ``content`` is always a string, arguments are objects, absent and null keys are gone.
+"""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+from postrain.errors import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+KINDS = ("messages", "prompt_completion", "text")
+# Keys of a message that mean something here or are part of the OpenAI format; the rest is ignored, unless
+# it looks like one of these misspelt.
+MESSAGE_KEYS = frozenset(
+    "role content name tool_calls tool_call_id reasoning_content reasoning thinking train weight".split()
+)
+IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRef:
+    """Where a row comes from; ``line`` counts from 1 (for Parquet and Arrow: the row of that file)."""
+
+    source: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class BadRow(UserError):
+    """A row that cannot be used: ``file:line: what was wrong``, in one line. ``ref`` and ``reason`` hold the parts."""
+
+    def __init__(self, ref: RowRef, reason: str):
+        reason = " ".join(reason.split())
+        super().__init__(f"{ref}: {reason}")
+        self.ref = ref
+        self.reason = reason
+
+    def __reduce__(self):
+        return BadRow, (self.ref, self.reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """``messages`` are normalised dicts; an assistant message is trained unless it says ``train: False``."""
+
+    messages: tuple[dict, ...]
+    tools: tuple[dict, ...] | None
+    ref: RowRef
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCompletion:
+    """Two plain strings, without any template; only the completion is trained."""
+
+    prompt: str
+    completion: str
+    ref: RowRef
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+    """Plain text, trained as a whole."""
+
+    text: str
+    ref: RowRef
+
+
+Example = Conversation | PromptCompletion | TextRow
+
+
+def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
+    """Checks one row of a source.
+
+    Args:
+      raw: the row, as decoded from JSON.
+      kind: one of ``KINDS``, or "auto": by the row's keys.
+      ref: where it stands, for errors.
+
+    Raises:
+      BadRow: naming file, line, the message's index and what was expected.
+    """
+    if not isinstance(raw, dict):
+        raise BadRow(ref, f"expected an object with 'messages', 'prompt' and 'completion', or 'text'; found {_kind_of(raw)}")
+    kind = row_kind(raw) if kind == "auto" else kind
+    if kind == "text":
+        text = _string(raw.get("text"), "text", ref)
+        if not text.strip():
+            raise BadRow(ref, "'text' is empty")
+        return TextRow(text, ref)
+    if kind == "prompt_completion":
+        return _parse_prompt_completion(raw, ref)
+    if kind == "messages":
+        messages = _parse_messages(raw.get("messages"), "messages", ref)
+        return _conversation(messages, raw.get("tools"), ref)
+    raise BadRow(ref, "expected the keys 'messages', or 'prompt' and 'completion', or 'text'; found " + _names(raw))
+
+
+def row_kind(raw: dict) -> str:
+    """The kind of a row by its keys; empty where they fit none."""
+    if "messages" in raw:
+        return "messages"
+    if "prompt" in raw and "completion" in raw:
+        return "prompt_completion"
+    return "text" if "text" in raw else ""
+
+
+def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCompletion:
+    prompt, completion = raw.get("prompt"), raw.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            raise BadRow(ref, "'completion' is empty")
+        return PromptCompletion(_string(prompt, "prompt", ref), _string(completion, "completion", ref), ref)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    before = _parse_messages(prompt, "prompt", ref)
+    # Only the completion is trained, also where the prompt holds earlier assistant turns.
+    before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
+    after = _parse_messages(completion, "completion", ref)
+    return _conversation(before + after, raw.get("tools"), ref)
+
+
+def _conversation(messages: list[dict], tools: Any, ref: RowRef) -> Conversation:
+    assistants = [m for m in messages if m["role"] == "assistant"]
+    if not assistants:
+        raise BadRow(ref, "no assistant message: nothing to train on")
+    if not any(m.get("train", True) for m in assistants):
+        raise BadRow(ref, "every assistant message has train: false: nothing to train on")
+    return Conversation(tuple(messages), parse_tools(tools, ref), ref)
+
+
+def parse_messages(messages: Any, ref: RowRef) -> list[dict]:
+    """Checks and normalises a list of messages (for prompts, where no assistant turn is needed)."""
+    return _parse_messages(messages, "messages", ref)
+
+
+def _parse_messages(messages: Any, where: str, ref: RowRef) -> list[dict]:
+    if not isinstance(messages, (list, tuple)):
+        raise BadRow(ref, f"'{where}' must be a list of messages; found {_kind_of(messages)}")
+    if not messages:
+        raise BadRow(ref, f"'{where}' is empty")
+    return [_parse_message(m, f"{where}[{i}]", ref) for i, m in enumerate(messages)]
+
+
+def _parse_message(message: Any, where: str, ref: RowRef) -> dict:
+    if not isinstance(message, dict):
+        raise BadRow(ref, f"{where} must be an object with 'role' and 'content'; found {_kind_of(message)}")
+    message = {k: v for k, v in message.items() if v is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        hint = " ('from' and 'value' are ShareGPT's keys: rename them to 'role' and 'content')" if "from" in message else ""
+        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{hint}")
+    _check_keys(message, where, ref)
+    out = {"role": role}
+    reasoning = next((message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None)
+    if reasoning is not None:
+        if role != "assistant":
+            raise BadRow(ref, f"{where}: only assistant messages have reasoning_content; this one is {role!r}")
+        out["reasoning_content"] = _string(reasoning, f"{where}.reasoning_content", ref)
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise BadRow(ref, f"{where}: only assistant messages have tool_calls; this one is {role!r}")
+        out["tool_calls"] = _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls", ref)
+    if "content" in message:
+        out["content"] = _content(message["content"], f"{where}.content", ref)
+    elif "tool_calls" in out:
+        out["content"] = ""
+    else:
+        raise BadRow(ref, f"{where}.content is missing or null")
+    for key in ("name", "tool_call_id"):
+        if key in message:
+            out[key] = _string(message[key], f"{where}.{key}", ref)
+    train = _train_flag(message, where, ref)
+    if train is not None:
+        out["train"] = train
+    if role == "assistant" and train is not False and not (out["content"].strip() or out.get("tool_calls")):
+        raise BadRow(ref, f"{where}: the assistant message is empty (no content, no tool_calls)")
+    return out
+
+
+def _check_keys(message: dict, where: str, ref: RowRef) -> None:
+    if "function_call" in message:
+        raise BadRow(ref, f"{where}.function_call is the old form of a tool call: write it as tool_calls")
+    for key in message:
+        if key in MESSAGE_KEYS or key in IGNORED_KEYS:
+            continue
+        near = difflib.get_close_matches(str(key), MESSAGE_KEYS, n=1, cutoff=0.8)
+        if near:  # a misspelt `train` would silently train what it should not
+            raise BadRow(ref, f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+
+
+def _train_flag(message: dict, where: str, ref: RowRef) -> bool | None:
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise BadRow(ref, f"{where}.train must be true or false; found {train!r}")
+    if weight is not None and weight not in (0, 1):
+        raise BadRow(ref, f"{where}.weight must be 0 or 1; found {weight!r}")
+    flag = train if train is not None else (bool(weight) if weight is not None else None)
+    if flag and message["role"] != "assistant":
+        raise BadRow(ref, f"{where}: only assistant messages can be trained; this one is {message['role']!r}")
+    return flag if message["role"] == "assistant" else None
+
+
+def _content(content: Any, where: str, ref: RowRef) -> str:
+    """A string, or OpenAI's list of text parts, joined: templates differ in what they do with parts."""
+    if isinstance(content, (list, tuple)):
+        texts = []
+        for i, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type", "text") != "text":
+                found = part.get("type") if isinstance(part, dict) else _kind_of(part)
+                raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r}")
+            texts.append(_string(part.get("text"), f"{where}[{i}].text", ref))
+        return "".join(texts)
+    return _string(content, where, ref)
+
+
+def _parse_tool_calls(calls: Any, where: str, ref: RowRef) -> list[dict]:
+    if not isinstance(calls, (list, tuple)):
+        raise BadRow(ref, f"{where} must be a list; found {_kind_of(calls)}")
+    out = []
+    for i, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise BadRow(ref, f"{where}[{i}] must be an object; found {_kind_of(call)}")
+        function = call.get("function", call)
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            raise BadRow(ref, f"{where}[{i}].function.name is missing")
+        arguments = _arguments(function.get("arguments"), f"{where}[{i}].function.arguments", ref)
+        entry = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        if isinstance(call.get("id"), str):
+            entry["id"] = call["id"]
+        out.append(checked_strings(entry, f"{where}[{i}]", ref))
+    return out
+
+
+def _arguments(arguments: Any, where: str, ref: RowRef) -> dict:
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except ValueError as e:
+            raise BadRow(ref, f"{where} is not valid JSON: {e}") from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise BadRow(ref, f"{where} must be an object or a JSON string of one; found {_kind_of(arguments)}")
+    return arguments
+
+
+def parse_tools(tools: Any, ref: RowRef) -> tuple[dict, ...] | None:
+    """Function schemas, given as a list or as a JSON string of one; bare functions are wrapped as OpenAI does."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as e:
+            raise BadRow(ref, f"tools is not valid JSON: {e}") from None
+    if not tools:
+        return None
+    if not isinstance(tools, (list, tuple)):
+        raise BadRow(ref, f"'tools' must be a list of function schemas; found {_kind_of(tools)}")
+    out = []
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(ref, f"tools[{i}] must be an object with a function name")
+        tool = tool if "function" in tool else {"type": "function", "function": tool}
+        out.append(checked_strings(tool, f"tools[{i}]", ref))
+    return tuple(out)
+
+
+def checked_strings(value: Any, where: str, ref: RowRef) -> Any:
+    """The value, after checking that every string inside it can be encoded."""
+    if isinstance(value, str):
+        return _string(value, where, ref)
+    if isinstance(value, dict):
+        return {_string(k, where, ref): checked_strings(v, where, ref) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [checked_strings(v, where, ref) for v in value]
+    return value
+
+
+def _string(value: Any, where: str, ref: RowRef) -> str:
+    if not isinstance(value, str):
+        raise BadRow(ref, f"{where} must be a string; found {_kind_of(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise BadRow(ref, f"{where} has a lone surrogate (half of a \\uXXXX pair) at character {e.start}") from None
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
+    return "nothing (null or missing)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _names(raw: dict) -> str:
+    return ", ".join(repr(k) for k in list(raw)[:8]) or "no keys"

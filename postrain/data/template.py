@@ -1,0 +1,147 @@
+"""A chat template: the Jinja program of a tokenizer that writes a conversation out as text.
+
+The environment is the one that `transformers` and the serving engines built on it use (sandboxed,
+``trim_blocks``, ``lstrip_blocks``, ``raise_exception``, ``tojson``, ``strftime_now``), with one difference:
+today's date is the one given, so that the same row gives the same tokens tomorrow. A test holds the two
+equal over all templates at hand.
+"""
+
+import datetime
+import functools
+import json
+import re
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from postrain.errors import UserError
+
+# Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
+REASONING_SWITCHES = ("enable_thinking", "thinking")
+
+
+class TemplateRefusal(Exception):
+    """The template raised for this conversation; the message is what it said."""
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks what a library should train on. It is not used: the tag only prints its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    return env
+
+
+class ChatTemplate:
+    """``render`` writes messages as text; the rest is what can be learnt about the template by using it.
+
+    Attributes:
+      source: the Jinja text.
+      literals: all text that the template itself can write, pieces joined by NUL.
+      switches: the variables of ``REASONING_SWITCHES`` that it reads.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str], origin: str):
+        """``special_tokens``: ``bos_token`` etc., as templates read them. ``origin``: for errors.
+
+        Raises:
+          UserError: the template is not valid Jinja.
+        """
+        self.source = source
+        self.origin = origin
+        self._special_tokens = special_tokens
+        try:
+            self._template = _environment().from_string(source)
+            tree = _environment().parse(source)
+        except jinja2.TemplateSyntaxError as e:
+            raise UserError(f"{origin}: the chat template is not valid Jinja: line {e.lineno}: {e.message}") from None
+        pieces = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+        pieces |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
+        self.literals = "\0".join(sorted(pieces))
+        names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+        self.switches = tuple(name for name in REASONING_SWITCHES if name in names)
+
+    def render(self, messages, tools=None, *, template_date: str, add_generation_prompt: bool, **variables) -> str:
+        """The conversation as text.
+
+        Raises:
+          TemplateRefusal: the template raised; the message is what it said.
+        """
+        date = parse_date(template_date)
+        messages = [self._for_template(m) for m in messages]
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                strftime_now=lambda format: date.strftime(format),
+                **self._special_tokens,
+                **variables,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
+            raise TemplateRefusal(re.sub(r"\s+", " ", str(e)) or type(e).__name__) from None
+
+    def _for_template(self, message: dict) -> dict:
+        """The message with the keys that templates know: not ours, and reasoning under its other name too."""
+        out = {k: v for k, v in message.items() if k != "train"}
+        if "reasoning_content" in out:
+            out["thinking"] = out["reasoning_content"]
+        if "tool_calls" in out and self.arguments_as_text:
+            out["tool_calls"] = [_with_text_arguments(call) for call in out["tool_calls"]]
+        return out
+
+    @functools.cached_property
+    def arguments_as_text(self) -> bool:
+        """Whether the template joins a call's arguments as text (DeepSeek) instead of writing an object out."""
+        self.__dict__["arguments_as_text"] = False  # while probing
+        return not self._probe_arguments({}) and self._probe_arguments("{}")
+
+    def _probe_arguments(self, arguments) -> bool:
+        call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
+        schema = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            self.render(
+                messages,
+                [{"type": "function", "function": schema}],
+                template_date="2024-07-26",
+                add_generation_prompt=False,
+            )
+        except TemplateRefusal:
+            return False
+        return True
+
+
+def _with_text_arguments(call: dict) -> dict:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+@functools.cache
+def parse_date(text: str) -> datetime.datetime:
+    """``data.template_date``: YYYY-MM-DD."""
+    try:
+        return datetime.datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise UserError(f"data.template_date must be a date as 2024-07-26; found {text!r}") from None
