@@ -9,3 +9,6 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).resolve().parents[1] / "build" / "jax_cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Collected by the process that tests/test_multidevice.py starts, and by no other.
+collect_ignore = [] if os.environ.get("POSTRAIN_MULTIDEVICE") else ["multidevice"]

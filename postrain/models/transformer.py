@@ -83,7 +83,10 @@ def _rematerialize(layer, policy: str):
 
 def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding in the compute dtype, [..., D]."""
-    return params["embed"]["embedding"][tokens].astype(config.compute_dtype)
+    # Whole rows on every device: a table that is split along D too would be gathered after the look-up,
+    # which the partitioner can only do by replicating the batch.
+    table = constrain(params["embed"]["embedding"], ("vocab", "embed_act"))
+    return table[tokens].astype(config.compute_dtype)
 
 
 def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
@@ -101,28 +104,52 @@ def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, posit
     return rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
 
 
+def split_layers(params: dict, config: ModelConfig) -> dict:
+    """``params`` with a tuple of L trees as ``layers``: those that ``compute_hidden_cached`` runs one by one.
+
+    A copy of the layers. Where XLA copies what a scan slices (CPU), a step of generation would otherwise copy
+    every weight; on accelerators the scan needs no second copy in memory.
+    """
+    return params | {"layers": tuple(jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_layers))}
+
+
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):
     """The next S positions of every row: hidden states after the final norm [B, S, D] and the longer cache.
 
     Row b's new keys and values go to slots ``positions_BS[b]``; a query at position p sees slots 0..p.
-    Position -1 marks what is no token: nothing of it is written.
+    Position -1 marks what is no token: nothing of it is written. The cache is stacked where ``params`` are,
+    split where they come from ``split_layers``.
     """
     x_BSD = embed(params, config, tokens_BS)
     rotations = compute_rotations(config.rope, config.head_dim, positions_BS)
 
-    def layer(x_BSD, inputs):
-        p, k_cache, v_cache = inputs
+    def run_layer(x_BSD, p, k_cache, v_cache, index=None):
         h = rms_norm(x_BSD, p["attention_norm"]["scale"], config.norm_eps)
         q, k, v = _attention_inputs(h, p["attention"], config, rotations)
-        k_cache = write_cache(k_cache, k, positions_BS)
-        v_cache = write_cache(v_cache, v, positions_BS)
-        out = cached_attention(q, k_cache, v_cache, positions_BS)
+        k_cache = write_cache(k_cache, k, positions_BS, index)
+        v_cache = write_cache(v_cache, v, positions_BS, index)
+        k, v = (k_cache, v_cache) if index is None else (k_cache[index], v_cache[index])
+        out = cached_attention(q, k, v, positions_BS)
         x_BSD = x_BSD + _attention_output(out, p["attention"], config)
         x_BSD = x_BSD + _mlp(rms_norm(x_BSD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
-        return x_BSD, (k_cache, v_cache)
+        return x_BSD, k_cache, v_cache
 
-    x_BSD, (k, v) = jax.lax.scan(layer, x_BSD, (params["layers"], cache.k, cache.v))
-    return rms_norm(x_BSD, params["final_norm"]["scale"], config.norm_eps), KVCache(k=k, v=v)
+    def scan_layer(carry, inputs):  # the cache is carried, not scanned over, so that it is written in place
+        p, index = inputs
+        return run_layer(carry[0], p, carry[1], carry[2], index), None
+
+    if isinstance(cache.k, tuple):
+        k, v = [], []
+        for layer in zip(params["layers"], cache.k, cache.v, strict=True):
+            x_BSD, k_layer, v_layer = run_layer(x_BSD, *layer)
+            k.append(k_layer)
+            v.append(v_layer)
+        cache = KVCache(k=tuple(k), v=tuple(v))
+    else:
+        layers = params["layers"], jnp.arange(config.num_layers)
+        (x_BSD, k, v), _ = jax.lax.scan(scan_layer, (x_BSD, cache.k, cache.v), layers)
+        cache = KVCache(k=k, v=v)
+    return rms_norm(x_BSD, params["final_norm"]["scale"], config.norm_eps), cache
 
 
 def unembedding(params: dict, config: ModelConfig) -> jax.Array:

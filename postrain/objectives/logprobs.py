@@ -49,13 +49,13 @@ def _chunk_rows(compacted: _Compacted, index, chunk: int):
 
 
 def _take(x, rows, fill=0):
-    return x.at[rows].get(mode="fill", fill_value=fill)
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
 
 
 def _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size: int):
     """float32 [C, V'] and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
     hidden = _take(hidden_ND, rows)
-    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=jnp.float32)
     if vocab_size < unembed_VD.shape[0]:
         logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < vocab_size, logits, -jnp.inf)
     return logits, hidden
@@ -79,9 +79,7 @@ def _entropy(logits, logsumexp):
 def _gradients(dlogits, hidden, unembed_VD):
     """Gradients of the chunk's projection, to the hidden states [C, D] and to the unembedding [V', D]."""
     dlogits = dlogits.astype(hidden.dtype)
-    to_hidden = jnp.einsum(
-        "cv,vd->cd", dlogits, unembed_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    to_hidden = jnp.einsum("cv,vd->cd", dlogits, unembed_VD, preferred_element_type=jnp.float32)
     to_unembed = functools.partial(jnp.einsum, "cv,cd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
     return to_hidden, to_unembed
 
@@ -89,6 +87,7 @@ def _gradients(dlogits, hidden, unembed_VD):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk):
     compacted = _compact(mask_N, chunk)
+    unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 
     def body(index, outputs):
         rows = _chunk_rows(compacted, index, chunk)
@@ -112,6 +111,7 @@ def _token_logprobs_forward(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size
 def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs):
     hidden_ND, unembed_VD, targets_N, mask_N, out, needs_unembed = residuals
     compacted = _compact(mask_N, chunk)
+    dtype, unembed_VD = unembed_VD.dtype, unembed_VD.astype(hidden_ND.dtype)
     dense = lambda g: jnp.zeros(g.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     needs_entropy = not isinstance(grads.entropy, jax.custom_derivatives.SymbolicZero)
     dlogprob_N, dentropy_N, dlogsumexp_N = dense(grads.logprobs), dense(grads.entropy), dense(grads.logsumexp)
@@ -135,7 +135,7 @@ def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs)
 
     start = jnp.zeros_like(hidden_ND), (None if needs_unembed is None else jnp.zeros(unembed_VD.shape, jnp.float32))
     dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
-    return dhidden, (None if dunembed is None else dunembed.astype(unembed_VD.dtype)), None, None
+    return dhidden, (None if dunembed is None else dunembed.astype(dtype)), None, None
 
 
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
@@ -150,6 +150,7 @@ def _weighted_nll(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk
 def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk, to_hidden, to_unembed):
     """One pass over the chunks: (loss, correct) sums and, where asked for, the gradients of the loss sum."""
     compacted = _compact(weights_N, chunk)
+    unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 
     def body(index, carry):
         loss, correct, dhidden, dunembed = carry

@@ -1,0 +1,175 @@
+"""The transformer as a whole: packing, rematerialisation, adapters, cache, program size."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from postrain.models import transformer
+from postrain.models.cache import init_cache
+from postrain.models.config import LoraConfig, ModelConfig, RopeConfig
+from postrain.models.params import init_lora, init_params, merge_lora, merge_params, num_params, param_specs, shapes_of
+from postrain.objectives.sft import make_sft_loss
+from postrain.types import Batch
+
+CONFIG = ModelConfig(
+    vocab_size=301,
+    embed_size=36,
+    mlp_size=50,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=10,
+    qk_norm=True,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    init_std=0.1,
+    rope=RopeConfig(theta=5e3, kind="llama3", factor=4.0, original_max_positions=32),
+    attention_chunk=16,
+)
+LENGTHS = [7, 31, 1, 12, 26]
+
+
+@pytest.fixture(scope="module")
+def params():
+    base = init_params(CONFIG, jax.random.key(0))
+    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
+    return jax.tree.map(noisy, base)  # norms and biases too
+
+
+def make_documents(seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda n: rng.integers(0, CONFIG.vocab_size, n).astype(np.int32)
+    return [(draw(n), draw(n), (rng.random(n) < 0.6).astype(np.float32)) for n in LENGTHS]
+
+
+def make_batch(rows, documents, length):
+    """``rows``: lists of indices of documents."""
+    names = "tokens", "targets", "segment_ids", "positions"
+    arrays = {name: np.zeros((len(rows), length), np.int32) for name in names}
+    arrays["loss_mask"] = np.zeros((len(rows), length), np.float32)
+    for b, row in enumerate(rows):
+        offset = 0
+        for i, index in enumerate(row):
+            tokens, targets, mask = documents[index]
+            here = b, slice(offset, offset + len(tokens))
+            arrays["tokens"][here], arrays["targets"][here], arrays["loss_mask"][here] = tokens, targets, mask
+            arrays["segment_ids"][here], arrays["positions"][here] = i + 1, np.arange(len(tokens))
+            offset += len(tokens)
+    return Batch(**arrays)
+
+
+def compute_loss_and_gradients(params, batch, config=CONFIG):
+    hidden = lambda p, *arrays: transformer.compute_hidden(p, config, *arrays)
+    unembedding = lambda p: transformer.unembedding(p, config)
+    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, chunk=16)
+
+    def mean(params):
+        loss, weight, _ = loss_fn(params, batch, None)
+        return loss / weight
+
+    return jax.jit(jax.value_and_grad(mean))(params)
+
+
+def assert_same(result, expected, tolerance=1e-5):
+    np.testing.assert_allclose(result[0], expected[0], rtol=tolerance)
+    for (path, x), y in zip(jax.tree.leaves_with_path(result[1]), jax.tree.leaves(expected[1]), strict=True):
+        scale = float(np.abs(y).max())
+        np.testing.assert_allclose(x, y, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("packed", [[[0, 1, 2, 3, 4]], [[4, 0], [1, 3, 2]], [[3, 1], [2], [0, 4]]])
+def test_packed_equals_one_document_a_row(params, packed):
+    documents = make_documents()
+    alone = make_batch([[i] for i in range(len(LENGTHS))], documents, max(LENGTHS))
+    assert_same(
+        compute_loss_and_gradients(params, make_batch(packed, documents, sum(LENGTHS) + 3)),
+        compute_loss_and_gradients(params, alone),
+    )
+
+
+def test_changing_one_document_changes_nothing_in_another(params):
+    run = jax.jit(lambda b: transformer.compute_hidden(params, CONFIG, b.tokens, b.segment_ids, b.positions))
+    documents = make_documents()
+    changed = [make_documents(seed=1)[i] if i == 1 else d for i, d in enumerate(documents)]
+    rows = [[0, 1, 2, 3, 4]]
+    first = make_batch(rows, documents, 80)
+    x, y = np.asarray(run(first)), np.asarray(run(make_batch(rows, changed, 80)))
+    others = (first.segment_ids != 2) & (first.segment_ids > 0)
+    np.testing.assert_array_equal(x[others], y[others])
+    assert not np.array_equal(x[first.segment_ids == 2], y[first.segment_ids == 2])
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_memory_and_not_the_result(params, remat):
+    batch = make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
+    expected = compute_loss_and_gradients(params, batch)
+    assert_same(compute_loss_and_gradients(params, batch, dataclasses.replace(CONFIG, remat=remat)), expected, 1e-6)
+
+
+def test_adapters_change_nothing_at_the_start_and_merge_exactly(params):
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3, alpha=7.0, targets=("q", "v", "down")))
+    batch = make_batch([[0, 1], [4, 3]], make_documents(), 60)
+    run = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions)
+    adapters = init_lora(config, jax.random.key(1))
+    np.testing.assert_array_equal(run(merge_params(adapters, params)), run(params))
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+    both = merge_params(adapters, params)
+    merged = merge_lora(both, config)
+    assert jax.tree.structure(merged) == jax.tree.structure(params)
+    np.testing.assert_allclose(run(both), run(merged), atol=2e-5)
+    assert np.abs(run(both) - run(params)).max() > 0.1
+    targets = {"q", "v", "down"}
+    assert set(adapters["layers"]["attention"]) | set(adapters["layers"]["mlp"]) == targets
+
+
+def test_cached_equals_uncached_with_ragged_rows(params):
+    lengths = [5, 11, 1]
+    rng = np.random.default_rng(0)
+    total = max(lengths) + 4
+    tokens = rng.integers(0, CONFIG.vocab_size, (3, total)).astype(np.int32)
+    ones, index = np.ones_like(tokens), np.tile(np.arange(total, dtype=np.int32), (3, 1))
+    whole = transformer.compute_hidden(params, CONFIG, tokens, ones, index)
+    run = jax.jit(lambda t, p, cache: transformer.compute_hidden_cached(params, CONFIG, t, p, cache))
+    prompt = index[:, : max(lengths)]
+    prompt_positions = np.where(prompt < np.array(lengths)[:, None], prompt, -1)
+    hidden, cache = run(tokens[:, : max(lengths)], prompt_positions, init_cache(CONFIG, 3, total + 2))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-5)
+    for step in range(4):
+        at = np.array(lengths)[:, None] + step
+        hidden, cache = run(np.take_along_axis(tokens, at, 1), at.astype(np.int32), cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[np.arange(3), at[:, 0]], atol=1e-5)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def num_lines(num_layers):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        batch = make_batch([[0]], make_documents(), 16)
+        hidden = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
+        text = jax.jit(jax.grad(hidden)).lower(shapes_of(param_specs(config))).as_text()
+        return len(text.splitlines())
+
+    assert num_lines(32) == num_lines(4)
+
+
+def test_padding_of_the_vocabulary_is_never_predicted(params):
+    logits = transformer.compute_logits(params, CONFIG, jnp.ones((2, CONFIG.embed_size)))
+    assert logits.shape == (2, 320)
+    assert (logits[:, CONFIG.vocab_size :] == jnp.finfo(jnp.float32).min).all()
+    assert not np.asarray(init_params(CONFIG, jax.random.key(0))["embed"]["embedding"][CONFIG.vocab_size :]).any()
+
+
+def test_merge_refuses_a_leaf_in_both_trees():
+    with pytest.raises(ValueError, match="both trained and frozen"):
+        merge_params({"a": {"b": 1}}, {"a": {"b": 2}})
+    assert merge_params({"a": {"c": 1}}, {"a": {"b": 2}}) == {"a": {"b": 2, "c": 1}}
+
+
+def test_number_of_parameters():
+    assert num_params(param_specs(dataclasses.replace(CONFIG, num_layers=1))) == 320 * 36 + 36 + (
+        36 + 36 * 60 + 60 + 2 * (36 * 20 + 20) + 60 * 36 + 36 + 2 * 10 + 36 + 2 * (36 * 50 + 50) + 50 * 36 + 36
+    )

@@ -1,0 +1,113 @@
+"""Loss and gradients of the real model do not depend on the mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from postrain.config import MeshConfig
+from postrain.models import transformer
+from postrain.models.config import LoraConfig, ModelConfig, RopeConfig
+from postrain.models.params import axes_of, init_lora, init_params, lora_specs, merge_params, param_specs
+from postrain.objectives.sft import make_sft_loss
+from postrain.sharding import batch_sharding, make_mesh, named_shardings
+from postrain.types import Batch
+
+CONFIG = ModelConfig(
+    vocab_size=301,
+    embed_size=32,
+    mlp_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    qk_norm=True,
+    qkv_bias=True,
+    tie_embeddings=False,
+    init_std=0.2,
+    rope=RopeConfig(theta=1e4),
+    attention_chunk=16,
+    lora=LoraConfig(rank=4),
+)
+LENGTHS = [[9, 25, 3], [37], [20, 20], [1, 2, 30], [40], [10, 10, 10, 10], [5], [33, 6]]
+
+
+@functools.cache
+def make_batch():
+    rng = np.random.default_rng(0)
+    shape = len(LENGTHS), 40
+    segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        offset = 0
+        for i, length in enumerate(lengths):
+            segment_ids[row, offset : offset + length] = i + 1
+            positions[row, offset : offset + length] = np.arange(length)
+            offset += length
+    tokens, targets = (rng.integers(0, CONFIG.vocab_size, shape).astype(np.int32) for _ in range(2))
+    loss_mask = ((rng.random(shape) < 0.5) * (segment_ids > 0)).astype(np.float32)
+    return Batch(tokens, targets, loss_mask, segment_ids, positions)
+
+
+def loss_and_gradients(params, batch, config):
+    loss_fn = make_sft_loss(
+        lambda p, tokens, segments, positions: transformer.compute_hidden(p, config, tokens, segments, positions),
+        lambda p: transformer.unembedding(p, config),
+        vocab_size=config.vocab_size,
+        chunk=16,
+    )
+
+    def mean(params):
+        loss, weight, metrics = loss_fn(params, batch, None)
+        return loss / weight, metrics
+
+    (loss, metrics), grads = jax.value_and_grad(mean, has_aux=True)(params)
+    return loss, metrics, grads
+
+
+@functools.cache
+def make_params():
+    frozen, adapters = init_params(CONFIG, jax.random.key(0)), init_lora(CONFIG, jax.random.key(1))
+    # B must not be zero. Not a constant either: a common component in every output makes the rest cancel.
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+    return merge_params(adapters, frozen)
+
+
+@functools.cache
+def one_device():
+    batch, params = jax.device_put((make_batch(), make_params()), jax.devices()[0])
+    return jax.device_get(jax.jit(loss_and_gradients, static_argnums=2)(params, batch, CONFIG))
+
+
+MESHES = [
+    MeshConfig(data=8, fsdp=1, tensor=1),
+    MeshConfig(data=1, fsdp=8, tensor=1),
+    MeshConfig(data=2, fsdp=4, tensor=1),
+    MeshConfig(data=1, fsdp=4, tensor=2),
+    MeshConfig(data=2, fsdp=1, tensor=4),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+]
+
+
+CASES = [("none", mesh) for mesh in MESHES] + [("dots", MESHES[-1]), ("full", MESHES[-1])]
+
+
+@pytest.mark.parametrize(("remat", "sizes"), CASES, ids=str)
+def test_any_mesh_gives_the_one_device_loss_and_gradients(remat, sizes):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    mesh = make_mesh(sizes)
+    params = make_params()
+    axes = merge_params(axes_of(lora_specs(CONFIG)), axes_of(param_specs(CONFIG)))
+    shardings = named_shardings(axes, mesh, params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, shardings)
+        batch = jax.device_put(make_batch(), batch_sharding(mesh))
+        step = jax.jit(loss_and_gradients, static_argnums=2, out_shardings=(None, None, shardings))
+        loss, metrics, grads = jax.device_get(step(params, batch, config))
+    expected_loss, expected_metrics, expected_grads = one_device()
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], expected_metrics["accuracy"])
+    for (path, grad), expected in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(grad, expected, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,20 @@
+"""Runs tests/multidevice in a process of its own: XLA fixes the number of CPU devices when it starts."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+NUM_DEVICES = 8
+
+
+def test_on_eight_cpu_devices():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+        "POSTRAIN_MULTIDEVICE": "1",
+    }
+    folder = pathlib.Path(__file__).parent / "multidevice"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
