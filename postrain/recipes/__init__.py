@@ -1,0 +1,27 @@
+"""One file per method, each a loop that reads from top to bottom. ``train`` runs the one that a config names."""
+
+import importlib
+import os
+from typing import Any
+
+from postrain.config import Config, load_config, resolve
+
+
+def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
+    """Runs ``config.recipe`` in ``workdir``; goes on from there when it holds a checkpoint of the same run.
+
+    Args:
+        config: a Config, a ConfigDict or dict of its keys, or the ``path.py:arg`` of a config file.
+        workdir: the folder that everything of the run is written to.
+
+    Returns:
+        The last value of every metric, e.g. ``{"train/loss": 0.8, "eval/loss": 0.9, ...}``.
+
+    Raises:
+        UserError: a mistake in the config, the data, the model folder or the workdir.
+    """
+    if isinstance(config, str):
+        config = load_config(config)
+    elif not isinstance(config, Config):
+        config = resolve(config)
+    return importlib.import_module(f"postrain.recipes.{config.recipe}").train(config, workdir)

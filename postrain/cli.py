@@ -1,0 +1,214 @@
+"""The command line: ``postrain train | preview | export | import | generate | verify``.
+
+A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Anything heavy is
+imported by the command that needs it, so that ``--help`` and a wrong key answer at once.
+"""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from postrain.errors import UserError
+
+DESCRIPTION = "Post-training of language models: a Hugging Face folder and your data in, a better folder out."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 1 (the machine failed), 2 (the user can put it right), 130 (^C)."""
+    argv = sys.argv[1:] if argv is None else argv
+    # A pipe that is closed early (`postrain preview | head`) ends the command without a word.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        rest, overrides = split_overrides(argv)
+        args = make_parser().parse_args(rest)
+        if overrides and not hasattr(args, "config"):
+            raise UserError(f"--config.{next(iter(overrides))}: `postrain {args.command}` has no config")
+        return args.run(args, overrides) or 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            raise
+        return _fail(known, 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stdout.flush()
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return code
+
+
+def explain(error: Exception) -> str | None:
+    """One line for what the machine refused (disk, rights, memory), None for what is no such thing.
+
+    Checkpoints are written by a library that wraps the system's errors, hence the look at texts.
+    """
+    text = f"{error} {error.__cause__ or ''}"
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left on device" in text:
+        return f"the disk is full{where}: free some space or choose another --workdir, then run the same command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in text:
+        return f"not allowed to write{where}: choose another --workdir or --output"
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return "out of memory: lower data.batch_size or raise train.micro_batches, or set model.remat to 'full'"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}{where}"
+    return None
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Takes ``--config.KEY=VALUE`` and ``--config.KEY VALUE`` out of the arguments."""
+    rest, overrides, words = [], {}, iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE")
+        overrides[key] = value
+    return rest, overrides
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="postrain", description=DESCRIPTION, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, run: Callable, text: str, *, config: bool = False) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        if config:
+            command.add_argument(
+                "--config", required=True, metavar="FILE.py[:ARG]", help="and --config.KEY=VALUE for any key of it"
+            )
+        return command
+
+    command = add("train", run_train, "train as a config says; goes on from the workdir's checkpoint", config=True)
+    command.add_argument("--workdir", required=True, help="everything of the run is written here")
+
+    command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
+    command.add_argument("--rows", type=int, default=3, help="packed rows to show (default 3)")
+    command.add_argument("--html", metavar="FILE", help="also write the same as a page")
+
+    command = add("export", run_export, "write a run's newest checkpoint as a Hugging Face or PEFT folder")
+    command.add_argument("--workdir", required=True)
+    command.add_argument("--output", required=True, metavar="DIR")
+    command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
+
+    command = add("import", run_import, "turn a GGUF file (Llama, Qwen, Gemma) into a Hugging Face folder")
+    command.add_argument("file", metavar="FILE.gguf")
+    command.add_argument("output", metavar="OUT")
+
+    command = add("generate", run_generate, "let a model answer a prompt, or every line of a JSONL file")
+    add_generate_arguments(command)
+
+    command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
+    command.add_argument("model", metavar="MODEL_DIR")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def add_generate_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="one user message; streamed to the terminal")
+    what.add_argument("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...} or {"messages": [...]}')
+    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: the lines with their completion added")
+    command.add_argument("--system", default="", help="a system message")
+    command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--top-k", type=int, default=0, help="0: off")
+    command.add_argument("--max-new-tokens", type=int, default=256)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=32, help="lines generated together")
+
+
+def run_train(args, overrides) -> None:
+    from postrain.config import load_config
+
+    config = load_config(args.config, overrides)
+    from postrain.recipes import train
+
+    train(config, args.workdir)
+
+
+def run_preview(args, overrides) -> None:
+    from postrain.config import load_config
+
+    config = load_config(args.config, overrides)
+    from postrain.data.preview import preview
+
+    print(preview(config, html_path=args.html, rows=args.rows))
+
+
+def run_export(args, overrides) -> None:
+    from postrain.rollout.finish import export_workdir
+
+    print(export_workdir(args.workdir, args.output, args.format))
+
+
+def run_import(args, overrides) -> None:
+    from postrain.hf.gguf import import_gguf
+
+    import_gguf(args.file, args.output)
+    print(f"wrote {args.output}")
+
+
+def run_generate(args, overrides) -> None:
+    if args.output and not args.input:
+        raise UserError("--output goes with --input: a single --prompt is answered on the terminal")
+    from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
+    from postrain.rollout.sampler import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
+    model = load_chat_model(args.model)
+    if args.input:
+        count = answer_file(model, args.input, args.output, sampling, args.system, args.raw, args.batch_size)
+        print(f"{count} completions{f' in {args.output}' if args.output else ''}", file=sys.stderr)
+    else:
+        answer_prompt(model, args.prompt, sampling, args.system, args.raw, write=_write_now)
+        print()
+
+
+def _write_now(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def run_verify(args, overrides) -> int:
+    from postrain.hf.verify import verify
+
+    report = verify(args.model)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
+    return 0 if report.passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

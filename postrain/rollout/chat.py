@@ -1,0 +1,213 @@
+"""Text in, text out: what `postrain generate`, notebooks and the samples of a run show.
+
+Prompts are rendered by the function that renders training rows, and fed as token ids.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from postrain.data.rendering import render_prompt
+from postrain.data.schema import RowRef, parse_messages, parse_tools
+from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.errors import UserError
+from postrain.hf.load import load_pretrained
+from postrain.models.config import ModelConfig
+from postrain.rollout import sampler
+from postrain.rollout.sampler import Completion, SamplingParams
+
+
+class ChatModel(NamedTuple):
+    """All that is needed to answer."""
+
+    params: Any  # the whole tree
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+
+class Answer(NamedTuple):
+    text: str  # without the stop token
+    finished: bool  # the model stopped by itself
+
+
+def load_chat_model(folder: str | os.PathLike) -> ChatModel:
+    """A Hugging Face folder as a ChatModel. Raises UserError naming what the folder lacks."""
+    config, params = load_pretrained(folder)
+    return ChatModel(params, config, load_tokenizer(folder))
+
+
+def generate(
+    model: ChatModel | tuple | str | os.PathLike,
+    prompts: Sequence[str | Sequence[dict]] | str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    system: str = "",
+    batch_size: int = 32,
+) -> list[str]:
+    """Answers to prompts.
+
+    Args:
+        model: a Hugging Face folder, or (params, model_config, tokenizer) already loaded.
+        prompts: user messages, or lists of ``{"role": ..., "content": ...}``; a single string is one prompt.
+        max_new_tokens: an answer is cut there.
+        temperature, top_p, top_k, seed: how tokens are drawn; temperature 0 takes the most probable one.
+        system: a system message for prompts that are strings.
+        batch_size: prompts generated together.
+
+    Returns:
+        One text per prompt, in order, without the stop token.
+    """
+    model = load_chat_model(model) if isinstance(model, (str, os.PathLike)) else ChatModel(*model)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    sampling = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
+    )
+    ids = [encode_prompt(model.tokenizer, prompt, system) for prompt in prompts]
+    return [answer.text for answer in answer_ids(model, ids, sampling, batch_size)]
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | Sequence[dict], system: str = "", *, tools=None, raw: bool = False
+) -> list[int]:
+    """Token ids that the model is fed before it answers. ``raw``: plain text to be continued."""
+    if raw:
+        if not isinstance(prompt, str):
+            raise UserError("raw prompts are plain text, found messages: leave out --raw")
+        return [*tokenizer.prefix_ids, *tokenizer.encode_text(prompt)]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [int(i) for i in render_prompt(list(prompt), tokenizer, tools=tools, default_system=system)]
+
+
+def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_size: int = 32) -> list[Answer]:
+    """Answers to prompts of token ids; stops at the tokenizer's stop ids."""
+    completions = sampler.generate(
+        model.params, model.config, prompts, with_stops(sampling, model.tokenizer), batch_size=batch_size
+    )
+    return [to_answer(completion, model.tokenizer) for completion in completions]
+
+
+def with_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """``sampling`` with the stop ids of the tokenizer's folder, where it names none."""
+    if sampling.stop_ids:
+        return sampling
+    fields = {**vars(sampling), "stop_ids": tuple(tokenizer.stop_ids)}
+    return SamplingParams(**fields)
+
+
+def to_answer(completion: Completion, tokenizer: Tokenizer) -> Answer:
+    tokens = completion.tokens[:-1] if completion.finished else completion.tokens
+    return Answer(tokenizer.decode(tokens), completion.finished)
+
+
+def answer_prompt(
+    model: ChatModel,
+    prompt: str,
+    sampling: SamplingParams,
+    system: str = "",
+    raw: bool = False,
+    write: Callable[[str], None] = lambda text: None,
+) -> Answer:
+    """Answers one prompt; ``write`` is given the text piece by piece as it comes."""
+    stops, stream = model.tokenizer.stop_ids, TextStream(model.tokenizer)
+
+    def on_token(row: int, token: int) -> None:
+        del row
+        if token not in stops:
+            write(stream.push(token))
+
+    ids = encode_prompt(model.tokenizer, prompt, system, raw=raw)
+    sampling = with_stops(sampling, model.tokenizer)
+    [completion] = sampler.generate(model.params, model.config, [ids], sampling, on_token=on_token)
+    write(stream.end())
+    return to_answer(completion, model.tokenizer)
+
+
+class TextStream:
+    """Token ids one at a time -> text: what is pushed and ended adds up to the decoding of all ids.
+
+    A character may take several tokens: text is held back while it ends in an unfinished one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.ids, self.written = tokenizer, [], 0
+
+    def push(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        return "" if text.endswith("\ufffd") else self._new(text)
+
+    def end(self) -> str:
+        return self._new(self.tokenizer.decode(self.ids))
+
+    def _new(self, text: str) -> str:
+        new, self.written = text[self.written :], len(text)
+        return new
+
+
+def answer_file(
+    model: ChatModel,
+    source: str,
+    output: str | None,
+    sampling: SamplingParams,
+    system: str = "",
+    raw: bool = False,
+    batch_size: int = 32,
+) -> int:
+    """Answers every line of a JSONL file; returns how many.
+
+    A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
+    what is to be answered anew. The same lines with ``completion`` and ``finished`` added go to ``output``,
+    which appears when all are there, or to the terminal.
+    """
+    rows = list(_read_rows(pathlib.Path(source)))
+    if not rows:
+        raise UserError(f"{source} has no rows: give one JSON object a line")
+    ids = [_encode_row(model.tokenizer, row, ref, system, raw) for row, ref in rows]
+    answers = answer_ids(model, ids, sampling, batch_size)
+    lines = [
+        json.dumps({**row, "completion": answer.text, "finished": answer.finished}, ensure_ascii=False)
+        for (row, _), answer in zip(rows, answers, strict=True)
+    ]
+    if output is None:
+        print("\n".join(lines))
+        return len(lines)
+    target = pathlib.Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(target)
+    return len(lines)
+
+
+def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--input {path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        ref = RowRef(path.stem, str(path), number)
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{ref}: not valid JSON: {error}") from error
+        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
+            raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
+        yield row, ref
+
+
+def _encode_row(tokenizer: Tokenizer, row: dict, ref: RowRef, system: str, raw: bool) -> list[int]:
+    prompt = row.get("prompt", row.get("messages"))
+    if not isinstance(prompt, str):
+        prompt = parse_messages(prompt, ref)
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    return encode_prompt(tokenizer, prompt, system, tools=parse_tools(row.get("tools"), ref), raw=raw)
