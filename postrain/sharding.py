@@ -121,9 +121,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the first dimension) over ``data`` and ``fsdp``; every further dimension whole."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Rows over ``data`` and ``fsdp``, everything else whole; rows come after ``leading`` other dimensions."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
 def num_row_shards(mesh: Mesh) -> int:

@@ -1,0 +1,158 @@
+"""Optimizers from optax, the learning-rate schedule, which parameters decay.
+
+Every optimizer is the same chain: a direction (Adam's, Lion's, ...), plus decoupled weight decay on the
+matrices, times the scheduled learning rate (Loshchilov & Hutter 2017, arXiv:1711.05101, in the form of
+``torch.optim.AdamW``: the decay is multiplied by the learning rate). Clipping by the global norm belongs to
+the train step, which has that norm anyway. Learning rates keep their scale from one optimizer to the next
+as far as the field's habits allow: Muon's update is brought to AdamW's size.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from postrain.config import OptimizerConfig
+from postrain.errors import UserError
+
+Schedule = Callable[[jax.Array], jax.Array]  # int32 [] number of the update, from 0 -> float32 [] learning rate
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.GradientTransformation, Schedule]:
+    """The optax transformation for ``config`` and the schedule inside it.
+
+    Names: "adamw"; "lion" (Chen et al. 2023, arXiv:2302.06675); "adafactor" (Shazeer & Stern 2018,
+    arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
+    "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
+    for the rest. Raises UserError naming the key when a value makes no sense.
+    """
+    _check(config, total_steps)
+    schedule = make_schedule(config, total_steps)
+    direction = DIRECTIONS[config.name](config)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config))
+    parts = (direction, decay) if config.weight_decay else (direction,)
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """Learning rate of update ``step`` (from 0): a linear warm-up, then constant, linear, cosine or wsd.
+
+    The warm-up wastes no update: step 0 already has ``1 / warmup_steps`` of the peak. After it the rate goes
+    towards ``final_fraction`` of the peak, which it would reach at ``total_steps``. "wsd" (warm-up, stable,
+    decay; Hu et al. 2024, arXiv:2404.06395) stays at the peak until the last ``decay_steps``.
+    """
+    warmup, decay = config.warmup_steps, config.decay_steps or max(total_steps // 10, 1)
+    start = total_steps - decay if config.schedule == "wsd" else warmup
+    shape = SCHEDULES[config.schedule]
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - start) / max(total_steps - start, 1), 0, 1)
+        fraction = config.final_fraction + (1 - config.final_fraction) * shape(progress)
+        return config.learning_rate * fraction * jnp.minimum((step + 1) / max(warmup, 1), 1)
+
+    return schedule
+
+
+SCHEDULES = {
+    "constant": jnp.ones_like,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + jnp.cos(math.pi * progress)),
+    "wsd": lambda progress: 1 - progress,
+}
+
+
+def decay_mask(params, config: OptimizerConfig):
+    """True for the leaves that decay: matrices whose path has none of ``weight_decay_exclude``.
+
+    A name excludes a part of the path that equals it or has it between underscores: "norm" excludes
+    ``layers.attention_norm.scale`` and "embed" ``embed.embedding``, but not ``unembed.embedding``.
+    """
+
+    def decays(path, leaf) -> bool:
+        words = {word for part in _parts(path) for word in (part, *part.split("_"))}
+        return _num_dimensions(path, leaf) >= 2 and not words.intersection(config.weight_decay_exclude)
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _parts(path) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
+def _num_dimensions(path, leaf) -> int:
+    """Of one layer's parameter: those under ``layers`` are stacked on a leading axis."""
+    return leaf.ndim - (_parts(path)[0] == "layers")
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    # The clip is the paper's d = 1.0; a stacked parameter is one block, all its layers together.
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _sgd(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.trace(config.momentum) if config.momentum else optax.identity()
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    def is_layer_matrix(path, leaf) -> str:
+        return "muon" if _parts(path)[0] == "layers" and _num_dimensions(path, leaf) >= 2 else "adam"
+
+    def last_two_axes(params):
+        return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+
+    def to_adam_size(updates, params=None):
+        # An orthogonal update has root mean square 1 / sqrt(max(in, out)); AdamW's is 0.2 to 0.4 (Liu et al., eq. 4).
+        return jax.tree.map(lambda x: x * 0.2 * math.sqrt(max(x.shape[-2:])), updates)
+
+    orthogonal = contrib.scale_by_muon(beta=config.momentum or 0.95, weight_dimension_numbers=last_two_axes)
+    return optax.partition(
+        {"muon": optax.chain(orthogonal, optax.stateless(to_adam_size)), "adam": _adam(config)},
+        lambda params: jax.tree_util.tree_map_with_path(is_layer_matrix, params),
+    )
+
+
+DIRECTIONS = {
+    "adamw": _adam,
+    "lion": lambda config: optax.scale_by_lion(config.b1, config.b2),
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+    "muon": _muon,
+}
+
+
+def _check(config: OptimizerConfig, total_steps: int) -> None:
+    for key, table in (("name", DIRECTIONS), ("schedule", SCHEDULES)):
+        value = getattr(config, key)
+        if value not in table:
+            near = difflib.get_close_matches(str(value), table, n=1)
+            raise UserError(
+                f"optimizer.{key}: expected one of {', '.join(table)}, found {value!r}"
+                + (f": did you mean {near[0]!r}?" if near else "")
+            )
+    if total_steps < 1:
+        raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
+    ranges = {
+        "learning_rate": (config.learning_rate > 0, "above 0"),
+        "warmup_steps": (0 <= config.warmup_steps <= total_steps, f"0 to the {total_steps} steps of the run"),
+        "decay_steps": (0 <= config.decay_steps <= total_steps, f"0 to the {total_steps} steps of the run"),
+        "final_fraction": (0 <= config.final_fraction <= 1, "0 to 1"),
+        "b1": (0 <= config.b1 < 1, "0 to below 1"),
+        "b2": (0 <= config.b2 < 1, "0 to below 1"),
+        "eps": (config.eps > 0, "above 0"),
+        "momentum": (0 <= config.momentum < 1, "0 to below 1"),
+        "weight_decay": (config.weight_decay >= 0, "0 or more"),
+        "max_grad_norm": (config.max_grad_norm >= 0, "0 (no clipping) or more"),
+        "ema_decay": (0 <= config.ema_decay < 1, "0 (no average) to below 1"),
+    }
+    for key, (sane, expected) in ranges.items():
+        if not (sane and math.isfinite(getattr(config, key))):
+            raise UserError(f"optimizer.{key}: expected {expected}, found {getattr(config, key)}")

@@ -1,0 +1,126 @@
+"""Schedules at known points, which parameters decay, refusals, optimizers against their papers' update rules."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from postrain.compute.optimizer import decay_mask, make_optimizer, make_schedule
+from postrain.config import OptimizerConfig
+from postrain.errors import UserError
+from postrain.models.config import ModelConfig
+from postrain.models.params import abstract_params
+
+CONFIG = OptimizerConfig(learning_rate=1.0, schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("changes", "points"),
+    [
+        ({"schedule": "constant"}, {0: 1, 50: 1, 99: 1}),
+        ({"schedule": "linear"}, {0: 1, 25: 0.75, 100: 0, 120: 0}),
+        ({"schedule": "linear", "warmup_steps": 20}, {0: 0.05, 9: 0.5, 19: 1, 20: 1, 60: 0.5}),
+        ({"schedule": "cosine"}, {0: 1, 50: 0.5, 100: 0}),
+        ({"schedule": "cosine", "final_fraction": 0.2}, {0: 1, 50: 0.6, 100: 0.2}),
+        ({"schedule": "wsd"}, {0: 1, 90: 1, 95: 0.5, 100: 0}),
+        ({"schedule": "wsd", "decay_steps": 40, "warmup_steps": 10}, {4: 0.5, 60: 1, 80: 0.5}),
+    ],
+)
+def test_schedule_points(changes, points):
+    schedule = make_schedule(dataclasses.replace(CONFIG, **changes), 100)
+    for step, rate in points.items():
+        np.testing.assert_allclose(schedule(step), rate, atol=1e-6, err_msg=f"step {step}")
+
+
+def test_decay_is_for_matrices_that_are_not_excluded():
+    model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, qk_norm=True, qkv_bias=True)
+    mask = decay_mask(abstract_params(model), CONFIG)
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, decays in jax.tree_util.tree_leaves_with_path(mask)
+        if decays
+    }
+    kernels = {f"layers.attention.{name}.kernel" for name in "qkvo"} | {
+        f"layers.mlp.{name}.kernel" for name in ("gate", "up", "down")
+    }
+    assert names == kernels | {"unembed.embedding"}
+    everything = decay_mask(abstract_params(model), dataclasses.replace(CONFIG, weight_decay_exclude=()))
+    assert everything["embed"]["embedding"] and not everything["layers"]["attention_norm"]["scale"]
+
+
+def first_update(config, params, grads):
+    optimizer, _ = make_optimizer(config, 10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return jax.tree.map(np.asarray, updates)
+
+
+def tree(seed):
+    rng = np.random.default_rng(seed)
+    return {
+        "layers": {"q": {"kernel": jnp.asarray(rng.normal(size=(2, 4, 6)), jnp.float32)}},
+        "final_norm": {"scale": jnp.asarray(rng.normal(size=4), jnp.float32)},
+    }
+
+
+def test_lion_is_the_sign_and_decay_is_decoupled():
+    params, grads = tree(0), tree(1)
+    config = dataclasses.replace(CONFIG, name="lion", learning_rate=0.1, weight_decay=0.5)
+    updates = first_update(config, params, grads)
+    kernel, grad = params["layers"]["q"]["kernel"], grads["layers"]["q"]["kernel"]
+    np.testing.assert_allclose(updates["layers"]["q"]["kernel"], -0.1 * (np.sign(grad) + 0.5 * kernel), rtol=1e-6)
+    np.testing.assert_allclose(updates["final_norm"]["scale"], -0.1 * np.sign(grads["final_norm"]["scale"]), rtol=1e-6)
+
+
+def test_sgd_has_momentum_only_when_asked():
+    params, grads = tree(0), tree(1)
+    for momentum, factor in ((0.0, 1.0), (0.9, 1.9)):
+        optimizer, _ = make_optimizer(dataclasses.replace(CONFIG, name="sgd", momentum=momentum), 10)
+        state = optimizer.init(params)
+        _, state = optimizer.update(grads, state, params)
+        updates, _ = optimizer.update(grads, state, params)
+        jax.tree.map(lambda u, g, f=factor: np.testing.assert_allclose(u, -f * g, rtol=1e-6), updates, grads)
+
+
+def test_muon_makes_each_layers_matrix_near_orthogonal_at_adams_size():
+    params, grads = tree(0), tree(1)
+    updates = first_update(dataclasses.replace(CONFIG, name="muon"), params, grads)
+    for layer in range(2):
+        update = updates["layers"]["q"]["kernel"][layer] / (0.2 * np.sqrt(6))
+        u, _, v = np.linalg.svd(np.asarray(grads["layers"]["q"]["kernel"][layer]), full_matrices=False)
+        values = np.linalg.svd(update, compute_uv=False)
+        assert values.min() > 0.5 and values.max() < 1.4, "Newton-Schulz brings singular values near 1"
+        assert np.trace(-update @ (u @ v).T) > 0.8 * 4, "towards the gradient's polar factor"
+    adam = first_update(CONFIG, params, grads)
+    np.testing.assert_allclose(updates["final_norm"]["scale"], adam["final_norm"]["scale"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, r"optimizer.name: .* found 'adam': did you mean 'adamw'\?"),
+        ({"schedule": "cosin"}, r"optimizer.schedule: .* did you mean 'cosine'\?"),
+        ({"learning_rate": 0.0}, "optimizer.learning_rate: expected above 0, found 0.0"),
+        ({"learning_rate": float("nan")}, "optimizer.learning_rate"),
+        ({"learning_rate": float("inf")}, "optimizer.learning_rate"),
+        ({"warmup_steps": 11}, "optimizer.warmup_steps: expected 0 to the 10 steps of the run, found 11"),
+        ({"decay_steps": -1}, "optimizer.decay_steps"),
+        ({"final_fraction": 1.5}, "optimizer.final_fraction"),
+        ({"b1": 1.0}, "optimizer.b1"),
+        ({"b2": -0.1}, "optimizer.b2"),
+        ({"eps": 0.0}, "optimizer.eps"),
+        ({"momentum": 1.0}, "optimizer.momentum"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay"),
+        ({"max_grad_norm": -1.0}, "optimizer.max_grad_norm"),
+        ({"ema_decay": 1.0}, "optimizer.ema_decay"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_key(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(dataclasses.replace(CONFIG, **changes), 10)
+
+
+def test_run_without_updates_is_refused():
+    with pytest.raises(UserError, match="train.steps"):
+        make_optimizer(CONFIG, 0)
