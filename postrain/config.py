@@ -176,6 +176,7 @@ CHOICES: dict[str, tuple] = {
     "data.on_bad_row": ("error", "skip"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.attention": ("auto", "chunked"),
     "model.lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
     "optimizer.name": ("adamw", "lion", "adafactor", "sgd", "muon"),
     "optimizer.schedule": ("constant", "linear", "cosine", "wsd"),
@@ -298,7 +299,7 @@ def _run_config_file(path: str, arg: str | None) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever the user's own Python file does wrong is the user's to put right
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == file.resolve()]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
         raise UserError(f"--config: {path}:{line}: {type(error).__name__}: {error}") from error
 

@@ -1,0 +1,55 @@
+"""From a config to the model that a run trains: which parameters train, which do not, and where they lie."""
+
+import dataclasses
+import os
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from postrain.config import Config
+from postrain.hf.load import load_pretrained
+from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.params import axes_of, init_lora, lora_specs, shapes_of
+from postrain.sharding import named_shardings
+
+
+class Model(NamedTuple):
+    """A model to train. ``params`` trains, ``frozen`` does not; ``merge_params`` makes one tree of both."""
+
+    config: ModelConfig
+    params: Any
+    frozen: Any
+
+
+def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
+    """The model of ``folder`` with what ``config.model`` says about adapters and arithmetic, laid out over ``mesh``.
+
+    Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
+    dtype, and the adapters start from ``train.seed``. Raises UserError as load_pretrained does.
+    """
+    section = config.model
+    dtype = choose_compute_dtype(section.compute_dtype)
+    lora = section.lora
+    model_config, base = load_pretrained(folder, mesh=mesh, dtype=dtype if lora.rank else "float32")
+    model_config = dataclasses.replace(
+        model_config,
+        compute_dtype=dtype,
+        remat=section.remat,
+        attention=section.attention,
+        attention_chunk=section.attention_chunk,
+        lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+    )
+    if not lora.rank:
+        return Model(model_config, base, {})
+    specs = lora_specs(model_config)
+    shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
+    start = jax.jit(lambda rng: init_lora(model_config, rng), out_shardings=shardings)
+    return Model(model_config, start(jax.random.key(config.train.seed)), base)
+
+
+def choose_compute_dtype(name: str) -> str:
+    """ "auto" is bfloat16 on accelerators; on a CPU it gains nothing."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
