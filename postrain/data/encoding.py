@@ -29,13 +29,13 @@ def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["E
     out: list[Encoded | None] = [None] * len(sequences)
     plain = [i for i, s in enumerate(sequences) if MARK_OPEN not in s.text]
     encodings = tokenizer.fast.encode_batch([sequences[i].text for i in plain], add_special_tokens=False)
-    for i, encoding in zip(plain, encodings):
+    for i, encoding in zip(plain, encodings, strict=True):
         out[i] = Encoded(sequences[i], tokenizer, tokenizer.fast, encoding)
     for i, sequence in enumerate(sequences):
         if out[i] is None:
             escaped = escape(sequence, tokenizer)
-            encoder = second_tokenizer(tokenizer)
-            out[i] = Encoded(escaped, tokenizer, encoder.fast, encoder.fast.encode(escaped.text, add_special_tokens=False))
+            fast = second_tokenizer(tokenizer).fast
+            out[i] = Encoded(escaped, tokenizer, fast, fast.encode(escaped.text, add_special_tokens=False))
     return out
 
 
@@ -81,28 +81,23 @@ class Encoded:
             return 0, 0
         before = bisect.bisect_left(self._starts, at)
         anchor = next((i for i in range(before - 1, -1, -1) if self._ids[i] in self._anchors), None)
-        begin = self._starts[anchor] if anchor is not None else 0
+        anchor_text = "" if anchor is None else self.fast.id_to_token(self._ids[anchor])
         anchor = anchor or 0
+        begin = self._starts[anchor] if anchor_text else 0
         head = _encode_short(self.fast, self.text[begin:at])
         if self._ids[anchor : anchor + len(head)] == head:
             return anchor + len(head), 0
         after = next((i for i in range(before, len(self._ids)) if self._ids[i] in self._anchors), len(self._ids))
         stop = self._starts[after] if after < len(self._ids) else len(self.text)
-        rest = self._encode_inside(self.text[at:stop], begin)
+        # Not at the beginning of a text, where some tokenizers would put a space in front.
+        rest = _encode_short(self.fast, anchor_text + self.text[at:stop])[int(bool(anchor_text)) :]
         new, old = head + rest, self._ids[anchor:after]
         if self._decode(new) != self._decode(old):
-            raise Refusal("a token lies over the end of the generation prompt and the two sides cannot be encoded apart")
+            raise Refusal("a token lies over the end of the generation prompt, and its two sides do not encode apart")
         self._ids[anchor:after] = new
         # Positions inside the replaced stretch are not asked for again: spans are cut from the last to the first.
         self._starts[anchor:after] = [begin] * len(head) + [at] * len(rest)
         return anchor + len(head), len(new) - len(old)
-
-    def _encode_inside(self, text: str, begin: int) -> list[int]:
-        """Ids of text that does not stand at the beginning, where some tokenizers would add a space."""
-        anchor = self._ids[bisect.bisect_left(self._starts, begin)] if begin else None
-        if anchor not in self._anchors:
-            return self.fast.encode(text, add_special_tokens=False).ids
-        return self.fast.encode(self.fast.id_to_token(anchor) + text, add_special_tokens=False).ids[1:]
 
     def _decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
@@ -115,7 +110,7 @@ class Encoded:
         ids = [second.true_ids.get(i, i) for i in self._ids]
         spelt = sum(i in second.true_ids for i in self._ids)
         if spelt != sum(i in second.control_ids for i in ids):
-            raise Refusal("the tokenizer makes special tokens of ordinary text, so those in the row cannot be kept apart")
+            raise Refusal("the row spells a special token, and the tokenizer cannot write it as ordinary text")
         return ids
 
 
@@ -159,7 +154,7 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
         begins.append(done)
         shifts.append(length - done)
     out.append(sequence.text[done:])
-    move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]  # noqa: E731
+    move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
     return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans))
 
 

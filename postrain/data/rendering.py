@@ -15,7 +15,16 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from postrain.data.encoding import encode_sequences
-from postrain.data.schema import BadRow, Conversation, Example, PromptCompletion, RowRef, parse_messages, parse_tools
+from postrain.data.schema import (
+    BadRow,
+    Conversation,
+    Example,
+    PromptCompletion,
+    RowRef,
+    checked_strings,
+    parse_messages,
+    parse_tools,
+)
 from postrain.data.tokenizer import Tokenizer
 from postrain.data.turns import Refusal, Renderer, Sequence, mark, plan_sequences
 from postrain.errors import UserError
@@ -78,7 +87,12 @@ def render_many(
 
 
 def render_prompt(
-    messages, tokenizer: Tokenizer, *, tools=None, template_date: str = TEMPLATE_DATE, default_system: str = "",
+    messages,
+    tokenizer: Tokenizer,
+    *,
+    tools=None,
+    template_date: str = TEMPLATE_DATE,
+    default_system: str = "",
     thinking: bool | None = None,
 ) -> np.ndarray:
     """int32 [P]: what serving feeds before generating a reply to ``messages``.
@@ -93,6 +107,7 @@ def render_prompt(
     """
     ref = RowRef("prompt", "prompt", 1)
     if isinstance(messages, str):
+        checked_strings(messages, "prompt", ref)
         (encoded,) = encode_sequences([Sequence(mark(messages, tokenizer.control_pattern), ())], tokenizer)
         return np.asarray(tokenizer.prefix_ids + encoded.true_ids(), np.int32)
     messages = parse_messages(messages, ref)

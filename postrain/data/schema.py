@@ -26,6 +26,8 @@ KINDS = ("messages", "prompt_completion", "text")
 MESSAGE_KEYS = frozenset(
     "role content name tool_calls tool_call_id reasoning_content reasoning thinking train weight".split()
 )
+# Used inside to mark places in rendered text (turns.py); Unicode reserves them for that, no text holds them.
+NONCHARACTERS = frozenset("\ufdd0\ufdd1\ufdd2")
 IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split())
 
 
@@ -95,7 +97,7 @@ def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
       BadRow: naming file, line, the message's index and what was expected.
     """
     if not isinstance(raw, dict):
-        raise BadRow(ref, f"expected an object with 'messages', 'prompt' and 'completion', or 'text'; found {_kind_of(raw)}")
+        raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
     kind = row_kind(raw) if kind == "auto" else kind
     if kind == "text":
         text = _string(raw.get("text"), "text", ref)
@@ -164,7 +166,7 @@ def _parse_message(message: Any, where: str, ref: RowRef) -> dict:
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        hint = " ('from' and 'value' are ShareGPT's keys: rename them to 'role' and 'content')" if "from" in message else ""
+        hint = "; rename ShareGPT's 'from' and 'value' to 'role' and 'content'" if "from" in message else ""
         raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{hint}")
     _check_keys(message, where, ref)
     out = {"role": role}
@@ -302,6 +304,8 @@ def _string(value: Any, where: str, ref: RowRef) -> str:
             value.encode("utf-8")
         except UnicodeEncodeError as e:
             raise BadRow(ref, f"{where} has a lone surrogate (half of a \\uXXXX pair) at character {e.start}") from None
+        if not NONCHARACTERS.isdisjoint(value):
+            raise BadRow(ref, f"{where} holds one of the noncharacters U+FDD0 to U+FDD2, which are not text")
     return value
 
 

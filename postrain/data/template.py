@@ -58,6 +58,7 @@ class ChatTemplate:
     Attributes:
       source: the Jinja text.
       literals: all text that the template itself can write, pieces joined by NUL.
+      names: attributes and string constants that occur in it: the keys of messages that it can read.
       switches: the variables of ``REASONING_SWITCHES`` that it reads.
     """
 
@@ -78,8 +79,9 @@ class ChatTemplate:
         pieces = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
         pieces |= {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self.literals = "\0".join(sorted(pieces))
-        names = {node.name for node in tree.find_all(jinja2.nodes.Name)}
-        self.switches = tuple(name for name in REASONING_SWITCHES if name in names)
+        variables = {node.name for node in tree.find_all(jinja2.nodes.Name)}
+        self.names = pieces | {node.attr for node in tree.find_all(jinja2.nodes.Getattr)}
+        self.switches = tuple(name for name in REASONING_SWITCHES if name in variables)
 
     def render(self, messages, tools=None, *, template_date: str, add_generation_prompt: bool, **variables) -> str:
         """The conversation as text.
@@ -101,6 +103,18 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
             raise TemplateRefusal(re.sub(r"\s+", " ", str(e)) or type(e).__name__) from None
+
+    def lift_reasoning(self, message: dict) -> dict:
+        """For templates that take reasoning only in a field of its own and do not know ``<think>``: a block at the
+        start of the content becomes ``reasoning_content``, else its tags would be written out as a part of the answer.
+        """
+        takes_field = "reasoning_content" in self.names or "thinking" in self.names
+        if not takes_field or "</think>" in self.literals or message["role"] != "assistant":
+            return message
+        if "reasoning_content" in message or not message["content"].lstrip().startswith("<think>"):
+            return message
+        reasoning, answer = split_inline(message["content"])
+        return {**message, "reasoning_content": reasoning, "content": answer.lstrip("\n")} if reasoning else message
 
     def _for_template(self, message: dict) -> dict:
         """The message with the keys that templates know: not ours, and reasoning under its other name too."""
@@ -131,6 +145,14 @@ class ChatTemplate:
         except TemplateRefusal:
             return False
         return True
+
+
+def split_inline(content: str) -> tuple[str, str]:
+    """Content with a ``<think>`` block at its start -> reasoning and answer, as reasoning templates split it."""
+    if "</think>" not in content:
+        return "", content
+    head, _, answer = content.rpartition("</think>")
+    return head.rpartition("<think>")[2].strip(), answer
 
 
 def _with_text_arguments(call: dict) -> dict:

@@ -41,7 +41,8 @@ class Tokenizer:
         self.folder = folder
         self.fast = fast
         self._config = config
-        self.special_tokens = {k: _text(config[k]) for k in NAMED_TOKENS if config.get(k) is not None}
+        named = {k: _text(v) for k, v in config.items() if k.endswith("_token")}
+        self.special_tokens = {k: v for k, v in named.items() if isinstance(v, str)}  # not add_bos_token
         self.bos_id, self.eos_id, self.pad_id = (self._named_id(k) for k in NAMED_TOKENS[:3])
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
         self.template = ChatTemplate(template_source, self.special_tokens, str(origin)) if template_source else None
@@ -96,7 +97,8 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         extra = {"chat_template": self.chat_template} if self.template else {}
-        return PreTrainedTokenizerFast(tokenizer_object=self.fast, **self.special_tokens, **extra)
+        named = {k: v for k, v in self.special_tokens.items() if k in NAMED_TOKENS}
+        return PreTrainedTokenizerFast(tokenizer_object=self.fast, **named, **extra)
 
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
@@ -107,7 +109,7 @@ class Tokenizer:
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def fingerprint(self) -> str:
-        """Hash of all that decides which tokens and mask a row gets: tokenizer, template, named and stop tokens, code."""
+        """Hash of all that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
         parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
         return hashlib.sha256(json.dumps([*parts, RENDERING_VERSION]).encode()).hexdigest()
 
@@ -117,7 +119,9 @@ class Tokenizer:
             return None
         i = self.fast.token_to_id(text)
         if i is None:
-            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {key} is {text!r}, which tokenizer.json does not have")
+            raise UserError(
+                f"{self.folder}/tokenizer_config.json: {key} is {text!r}, which tokenizer.json does not have"
+            )
         return i
 
     def _prefix_ids(self) -> list[int]:
@@ -262,4 +266,4 @@ def _read_json(path: pathlib.Path) -> dict | None:
 
 
 def _text(token) -> str:
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token

@@ -34,10 +34,10 @@ import json
 import re
 
 from postrain.data.schema import BadRow, Conversation
-from postrain.data.template import TemplateRefusal
+from postrain.data.template import TemplateRefusal, split_inline
 from postrain.data.tokenizer import Tokenizer
 
-MARK_OPEN, MARK_CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: never part of text meant for interchange
+MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # schema.py lets no row hold them
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
@@ -89,12 +89,11 @@ class Renderer:
         self.added = int(bool(default_system) and messages[0]["role"] not in ("system", "developer"))
         if self.added:
             messages.insert(0, {"role": "system", "content": default_system})
+        messages = [self.template.lift_reasoning(m) for m in messages]
         self.plain = (messages, tools)
         self.messages, self.tools = self.plain
         self.marked = _matches(self.plain, tokenizer.control_pattern)
         if self.marked:
-            if _matches(self.plain, re.compile(f"[{MARK_OPEN}{MARK_CLOSE}]")):
-                raise BadRow(ref, "the row spells a special token and also holds the noncharacter U+FDD0 or U+FDD1")
             self.messages, self.tools = mark(self.plain, tokenizer.control_pattern)
 
     def render(self, stop: int, add_generation_prompt: bool, variables: dict) -> str:
@@ -143,11 +142,39 @@ class Renderer:
         if whole.startswith(prompt):
             tail = whole[len(prompt) :]
         else:
-            tail = _put_reasoning_back(prompt, whole, reasoning_of(message))
+            begun, written = self._since_last_message(k, variables, prompt, whole)
+            same = written.startswith(begun)
+            tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
         continuation = tail[: self._stop_end(tail)]
         check_nothing_dropped(message, continuation)
         self._check_prompt(prompt, k)
         return prompt, continuation
+
+    def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
+        """What prompt and whole have after the content of message k - 1.
+
+        Where a template renders the turns before in another way once there is an answer (gpt-oss drops the reasoning
+        before a call), the two differ early, and yet write the turn itself alike. The place is found by a tag at the
+        end of that content; where the tag is lost or changes more than itself, the whole texts are given back.
+        """
+        if k == 0:
+            return prompt, whole
+        before, messages, tools = self.messages[k - 1], self.messages, self.tools
+        kept = before["content"].rstrip()
+        tagged = {**before, "content": kept + TAG + before["content"][len(kept) :]}
+        options = {"template_date": self.date, **variables}
+        texts = []
+        for stop, expected in ((k, prompt), (k + 1, whole)):
+            shown = [*messages[: k - 1], tagged, *messages[k:stop]]
+            try:
+                text = self.template.render(shown, tools, add_generation_prompt=stop == k, **options)
+            except TemplateRefusal:
+                return prompt, whole
+            head, found, tail = text.partition(TAG)
+            if not found or head + tail != expected:
+                return prompt, whole
+            texts.append(tail)
+        return texts[0], texts[1]
 
     def _stop_end(self, tail: str) -> int:
         """Where the first stop token that the template wrote ends.
@@ -178,7 +205,8 @@ class Renderer:
         """
         for i, message in enumerate(self.messages[:k]):
             if message["role"] != "assistant" and not _contains(prompt, message["content"]):
-                raise Refusal(f"the chat template drops the content of messages[{i - self.added}] ({message['role']})")
+                which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
+                raise Refusal(f"the chat template drops the content of {which}")
         for tool in self.tools or ():
             if not _contains(prompt, tool["function"]["name"]):
                 raise Refusal(f"the chat template drops the tool {tool['function']['name']!r}: it does not show tools")
@@ -186,15 +214,7 @@ class Renderer:
 
 def reasoning_of(message: dict) -> str:
     """The message's reasoning: its ``reasoning_content``, or a ``<think>`` block at the start of its content."""
-    return message.get("reasoning_content", "").strip() or _split_inline(message["content"])[0]
-
-
-def _split_inline(content: str) -> tuple[str, str]:
-    """Content -> reasoning and answer, as reasoning templates split it."""
-    if "</think>" not in content:
-        return "", content
-    head, _, answer = content.rpartition("</think>")
-    return head.rpartition("<think>")[2].strip(), answer
+    return message.get("reasoning_content", "").strip() or split_inline(message["content"])[0]
 
 
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
@@ -202,7 +222,8 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
     opened = OPENED_REASONING.search(prompt)
     base = prompt[: opened.start()] if opened else None
     if base is None or not whole.startswith(base):
-        common = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
         raise Refusal(
             "the chat template renders the answer otherwise than its generation prompt begins it: the prompt goes on "
             f"{prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
@@ -223,7 +244,7 @@ def check_nothing_dropped(message: dict, continuation: str) -> None:
     """
     reasoning, answer = message.get("reasoning_content", ""), message["content"]
     if not reasoning.strip():
-        reasoning, answer = _split_inline(answer)
+        reasoning, answer = split_inline(answer)
     pieces = [("reasoning", reasoning.strip()), ("content", answer.strip())]
     for call in message.get("tool_calls", ()):
         name = call["function"]["name"]

@@ -1,0 +1,257 @@
+"""Files of rows -> random access to checked examples.
+
+A path is a .jsonl file, a .parquet file, a glob of either, or a folder that ``datasets`` saved
+(``save_to_disk``), whose Arrow files are read with pyarrow. Nothing is held but an index of the lines and the
+rows of Parquet last asked for.
+
+Arrow gives every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is stored
+as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of Parquet and Arrow rows are therefore
+left out; in JSONL they stay.
+"""
+
+import glob
+import json
+import mmap
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from postrain.config import SourceConfig
+from postrain.data.schema import KINDS, BadRow, Example, RowRef, parse_row, row_kind
+from postrain.errors import UserError
+
+BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
+
+
+class Source:
+    """Rows of one ``SourceConfig``, in the order of its files.
+
+    ``len(source)``; ``source[i]`` gives a Conversation, PromptCompletion or TextRow and raises BadRow.
+
+    Attributes:
+      name: in reports.
+      kind: "messages", "prompt_completion" or "text"; "auto" where the first row did not tell.
+    """
+
+    def __init__(self, name: str, kind: str, files: list):
+        self.name, self._files = name, files
+        self._ends = np.cumsum([len(f) for f in files])
+        self.kind = self._kind_of_first_row() if kind == "auto" else kind
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        ref, raw = self.raw(index)
+        return parse_row(raw, self.kind, ref)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def ref(self, index: int) -> RowRef:
+        """File and line of a row, also of one that cannot be read."""
+        file, row = self._locate(index)
+        return RowRef(self.name, str(file.path), file.line(row))
+
+    def raw(self, index: int) -> tuple[RowRef, Any]:
+        """A row as decoded from its file, unchecked; raises BadRow where it cannot be decoded."""
+        file, row = self._locate(index)
+        ref = RowRef(self.name, str(file.path), file.line(row))
+        return ref, file.read(row, ref)
+
+    def _locate(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a source with {len(self)} rows")
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self._files[which], index - (int(self._ends[which - 1]) if which else 0)
+
+    def _kind_of_first_row(self) -> str:
+        try:
+            _, raw = self.raw(0)
+        except BadRow:
+            return "auto"
+        return (row_kind(raw) if isinstance(raw, dict) else "") or "auto"
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Opens a source and counts its rows; rows are checked when read.
+
+    Raises:
+      UserError: nothing at the path, no rows, a file that cannot be read, an unknown kind or file type.
+    """
+    if config.kind not in ("auto", *KINDS):
+        raise UserError(f"kind of source {config.path} must be one of auto, {', '.join(KINDS)}; found {config.kind!r}")
+    if not config.path:
+        raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a datasets folder")
+    files = [file for path in _paths(config.path) for file in _open(path)]
+    if not sum(len(f) for f in files):
+        raise UserError(f"{config.path} has no rows")
+    return Source(config.name or pathlib.Path(config.path).stem, config.kind, [f for f in files if len(f)])
+
+
+def _paths(path: str) -> list[pathlib.Path]:
+    if pathlib.Path(path).exists():
+        return [pathlib.Path(path)]
+    if glob.has_magic(path):
+        paths = [pathlib.Path(p) for p in sorted(glob.glob(path, recursive=True))]
+        if paths:
+            return paths
+        raise UserError(f"{path} matches no file")
+    raise UserError(f"{path} does not exist; expected a .jsonl or .parquet file, a glob of them, or a datasets folder")
+
+
+def _open(path: pathlib.Path) -> list:
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return [_JsonLines(path)]
+    if path.suffix == ".parquet":
+        return [_Parquet(path)]
+    if path.suffix == ".arrow":
+        return [_Arrow(path)]
+    raise UserError(f"{path}: expected .jsonl, .parquet or .arrow; found {path.suffix or 'no suffix'!r}")
+
+
+def _open_folder(path: pathlib.Path) -> list:
+    """A folder saved by ``datasets``: state.json lists its Arrow files."""
+    state = path / "state.json"
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(str(p.parent) for p in path.glob("*/state.json"))) or "none"
+        raise UserError(f"{path} holds several splits; give one of them as the path: {splits}")
+    if not state.is_file():
+        raise UserError(
+            f"{path} is not a folder saved by datasets (no state.json); for files give a glob: {path}/*.jsonl"
+        )
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{state} cannot be read: {type(e).__name__}: {e}") from None
+    return [_Arrow(path / name) for name in names]
+
+
+class _JsonLines:
+    """Byte offsets of the lines that are not blank; the file stays mapped, not read."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            with open(path, "rb") as f:
+                size = f.seek(0, 2)
+                self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror}") from None
+        self._begins, self._ends, self._lines = _line_index(self._bytes)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def line(self, row: int) -> int:
+        return int(self._lines[row])
+
+    def read(self, row: int, ref: RowRef) -> Any:
+        data = self._bytes[self._begins[row] : self._ends[row]]
+        try:
+            return json.loads(data.decode("utf-8-sig" if self._begins[row] == 0 else "utf-8"))
+        except UnicodeDecodeError as e:
+            raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
+        except json.JSONDecodeError as e:
+            hint = "" if ref.line > 1 or data[:1] != b"[" else "; one JSON object per line is expected, not a list"
+            raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
+        except (ValueError, RecursionError) as e:
+            raise BadRow(ref, f"invalid JSON: {e}") from None
+
+
+def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Begin, end (int64 byte offsets) and number (from 1) of every line with something on it."""
+    chunk = 1 << 24
+    pieces = ((i, np.frombuffer(data[i : i + chunk], np.uint8)) for i in range(0, len(data), chunk))
+    breaks = [np.flatnonzero(piece == ord("\n")) + i for i, piece in pieces]
+    ends = np.concatenate([*breaks, [len(data)]]).astype(np.int64)
+    begins = np.concatenate([[0], ends[:-1] + 1])
+    filled = [e - b > 64 or bool(data[b:e].strip()) for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
+    keep = np.flatnonzero(filled)
+    return begins[keep], ends[keep], keep + 1
+
+
+class _Table:
+    """Rows of a Parquet or Arrow file, converted a block at a time."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._block, self._rows = -1, []
+
+    def line(self, row: int) -> int:
+        return row + 1
+
+    def read(self, row: int, ref: RowRef) -> Any:
+        block, inside = divmod(row, BLOCK)
+        if block != self._block:
+            try:
+                self._rows = self._slice(block * BLOCK, BLOCK).to_pylist()
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+                raise BadRow(ref, f"the file cannot be read here: {_one_line(e)}") from None
+            self._block = block
+        return _without_nulls(self._rows[inside])
+
+
+class _Parquet(_Table):
+    def __init__(self, path: pathlib.Path):
+        super().__init__(path)
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path} cannot be read as Parquet: {_one_line(e)}") from None
+        meta = self._file.metadata
+        self._group_ends = np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
+        self._group, self._table = -1, None
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    def _slice(self, start: int, length: int) -> pa.Table:
+        """Rows from ``start`` on, over as many row groups as needed."""
+        pieces, stop = [], min(start + length, len(self))
+        while start < stop:
+            group = int(np.searchsorted(self._group_ends, start, side="right"))
+            if group != self._group:
+                self._table, self._group = self._file.read_row_group(group), group
+            first = int(self._group_ends[group - 1]) if group else 0
+            pieces.append(self._table.slice(start - first, stop - start))
+            start += pieces[-1].num_rows
+        return pa.concat_tables(pieces)
+
+
+class _Arrow(_Table):
+    """An Arrow file as ``datasets`` writes it (a stream; the random-access format is read too), memory-mapped."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(path)
+        try:
+            data = pa.memory_map(str(path), "r")
+            try:
+                self._table = pa.ipc.open_stream(data).read_all()
+            except pa.ArrowInvalid:
+                data.seek(0)
+                self._table = pa.ipc.open_file(data).read_all()
+        except (pa.ArrowException, OSError) as e:
+            raise UserError(f"{path} cannot be read as Arrow: {_one_line(e)}") from None
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def _slice(self, start: int, length: int) -> pa.Table:
+        return self._table.slice(start, length)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
