@@ -1,0 +1,103 @@
+"""What decides the rows that training sees, written down, so that a resume can refuse a changed pipeline.
+
+The hash of the rendered documents alone would tell *that* something changed; the rest is there to tell *what*.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from postrain.config import DataConfig
+from postrain.data.packing import PACKING_VERSION
+from postrain.data.plan import PLAN_VERSION
+from postrain.data.rendering import Rendered
+from postrain.data.tokenizer import Tokenizer
+
+# Keys of the config that decide which rows come when.
+_KEYS = (
+    "sequence_length", "batch_size", "packing", "packing_window", "too_long", "on_bad_row", "shuffle", "seed",
+    "template_date", "default_system",
+)  # fmt: skip
+
+
+def make_fingerprint(
+    sources: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, examples: Iterable[Rendered], config: DataConfig
+) -> dict:
+    """A JSON-able description of the pipeline.
+
+    Args:
+      sources: name and files of each.
+      examples: the rendered documents, in order.
+    """
+    return {
+        "data": {key: getattr(config, key) for key in _KEYS},
+        "sources": [{"name": name, "files": _describe_files(files)} for name, files in sources],
+        "tokenizer": tokenizer.fingerprint(),
+        "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION},
+        "documents": hash_documents(examples),
+    }
+
+
+def hash_documents(examples: Iterable[Rendered]) -> str:
+    """Hash over tokens and loss masks, in order."""
+    digest = hashlib.blake2b(digest_size=20)
+    for example in examples:
+        digest.update(len(example.tokens).to_bytes(8, "little"))
+        digest.update(np.ascontiguousarray(example.tokens, "<i4"))
+        digest.update(np.packbits(example.loss_mask))
+    return digest.hexdigest()
+
+
+def compare_fingerprints(old: dict, new: dict) -> list[str]:
+    """What changed between two fingerprints, one readable line each; empty: nothing did."""
+    changes = [
+        f"data.{key}: was {old['data'].get(key)!r}, is {new['data'].get(key)!r}"
+        for key in sorted(old["data"].keys() | new["data"].keys())
+        if old["data"].get(key) != new["data"].get(key)
+    ]
+    changes += _compare_sources(old["sources"], new["sources"])
+    if old["chat_template"] != new["chat_template"]:
+        changes.append("the chat template is another one")
+    elif old["tokenizer"] != new["tokenizer"]:
+        changes.append("the tokenizer (or the code that renders with it) is another one")
+    for part in sorted(old["versions"].keys() | new["versions"].keys()):
+        was, now = old["versions"].get(part), new["versions"].get(part)
+        if was != now:
+            changes.append(f"the {part} code is another version: was {was}, is {now}")
+    if old["documents"] != new["documents"] and not changes:
+        changes.append("the same files and settings give other tokens or loss masks: the rendering code changed")
+    return changes
+
+
+def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
+    was, now = ([s["name"] for s in sources] for sources in (old, new))
+    if was != now:
+        return [f"sources: were {', '.join(was)}; are {', '.join(now)}"]
+    changes = []
+    for before, after in zip(old, new, strict=True):
+        files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
+        where = f"source {before['name']!r}: file"
+        changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]
+        changes += [f"{where} {n} is new" for n in files_after if n not in files_before]
+        for name in files_before.keys() & files_after.keys():
+            a, b = files_before[name], files_after[name]
+            if a != b:
+                changes.append(f"{where} {name} has other content: was {a['bytes']:,} bytes, is {b['bytes']:,}")
+        if not changes and before["files"] != after["files"]:
+            changes.append(f"source {before['name']!r}: its files come in another order")
+    return changes
+
+
+def _describe_files(files: list[str]) -> list[dict]:
+    """By name, size and content: a folder may move, its files may not change."""
+    described = []
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files]) if files else ""
+    for file in files:
+        with open(file, "rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        name = os.path.relpath(os.path.abspath(file), folder)
+        described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+    return described

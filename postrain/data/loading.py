@@ -1,0 +1,192 @@
+"""Sources -> rendered documents in memory: bad rows, too long ones, counts.
+
+Nothing is left out silently. Every row ends in exactly one of these ways, and each is counted per source: it is
+kept (as one document, or split into several), it is bad (``data.on_bad_row``), or it is too long
+(``data.too_long``).
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from postrain.config import DataConfig, SourceConfig
+from postrain.data.fingerprint import make_fingerprint
+from postrain.data.plan import RowPlan
+from postrain.data.rendering import Rendered, render_many
+from postrain.data.report import DataReport, SourceReport
+from postrain.data.schema import BadRow, Example
+from postrain.data.sources import Source, open_source
+from postrain.data.tokenizer import Tokenizer
+from postrain.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """Rendered documents of one or more sources.
+
+    Attributes:
+      examples: the documents, in the order of the sources; each has at least one trained token that is
+        predicted from another, and takes at most ``sequence_length`` slots.
+      report: what became of the rows.
+      fingerprint: JSON-able; see ``postrain.data.fingerprint``.
+    """
+
+    examples: list[Rendered]
+    report: DataReport
+    fingerprint: dict
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: slots that each document takes, its tokens less one."""
+        return np.array([len(e.tokens) - 1 for e in self.examples], np.int64)
+
+
+def load_examples(
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    rejected_path: str | os.PathLike | None = None,
+) -> ExampleSet:
+    """Reads and renders all rows of ``sources`` (usually ``config.train`` or ``config.eval``).
+
+    Args:
+      tokenizer: from ``load_tokenizer``.
+      rejected_path: a JSONL file for bad rows, ``{"file", "line", "reason"}``, where ``config.on_bad_row`` is
+        "skip". Lines about other files that stand there already are kept, so train and eval can share it. Of
+        several processes, give it to one.
+
+    Raises:
+      UserError: a source that cannot be read; a bad or too long row where the config says so, naming file and
+        line; a larger share of bad rows than ``config.max_bad_fraction``; nothing left to train on.
+    """
+    examples: list[Rendered] = []
+    loaders: list[_SourceLoader] = []
+    try:
+        for source_config in sources:
+            loaders.append(_SourceLoader(open_source(source_config), tokenizer, config))
+            examples += loaders[-1].load()
+    finally:  # also when the run stops: the reasons are what its user needs then
+        if rejected_path is not None:
+            _write_rejected(pathlib.Path(rejected_path), loaders)
+    report = DataReport([loader.report for loader in loaders], config.sequence_length)
+    if not examples:
+        raise UserError(_describe_empty(report, config))
+    files = [(loader.report.name, list(loader.files)) for loader in loaders]
+    example_set = ExampleSet(examples, report, make_fingerprint(files, tokenizer, examples, config))
+    report.packed_rows = len(RowPlan(example_set.lengths, config).rows_of_epoch(0))
+    report.used_slots = int(example_set.lengths.sum())
+    return example_set
+
+
+class _SourceLoader:
+    """One source's rows through the policies, counted.
+
+    Attributes:
+      report: the counts.
+      files: the files that rows came from, in order (as a dict without values).
+      rejected: bad rows left out.
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer, config: DataConfig):
+        self.source, self.tokenizer, self.config = source, tokenizer, config
+        self.report = SourceReport(source.name, rows=len(source))
+        self.files: dict[str, None] = {}
+        self.rejected: list[BadRow] = []
+
+    def load(self) -> list[Rendered]:
+        kept: list[Rendered] = []
+        rendered = render_many(
+            self._read(),
+            self.tokenizer,
+            template_date=self.config.template_date,
+            default_system=self.config.default_system,
+        )
+        for documents in rendered:
+            if isinstance(documents, BadRow):
+                self._reject(documents)
+                continue
+            self.report.split += len(documents) > 1
+            kept += [fitted for fitted in map(self._fit, documents) if fitted is not None]
+        self.report.documents = len(kept)
+        self.report.tokens = sum(len(d.tokens) for d in kept)
+        self.report.trained = sum(int(d.loss_mask[1:].sum()) for d in kept)
+        return kept
+
+    def _read(self) -> Iterator[Example]:
+        for i in range(len(self.source)):
+            try:
+                example = self.source[i]
+            except BadRow as e:
+                self.files[e.ref.file] = None
+                self._reject(e)
+                continue
+            self.files[example.ref.file] = None
+            yield example
+
+    def _reject(self, bad: BadRow) -> None:
+        if self.config.on_bad_row == "error":
+            raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
+        self.rejected.append(bad)
+        self.report.skipped += 1
+        allowed = self.config.max_bad_fraction
+        if self.report.skipped > allowed * self.report.rows:
+            raise UserError(
+                f"source {self.report.name!r}: {self.report.skipped} bad rows of {self.report.rows}, more than "
+                f"data.max_bad_fraction = {allowed} allows; the last one is {bad}"
+            )
+
+    def _fit(self, document: Rendered) -> Rendered | None:
+        """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
+        report, limit = self.report, self.config.sequence_length
+        slots = len(document.tokens) - 1
+        report.longest = max(report.longest, slots)
+        if slots > limit:
+            if self.config.too_long == "error":
+                raise UserError(
+                    f"{document.ref}: the row takes {slots} slots, data.sequence_length is {limit}: raise it, or set "
+                    "data.too_long to 'drop' or 'truncate'"
+                )
+            if self.config.too_long == "drop":
+                report.too_long += 1
+                return None
+            document = Rendered(document.tokens[: limit + 1], document.loss_mask[: limit + 1], document.ref)
+        if not document.loss_mask[1:].any():
+            report.untrained += 1
+            return None
+        report.truncated += slots > limit
+        return document
+
+
+def _describe_empty(report: DataReport, config: DataConfig) -> str:
+    total = report.total
+    where = ", ".join(s.name for s in report.sources) or "no source given"
+    reasons = {
+        "bad (see rejected.jsonl)": total.skipped,
+        f"longer than data.sequence_length = {config.sequence_length} (the longest takes {total.longest} slots)":
+            total.too_long,
+        "left with nothing to train on after truncation": total.untrained,
+    }  # fmt: skip
+    found = "; ".join(f"{n} {why}" for why, n in reasons.items() if n)
+    return f"nothing to train on in {where}: {total.rows} rows" + (f", {found}" if found else "")
+
+
+def _write_rejected(path: pathlib.Path, loaders: list[_SourceLoader]) -> None:
+    """Replaces the lines about the files that were read, so that a resume or a second call does not repeat them."""
+    files = {file for loader in loaders for file in loader.files}
+    rejected = sorted((bad for loader in loaders for bad in loader.rejected), key=lambda b: (b.ref.file, b.ref.line))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["file"] not in files]
+    for bad in rejected:
+        entry = {"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason}
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    if not lines and not path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(unfinished, path)

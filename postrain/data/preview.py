@@ -1,0 +1,169 @@
+"""What training will see, for the eye: rows with their trained tokens marked, counts, packing, lengths."""
+
+import contextlib
+import html
+import itertools
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+from postrain.config import Config
+from postrain.data.loading import ExampleSet, load_examples
+from postrain.data.rendering import Rendered
+from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.errors import UserError
+
+_HISTOGRAM_BINS = 12
+_BAR_WIDTH = 40
+_TRAINED_HTML = "background:#c9f2d3;border-radius:2px"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: could steer the terminal
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+.bar { background: #7aa6d8; height: 1em; } td.plot { width: 24rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .8rem; border-radius: 4px; }
+"""
+
+
+def preview(
+    config: Config, html_path: str | os.PathLike | None = None, rows: int = 3, color: bool | None = None
+) -> str:
+    """Loads ``config.data`` as training would and shows it.
+
+    Args:
+      html_path: also writes a page, self-contained, with the same.
+      rows: documents shown in full, spread evenly over ``data.train``.
+      color: trained tokens in colour, or between marks. None: colour if standard output is a terminal and
+        NO_COLOR is not set.
+
+    Returns:
+      The text to print.
+
+    Raises:
+      UserError: as ``load_tokenizer`` and ``load_examples``.
+    """
+    if not (config.model.tokenizer or config.model.path):
+        raise UserError("config key 'model.path' is empty: give a Hugging Face folder, its tokenizer renders the data")
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.data.chat_template)
+    parts = [("data.train", config.data.train)] + [("data.eval", config.data.eval)] * bool(config.data.eval)
+    sets = {key: load_examples(sources, tokenizer, config.data) for key, sources in parts}
+    examples = sets["data.train"].examples
+    picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
+    shown = [examples[i] for i in picked]
+    if html_path is not None:
+        _write_html(pathlib.Path(html_path), sets, shown, tokenizer)
+    color = use_color() if color is None else color
+    blocks = [f"{key}\n{s.report}\n\n{_format_histogram(s)}" for key, s in sets.items()]
+    legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
+    blocks += [legend] if shown else []
+    blocks += [f"--- {_describe(r)}\n{_format_tokens(r, tokenizer, color)}" for r in shown]
+    return "\n\n".join(blocks)
+
+
+def use_color() -> bool:
+    """Whether to print in colour: a terminal, and no NO_COLOR (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer) -> str:
+    """A document as HTML that needs no style sheet: its text, escaped, with the trained tokens on green."""
+    spans = []
+    for text, trained, count in _runs(rendered, tokenizer):
+        text = html.escape(_visible(text))
+        spans.append(f'<span style="{_TRAINED_HTML}" title="{count} trained tokens">{text}</span>' if trained else text)
+    return '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">' + "".join(spans) + "</pre>"
+
+
+def _runs(rendered: Rendered, tokenizer: Tokenizer):
+    """(text, trained, number of tokens) of each stretch of tokens with the same mask."""
+    start = 0
+    for trained, run in itertools.groupby(rendered.loss_mask.tolist()):
+        count = len(list(run))
+        yield tokenizer.decode(rendered.tokens[start : start + count]), trained, count
+        start += count
+
+
+def _visible(text: str) -> str:
+    """Control characters as pictures: what a row contains must not steer the terminal."""
+    return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\ufffd", text)
+
+
+def _mark(text: str, color: bool) -> str:
+    return f"\x1b[1;32m{text}\x1b[0m" if color else f"\u27e6{text}\u27e7"
+
+
+def _format_tokens(rendered: Rendered, tokenizer: Tokenizer, color: bool) -> str:
+    runs = _runs(rendered, tokenizer)
+    return "".join(_mark(_visible(text), color) if trained else _visible(text) for text, trained, _ in runs)
+
+
+def _describe(rendered: Rendered) -> str:
+    trained = int(rendered.loss_mask[1:].sum())
+    share = trained / len(rendered.tokens)
+    return f"{rendered.ref}  {len(rendered.tokens):,} tokens, {trained:,} trained ({share:.1%})"
+
+
+def _histogram(example_set: ExampleSet) -> list[tuple[str, int]]:
+    lengths = example_set.lengths
+    width = -(-int(lengths.max()) // _HISTOGRAM_BINS)
+    counts = np.bincount((lengths - 1) // width, minlength=1)
+    return [(f"{i * width + 1:,} - {(i + 1) * width:,}", int(n)) for i, n in enumerate(counts)]
+
+
+def _format_histogram(example_set: ExampleSet) -> str:
+    bins = _histogram(example_set)
+    label = max(len(name) for name, _ in bins)
+    most = max(count for _, count in bins)
+    lines = [f"{name.rjust(label)} |{'#' * -(-count * _BAR_WIDTH // most)} {count:,}" for name, count in bins]
+    return "\n".join(["documents by length (slots)", *lines])
+
+
+def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Rendered], tokenizer: Tokenizer) -> None:
+    body = ["<h1>What training will see</h1>"]
+    for key, example_set in sets.items():
+        header, *lines = example_set.report.table()
+        body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
+        body.append(f"<p>{html.escape(example_set.report.describe_packing())}</p>")
+        bins = _histogram(example_set)
+        most = max(count for _, count in bins)
+        plot = "".join(
+            f'<tr><td>{name}</td><td>{count:,}</td><td class="plot">'
+            f'<div class="bar" style="width:{100 * count / most:.1f}%"></div></td></tr>'
+            for name, count in bins
+        )
+        body.append(f"<table><tr><th>length (slots)</th><th>documents</th><th></th></tr>{plot}</table>")
+    if shown:
+        body.append(f'<h2>Documents, <span style="{_TRAINED_HTML}">trained tokens</span> marked</h2>')
+    for rendered in shown:
+        body.append(f"<p>{html.escape(_describe(rendered))}</p>{render_tokens_html(rendered, tokenizer)}")
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Data preview</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+    _write_whole(path, page)
+
+
+def _html_table(header: list, tag: str, lines: list) -> str:
+    rows = [(tag, row) for row in header] + [("td", row) for row in lines]
+    cells = ("".join(f"<{t}>{html.escape(cell)}</{t}>" for cell in row) for t, row in rows)
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes beside the file and renames, so that no half page is left where the disk is full."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None

@@ -1,0 +1,100 @@
+"""What became of every row: counted per source, printed before training, never silent."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class SourceReport:
+    """Counts of one source. Rows go in; documents (training sequences) come out.
+
+    Attributes:
+      rows: rows of the source.
+      documents: training sequences that are kept.
+      tokens: tokens of these documents.
+      trained: tokens of them that are trained on (that carry loss).
+      too_long: documents left out for their length.
+      truncated: documents cut to the length; kept.
+      untrained: documents left out because nothing to train on was left of them after the cut.
+      split: rows that gave more than one document, because serving would see their turns separately.
+      skipped: bad rows left out (``data.on_bad_row = "skip"``).
+      longest: slots that the longest document would take, before anything was left out or cut.
+    """
+
+    name: str
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    untrained: int = 0
+    split: int = 0
+    skipped: int = 0
+    longest: int = 0
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens over all tokens of the kept documents; 0 when there are none."""
+        return self.trained / self.tokens if self.tokens else 0.0
+
+
+@dataclasses.dataclass
+class DataReport:
+    """A set of sources, and how well their documents fill the rows of the first epoch.
+
+    Attributes:
+      sources: one report for each.
+      sequence_length: slots of a row.
+      packed_rows: rows of the first epoch.
+      used_slots: slots of these that hold a document; the rest is padding.
+    """
+
+    sources: list[SourceReport]
+    sequence_length: int = 0
+    packed_rows: int = 0
+    used_slots: int = 0
+
+    @property
+    def total(self) -> SourceReport:
+        """All sources together."""
+        counts = [f.name for f in dataclasses.fields(SourceReport) if f.name not in ("name", "longest")]
+        total = SourceReport("total", **{c: sum(getattr(s, c) for s in self.sources) for c in counts})
+        total.longest = max((s.longest for s in self.sources), default=0)
+        return total
+
+    @property
+    def fill(self) -> float:
+        """Useful slots over all slots of the packed rows; 1 less this is the padding."""
+        slots = self.packed_rows * self.sequence_length
+        return self.used_slots / slots if slots else 0.0
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The counts as text: a header, a line for each source and, of several, their total."""
+        header = (
+            "source", "rows", "documents", "tokens", "trained", "share",
+            "too long", "truncated", "untrained", "split", "skipped", "longest",
+        )  # fmt: skip
+        lines = self.sources + ([self.total] if len(self.sources) > 1 else [])
+        return [header] + [
+            (
+                s.name, f"{s.rows:,}", f"{s.documents:,}", f"{s.tokens:,}", f"{s.trained:,}", f"{s.trained_share:.1%}",
+                *(f"{n:,}" for n in (s.too_long, s.truncated, s.untrained, s.split, s.skipped, s.longest)),
+            )
+            for s in lines
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        cells = self.table()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in cells
+        ]
+        return "\n".join([*lines, self.describe_packing()])
+
+    def describe_packing(self) -> str:
+        """One line: rows, slots and how many of them are used."""
+        return (
+            f"packing: {self.packed_rows:,} rows of {self.sequence_length:,} slots, {self.fill:.2%} filled, "
+            f"{1 - self.fill:.2%} padding"
+        )

@@ -1,0 +1,114 @@
+"""The preview shows what is trained on, exactly, and lets nothing in a row steer the terminal or the page."""
+
+import html.parser
+import re
+
+import numpy as np
+import pytest
+from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
+
+from postrain.config import Config, DataConfig, ModelSection, SourceConfig
+from postrain.data.preview import preview, render_tokens_html
+from postrain.data.rendering import Rendered
+from postrain.data.schema import RowRef
+from postrain.data.tokenizer import load_tokenizer
+from postrain.errors import UserError
+
+NASTY = "<script>alert('x')</script> & \x1b[2J caf\u00e9"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    rows = [chat("Hello?", "Good day."), chat(NASTY, NASTY + "!"), chat("more", "x" * 90)]
+    train = SourceConfig(path=str(write_jsonl(tmp_path / "train.jsonl", rows)))
+    held_out = SourceConfig(path=str(write_jsonl(tmp_path / "held_out.jsonl", rows[:1])))
+    data = DataConfig(train=(train,), eval=(held_out,), sequence_length=256)
+    return Config(data=data, model=ModelSection(path=str(folder)))
+
+
+class _Page(html.parser.HTMLParser):
+    """The text of a page, that of its green spans, and its tags."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text, self.trained, self._open = [], "", [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        self._open.pop()
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open and self._open[-1][0] == "span" and "title" in self._open[-1][1]:
+            self.trained.append(data)
+
+
+def test_trained_tokens_stand_between_marks(config):
+    shown = preview(config, color=False)
+    assert re.findall("\u27e6([^\u27e7]*)\u27e7", shown.split("--- ", 1)[1])[0] == "Good day.<|im_end|>"
+    assert shown.count("\u27e6") - 1 == 3 and "\x1b" not in shown  # one more in the legend
+    assert f"{config.data.train[0].path}:1" in shown
+
+
+def test_colours_only_where_asked_for(config, monkeypatch):
+    assert "\x1b[1;32mGood day.<|im_end|>\x1b[0m" in preview(config, color=True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[1;32m" in preview(config)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in preview(config)
+
+
+def test_counts_packing_and_histogram_are_shown(config):
+    shown = preview(config, rows=0, color=False)
+    assert "data.train" in shown and "data.eval" in shown and "held_out" in shown
+    assert re.search(r"packing: \d+ rows of 256 slots, [\d.]+% filled", shown)
+    train = shown.split("data.eval")[0]
+    assert sum(int(n) for n in re.findall(r"\|#* (\d+)", train)) == 3
+    assert "---" not in shown
+
+
+def test_rows_are_spread_over_the_set(config):
+    assert re.findall(r"--- \S+:(\d+)", preview(config, rows=2, color=False)) == ["1", "3"]
+    assert re.findall(r"--- \S+:(\d+)", preview(config, rows=50, color=False)) == ["1", "2", "3"]
+
+
+def test_a_row_cannot_steer_the_terminal(config):
+    shown = preview(config, color=False)
+    assert "\u241b[2J" in shown and "\x1b" not in shown and "caf\u00e9" in shown
+
+
+def test_the_page_is_one_file_with_everything_escaped(config, tmp_path):
+    path = tmp_path / "out" / "preview.html"
+    preview(config, path, color=False)
+    page = _Page(path.read_text(encoding="utf-8"))
+    assert page.trained[:2] == ["Good day.<|im_end|>", NASTY.replace("\x1b", "\u241b") + "!<|im_end|>"]
+    assert "script" not in page.tags and "link" not in page.tags and "img" not in page.tags
+    assert "packing: " in page.text and "held_out" in page.text
+    assert [p.name for p in path.parent.iterdir()] == ["preview.html"]
+
+
+def test_tokens_as_html_are_the_text(folder):
+    tokenizer = load_tokenizer(folder)
+    text = "a <b> & c caf\u00e9\n d"
+    ids = np.array(tokenizer.encode_text(text), np.int32)
+    loss_mask = np.arange(len(ids)) >= 3
+    page = _Page(render_tokens_html(Rendered(ids, loss_mask, RowRef("s", "f", 1)), tokenizer))
+    assert page.text == text and page.trained == [tokenizer.decode(ids[3:])] and page.tags == ["pre", "span"]
+
+
+def test_what_cannot_be_done_is_said(config, tmp_path):
+    with pytest.raises(UserError, match=r"model\.path"):
+        preview(Config(data=config.data))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        preview(config, tmp_path / "file" / "preview.html")
