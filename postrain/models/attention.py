@@ -8,8 +8,8 @@ plain XLA: blocks of ``chunk`` queries against blocks of ``chunk`` keys with a r
 array in forward or backward, and blocks that no query of the block may see are skipped at run time: with
 short documents the work grows with T * document length, not T^2.
 
-Legend: B rows, T positions, S cached positions, N query heads, K key/value heads, G = N / K, H head_dim,
-C chunk, R rows computed together.
+Legend: B rows, T positions, S new positions, M slots of a cache, N query heads, K key/value heads, G = N / K,
+H head_dim, C chunk, R rows computed together.
 """
 
 import functools
@@ -209,14 +209,17 @@ def _flash_backward(chunk, rows, residuals, grad_BKGTH):
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def cached_attention(q_BSNH, k_BMKH, v_BMKH, positions_BS):
-    """New queries at ``positions_BS`` against a cache [B, M, K, H] of keys and values: slots 0..position are seen."""
+def cached_attention(q_BSNH, k_BKMH, v_BKMH, positions_BS):
+    """New queries at ``positions_BS`` against M cached keys and values: slots 0..position are seen, [B, S, N, H]."""
     batch, steps, num_heads, head_dim = q_BSNH.shape
-    num_kv = k_BMKH.shape[2]
-    q = (q_BSNH * (1 / math.sqrt(head_dim))).reshape(batch, steps, num_kv, num_heads // num_kv, head_dim)
-    scores = jnp.einsum("bskgh,bmkh->bkgsm", q, k_BMKH, preferred_element_type=jnp.float32)
-    seen = jnp.arange(k_BMKH.shape[1]) <= positions_BS[:, :, None]
-    scores = jnp.where(seen[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMKH.dtype)
-    out = jnp.einsum("bkgsm,bmkh->bskgh", weights, v_BMKH, preferred_element_type=jnp.float32)
-    return out.reshape(batch, steps, num_heads, head_dim).astype(q_BSNH.dtype)
+    num_kv, num_slots = k_BKMH.shape[1:3]
+    groups = num_heads // num_kv
+    # All queries of a key head as rows of one matrix, [B, K, G*S, H]: a plain batched product with the cache.
+    q = (q_BSNH * (1 / math.sqrt(head_dim))).astype(k_BKMH.dtype).reshape(batch, steps, num_kv, groups, head_dim)
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv, groups * steps, head_dim)
+    scores = jnp.einsum("bkqh,bkmh->bkqm", q, k_BKMH, preferred_element_type=jnp.float32)
+    seen = jnp.arange(num_slots) <= jnp.tile(positions_BS, (1, groups))[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, MASKED), axis=-1).astype(v_BKMH.dtype)
+    out = jnp.einsum("bkqm,bkmh->bkqh", weights, v_BKMH, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, num_kv, groups, steps, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q_BSNH.shape).astype(q_BSNH.dtype)

@@ -1,4 +1,11 @@
-"""Keys and values of past positions, for generation. Legend: L layers, B rows, M slots, K kv heads, H head_dim."""
+"""Keys and values of past positions, for generation.
+
+Two layouts, for the two ways of running the layers (``compute_hidden_cached``): stacked, [L, B, K, M, H], one
+array that a scan over the layers writes in place; or split, a tuple of L arrays [B, K, M, H]. Heads come
+before slots because that is the order in which attention multiplies: no transposition at every step.
+
+Legend: L layers, B rows, S new positions, M slots, K kv heads, H head_dim.
+"""
 
 import flax.struct
 import jax
@@ -9,19 +16,39 @@ from postrain.models.config import ModelConfig
 
 @flax.struct.dataclass
 class KVCache:
-    k: jax.Array  # [L, B, M, K, H]
-    v: jax.Array  # [L, B, M, K, H]
+    k: jax.Array | tuple[jax.Array, ...]  # [L, B, K, M, H], or L times [B, K, M, H]
+    v: jax.Array | tuple[jax.Array, ...]
+
+    @property
+    def num_slots(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[-2]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype=None) -> KVCache:
-    """An empty cache of ``length`` slots a row."""
-    shape = config.num_layers, batch, length, config.num_kv_heads, config.head_dim
+def init_cache(config: ModelConfig, batch: int, length: int, dtype=None, *, split: bool = False) -> KVCache:
+    """An empty cache of ``length`` slots a row. ``split``: for the layers of ``split_layers``."""
+    shape = batch, config.num_kv_heads, length, config.head_dim
     dtype = dtype or jnp.dtype(config.compute_dtype)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    if split:
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for _ in "kv")
+        return KVCache(k=k, v=v)
+    return KVCache(k=jnp.zeros((config.num_layers, *shape), dtype), v=jnp.zeros((config.num_layers, *shape), dtype))
 
 
-def write_cache(cache_BMKH: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array) -> jax.Array:
-    """Writes each new entry at its position; entries at position -1 are dropped."""
-    slots = jnp.where(positions_BS < 0, cache_BMKH.shape[1], positions_BS)
-    rows = jnp.arange(cache_BMKH.shape[0])[:, None]
-    return cache_BMKH.at[rows, slots].set(new_BSKH.astype(cache_BMKH.dtype), mode="drop")
+def grow_cache(cache: KVCache, length: int) -> KVCache:
+    """The same cache with ``length`` slots a row, the new ones empty."""
+
+    def grow(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
+
+    return jax.tree.map(grow, cache)
+
+
+def write_cache(cache: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array, layer=None) -> jax.Array:
+    """Writes each new entry at its position; entries at position -1 are dropped.
+
+    ``cache`` is [B, K, M, H], or [L, B, K, M, H] with the index of the layer to write.
+    """
+    slots_BS = jnp.where(positions_BS < 0, cache.shape[-2], positions_BS)
+    rows_B1 = jnp.arange(cache.shape[-4])[:, None]
+    index = (rows_B1, slice(None), slots_BS) if layer is None else (layer, rows_B1, slice(None), slots_BS)
+    return cache.at[index].set(new_BSKH.astype(cache.dtype), mode="drop")

@@ -110,7 +110,8 @@ def split_layers(params: dict, config: ModelConfig) -> dict:
     A copy of the layers. Where XLA copies what a scan slices (CPU), a step of generation would otherwise copy
     every weight; on accelerators the scan needs no second copy in memory.
     """
-    return params | {"layers": tuple(jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_layers))}
+    take = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
+    return params | {"layers": tuple(take(i) for i in range(config.num_layers))}
 
 
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):

@@ -1,0 +1,299 @@
+"""Generation with a key-value cache, by the forward code that trains.
+
+Prompts are sorted by length and taken ``batch_size`` at a time. Of each batch, all tokens but the last of
+every prompt fill the cache, in pieces of PREFILL tokens; then compiled calls of up to CHUNK steps feed the
+newest token of every row and choose the next one, until every row has met a stop id or its limit. Rows are
+right-padded, and each has its own position: nothing is computed for padding that a result could depend on.
+
+Shapes come from a short list of sizes (``bucket``), so that calls with other prompts meet compiled programs.
+The cache starts with room for GROWTH new tokens and grows by half or a third when a row needs more: short
+answers do not pay, at every step, for the longest that was allowed.
+
+What a row draws depends on (seed, its index among the prompts, position) alone: not on ``batch_size``, the
+other prompts or streaming. Rounding may still differ between batch sizes, as it does in any matrix product.
+
+Under a mesh (parameters placed by ``postrain.sharding``) rows are split over ``data`` and ``fsdp``, key heads
+over ``tensor``. Adapters that stand beside their kernels are used as they are; merging first is faster.
+
+Legend: B rows, S new positions, M slots of the cache.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain.errors import UserError
+from postrain.models.cache import KVCache, grow_cache, init_cache
+from postrain.models.config import ModelConfig
+from postrain.models.params import merge_lora
+from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
+from postrain.rollout.sampling import choose_greedy, choose_sampled, make_uniforms
+from postrain.sharding import constrain, num_row_shards
+
+PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [B, N, PREFILL, M]
+CHUNK = 32  # decode steps per compiled call
+GROWTH = 256  # new tokens that the first cache of a batch has room for
+CACHE_AXES = ("batch", "kv_heads", None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. ``temperature`` 0 is greedy. Raises UserError for values that mean nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # the fewest most probable ids that reach this probability; 1: all
+    top_k: int = 0  # at most this many most probable ids; 0: all
+    max_new_tokens: int = 128
+    stop_ids: tuple[int, ...] = ()  # a row ends after the first of these, which is part of its tokens
+    seed: int = 0
+
+    def __post_init__(self):
+        rules = {
+            "temperature": ("at least 0", self.temperature >= 0),
+            "top_p": ("above 0 and at most 1", 0 < self.top_p <= 1),
+            "top_k": ("at least 0", self.top_k >= 0),
+            "max_new_tokens": ("at least 1", self.max_new_tokens >= 1),
+        }
+        for name, (rule, holds) in rules.items():
+            if not holds:
+                raise UserError(f"sampling.{name} must be {rule}, found {getattr(self, name)!r}")
+        object.__setattr__(self, "stop_ids", tuple(sorted(self.stop_ids)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt. Arrays are float32 [len(tokens)]."""
+
+    tokens: list[int]  # with the stop id, when one was met
+    logprobs: np.ndarray  # under the distribution sampled from, after temperature, top-k, top-p; 0 when greedy
+    model_logprobs: np.ndarray  # under the model at that temperature, whole vocabulary; greedy: at temperature 1
+    finished: bool  # by a stop id; False: cut at max_new_tokens
+
+
+def generate(
+    params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams = SamplingParams(),
+    *,
+    batch_size: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """One completion per prompt of token ids, in the order given.
+
+    ``params`` is the whole tree (``merge_params`` of what trains and what is frozen). ``batch_size`` rows are
+    generated together (default 32). ``on_token(row, token_id)`` is called for each token as soon as it is
+    known, stop ids too; it makes every step a call of its own.
+    Raises UserError for an empty prompt or an id outside the vocabulary; FloatingPointError where logits are
+    not finite. Warns where prompt and new tokens may pass ``config.max_positions``.
+    """
+    prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+    _check_prompts(prompts, config, sampling)
+    batch_size = 32 if batch_size is None else batch_size
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, found {batch_size}")
+    mesh = _find_mesh(params)
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    completions = {}
+    if jax.default_backend() == "cpu":
+        params = params | {"layers": _split_layers(params["layers"], config)}
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            num_rows = bucket(len(rows), 1)
+            if mesh is not None:
+                num_rows += -num_rows % num_row_shards(mesh)
+            batch = _generate_batch(params, config, prompts, rows, num_rows, sampling, on_token)
+            completions.update(zip(rows, batch, strict=True))
+    return [completions[row] for row in range(len(prompts))]
+
+
+def bucket(size: int, smallest: int = 64) -> int:
+    """The least of smallest * (1, 1.5, 2, 3, 4, 6, 8, ...) that holds ``size``; for smallest 1: 1, 2, 3, 4, 6 ..."""
+    power = smallest
+    while power < size:
+        power *= 2
+    three_quarters = power * 3 // 4
+    return three_quarters if size <= three_quarters and three_quarters > smallest else power
+
+
+def _check_prompts(prompts, config, sampling):
+    for row, prompt in enumerate(prompts):
+        if prompt.ndim != 1 or prompt.size == 0:
+            raise UserError(f"prompt {row} is empty: generation needs at least one token to start from")
+        low, high = prompt.min(), prompt.max()
+        if low < 0 or high >= config.vocab_size:
+            found = low if low < 0 else high
+            raise UserError(
+                f"prompt {row} has token id {found}, outside the model's vocabulary of {config.vocab_size}: "
+                "encode it with this model's tokenizer"
+            )
+    longest = max(map(len, prompts), default=0)
+    if longest + sampling.max_new_tokens > config.max_positions:
+        warnings.warn(
+            f"{longest} prompt tokens + {sampling.max_new_tokens} new ones may pass the {config.max_positions} "
+            "positions that the model was made for; what it writes beyond them may be poor",
+            stacklevel=3,
+        )
+
+
+def _find_mesh(params):
+    """The mesh that the parameters are spread over, None for one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def _generate_batch(params, config, prompts, rows, num_rows, sampling, on_token):
+    lengths = np.zeros(num_rows, np.int32)
+    lengths[: len(rows)] = [len(prompts[row]) for row in rows]
+    tokens = np.zeros((num_rows, lengths.max()), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : lengths[i]] = prompts[row]
+    last_slot = int(lengths.max()) + sampling.max_new_tokens
+    num_slots = bucket(min(last_slot, int(lengths.max()) + GROWTH))
+    cache = _prefill(params, config, tokens, lengths - 1, num_slots)
+    last = tokens[np.arange(num_rows), np.maximum(lengths - 1, 0)]
+    chunks = []
+    for chunk in _decode(params, config, cache, last, lengths - 1, rows, last_slot, sampling, on_token is not None):
+        chunks.append(chunk)
+        for step, i in np.argwhere(chunk[0].T >= 0):
+            if not np.isfinite(chunk[2][i, step]):
+                raise FloatingPointError(f"prompt {rows[i]}: the logits of its next token are not finite")
+            if on_token is not None:
+                on_token(rows[i], int(chunk[0][i, step]))
+    tokens, logprobs, model_logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+    completions = []
+    for i in range(len(rows)):
+        length = (tokens[i] >= 0).sum()
+        ids = tokens[i, :length].tolist()
+        finished = ids[-1] in sampling.stop_ids
+        completions.append(Completion(ids, logprobs[i, :length], model_logprobs[i, :length], finished))
+    return completions
+
+
+def _prefill(params, config, tokens, counts, num_slots) -> KVCache:
+    """A cache that holds the first ``counts[b]`` tokens of row b."""
+    cache = _make_cache(config, tokens.shape[0], num_slots, isinstance(params["layers"], tuple))
+    longest = int(counts.max())
+    size = min(PREFILL, bucket(longest, 16))
+    for start in range(0, longest, size):
+        index = np.arange(start, start + size, dtype=np.int32)
+        piece = np.zeros((tokens.shape[0], size), np.int32)
+        part = tokens[:, start : start + size]
+        piece[:, : part.shape[1]] = part
+        positions = np.where(index < counts[:, None], index, -1)
+        cache = _prefill_piece(params, piece, positions, cache, config=config)
+    return cache
+
+
+def _decode(params, config, cache, last, positions, rows, last_slot, sampling, streaming) -> Iterator[tuple]:
+    """Yields (tokens, logprobs, model_logprobs) [B, steps] of each compiled call; token -1: none, the row is done."""
+    num_rows = last.shape[0]
+    remaining = np.where(np.arange(num_rows) < len(rows), sampling.max_new_tokens, 0).astype(np.int32)
+    row_ids = np.zeros(num_rows, np.int32)
+    row_ids[: len(rows)] = rows
+    keys = _make_row_keys(np.uint32(sampling.seed), row_ids)
+    steps = 1 if streaming else CHUNK
+    stop_ids = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
+    stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids
+    choose = {
+        "temperature": np.float32(sampling.temperature) if sampling.temperature > 0 else None,
+        "top_p": np.float32(sampling.top_p) if sampling.top_p < 1 else None,
+        "top_k": sampling.top_k,
+    }
+    while remaining.any():
+        needed = min(int(positions[remaining > 0].max()) + 1 + steps, last_slot)
+        if needed > cache.num_slots:
+            cache = _grow_cache(cache, num_slots=bucket(needed))
+        cache, *state, chunk = _decode_chunk(
+            params, cache, last, positions, remaining, keys, stop_ids, config=config, steps=steps, **choose
+        )
+        last, positions, remaining = map(np.asarray, state)
+        yield tuple(map(np.asarray, chunk))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _split_layers(layers, config):
+    return split_layers({"layers": merge_lora(layers, config)}, config)["layers"]
+
+
+def _constrain_cache(cache: KVCache) -> KVCache:
+    return jax.tree.map(lambda x: constrain(x, (None,) * (x.ndim - 4) + CACHE_AXES), cache)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_rows", "num_slots", "split"))
+def _make_cache(config, num_rows, num_slots, split):
+    return _constrain_cache(init_cache(config, num_rows, num_slots, split=split))
+
+
+@functools.partial(jax.jit, static_argnames="num_slots")
+def _grow_cache(cache, num_slots):
+    return _constrain_cache(grow_cache(cache, num_slots))
+
+
+@jax.jit
+def _make_row_keys(seed, row_ids_B):
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(row_ids_B)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _prefill_piece(params, tokens_BS, positions_BS, cache, *, config):
+    _, cache = compute_hidden_cached(params, config, tokens_BS, positions_BS, cache)
+    return _constrain_cache(cache)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "top_k"), donate_argnames="cache")
+def _decode_chunk(
+    params, cache, last_B, positions_B, remaining_B, row_keys_B, stop_ids, *, config, steps, temperature, top_k, top_p
+):
+    """Up to ``steps`` tokens for every row whose ``remaining`` is above 0, which becomes 0 at a stop id.
+
+    ``last_B`` is the newest token of each row, at ``positions_B``, not yet in the cache.
+    """
+    shape = last_B.shape[0], steps
+    chosen = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+
+    def is_open(carry):
+        step, _, _, _, remaining, _ = carry
+        return (step < steps) & (remaining > 0).any()
+
+    def advance(carry):
+        step, cache, last, positions, remaining, chosen = carry
+        active = remaining > 0
+        hidden, cache = compute_hidden_cached(
+            params, config, last[:, None], jnp.where(active, positions, -1)[:, None], cache
+        )
+        logits = compute_logits(params, config, hidden[:, 0])
+        if temperature is None:
+            choice = choose_greedy(logits, vocab_size=config.vocab_size)
+        else:
+            choice = choose_sampled(
+                logits,
+                make_uniforms(row_keys_B, positions + 1),
+                vocab_size=config.vocab_size,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+        tokens = jnp.where(active, choice.tokens, -1)
+        stopped = (tokens[:, None] == stop_ids).any(-1)
+        chosen = tuple(
+            jax.lax.dynamic_update_slice_in_dim(out, new[:, None], step, axis=1)
+            for out, new in zip(chosen, (tokens, choice.logprobs, choice.model_logprobs), strict=True)
+        )
+        remaining = jnp.where(active & ~stopped, remaining - 1, 0)
+        return step + 1, cache, jnp.where(active, tokens, last), positions + active, remaining, chosen
+
+    carry = jnp.int32(0), cache, last_B, positions_B, remaining_B, chosen
+    _, cache, last, positions, remaining, chosen = jax.lax.while_loop(is_open, advance, carry)
+    small = jax.tree.map(lambda x: constrain(x, (None,) * x.ndim), (last, positions, remaining, chosen))
+    return _constrain_cache(cache), *small

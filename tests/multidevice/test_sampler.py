@@ -1,0 +1,45 @@
+"""What is generated does not depend on the mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from postrain.compute.step import count_compilations
+from postrain.config import MeshConfig
+from postrain.models.config import ModelConfig
+from postrain.models.params import axes_of, init_params, param_specs
+from postrain.rollout.sampler import SamplingParams, generate
+from postrain.sharding import make_mesh, named_shardings
+
+CONFIG = ModelConfig(
+    vocab_size=301,
+    embed_size=32,
+    mlp_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    qk_norm=True,
+    init_std=0.2,
+)
+
+
+MESHES = [{"data": 8, "fsdp": 1}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_generation_does_not_depend_on_the_mesh(mesh):
+    mesh = make_mesh(MeshConfig(**mesh))
+    params = init_params(CONFIG, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 301, length).tolist() for length in (3, 20, 11)]
+    for sampling in (SamplingParams(max_new_tokens=20), SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20)):
+        expected = generate(params, CONFIG, prompts, sampling)
+        sharded = jax.device_put(params, named_shardings(axes_of(param_specs(CONFIG)), mesh, params))
+        out = generate(sharded, CONFIG, prompts, sampling)
+        assert [c.tokens for c in out] == [c.tokens for c in expected]
+        for completion, reference in zip(out, expected, strict=True):
+            np.testing.assert_allclose(completion.model_logprobs, reference.model_logprobs, atol=1e-5)
+        with count_compilations() as compiled:
+            generate(sharded, CONFIG, prompts[::-1], sampling)
+        assert not compiled

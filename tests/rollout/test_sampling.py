@@ -1,0 +1,147 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from postrain.rollout.sampling import choose_greedy, choose_sampled, find_threshold, invert_cumulative, make_uniforms
+
+EDGES = (0.0, 1.0 - 2.0**-24, 0.5)
+
+
+def softmax(x):
+    x = np.asarray(x, np.float64)
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def keep_reference(logits, temperature, top_k, top_p):
+    """Which ids of one row are kept: by sorting, in float64, ties with the last one kept too."""
+    logits = np.asarray(logits, np.float64)
+    keep = np.ones(len(logits), bool)
+    if top_k:
+        keep &= logits >= np.sort(logits)[-top_k]
+    probs = softmax(logits / temperature) * keep
+    probs /= probs.sum()
+    descending = np.sort(probs)[::-1]
+    least = descending[np.argmax(np.cumsum(descending) >= top_p - 1e-12)]
+    return keep & (probs >= least)
+
+
+def sample_many(logits, num_samples, seed=0, **options):
+    """Ids drawn from one row of logits with independent uniforms."""
+    uniforms = jax.random.uniform(jax.random.key(seed), (num_samples, 2))
+    one = jax.jit(lambda u: choose_sampled(jnp.asarray(logits)[None], u[None], **options))
+    return jax.lax.map(one, uniforms, batch_size=500)
+
+
+@pytest.mark.parametrize("size, vocab_size", [(64, 64), (320, 301), (77, 70), (512, 512)])
+def test_frequencies_are_the_probabilities(size, vocab_size):
+    logits = np.random.default_rng(size).standard_normal(size).astype(np.float32) * 2
+    logits[vocab_size:] = 50  # never to be seen, however probable
+    choice = sample_many(logits, 20_000, vocab_size=vocab_size, temperature=0.7)
+    tokens = np.asarray(choice.tokens).ravel()
+    assert tokens.max() < vocab_size
+    probs = softmax(logits[:vocab_size] / 0.7)
+    expected = probs * len(tokens)
+    common = expected >= 5
+    observed = np.bincount(tokens, minlength=vocab_size)
+    observed = np.append(observed[common], observed[~common].sum())
+    expected = np.append(expected[common], max(expected[~common].sum(), 1e-9))
+    degrees = common.sum()
+    chi_square = ((observed - expected) ** 2 / expected).sum()
+    assert abs(chi_square - degrees) < 4 * math.sqrt(2 * degrees)
+    np.testing.assert_allclose(np.asarray(choice.model_logprobs).ravel(), np.log(probs[tokens]), atol=2e-6)
+
+
+def test_every_uniform_gives_the_token_of_the_inverse_cumulative():
+    weights = np.random.default_rng(0).random((1, 9)).astype(np.float32)
+    uniforms = np.linspace(0, 1, 400, endpoint=False, dtype=np.float32)
+    drawn = jax.vmap(lambda u: invert_cumulative(jnp.asarray(weights), u[None])[0])(uniforms)
+    cumulative = np.cumsum(weights[0].astype(np.float64))
+    expected = np.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
+    near = np.abs(cumulative[:, None] - uniforms * cumulative[-1]).min(0) < 1e-6
+    np.testing.assert_array_equal(np.asarray(drawn)[~near], expected[~near])
+
+
+@pytest.mark.parametrize("first", EDGES)
+@pytest.mark.parametrize("second", EDGES)
+def test_impossible_tokens_are_never_chosen(first, second):
+    rng = np.random.default_rng(1)
+    logits = np.full((64, 1024), -np.inf, np.float32)
+    possible = [rng.choice(1024, size=count + 1, replace=False) for count in range(64)]
+    for row, ids in enumerate(possible):
+        logits[row, ids] = rng.standard_normal(len(ids)) * 5
+    uniforms = np.tile(np.float32([first, second]), (64, 1))
+    choice = choose_sampled(jnp.asarray(logits), jnp.asarray(uniforms), vocab_size=1000, temperature=1.0)
+    for row, token in enumerate(np.asarray(choice.tokens)):
+        assert token < 1000
+        assert token in possible[row] or not (possible[row] < 1000).any()
+    real = [(ids < 1000).any() for ids in possible]
+    assert np.isfinite(np.asarray(choice.logprobs)[real]).all()
+
+
+def test_the_ends_of_the_unit_interval_give_the_first_and_the_last_token():
+    weights = jnp.asarray([[0.0, 0.0, 3.0, 0.0, 1.0, 0.0]])
+    assert invert_cumulative(weights, jnp.float32([EDGES[0]])) == 2
+    assert invert_cumulative(weights, jnp.float32([EDGES[1]])) == 4
+    assert invert_cumulative(weights, jnp.float32([1.0])) == 4  # beyond the interval: still a possible one
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5, 40, 5000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("tied", [False, True])
+def test_top_k_and_top_p_keep_what_sorting_keeps(top_k, top_p, tied):
+    logits = np.random.default_rng(3).standard_normal((4, 256)).astype(np.float32) * 3
+    if tied:
+        logits = np.round(logits)
+    expected = np.stack([keep_reference(row, 1.3, min(top_k, 256), top_p) for row in logits])
+    probs = softmax(logits / 1.3)
+    kept_probs = np.where(expected, probs, 0) / np.where(expected, probs, 0).sum(-1, keepdims=True)
+    seen = np.zeros_like(expected)
+    options = {"vocab_size": 256, "temperature": np.float32(1.3), "top_k": top_k, "top_p": np.float32(top_p)}
+    draw = jax.jit(lambda u: choose_sampled(jnp.asarray(logits), u, **options))
+    for uniforms in jax.random.uniform(jax.random.key(7), (200, 4, 2)):
+        choice = draw(uniforms)
+        tokens = np.asarray(choice.tokens)
+        rows = np.arange(4)
+        seen[rows, tokens] = True
+        assert expected[rows, tokens].all()
+        np.testing.assert_allclose(choice.logprobs, np.log(kept_probs[rows, tokens]), atol=3e-6)
+        np.testing.assert_allclose(choice.model_logprobs, np.log(probs[rows, tokens]), atol=3e-6)
+    assert seen[kept_probs > 0.1].all()
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e4])
+def test_threshold_is_exact(spread):
+    rng = np.random.default_rng(5)
+    values = (rng.standard_normal((6, 200)) * spread).astype(np.float32)
+    values[0, :50] = values[0, 0]
+    values[1] = np.round(values[1])
+    values[2] = -0.0
+    values[3] = 0.0
+    for count in (1, 2, 50, 199, 200):
+        targets = jnp.full(6, count, jnp.float32)
+        found = find_threshold(jnp.asarray(values), jnp.ones_like(values), targets)
+        np.testing.assert_array_equal(found, np.sort(values, -1)[:, -count])
+
+
+def test_greedy_is_argmax_and_takes_the_lowest_of_ties():
+    logits = np.random.default_rng(6).integers(0, 4, (20, 320)).astype(np.float32)
+    logits[:, 310:] = 9
+    choice = choose_greedy(jnp.asarray(logits), vocab_size=310)
+    tokens = logits[:, :310].argmax(-1)
+    np.testing.assert_array_equal(choice.tokens, tokens)
+    np.testing.assert_array_equal(choice.logprobs, 0)
+    expected = np.log(softmax(logits[:, :310])[np.arange(20), tokens])
+    np.testing.assert_allclose(choice.model_logprobs, expected, atol=1e-6)
+
+
+def test_a_row_draws_the_same_numbers_in_any_company():
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(3), row))(jnp.arange(5))
+    positions = jnp.array([7, 7, 8, 9, 7])
+    together = make_uniforms(keys, positions)
+    alone = jnp.concatenate([make_uniforms(keys[i : i + 1], positions[i : i + 1]) for i in range(5)])
+    np.testing.assert_array_equal(together, alone)
+    assert len(np.unique(together)) == 10
