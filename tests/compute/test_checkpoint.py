@@ -1,0 +1,230 @@
+"""Save and restore, what is kept, what is refused, and what is left after a kill, a full disk, a torn folder."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from toy_network import compute_loss, make_batch, make_params
+
+from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.step import abstract_train_state, init_train_state, make_train_step
+from postrain.config import CheckpointConfig, OptimizerConfig
+from postrain.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+OPTIMIZER, _ = make_optimizer(OptimizerConfig(learning_rate=1e-2, ema_decay=0.9), 10)
+FINGERPRINT = {"seed": 0, "sources": {"chat": "abc"}}
+RUN = {"data_position": {"epoch": 1, "rows": [3, 4]}, "config": {"é": 0.1, "x": None}, "fingerprint": FINGERPRINT}
+
+
+def make_state():
+    return init_train_state(make_params(), {}, OPTIMIZER, jax.random.key(5), ema=True)
+
+
+def abstract():
+    return abstract_train_state(make_params(), {}, OPTIMIZER, ema=True)
+
+
+def assert_equal(a, b):
+    def compare(x, y):
+        assert x.dtype == y.dtype
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(compare, a, b)
+
+
+def test_goes_on_exactly_although_the_saved_arrays_are_donated_at_once(tmp_path):
+    step = make_train_step(compute_loss, OPTIMIZER, ema_decay=0.9)
+    state = make_state()
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        for i in range(1, 5):
+            state, _ = step(state, make_batch(i))
+            if i == 2:
+                checkpointer.save(i, state, metrics={"eval/loss": 1.0}, **RUN)
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        assert checkpointer.latest_step() == 2
+        restored = checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+    assert (restored.step, restored.data_position, restored.config) == (2, RUN["data_position"], RUN["config"])
+    assert restored.metrics == {"eval/loss": 1.0}
+    again = restored.state
+    for i in range(3, 5):
+        again, _ = step(again, make_batch(i))
+    assert_equal(again, state)
+
+
+def test_frozen_is_not_saved_and_a_changed_base_is_refused(tmp_path):
+    params = make_params()
+    frozen = {"embed": params.pop("embed")}
+    state = init_train_state(params, frozen, OPTIMIZER, jax.random.key(0))
+    describe = abstract_train_state(params, frozen, OPTIMIZER)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    safetensors.numpy.save_file({"embed": np.asarray(frozen["embed"]["embedding"])}, folder / "model.safetensors")
+    base = fingerprint_folder(folder)
+    with Checkpointer(tmp_path / "run", CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, state, base_fingerprint=base, **RUN)
+        restored = checkpointer.restore(describe, fingerprint=FINGERPRINT, base_fingerprint=fingerprint_folder(folder))
+        assert restored.state.frozen == {}
+        assert_equal(restored.state.replace(frozen=frozen), state)
+        changed = np.array(frozen["embed"]["embedding"])
+        changed[7, 3] += 1e-3
+        safetensors.numpy.save_file({"embed": changed}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=r"frozen base .*model.safetensors.sha256"):
+            checkpointer.restore(describe, fingerprint=FINGERPRINT, base_fingerprint=fingerprint_folder(folder))
+
+
+def test_fingerprint_sees_the_header_the_ends_and_the_middle(tmp_path):
+    array = np.zeros(1 << 20, np.float32)
+    seen = set()
+    for position in (None, 0, len(array) // 2 + 5000, len(array) - 1):
+        changed = array.copy()
+        if position is not None:
+            changed[position] = 1
+        safetensors.numpy.save_file({"a": changed}, tmp_path / "model.safetensors")
+        fingerprint = fingerprint_folder(tmp_path, samples=33)
+        assert fingerprint["model.safetensors"]["bytes"] > 4 << 20
+        seen.add(fingerprint["model.safetensors"]["sha256"])
+    safetensors.numpy.save_file({"b": array}, tmp_path / "model.safetensors")
+    assert len(seen | {fingerprint_folder(tmp_path, samples=33)["model.safetensors"]["sha256"]}) == 5
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected \*.safetensors files, found none"):
+        fingerprint_folder(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", [2, 4]), ("max", [1, 3])])
+def test_keeps_the_newest_and_the_best(tmp_path, mode, best):
+    losses = {1: 9.0, 2: 1.0, 3: 8.0, 4: 2.0, 5: 5.0, 6: 6.0, 7: float("nan"), 8: None}
+    state = make_state()
+    with Checkpointer(tmp_path, CheckpointConfig(keep=2, keep_best=2, mode=mode)) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, state, metrics={} if loss is None else {"eval/loss": loss}, **RUN)
+        checkpointer.wait()
+        assert checkpointer.steps() == [*best, 7, 8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, [*best, 7, 8]))
+
+
+def test_changed_pipeline_is_refused_with_what_changed(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        changed = {"seed": 0, "sources": {"chat": "abd", "more": "x"}}
+        message = (
+            r"data pipeline .*\(sources.chat 'abc' -> 'abd', sources.more None -> 'x'\): go on with another workdir"
+        )
+        with pytest.raises(UserError, match=message) as error:
+            checkpointer.restore(abstract(), fingerprint=changed)
+        assert "\n" not in str(error.value)
+
+
+def test_other_parameters_or_optimizer_are_refused_by_name(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        wide = make_params() | {"embed": {"embedding": np.zeros((64, 16), np.float32)}}
+        with pytest.raises(UserError, match=r"\(params.embed.embedding 'float32\[32, 16\]' -> 'float32\[64, 16\]'"):
+            checkpointer.restore(abstract_train_state(wide, {}, OPTIMIZER, ema=True), fingerprint=FINGERPRINT)
+        sgd, _ = make_optimizer(OptimizerConfig(name="sgd"), 10)
+        with pytest.raises(UserError, match=r"train state .*opt_state.0.* the same model and optimizer"):
+            checkpointer.restore(abstract_train_state(make_params(), {}, sgd, ema=True), fingerprint=FINGERPRINT)
+        assert checkpointer.steps() == [1], "a refusal leaves the checkpoint where it is"
+
+
+def test_no_checkpoint_is_none_and_a_missing_step_is_refused(tmp_path):
+    with Checkpointer(tmp_path / "new" / "checkpoints", CheckpointConfig()) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.restore(abstract(), fingerprint=FINGERPRINT) is None
+        checkpointer.save(3, make_state(), **RUN)
+        with pytest.raises(UserError, match=r"no step 2, found \[3\]"):
+            checkpointer.restore(abstract(), fingerprint=FINGERPRINT, step=2)
+
+
+@pytest.mark.parametrize("damage", ["arrays", "json", "metadata"])
+def test_torn_checkpoint_is_named_and_the_one_before_used(tmp_path, damage):
+    first, lines = make_state(), []
+    with Checkpointer(tmp_path, CheckpointConfig(asynchronous=False)) as checkpointer:
+        checkpointer.save(1, first, **RUN)
+        checkpointer.save(2, first.replace(step=first.step + 2), **RUN)
+    files = {
+        "arrays": max((tmp_path / "2" / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()),
+        "json": tmp_path / "2" / "run" / "data.json",
+        "metadata": tmp_path / "2" / "state" / "_METADATA",
+    }
+    os.truncate(files[damage], files[damage].stat().st_size // 2)
+    with Checkpointer(tmp_path, CheckpointConfig(), report=lines.append) as checkpointer:
+        restored = checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+        assert restored.step == 1
+        assert_equal(restored.state, first)
+        assert len(lines) == 1 and f"{tmp_path / '2'}: cannot be read" in lines[0] and "\n" not in lines[0]
+        checkpointer.save(2, restored.state, **RUN)
+        assert checkpointer.latest_step() == 2
+    assert (tmp_path / "2.unreadable").is_dir()
+
+
+def test_all_torn_does_not_start_again_in_silence(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+    os.remove(tmp_path / "1" / "run" / "data.json")
+    with (
+        Checkpointer(tmp_path, CheckpointConfig(), report=lambda line: None) as checkpointer,
+        pytest.raises(UserError, match=r"none of \[1\] can be read"),
+    ):
+        checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+
+
+def run_script(*arguments):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, HERE / "checkpoint_process.py", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_restores_onto_other_meshes(tmp_path):
+    result = run_script("meshes", tmp_path)
+    assert result.returncode == 0 and result.stdout.count("ok") == 3, result.stdout + result.stderr
+
+
+def test_killed_in_mid_save_the_previous_one_is_there(tmp_path):
+    result = run_script("kill", tmp_path)
+    assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
+    assert [path.name for path in tmp_path.glob("*tmp*")] == ["2.orbax-checkpoint-tmp"], "killed too late"
+    lines = []
+    with Checkpointer(tmp_path, CheckpointConfig(), report=lines.append) as checkpointer:
+        assert checkpointer.latest_step() == 1
+        # A fresh process has another state in mind; the folder decides.
+        saved = json.loads((tmp_path / "1" / "run" / "data.json").read_text())
+        assert saved["data_position"] == {"rows": 1}
+    assert lines == [f"checkpoint {tmp_path}/2.orbax-checkpoint-tmp: an unfinished save, removed"]
+    assert not list(tmp_path.glob("*tmp*"))
+    result = run_script("read", tmp_path)
+    assert result.returncode == 0 and "step 1 ok" in result.stdout, result.stdout + result.stderr
+
+
+def test_full_disk_is_one_line_at_every_call_from_then_on_and_keeps_the_last_good_one(tmp_path):
+    result = run_script("full", tmp_path)
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4 and all(line.startswith("refused: checkpoint in") for line in lines), result.stdout
+    assert all("the checkpoint of step 1 is whole: free some space or lower checkpoint.keep" in line for line in lines)
+    assert result.returncode == 1 and "UserError: checkpoint in" in result.stderr, "leaving `with` raises"
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"keep": 0}, "keep"), ({"mode": "best"}, "mode"), ({"every": -1}, "every")]
+)
+def test_senseless_config_is_refused(tmp_path, changes, key):
+    with pytest.raises(UserError, match=f"checkpoint.{key}"):
+        Checkpointer(tmp_path, dataclasses.replace(CheckpointConfig(), **changes))
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="use another workdir"):
+        Checkpointer(tmp_path / "file" / "checkpoints", CheckpointConfig())
