@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from postrain.compute.optimizer import make_optimizer
@@ -16,7 +17,6 @@ from postrain.hf.load import load_pretrained
 from postrain.models import transformer
 from postrain.objectives.sft import make_sft_loss
 from postrain.types import Batch
-from tests.tiny_models import make_tiny_model
 
 STEPS, DOCUMENTS, ROWS, LENGTH = 10, 9, 4, 128
 LEARNING_RATE, MAX_GRAD_NORM = 1e-3, 0.5

@@ -1,0 +1,204 @@
+"""Useful tokens a second of full supervised fine-tuning, side by side with TRL on the same model and rows.
+
+    python tests/benchmarks/sft.py --rounds 3            # prints a JSON line a run, then the medians
+    python tests/benchmarks/sft.py --rounds 3 --write    # and writes them into docs/benchmarks.md
+
+Each run is a process of its own; the sides take turns. A useful token is a token of a document, not padding.
+float32 on CPU, AdamW, 8 rows of up to 1,024 tokens an update. TRL's best packed setting computes one packed row
+at a time; its default pads 8 documents to the longest.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import workloads
+
+ROWS, LENGTH, LEARNING_RATE = 8, 1024, 1e-3
+SIDES = {"postrain": 12, "trl_packed": 5, "trl_padded": 10}  # updates of a run
+WARM_UP = 2
+
+
+def versions(*packages):
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def run_postrain(folder: str, steps: int) -> dict:
+    import jax
+    import numpy as np
+
+    from postrain.compute.optimizer import make_optimizer
+    from postrain.compute.step import init_train_state, make_train_step
+    from postrain.config import DataConfig, OptimizerConfig
+    from postrain.data.pipeline import ExampleSet, make_train_iterator
+    from postrain.data.rendering import Rendered
+    from postrain.data.report import DataReport
+    from postrain.data.schema import RowRef
+    from postrain.hf.load import load_pretrained
+    from postrain.models import transformer
+    from postrain.objectives.sft import make_sft_loss
+    from postrain.types import Batch
+
+    documents = workloads.sft_documents(1024, LENGTH)
+    examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]
+    config, params = load_pretrained(folder)
+    loss_fn = make_sft_loss(
+        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p: transformer.unembedding(p, config),
+        vocab_size=config.vocab_size,
+        chunk=1024,
+    )
+    optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps)
+    train_step = make_train_step(loss_fn, optimizer)
+    state = init_train_state(params, {}, optimizer, jax.random.key(0))
+    data_config = DataConfig(sequence_length=LENGTH, batch_size=ROWS)
+    batches = make_train_iterator(ExampleSet(examples, DataReport([]), {}), data_config)
+    tokens, seconds, losses = [], [], []
+    for _ in range(steps):
+        start = time.perf_counter()  # the wait for data counts
+        arrays = next(batches)
+        row_ids = arrays.pop("row_ids")
+        state, metrics = train_step(state, Batch(**arrays))
+        losses.append(float(metrics["train/loss"]))
+        seconds.append(time.perf_counter() - start)
+        tokens.append(sum(len(examples[i].tokens) for i in np.unique(row_ids[row_ids >= 0])))
+    return {"tokens": tokens, "seconds": seconds, "losses": losses, "versions": versions("jax", "optax", "grain")}
+
+
+def run_trl(folder: str, steps: int, packing: bool) -> dict:
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(os.cpu_count())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    rows = [
+        {"input_ids": t.tolist(), "labels": [int(i) if trained else -100 for i, trained in zip(t, m, strict=True)]}
+        for t, m in workloads.sft_documents(1024, LENGTH)
+    ]
+    begins, ends = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            begins.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    micro = 1 if packing else ROWS
+    with tempfile.TemporaryDirectory() as output:
+        arguments = SFTConfig(
+            output_dir=output,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=ROWS // micro,
+            max_steps=steps,
+            max_length=LENGTH,
+            packing=packing,
+            packing_strategy="bfd",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            logging_steps=1,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+            train_sampling_strategy="sequential",
+            disable_tqdm=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        dataset = datasets.Dataset.from_list(rows)
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=dataset, processing_class=tokenizer, callbacks=[Clock()]
+        )
+        trainer.train()
+    taken = trainer.train_dataset["input_ids"]
+    tokens = [sum(len(ids) for ids in taken[i * ROWS : (i + 1) * ROWS]) for i in range(steps)]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    seconds = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    used = versions("trl", "transformers", "torch")
+    return {"tokens": tokens, "seconds": seconds, "losses": losses, "versions": used}
+
+
+def run_side(side: str, folder: str) -> None:
+    load, steps = workloads.Load(), SIDES[side]
+    result = run_postrain(folder, steps) if side == "postrain" else run_trl(folder, steps, side == "trl_packed")
+    counted = slice(WARM_UP, None)
+    workloads.emit(
+        side=side,
+        tokens_per_second=round(sum(result["tokens"][counted]) / sum(result["seconds"][counted]), 1),
+        median_step_seconds=round(statistics.median(result["seconds"][counted]), 3),
+        tokens_per_step=round(statistics.mean(result["tokens"][counted])),
+        first_loss=round(result["losses"][0], 4),
+        peak_rss_gib=workloads.peak_rss_gib(),
+        others_cpu_share=load.share(),
+        versions=result["versions"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the medians into docs/benchmarks.md")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        return run_side(arguments.side, arguments.model)
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        workloads.write_tiny_model(folder)
+        for _ in range(arguments.rounds):
+            for side in SIDES:
+                command = [sys.executable, __file__, "--side", side, "--model", folder]
+                environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+                output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+                runs.append(json.loads(output.splitlines()[-1]))
+                print(json.dumps(runs[-1]), flush=True)
+    table = summarize(runs)
+    print(table)
+    if arguments.write:
+        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "sft", table)
+
+
+def summarize(runs: list[dict]) -> str:
+    sides = {side: [run for run in runs if run["side"] == side] for side in SIDES}
+    median = lambda side, key: statistics.median(run[key] for run in sides[side])
+    lines = [
+        workloads.describe_machine(),
+        "",
+        "| | useful tokens/s (median) | lowest - highest | seconds a step | peak memory, GiB | CPU taken by others |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, of_side in sides.items():
+        rates = [run["tokens_per_second"] for run in of_side]
+        lines.append(
+            f"| {side} | {statistics.median(rates):.0f} | {min(rates):.0f} - {max(rates):.0f} "
+            f"| {median(side, 'median_step_seconds'):.2f} | {max(run['peak_rss_gib'] for run in of_side):.2f} "
+            f"| {max(run['others_cpu_share'] for run in of_side):.1%} |"
+        )
+    ratios = {side: median("postrain", "tokens_per_second") / median(side, "tokens_per_second") for side in SIDES}
+    used = {name: number for run in runs for name, number in run["versions"].items()}
+    lines += [
+        "",
+        f"postrain / TRL packed: **{ratios['trl_packed']:.2f}x**, postrain / TRL padded: "
+        f"{ratios['trl_padded']:.2f}x; {len(sides['postrain'])} interleaved rounds. "
+        + ", ".join(f"{name} {number}" for name, number in sorted(used.items()))
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
