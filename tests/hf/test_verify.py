@@ -1,0 +1,84 @@
+"""The verifier passes what is right and names where what is wrong goes wrong."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+from tiny_models import make_tiny_model
+
+from postrain.errors import UserError
+from postrain.hf import verify as verify_module
+from postrain.hf.load import load_pretrained
+from postrain.hf.verify import verify
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("verify") / "model", "qwen3", num_hidden_layers=4)
+
+
+def test_a_right_model_passes(folder):
+    report = verify(folder)
+    assert report.passed and report.first_departure == ""
+    assert [c.name for c in report.comparisons] == ["random ids", "text, a row each", "text, packed"]
+    for c in report.comparisons:
+        assert 0 < c.relative < 1e-5 and c.kl_max < 1e-9 and c.top1_agreement == 1.0 and c.num_tokens > 100
+    assert json.loads(report.to_json())["passed"] is True
+    assert "PASS" in str(report) and "random ids" in str(report)
+
+
+def test_prompts_and_no_random_tokens(folder):
+    report = verify(folder, prompt_texts=["one", "two, three"], random_tokens=False)
+    assert [c.num_tokens for c in report.comparisons] == [13, 13]
+    with pytest.raises(UserError, match="nothing to verify"):
+        verify(folder, prompt_texts=[], random_tokens=False)
+
+
+def scale_kernel(config, params):
+    kernel = params["layers"]["attention"]["v"]["kernel"]
+    params["layers"]["attention"]["v"]["kernel"] = kernel.at[2].multiply(1.01)
+    return config, params
+
+
+def other_eps(config, params):
+    return dataclasses.replace(config, norm_eps=1e-3), params
+
+
+def other_embedding(config, params):
+    embedding = params["embed"]["embedding"]
+    params["embed"]["embedding"] = embedding.at[:, 0].add(0.01)
+    return config, params
+
+
+def other_unembedding(config, params):
+    rows = params["unembed"]["embedding"]
+    params["unembed"]["embedding"] = rows.at[17, 3].add(0.1)
+    return config, params
+
+
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        (scale_kernel, "layer 2 "),
+        (other_eps, "in the embedding"),  # through the final norm, everything shows it
+        (other_embedding, "in the embedding"),
+        (other_unembedding, "projection onto the vocabulary"),
+    ],
+)
+def test_the_first_departure_is_named(folder, fault, place, monkeypatch):
+    monkeypatch.setattr(verify_module, "load_pretrained", lambda folder: fault(*load_pretrained(folder)))
+    report = verify(folder)
+    assert not report.passed and place in report.first_departure
+    assert "FAIL" in str(report) and json.loads(report.to_json())["passed"] is False
+
+
+def test_without_torch(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="pip install torch"):
+        verify(folder)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        verify(tmp_path / "nowhere")
