@@ -5,6 +5,7 @@ imported by the command that needs it, so that ``--help`` and a wrong key answer
 """
 
 import argparse
+import dataclasses
 import errno
 import json
 import os
@@ -160,11 +161,22 @@ def run_preview(args, overrides) -> None:
     config = load_config(args.config, overrides)
     from postrain.data.preview import preview
 
-    print(preview(config, html_path=args.html, rows=args.rows))
+    print(preview(with_local_model(config), html_path=args.html, rows=args.rows))
+
+
+def with_local_model(config):
+    """The config with ``model.path`` as a folder on this machine, for what reads the tokenizer alone."""
+    if config.model.tokenizer:
+        return config
+    from postrain.hf.fetch import locate_model
+
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path)))
+    )
 
 
 def run_export(args, overrides) -> None:
-    from postrain.rollout.finish import export_workdir
+    from postrain.compute.export import export_workdir
 
     print(export_workdir(args.workdir, args.output, args.format))
 

@@ -4,18 +4,27 @@ The questions are cut out of the very sequences that the loss is measured on: wh
 trained span is what serving feeds the model, the span is the expected answer.
 """
 
+import json
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from postrain.compute.step import make_eval_step
+from postrain.config import Config
+from postrain.data.pipeline import make_eval_batches
 from postrain.data.rendering import Rendered
 from postrain.data.tokenizer import Tokenizer
 from postrain.models.config import ModelConfig
+from postrain.models.params import merge_params
 from postrain.rollout import sampler
 from postrain.rollout.chat import to_answer
 from postrain.rollout.sampler import SamplingParams
 from postrain.rollout.scoring import SCORES
+from postrain.sharding import data_process, make_global_batch
+from postrain.types import Batch, TrainState
 
 
 class Question(NamedTuple):
@@ -93,3 +102,53 @@ def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) ->
             totals[name] = totals.get(name, 0.0) + float(value)
     weight = totals.pop("weight")
     return {f"eval/{name}": total / weight for name, total in totals.items()}
+
+
+class Evaluator:
+    """Evaluation of one run on ``data.eval``: called with a state, it returns metrics and writes samples.jsonl.
+
+    The questions are the first rows of the sources, the same ones at every evaluation.
+    """
+
+    def __init__(self, config: Config, model_config: ModelConfig, tokenizer, eval_set, loss_fn, mesh, samples_path):
+        self.config, self.model_config, self.tokenizer = config.eval, model_config, tokenizer
+        self.mesh, self.samples_path = mesh, samples_path
+        self.eval_step = make_eval_step(loss_fn, mesh)
+        index, count = data_process(mesh)
+        batches = make_eval_batches(eval_set, config.data, process_index=index, process_count=count)
+        self.batches = [{k: v for k, v in batch.items() if k != "row_ids"} for batch in batches]
+        self.questions = make_questions(eval_set.examples, tokenizer, config.eval.generate_rows)
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """``eval/loss``, ``eval/accuracy`` and the scores of the greedy answers; the moving average is used if kept."""
+        params = state.params if state.ema is None else state.ema
+        batches = (Batch(**make_global_batch(batch, self.mesh)) for batch in self.batches)
+        metrics = compute_eval_loss(self.eval_step, params, state.frozen, batches)
+        if self.questions:
+            samples = answer_questions(
+                merge_params(params, state.frozen),
+                self.model_config,
+                self.tokenizer,
+                self.questions,
+                metrics=self.config.metrics,
+                max_new_tokens=self.config.max_new_tokens,
+                batch_size=self.config.batch_size,
+            )
+            metrics |= mean_scores(samples)
+            if jax.process_index() == 0:
+                append_samples(self.samples_path, int(state.step), samples)
+        return metrics
+
+
+def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> None:
+    """Adds the answers of ``step`` to a JSONL file, in place of what it holds of that step or later ones.
+
+    A run that goes on from an earlier checkpoint comes past the same steps again.
+    """
+    lines = []
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
+    lines += [json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) for sample in samples]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)

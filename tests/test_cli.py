@@ -1,0 +1,155 @@
+"""The command line: quick to start, one line for a mistake, the right exit code."""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_models import make_tiny_model
+
+from postrain import cli
+from postrain.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("cli") / "model", "llama", vocab_size=301)
+
+
+def run(*words):
+    command = [sys.executable, "-m", "postrain.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+
+
+def errors_of(capsys, *words):
+    code = cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    return code, captured.err
+
+
+def test_help_names_every_command_and_no_other():
+    result = run("--help")
+    assert result.returncode == 0
+    listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert listed == ["train", "preview", "export", "import", "generate", "verify"]
+
+
+def test_start_up_loads_nothing_heavy():
+    script = "import sys, postrain, postrain.cli as c; c.make_parser(); print([m for m in ('jax', 'numpy', 'transformers')"
+    result = subprocess.run([sys.executable, "-c", script + " if m in sys.modules])"], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_wrong_key_is_answered_at_once():
+    start = time.perf_counter()
+    result = run("train", "--config=configs/sft.py", "--workdir=nowhere", "--config.optimizer.learning_rat=1")
+    assert time.perf_counter() - start < 5
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: config key 'optimizer.learning_rat' does not exist; did you mean 'optimizer.learning_rate'?\n"
+    )
+    assert not (ROOT / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["train", "--config=configs/sft.py"], "the following arguments are required: --workdir"),
+        (["train", "--config=nope.py", "--workdir=x"], "--config: no file nope.py"),
+        (["train", "--config=configs/sft.py", "--workdir=x", "--config.data.train"], "--config.data.train needs a value"),
+        (["verify", "x", "--config.data.seed=1"], "`postrain verify` has no config"),
+        (["generate", "--model=x", "--prompt=hi", "--output=o"], "--output goes with --input"),
+        (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "top_p must be above 0 and at most 1, found 2.0"),
+        (["generate", "--model=nowhere", "--prompt=hi"], "nowhere"),
+        (["export", "--workdir=nowhere", "--output=x"], "nowhere: no run in it, expected nowhere/config.json"),
+        (["import", "nowhere.gguf", "out"], "nowhere.gguf"),
+        (["verify", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(capsys, words, message):
+    code, error = errors_of(capsys, *words)
+    assert code == 2
+    assert message in error
+
+
+def test_overrides_are_taken_out():
+    rest, overrides = cli.split_overrides(["train", "--config.a.b=1=2", "--config=x.py", "--config.c", "word", "--workdir=w"])
+    assert rest == ["train", "--config=x.py", "--workdir=w"]
+    assert overrides == {"a.b": "1=2", "c": "word"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "the disk is full (runs/x): free some space"),
+        (ValueError("RESOURCE_EXHAUSTED: [No space left on device]"), 1, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "not allowed to write (runs/x)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1, "out of memory: lower data.batch_size"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 1, "No such file or directory (a.txt)"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, error, code, words):
+    def fail(args, overrides):
+        raise error
+
+    monkeypatch.setattr(cli, "run_import", fail)
+    found, line = errors_of(capsys, "import", "a", "b")
+    assert found == code
+    assert words in line
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(args, overrides):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "run_import", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["import", "a", "b"])
+
+
+def test_generate_answers_a_file(model, tmp_path, capsys):
+    rows = [{"prompt": "hi", "id": 7}, {"messages": [{"role": "user", "content": "hi"}]}]
+    source, output = tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = cli.main(["generate", f"--model={model}", f"--input={source}", f"--output={output}", "--max-new-tokens=4"])
+    assert code == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{k: v for k, v in a.items() if k in r} for a, r in zip(answers, rows, strict=True)] == rows
+    assert answers[0]["completion"] == answers[1]["completion"]
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "in.jsonl:2: not valid JSON"),
+        ("[]", "in.jsonl:2: expected an object with 'prompt' or 'messages'"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "in.jsonl:2: messages[0].role must be one of"),
+    ],
+)
+def test_generate_names_the_bad_line(model, tmp_path, capsys, line, message):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hi"}\n' + line + "\n")
+    code, error = errors_of(capsys, "generate", f"--model={model}", f"--input={source}")
+    assert code == 2
+    assert message in error
+
+
+def test_generate_streams_what_it_returns(model, capsys):
+    assert cli.main(["generate", f"--model={model}", "--prompt=hi", "--max-new-tokens=6"]) == 0
+    streamed = capsys.readouterr().out
+    source = model.parent / "one.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    assert cli.main(["generate", f"--model={model}", f"--input={source}", "--max-new-tokens=6"]) == 0
+    assert json.loads(capsys.readouterr().out)["completion"] + "\n" == streamed
