@@ -63,7 +63,7 @@ class Checkpointer:
             self._orbax = self._open()
         except OSError as error:
             raise UserError(
-                f"checkpoints: cannot use folder {self._folder} ({error}): choose another workdir"
+                f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir"
             ) from error
 
     def _open(self) -> ocp.training.Checkpointer:

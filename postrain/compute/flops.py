@@ -1,0 +1,143 @@
+"""Floating-point operations that a step needs, and what share of the devices' peak that is (MFU).
+
+Counted are the matrix products that the maths needs, 2 operations per multiply-add, and nothing else: no padding,
+no recomputation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, calls that model FLOPs), no elementwise work.
+Different from the usual 6 x parameters x tokens: a frozen matrix needs no weight gradient; a packed document attends
+to itself alone, causally; only loss-bearing tokens are projected onto the vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from postrain.models.config import ModelConfig
+from postrain.models.params import lora_specs, num_params, param_specs, shapes_of
+
+# Dense bfloat16 peak of one JAX device, from the vendors' data sheets; the longest name that `device_kind` contains.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # a chip is two devices
+    "V100": 125e12,
+    "T4": 65e12,
+    "A10": 125e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchStats:
+    """What of a packed batch costs operations; sums over its rows."""
+
+    tokens: int  # positions of a document, padding excluded
+    trained_tokens: int  # loss-bearing positions
+    attention_pairs: int  # (query, key) pairs of the same document, key not after query: sum of l (l + 1) / 2
+
+    def __add__(self, other: "BatchStats") -> "BatchStats":
+        pairs = self.attention_pairs + other.attention_pairs
+        return BatchStats(self.tokens + other.tokens, self.trained_tokens + other.trained_tokens, pairs)
+
+
+def count_batch(arrays: Mapping[str, np.ndarray]) -> BatchStats:
+    """From ``segment_ids`` and ``loss_mask`` [B, T] of a numpy batch."""
+    segment_ids = np.asarray(arrays["segment_ids"])
+    starts = np.ones(segment_ids.shape, bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    lengths = np.diff(np.append(np.flatnonzero(starts), segment_ids.size))
+    lengths = lengths[segment_ids[starts] > 0].astype(np.int64)
+    trained = int(np.count_nonzero(arrays["loss_mask"]))
+    return BatchStats(int(lengths.sum()), trained, int((lengths * (lengths + 1) // 2).sum()))
+
+
+def count_flops(config: ModelConfig, stats: BatchStats) -> dict[str, float]:
+    """Operations of one forward and backward pass over a batch: "linear", "adapters", "attention", "unembedding".
+
+    With adapters (``config.lora``) the base is frozen. The total is the sum of the values.
+    """
+    passes = 3 if config.lora is None else 2  # forward, gradient of the input, gradient of the weight
+    attention_size = config.num_heads * config.head_dim * config.num_layers
+    return {
+        "linear": 2.0 * passes * num_linear_params(config) * stats.tokens,
+        "adapters": 2.0 * 3 * (num_params(shapes_of(lora_specs(config))) if config.lora else 0) * stats.tokens,
+        "attention": 2.0 * 3 * 2 * attention_size * stats.attention_pairs,  # scores and values, each with two gradients
+        "unembedding": 2.0 * passes * config.embed_size * config.vocab_size * stats.trained_tokens,
+    }
+
+
+def num_linear_params(config: ModelConfig) -> int:
+    """Scalars in the matrices of all layers (not embeddings, norms, biases, adapters)."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes_of(param_specs(config)["layers"]))
+    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+
+
+def format_formula(config: ModelConfig) -> str:
+    """The formula of ``count_flops`` with the model's numbers in it, on one line."""
+    per_entry = 4 if config.lora else 6
+    adapters = f" + 6 x {num_params(shapes_of(lora_specs(config))):,} in adapters" if config.lora else ""
+    attention = config.num_layers * config.num_heads * config.head_dim
+    return (
+        f"FLOPs/step = tokens x ({per_entry} x {num_linear_params(config):,} in matrices{adapters}) "
+        f"+ 12 x {attention:,} x sum of l(l+1)/2 over documents of l tokens "
+        f"+ {per_entry} x {config.embed_size * config.vocab_size:,} x trained tokens"
+        + (" (4, not 6: frozen weights need no gradient)" if config.lora else "")
+    )
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Operations per second of all ``devices`` together; None when their kind is not in the table.
+
+    Accelerators: the bfloat16 peak of the data sheet. CPU: no data sheet says, so a large float32 matrix
+    product is timed once; all CPU devices of a process share the same cores and count once.
+    """
+    if devices[0].platform == "cpu":
+        return measure_matmul_rate(devices[0])
+    kind = devices[0].device_kind
+    names = [name for name in PEAK_FLOPS if name in kind]
+    return PEAK_FLOPS[max(names, key=len)] * len(devices) if names else None
+
+
+@functools.cache
+def measure_matmul_rate(device: jax.Device, size: int = 1024, repeats: int = 8) -> float:
+    """Operations per second of the fastest of ``repeats`` float32 products [size, size]; takes about 0.5 s."""
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def compute_perf(
+    config: ModelConfig, stats: BatchStats, seconds: float, devices: Sequence[jax.Device], num_hosts: int = 1
+) -> dict[str, float]:
+    """``perf/tokens_per_second`` (of all hosts, padding excluded) and, where the peak is known, ``perf/mfu``.
+
+    ``stats``: this host's rows of all batches worked off in ``seconds``; ``devices``: this host's.
+    """
+    perf = {"perf/tokens_per_second": stats.tokens * num_hosts / seconds}
+    peak = peak_flops(devices)
+    if peak is not None:
+        perf["perf/mfu"] = sum(count_flops(config, stats).values()) / seconds / peak
+    return perf

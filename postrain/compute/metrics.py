@@ -1,0 +1,107 @@
+"""metrics.jsonl: one JSON line per logged step, and the same to every tracker.
+
+Names are slash-grouped (``train/loss``, ``eval/loss``, ``perf/mfu``). A run that was killed and started again
+leaves the same file as one that was not, apart from ``perf/``: lines past the checkpoint are cut off at the start,
+and the loop writes a step's metrics before it saves that step's checkpoint.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from postrain.compute.progress import ProgressLine
+from postrain.compute.trackers import make_trackers
+from postrain.config import TrackersConfig
+from postrain.errors import UserError
+
+__all__ = ["MetricsWriter", "ProgressLine", "read_metrics"]
+
+
+class MetricsWriter:
+    """Appends to ``workdir/metrics.jsonl``; on hosts other than the first it does nothing."""
+
+    def __init__(self, workdir, config: TrackersConfig, *, step: int | None = None, run_config: dict | None = None):
+        """``step``: that of the restored checkpoint, whose lines and those before it stay; None: start anew.
+
+        ``run_config``: the resolved config, for trackers that show it. Raises UserError when a line of the
+        file is no JSON (a torn last line is cut off) or a tracker cannot start.
+        """
+        self._file, self._trackers = None, []
+        if jax.process_index() != 0:
+            return
+        path = pathlib.Path(workdir) / "metrics.jsonl"
+        lines = [] if step is None else [line for at, line in _read_lines(path) if at <= step]
+        _replace(path, "".join(lines))
+        self._trackers = make_trackers(workdir, config, run_config=run_config, step=step or 0)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: dict) -> None:
+        """One line: ``step``, then the names in order. Values: scalars, on host or device; NaN becomes null."""
+        if self._file is None:
+            return
+        values = {name: _to_number(metrics[name]) for name in sorted(metrics)}
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            self._file.write(json.dumps({"step": int(step), **plain}) + "\n")
+            self._file.flush()  # a killed process loses nothing that was written
+        except OSError as error:
+            raise UserError(f"{self._file.name}: cannot write ({error}): free some space, and start again") from error
+        for tracker in self._trackers:
+            tracker.write(int(step), values)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._file, self._trackers = None, []
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close()
+
+
+def read_metrics(workdir) -> list[dict]:
+    """The lines of ``workdir/metrics.jsonl`` as dicts; a torn last line is left out."""
+    return [json.loads(line) for _, line in _read_lines(pathlib.Path(workdir) / "metrics.jsonl")]
+
+
+def _to_number(value) -> float | int:
+    """A Python number that prints short: float32 0.1 as 0.1, not as 0.10000000149011612."""
+    array = np.asarray(value)
+    if array.shape:
+        raise ValueError(f"a metric is a scalar, found shape {array.shape}")
+    if array.dtype == np.float32:
+        return float(str(array))
+    return array.item() if array.dtype != bool else int(array)
+
+
+def _read_lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """(step, line with its newline); a last line without newline was torn by a kill."""
+    found = []
+    if not path.exists():
+        return found
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}:{number}: expected a JSON object with `step`: remove the line") from error
+    return found
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """All or nothing: a kill leaves the old file or the new one."""
+    part = path.with_suffix(".jsonl.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

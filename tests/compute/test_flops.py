@@ -1,0 +1,111 @@
+"""The FLOPs formula against XLA's own count of the real model's step, and what it must not count."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from postrain.compute.flops import BatchStats, compute_perf, count_batch, count_flops, format_formula, peak_flops
+from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.params import init_lora, init_params, merge_params
+from postrain.models.transformer import compute_hidden, unembedding
+from postrain.objectives.sft import make_sft_loss
+from postrain.types import Batch
+
+LENGTH = 64
+# One layer and one chunk of everything: XLA counts the body of a loop once, however often it runs.
+CONFIG = ModelConfig(1024, 128, 384, 1, 4, 2, 32, tie_embeddings=False, attention_chunk=LENGTH)
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, 1, LENGTH), dtype=np.int32)
+    ones = np.ones((1, LENGTH))
+    positions = np.arange(LENGTH, dtype=np.int32)[None]
+    return Batch(tokens[0], tokens[1], ones.astype(np.float32), ones.astype(np.int32), positions)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(8), LoraConfig(64, targets=("q", "down"))])
+def test_formula_agrees_with_xla(lora):
+    config, batch = dataclasses.replace(CONFIG, lora=lora), make_batch()
+    loss_fn = make_sft_loss(
+        lambda params, *rows: compute_hidden(params, config, *rows),
+        lambda params: unembedding(params, config),
+        vocab_size=config.vocab_size,
+        chunk=LENGTH,
+    )
+    base = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    adapters = jax.eval_shape(lambda: init_lora(config, jax.random.key(0))) if lora else None
+    params, frozen = (adapters, base) if lora else (base, {})
+
+    def step(params, frozen, batch):
+        return jax.value_and_grad(lambda p: loss_fn(merge_params(p, frozen), batch, None)[0])(params)
+
+    counted = jax.jit(step).lower(params, frozen, batch).cost_analysis()["flops"]
+    stats = count_batch({"segment_ids": batch.segment_ids, "loss_mask": batch.loss_mask})
+    flops = count_flops(config, stats)
+    # The one block is computed whole, masked half included, and backward computes the scores again: 7 products, not 6.
+    whole_block = 2 * 7 * config.num_heads * config.head_dim * LENGTH * LENGTH
+    expected = sum(flops.values()) - flops["attention"] + whole_block
+    assert 1.0 <= counted / expected < 1.03, "the rest is elementwise work"
+
+
+def test_packing_counts_documents_not_rows():
+    segment_ids = np.array([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 4, 0, 0, 0]])
+    loss_mask = np.zeros((3, 8), np.float32)
+    loss_mask[0, :2] = 0.5
+    stats = count_batch({"segment_ids": segment_ids, "loss_mask": loss_mask})
+    pairs = (6 + 3) + 36 + (1 + 1 + 1 + 3)
+    assert stats == BatchStats(tokens=18, trained_tokens=2, attention_pairs=pairs)
+    longest = count_batch({"segment_ids": np.ones((1, 8192), np.int32), "loss_mask": np.zeros((1, 8192))})
+    assert longest.attention_pairs == 8192 * 8193 // 2
+    assert stats + stats == BatchStats(36, 4, 2 * pairs)
+
+
+def test_frozen_weights_cost_two_thirds_and_untrained_tokens_no_projection():
+    stats = BatchStats(1000, 200, 5000)
+    full = count_flops(CONFIG, stats)
+    lora = count_flops(dataclasses.replace(CONFIG, lora=LoraConfig(8)), stats)
+    assert full["linear"] * 2 == lora["linear"] * 3 and full["adapters"] == 0 < lora["adapters"]
+    assert full["unembedding"] == 6 * 128 * 1024 * 200
+    entries = 128 * 4 * 32 * 2 + 128 * 2 * 32 * 2 + 3 * 128 * 384
+    assert full["linear"] == 6 * entries * 1000
+    text = format_formula(CONFIG)
+    assert f"6 x {entries:,}" in text and "6 x 131,072 x trained tokens" in text and "\n" not in text
+    assert f"4 x {entries:,}" in format_formula(dataclasses.replace(CONFIG, lora=LoraConfig(8)))
+
+
+class FakeDevice:
+    platform = "gpu"
+
+    def __init__(self, device_kind):
+        self.device_kind = device_kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10G", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GB200", 2500),
+    ],
+)
+def test_peak_is_by_device_kind_and_adds_up(kind, teraflops):
+    assert peak_flops([FakeDevice(kind)] * 4) == 4e12 * teraflops
+
+
+def test_unknown_accelerator_has_no_mfu_and_cpu_devices_share_their_cores():
+    stats = BatchStats(1000, 200, 5000)
+    assert "perf/mfu" not in compute_perf(CONFIG, stats, 2.0, [FakeDevice("Abacus 3000")])
+    cpu = jax.devices()
+    assert peak_flops(cpu) == peak_flops(cpu * 8) > 1e9
+    perf = compute_perf(CONFIG, stats, 2.0, cpu, num_hosts=3)
+    assert perf["perf/tokens_per_second"] == 1500
+    np.testing.assert_allclose(perf["perf/mfu"], sum(count_flops(CONFIG, stats).values()) / 2 / peak_flops(cpu))
