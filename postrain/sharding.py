@@ -154,10 +154,10 @@ def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     """
     sharding, (_, count) = batch_sharding(mesh), data_process(mesh)
     local_shards = num_row_shards(mesh) // count
-    rows = {name: array.shape[0] for name, array in arrays.items() if array.shape[0] % local_shards}
-    if rows:
-        needed = f"data.batch_size must be a multiple of data x fsdp = {num_row_shards(mesh)}"
-        raise UserError(f"{needed}: {sorted(set(rows.values()))} rows do not divide over {local_shards} devices here")
+    for name, array in arrays.items():
+        if array.shape[0] % local_shards:
+            needed = f"data.batch_size must be a multiple of data x fsdp = {num_row_shards(mesh)}"
+            raise UserError(f"{needed}: found {array.shape[0]} rows of {name} for {local_shards} parts on this host")
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (array.shape[0] * count, *array.shape[1:]))
         for name, array in arrays.items()
