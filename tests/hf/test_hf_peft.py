@@ -89,11 +89,17 @@ def test_an_adapter_of_peft_loads_here(base, use_rslora, tmp_path):
     assert relative_difference(ours, torch_logits(model, ids)) <= 1e-4
 
 
-@pytest.fixture
-def adapter_folder(base, tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    base = make_tiny_model(tmp_path_factory.mktemp("saved") / "base", "llama")
     config, _, adapter = make_adapter(base, rank=2, alpha=4.0)
-    save_adapter(tmp_path / "adapter", adapter, config, base_folder=base)
-    return tmp_path / "adapter", config
+    save_adapter(base.parent / "adapter", adapter, config, base_folder=base)
+    return base.parent / "adapter", config
+
+
+@pytest.fixture
+def adapter_folder(saved, tmp_path):
+    return shutil.copytree(saved[0], tmp_path / "adapter"), saved[1]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """The real SmolLM2-135M-Instruct, imported without torch, against what transformers makes of the same GGUF."""
 
-import os
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import safetensors
 import torch
@@ -20,7 +18,7 @@ SENTENCES = [
     "Hello, world! It's 12345.67 - isn't it? One  two\n\n\ttabs\r\nCRLF",
     "Łódź, Straße, naïve café, İstanbul; Привет, мир! Ελληνικά. עברית. العربية",
     "你好,世界!我喜欢编程。東京タワー、カタカナ。한국어 텍스트 नमस्ते दुनिया ไทย தமிழ்",
-    "e\u0301 combining, \u00a0nbsp, \u200bzero width, \ufb01 ligature, 👩‍👧 🏳️‍🌈 🇺🇦 ½ ² Ⅷ ٣٤",
+    "e\u0301 combining, \u00a0nbsp, \u200bzero width, \ufb01 ligature, 👩‍👧 🏳️‍🌈 🇺🇦",
     "def f(x):\n    return {'a': [1, 2, 3], \"b\": None}  # 注释\n\n\n",
     "sum 1,000,000 0x1F 3.14e-10 $E=mc^2$ \\frac{a}{b}",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
@@ -63,10 +61,12 @@ def test_token_ids_are_those_of_the_torch_path(smollm2, reference):
     assert ours.chat_template and ours.apply_chat_template(messages) == theirs.apply_chat_template(messages)
 
 
-def test_spaces_before_digits_follow_the_publishers_rule(smollm2):
-    """Digits are cut out first, so that the spaces before them stay together; the torch path splits them."""
+def test_numbers_follow_the_publishers_rule(smollm2):
+    """Every digit is cut out before anything else (llama.cpp's `smollm` too); the torch path forgets that rule."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+    for text in ("½ ² Ⅷ ٣٤", "x =   7", "\n  1"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_logits(smollm2):
@@ -83,17 +83,15 @@ def test_export_is_bit_identical(smollm2, tmp_path):
     before = transformers.AutoModelForCausalLM.from_pretrained(smollm2).state_dict()
     after = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
-    np.testing.assert_array_equal(*(params_file(folder) for folder in (smollm2, tmp_path / "out")))
-
-
-def params_file(folder):
-    return np.frombuffer((folder / "tokenizer.json").read_bytes(), np.uint8)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (smollm2 / "tokenizer.json").read_bytes()
 
 
 def test_import_is_quick_and_needs_no_torch(smollm2_gguf, tmp_path):
-    code = f"import sys; sys.modules['torch'] = None; from postrain.hf.gguf import import_gguf as i; i({str(smollm2_gguf)!r}, "
+    code = (
+        "import sys; sys.modules['torch'] = None; from postrain.hf.gguf import import_gguf; import_gguf(*sys.argv[1:])"
+    )
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", f"{code}{str(tmp_path / 'out')!r})"], check=True, env=os.environ)
+    subprocess.run([sys.executable, "-c", code, smollm2_gguf, tmp_path / "out"], check=True)
     assert time.monotonic() - start < 60  # 5 s on a quiet machine of two cores
     assert (tmp_path / "out" / "model.safetensors").exists()
 

@@ -23,7 +23,7 @@ def test_a_right_model_passes(folder):
     assert report.passed and report.first_departure == ""
     assert [c.name for c in report.comparisons] == ["random ids", "text, a row each", "text, packed"]
     for c in report.comparisons:
-        assert 0 < c.relative < 1e-5 and c.kl_max < 1e-9 and c.top1_agreement == 1.0 and c.num_tokens > 100
+        assert 0 < c.relative < 5e-5 and c.kl_max < 1e-8 and c.top1_agreement == 1.0 and c.num_tokens > 100
     assert json.loads(report.to_json())["passed"] is True
     assert "PASS" in str(report) and "random ids" in str(report)
 
