@@ -49,7 +49,7 @@ def torch_losses(folder) -> list[float]:
     for step in range(STEPS):
         documents = make_documents(step)
         longest = max(len(d.tokens) for d in documents)
-        padded = lambda x, fill: np.pad(x, (0, longest - len(x)), constant_values=fill)
+        padded = lambda x, fill, n=longest: np.pad(x, (0, n - len(x)), constant_values=fill)
         tokens = torch.tensor(np.stack([padded(d.tokens, 0) for d in documents])).long()
         targets = np.stack([padded(np.where(d.loss_mask, d.tokens, -100), -100) for d in documents])
         attend = torch.tensor(np.stack([padded(np.ones(len(d.tokens), int), 0) for d in documents]))
