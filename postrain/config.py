@@ -261,9 +261,7 @@ def to_dict(config: Config) -> dict:
 def format_config(config: Config) -> str:
     """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
     given, default = _flatten(to_dict(config)), _flatten(to_dict(Config()))
-    return "\n".join(
-        f"{'*' if value != default.get(key) else ' '} {key} = {value!r}" for key, value in given.items()
-    )
+    return "\n".join(f"{'*' if value != default.get(key) else ' '} {key} = {value!r}" for key, value in given.items())
 
 
 def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:

@@ -42,7 +42,9 @@ def test_help_names_every_command_and_no_other():
 
 
 def test_start_up_loads_nothing_heavy():
-    script = "import sys, postrain, postrain.cli as c; c.make_parser(); print([m for m in ('jax', 'numpy', 'transformers')"
+    script = (
+        "import sys, postrain, postrain.cli as c; c.make_parser(); print([m for m in ('jax', 'numpy', 'transformers')"
+    )
     result = subprocess.run([sys.executable, "-c", script + " if m in sys.modules])"], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
 
@@ -65,7 +67,10 @@ def test_a_wrong_key_is_answered_at_once():
         ([], "the following arguments are required: COMMAND"),
         (["train", "--config=configs/sft.py"], "the following arguments are required: --workdir"),
         (["train", "--config=nope.py", "--workdir=x"], "--config: no file nope.py"),
-        (["train", "--config=configs/sft.py", "--workdir=x", "--config.data.train"], "--config.data.train needs a value"),
+        (
+            ["train", "--config=configs/sft.py", "--workdir=x", "--config.data.train"],
+            "--config.data.train needs a value",
+        ),
         (["verify", "x", "--config.data.seed=1"], "`postrain verify` has no config"),
         (["generate", "--model=x", "--prompt=hi", "--output=o"], "--output goes with --input"),
         (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "top_p must be above 0 and at most 1, found 2.0"),
@@ -82,7 +87,9 @@ def test_mistakes_are_one_line_and_code_2(capsys, words, message):
 
 
 def test_overrides_are_taken_out():
-    rest, overrides = cli.split_overrides(["train", "--config.a.b=1=2", "--config=x.py", "--config.c", "word", "--workdir=w"])
+    rest, overrides = cli.split_overrides(
+        ["train", "--config.a.b=1=2", "--config=x.py", "--config.c", "word", "--workdir=w"]
+    )
     assert rest == ["train", "--config=x.py", "--workdir=w"]
     assert overrides == {"a.b": "1=2", "c": "word"}
 
@@ -95,7 +102,11 @@ def test_overrides_are_taken_out():
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "the disk is full (runs/x): free some space"),
         (ValueError("RESOURCE_EXHAUSTED: [No space left on device]"), 1, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "not allowed to write (runs/x)"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 1, "out of memory: lower data.batch_size"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            1,
+            "out of memory: lower data.batch_size",
+        ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.txt"), 1, "No such file or directory (a.txt)"),
     ],
 )

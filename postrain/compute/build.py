@@ -2,16 +2,21 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from postrain.config import Config
+from postrain.config import Config, DataConfig
+from postrain.data.rendering import Rendered
+from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import axes_of, init_lora, lora_specs, shapes_of
-from postrain.sharding import named_shardings
+from postrain.sharding import batch_sharding, named_shardings, num_row_shards
+from postrain.types import Batch
 
 
 class Model(NamedTuple):
@@ -53,3 +58,32 @@ def choose_compute_dtype(name: str) -> str:
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def check_token_ids(examples: Sequence[Rendered], config: ModelConfig) -> None:
+    """Raises UserError naming the first row with a token that the model has no embedding for."""
+    for example in examples:
+        largest = int(example.tokens.max())
+        if largest >= config.vocab_size:
+            raise UserError(
+                f"{example.ref}: token id {largest} is outside the model's vocabulary of {config.vocab_size}: "
+                "model.tokenizer must be the model's own tokenizer"
+            )
+
+
+def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:
+    """The shapes of a training batch, laid out over ``mesh``: what the train step is compiled for.
+
+    Raises UserError when the rows do not divide over the devices.
+    """
+    shards = num_row_shards(mesh)
+    if config.batch_size % shards:
+        raise UserError(
+            f"config key 'data.batch_size' = {config.batch_size} must be a multiple of mesh.data x mesh.fsdp = {shards}"
+        )
+    shape, sharding = (config.batch_size, config.sequence_length), batch_sharding(mesh)
+    kinds = {"loss_mask": jnp.float32}
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(
+        **{name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=sharding) for name in fields}
+    )

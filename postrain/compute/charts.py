@@ -43,7 +43,7 @@ def draw_curves(series: dict[str, Points], *, low: float | None = None, high: fl
                 parts.append(f'<circle class="dot series{i}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3.5">{tip}</circle>')
     parts.append("</svg>")
     names = (f'<span class="key series{i}">{html.escape(name)}</span>' for i, name in enumerate(series))
-    return f'<figure>{"".join(parts)}<figcaption>{"".join(names)}</figcaption></figure>'
+    return f"<figure>{''.join(parts)}<figcaption>{''.join(names)}</figcaption></figure>"
 
 
 def _axes(x_ticks, y_ticks, x_ends, place) -> list[str]:

@@ -10,7 +10,7 @@ from postrain.compute.build import Model, load_model
 from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
-from postrain.config import Config, resolve
+from postrain.compute.workdir import read_config
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
 from postrain.hf.peft import save_adapter
@@ -76,11 +76,3 @@ def export_workdir(workdir: str | os.PathLike, output: str | os.PathLike, format
 def fingerprint_base(model: Model, folder: str | os.PathLike) -> dict | None:
     """Of the frozen weights, which checkpoints do not hold; None where everything trains."""
     return fingerprint_folder(folder) if model.frozen else None
-
-
-def read_config(workdir: pathlib.Path) -> Config:
-    """The resolved config of a run. Raises UserError when ``workdir`` is none."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir}: no run in it, expected {path}")
-    return resolve(json.loads(path.read_text(encoding="utf-8")))

@@ -1,9 +1,15 @@
-"""What a run prints before its first step."""
+"""What a run prints before its first step, and at the end."""
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model
+from postrain.compute.flops import format_formula
 from postrain.config import Config, format_config
 from postrain.models.attention import select_backend
 from postrain.models.params import axes_of, lora_specs, num_params, param_specs, shapes_of
@@ -23,9 +29,11 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
         f"devices     {describe_mesh(mesh)}, jax {jax.__version__}",
         *(f"            {line}" for line in describe_undivided(model, mesh)),
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
-        f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts "
-        f"= {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
-        f"attention   {select_backend(model.config.attention)}, {model.config.compute_dtype}, remat {model.config.remat}",
+        f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts"
+        f" = {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
+        f"attention   {select_backend(model.config.attention)}, {model.config.compute_dtype}, "
+        f"remat {model.config.remat}",
+        f"MFU         {format_formula(model.config)}",
     ]
     return "\n".join(lines)
 
@@ -48,3 +56,21 @@ def format_memory(compiled: jax.stages.Compiled) -> str:
         f"memory      {total:.2f} GiB a device: {held / 2**30:.2f} for the state and the batch, "
         f"{made / 2**30:.2f} for the step"
     )
+
+
+def format_metrics(step: int, metrics: Mapping[str, float]) -> str:
+    """``step 40  eval/loss 0.1234  eval/exact_match 81.0%``: losses as numbers, shares in per cent."""
+    shown = {name: float(value) for name, value in metrics.items() if name.startswith("eval/")}
+    parts = [f"{name} {value:.4f}" if name.endswith("loss") else f"{name} {value:.1%}" for name, value in shown.items()]
+    return "  ".join([f"step {step}", *parts])
+
+
+def describe_environment(mesh: Mesh) -> dict[str, str]:
+    """What the numbers of a report depend on besides the config."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "transformers", "numpy")}
+    return {
+        "devices": describe_mesh(mesh),
+        "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **versions,
+    }

@@ -1,0 +1,163 @@
+"""Supervised fine-tuning: next-token prediction on the answers of conversations.
+
+Each row is rendered by the tokenizer's chat template, and the model learns the tokens that it would have to produce
+when served. Documents are packed into rows without seeing each other, and every trained token of a batch counts the
+same: loss = sum over trained tokens of -log p(token | what stands before it), divided once by their number.
+
+The order of this file is its documentation: data, model, state (new or where the newest checkpoint left it), evaluate,
+loop, export, report. To change the loop, copy it. Left out: dropout and noise on embeddings (NEFTune), which short
+runs on chat data do not need.
+"""
+
+import contextlib
+import os
+import time
+
+import jax
+
+from postrain.compute.build import abstract_batch, check_token_ids, load_model
+from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.export import export_state, fingerprint_base
+from postrain.compute.flops import BatchStats, compute_perf, count_batch
+from postrain.compute.metrics import MetricsWriter, ProgressLine
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.report import write_report
+from postrain.compute.signals import catch_stop_signals
+from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
+from postrain.compute.summary import describe_environment, format_memory, format_metrics, format_summary
+from postrain.compute.workdir import describe_changes, last_values, make_workdir, save_config
+from postrain.config import Config, to_dict
+from postrain.data.pipeline import describe_rows, load_examples, make_train_iterator
+from postrain.data.preview import render_tokens_html
+from postrain.data.tokenizer import load_tokenizer
+from postrain.hf.fetch import locate_model
+from postrain.models.transformer import compute_hidden, unembedding
+from postrain.objectives.sft import make_sft_loss
+from postrain.rollout.evaluation import Evaluator
+from postrain.sharding import data_process, make_global_batch, make_mesh
+from postrain.types import Batch
+
+
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+    """Fine-tunes ``config.model.path`` on ``config.data.train``; returns the last value of every metric.
+
+    Goes on from the newest checkpoint in ``workdir``, to the same bytes as a run that was never stopped. Raises
+    UserError for what the user can put right, and when loss or gradient stop being finite; SystemExit after
+    SIGTERM or ^C, when a checkpoint has been saved.
+    """
+    started = time.monotonic()
+    workdir, mesh = make_workdir(workdir), make_mesh(config.mesh)
+    folder = locate_model(config.model.path)
+    lead = jax.process_index() == 0
+    say = print if lead else lambda *_: None
+
+    # Data: every row is rendered, checked and counted before anything else happens.
+    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
+    rejected = workdir / "rejected.jsonl" if lead else None
+    train_set = load_examples(config.data.train, tokenizer, config.data, rejected)
+    eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected) if config.data.eval else None
+    process, processes = data_process(mesh)
+    batches = make_train_iterator(train_set, config.data, process_index=process, process_count=processes)
+    total_steps = config.train.steps or batches.num_steps(config.train.epochs)
+
+    # Model, optimizer, step. With adapters the base model is frozen.
+    model = load_model(config, folder, mesh)
+    check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
+    optimizer, schedule = make_optimizer(config.optimizer, total_steps)
+    average = config.optimizer.ema_decay > 0
+    abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
+    loss_fn = make_sft_loss(
+        lambda params, *rows: compute_hidden(params, model.config, *rows),
+        lambda params: unembedding(params, model.config),
+        vocab_size=model.config.vocab_size,
+        chunk=config.model.loss_chunk,
+    )
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batches=config.train.micro_batches,
+        mesh=mesh,
+        state_shardings=shardings_of(abstract),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        ema_decay=config.optimizer.ema_decay,
+        schedule=schedule,
+    )
+    say(format_summary(config, mesh, model, total_steps))
+    say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
+    train_step = train_step.lower(abstract, abstract_batch(config.data, mesh)).compile()
+    say(format_memory(train_step), flush=True)
+
+    # The state: where the newest checkpoint left it, or new.
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
+        stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
+        prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder)}
+        restored = checkpointer.restore(abstract, **prints)
+        first_step = restored.step if restored else 0
+        if restored:
+            state = restored.state.replace(frozen=model.frozen)
+            batches.set_state(restored.data_position)
+            say(f"goes on from step {first_step}{describe_changes(restored.config, to_dict(config))}")
+        else:
+            rng = jax.random.key(config.train.seed)
+            state = init_train_state(model.params, model.frozen, optimizer, rng, mesh=mesh, ema=average)
+        model = model._replace(params=None)  # the state has taken them over
+        if lead:
+            save_config(workdir, config)
+        writer = stack.enter_context(
+            MetricsWriter(workdir, config.trackers, step=first_step or None, run_config=to_dict(config))
+        )
+
+        if eval_set:
+            evaluate = Evaluator(config, model.config, tokenizer, eval_set, loss_fn, mesh, workdir / "samples.jsonl")
+        if eval_set and config.eval.before and not restored:
+            line = evaluate(state)
+            writer.write(0, line)
+            say(format_metrics(0, line), flush=True)
+
+        # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
+        clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
+        for step in range(first_step + 1, total_steps + 1):
+            arrays = next(batches)
+            row_ids = arrays.pop("row_ids")
+            state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
+            check_finite(metrics, step, lambda rows=row_ids: describe_rows(train_set, rows))
+            stats += count_batch(arrays)
+
+            line, last = {}, step == total_steps
+            if last or is_due(step, config.train.log_every):
+                perf = compute_perf(model.config, stats, time.perf_counter() - clock, mesh.local_devices, processes)
+                line = {name: float(value) for name, value in metrics.items() if name != "finite"} | perf
+                progress.update(step, line)
+            if eval_set and (last or is_due(step, config.eval.every)):
+                scores = evaluate(state)
+                progress.print(format_metrics(step, scores))
+                line |= scores
+            if line:
+                writer.write(step, line)
+            if last or stop.number or is_due(step, config.checkpoint.every):
+                position = batches.get_state()
+                checkpointer.save(step, state, data_position=position, config=to_dict(config), metrics=line, **prints)
+            if stop.number and not last:
+                checkpointer.wait()
+                progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
+                raise SystemExit(128 + stop.number)
+            if line:
+                clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
+        batches.close()
+
+    if config.export.format != "none":
+        form, dtype = config.export.format, config.export.dtype
+        export_state(workdir / "export", state, model, source_folder=folder, format=form, dtype=dtype)
+    metrics = last_values(workdir)
+    if lead:
+        row = render_tokens_html(train_set.examples[0], tokenizer)
+        write_report(workdir, conversation_html=row, environment=describe_environment(mesh))
+    minutes = (time.monotonic() - started) / 60
+    say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}; see {workdir / 'report.html'}")
+    return metrics
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens at this one; 0 is never."""
+    return every > 0 and step % every == 0
