@@ -88,7 +88,7 @@ def check_params():
     wide = make_mesh(MeshConfig(1, 1, 8))
     shardings = named_shardings(logical_axes(MODEL), wide, shapes)
     assert shardings["layers"]["attention"]["k"]["kernel"].spec == P(None, "fsdp"), "6 columns over 8"
-    assert shardings["layers"]["attention"]["q"]["kernel"].spec == P(None, None, "tensor")
+    assert shardings["layers"]["attention"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
     lines = undivided_dimensions(logical_axes(MODEL), wide, shapes)
     assert "layers.attention.k.kernel: kv_heads=6 is not a multiple of tensor=8, whole" in lines
     assert len(lines) == 4 and all(".k." in line or ".v." in line for line in lines), lines

@@ -10,7 +10,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("check", ["meshes", "layout", "communication"])
+@pytest.mark.parametrize("check", ["meshes", "layout", "communication", "model"])
 def test_eight_devices(check):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
