@@ -1,11 +1,12 @@
 """Text with marks and spans -> token ids and loss mask.
 
-The text is encoded once, as a whole, and the spans' positions are found in the result. Two things are put
+The text is encoded once, as a whole, and the spans' places are found in the result. Two things are put
 right on the way:
 
 * A token that lies over the beginning of a span (a prompt ending in a newline, an answer beginning with one,
   merged into a single token) could never be produced when served, where the prompt is encoded by itself.
-  There the two sides are encoded apart, so that the ids before a span are always the ids of the prompt.
+  There the two sides are encoded apart, so that the ids before a span are always the ids of the prompt; later
+  turns, whose prompts serving encodes as a whole, then go into a sequence of their own.
 * Between marks stands text of a row that spells a token which only templates may write. It is encoded as
   ordinary text by a second tokenizer, whose control tokens have other names: the template's own tokens are
   renamed in the text, the row's are left as they are. All else is split as the first tokenizer would.
@@ -25,7 +26,7 @@ from postrain.data.turns import MARK_CLOSE, MARK_OPEN, Refusal, Sequence
 
 
 def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["Encoded"]:
-    """Encodes many texts at once (the tokenizer then uses all cores); spans are found by ``Encoded.span``."""
+    """Encodes many texts at once (the tokenizer then uses all cores); spans are found by ``Encoded.sequences``."""
     out: list[Encoded | None] = [None] * len(sequences)
     plain = [i for i, s in enumerate(sequences) if MARK_OPEN not in s.text]
     encodings = tokenizer.fast.encode_batch([sequences[i].text for i in plain], add_special_tokens=False)
@@ -40,30 +41,39 @@ def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["E
 
 
 class Encoded:
-    """One encoded text. ``ids`` are those of ``tokenizer``, also where the second tokenizer made them."""
+    """One encoded text. Ids are those of ``tokenizer``, also where the second tokenizer made them."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoding):
         self.text, self.spans = sequence.text, sequence.spans
         self.tokenizer, self.fast = tokenizer, fast
         self._ids = list(encoding.ids)
         self._starts = [start for start, _ in encoding.offsets]
-        self._anchors = anchor_ids(fast)
 
-    def tokens(self, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
+
+        One pair for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
+        the ids are no longer those that serving would encode for a later prompt.
 
         Raises:
           Refusal: a span's beginning cannot be told in tokens, the last trained token would not stop serving, or
             special tokens of the row cannot be kept as text.
         """
-        ranges = []
-        for start, end in reversed(self.spans):  # backwards: cutting moves only what comes after
-            last = len(self._ids) if end == len(self.text) else bisect.bisect_left(self._starts, end)
-            first, grown = self._cut(start)
-            ranges = [(first, last + grown)] + [(a + grown, b + grown) for a, b in ranges]
-        ids = prefix + self.true_ids() + suffix
+        whole, apart = [], []
+        for span in self.spans:
+            ids, first, last = self._cut(*span)
+            is_cut = ids is not self._ids
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last))
+        groups = [[cut] for cut in apart]
+        groups += [whole] if whole else []
+        groups.sort(key=lambda group: group[0][1])
+        return [self._finish(group, prefix, suffix) for group in groups]
+
+    def _finish(self, group, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        ids, _, end = group[-1]  # only the last of a group may be cut; the others' places are the same in its ids
+        ids = prefix + self.true_ids(ids[:end]) + suffix
         mask = np.zeros(len(ids), bool)
-        for first, last in ranges:
+        for _, first, last in group:
             mask[first + len(prefix) : last + len(prefix)] = True
             stop = ids[last + len(prefix) - 1]
             if not suffix and stop not in self.tokenizer.stop_ids:
@@ -74,54 +84,63 @@ class Encoded:
             raise Refusal("it has no token to train on")
         return np.asarray(ids, np.int32), mask
 
-    def _cut(self, at: int) -> tuple[int, int]:
-        """Index of the first token after character ``at``, with a token boundary there as when the text before it is
-        encoded by itself; and by how many tokens the sequence grew to make that true."""
-        if at == 0:
-            return 0, 0
-        before = bisect.bisect_left(self._starts, at)
-        anchor = next((i for i in range(before - 1, -1, -1) if self._ids[i] in self._anchors), None)
+    def _cut(self, begin: int, end: int) -> tuple[list[int], int, int]:
+        """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
+        the indices of the first token of the span and of the first after it. The ids are ``self._ids`` itself where
+        nothing had to change."""
+        last = len(self._ids) if end == len(self.text) else bisect.bisect_left(self._starts, end)
+        if begin == 0:
+            return self._ids, 0, last
+        anchors = anchor_ids(self.fast)
+        before = bisect.bisect_left(self._starts, begin)
+        anchor = next((i for i in range(before - 1, -1, -1) if self._ids[i] in anchors), None)
         anchor_text = "" if anchor is None else self.fast.id_to_token(self._ids[anchor])
         anchor = anchor or 0
-        begin = self._starts[anchor] if anchor_text else 0
-        head = _encode_short(self.fast, self.text[begin:at])
-        if self._ids[anchor : anchor + len(head)] == head:
-            return anchor + len(head), 0
-        after = next((i for i in range(before, len(self._ids)) if self._ids[i] in self._anchors), len(self._ids))
+        head = list(_encode_short(self.fast, self.text[self._starts[anchor] if anchor_text else 0 : begin]))
+        first = anchor + len(head)
+        if self._ids[anchor:first] == head:
+            return self._ids, first, last
+        after = next((i for i in range(before, len(self._ids)) if self._ids[i] in anchors), len(self._ids))
         stop = self._starts[after] if after < len(self._ids) else len(self.text)
-        # Not at the beginning of a text, where some tokenizers would put a space in front.
-        rest = _encode_short(self.fast, anchor_text + self.text[at:stop])[int(bool(anchor_text)) :]
-        new, old = head + rest, self._ids[anchor:after]
-        if self._decode(new) != self._decode(old):
+        # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
+        rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
+        if self._decode([*head, *rest]) != self._decode(self._ids[anchor:after]):
             raise Refusal("a token lies over the end of the generation prompt, and its two sides do not encode apart")
-        self._ids[anchor:after] = new
-        # Positions inside the replaced stretch are not asked for again: spans are cut from the last to the first.
-        self._starts[anchor:after] = [begin] * len(head) + [at] * len(rest)
-        return anchor + len(head), len(new) - len(old)
+        ids = [*self._ids[:anchor], *head, *rest, *self._ids[after:]]
+        return ids, first, last + len(ids) - len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
-    def true_ids(self) -> list[int]:
-        """The ids of ``tokenizer``; raises Refusal where special tokens of the row cannot be kept as text."""
+    def true_ids(self, ids: list[int] | None = None) -> list[int]:
+        """Ids, by default all, as those of ``tokenizer``.
+
+        Raises:
+          Refusal: special tokens of the row cannot be kept as text.
+        """
+        ids = self._ids if ids is None else ids
         if self.fast is self.tokenizer.fast:
-            return self._ids
+            return list(ids)
         second = second_tokenizer(self.tokenizer)
-        ids = [second.true_ids.get(i, i) for i in self._ids]
-        spelt = sum(i in second.true_ids for i in self._ids)
-        if spelt != sum(i in second.control_ids for i in ids):
+        if any(i in second.control_in_vocabulary for i in ids):
             raise Refusal("the row spells a special token, and the tokenizer cannot write it as ordinary text")
-        return ids
+        return [second.true_ids.get(i, i) for i in ids]
 
 
 @dataclasses.dataclass(frozen=True)
 class SecondTokenizer:
-    """``fast`` knows control tokens only by ``names``; ``true_ids``: its ids for them -> the tokenizer's own."""
+    """``fast`` knows control tokens only by ``names``.
+
+    Attributes:
+      true_ids: its ids of added tokens -> the tokenizer's own.
+      control_in_vocabulary: ids that the control tokens' old names still have in the model's vocabulary; a model
+        that spells them out of ordinary text (a Unigram model may) cannot keep them apart.
+    """
 
     fast: tokenizers.Tokenizer
     names: dict[str, str]
     true_ids: dict[int, int]
-    control_ids: frozenset[int]
+    control_in_vocabulary: frozenset[int]
 
 
 @functools.lru_cache(maxsize=8)
@@ -136,8 +155,10 @@ def second_tokenizer(tokenizer: Tokenizer) -> SecondTokenizer:
             token["content"] = names[token["content"]]
             token["normalized"] = False
     fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    true_ids = {fast.token_to_id(name): control[text] for text, name in names.items()}
-    return SecondTokenizer(fast, names, true_ids, frozenset(control.values()))
+    # New names are not in the model's vocabulary, so ids of added tokens may come out shifted.
+    true_ids = {fast.token_to_id(names.get(text, text)): i for text, i in tokenizer.added.items()}
+    left = {fast.token_to_id(text) for text in control} - {None}
+    return SecondTokenizer(fast, names, true_ids, frozenset(left - true_ids.keys()))
 
 
 def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
@@ -165,5 +186,5 @@ def anchor_ids(fast: tokenizers.Tokenizer) -> frozenset[int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _encode_short(fast: tokenizers.Tokenizer, text: str) -> list[int]:
-    return fast.encode(text, add_special_tokens=False).ids
+def _encode_short(fast: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(fast.encode(text, add_special_tokens=False).ids)

