@@ -20,6 +20,10 @@ class KVCache:
     v: jax.Array | tuple[jax.Array, ...]
 
     @property
+    def num_rows(self) -> int:
+        return jax.tree.leaves(self.k)[0].shape[-4]
+
+    @property
     def num_slots(self) -> int:
         return jax.tree.leaves(self.k)[0].shape[-2]
 
@@ -41,6 +45,11 @@ def grow_cache(cache: KVCache, length: int) -> KVCache:
         return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
 
     return jax.tree.map(grow, cache)
+
+
+def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
+    """The cache of ``rows`` (int32 [B']), each as often as it is named."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), cache)
 
 
 def write_cache(cache: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array, layer=None) -> jax.Array:

@@ -4,6 +4,8 @@ Pure functions of (params, config, arrays); ``postrain.models.params`` has the t
 Legend: B rows, T positions, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, L layers, V' padded vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -11,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from postrain.models.attention import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
+from postrain.models.params import merge_lora
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain
 
@@ -105,13 +108,18 @@ def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, posit
 
 
 def split_layers(params: dict, config: ModelConfig) -> dict:
-    """``params`` with a tuple of L trees as ``layers``: those that ``compute_hidden_cached`` runs one by one.
+    """``params`` with a tuple of L trees as ``layers``, adapters merged, for ``compute_hidden_cached`` to run in turn.
 
     A copy of the layers. Where XLA copies what a scan slices (CPU), a step of generation would otherwise copy
     every weight; on accelerators the scan needs no second copy in memory.
     """
-    take = lambda i: jax.tree.map(lambda x: x[i], params["layers"])
-    return params | {"layers": tuple(take(i) for i in range(config.num_layers))}
+    return params | {"layers": tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _take_layer(layers, index, config):
+    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), layers)
+    return jax.tree.map(lambda x: x[0], merge_lora(one, config))
 
 
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):

@@ -1,9 +1,11 @@
 """Generation with a key-value cache, by the forward code that trains.
 
 Prompts are sorted by length and taken ``batch_size`` at a time. Of each batch, all tokens but the last of
-every prompt fill the cache, in pieces of PREFILL tokens; then compiled calls of up to CHUNK steps feed the
-newest token of every row and choose the next one, until every row has met a stop id or its limit. Rows are
-right-padded, and each has its own position: nothing is computed for padding that a result could depend on.
+every prompt fill the cache, in pieces of up to PREFILL tokens; what all prompts begin with (a system message)
+is computed once, and so is a prompt that stands there several times (a group of samples). Then compiled
+calls of up to CHUNK steps feed the newest token of every row and choose the next one, until every row has
+met a stop id or its limit. Rows are right-padded, and each has its own position: nothing is computed for
+padding that a result could depend on.
 
 Shapes come from a short list of sizes (``bucket``), so that calls with other prompts meet compiled programs.
 The cache starts with room for GROWTH new tokens and grows by half or a third when a row needs more: short
@@ -13,7 +15,7 @@ What a row draws depends on (seed, its index among the prompts, position) alone:
 other prompts or streaming. Rounding may still differ between batch sizes, as it does in any matrix product.
 
 Under a mesh (parameters placed by ``postrain.sharding``) rows are split over ``data`` and ``fsdp``, key heads
-over ``tensor``. Adapters that stand beside their kernels are used as they are; merging first is faster.
+over ``tensor``. Adapters may stand beside their kernels; on CPU they are merged into a copy on the way.
 
 Legend: B rows, S new positions, M slots of the cache.
 """
@@ -29,14 +31,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.models.cache import KVCache, grow_cache, init_cache
+from postrain.models.cache import KVCache, grow_cache, init_cache, take_rows
 from postrain.models.config import ModelConfig
-from postrain.models.params import merge_lora
 from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout.sampling import choose_greedy, choose_sampled, make_uniforms
 from postrain.sharding import constrain, num_row_shards
 
 PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [B, N, PREFILL, M]
+MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be computed apart
 CHUNK = 32  # decode steps per compiled call
 GROWTH = 256  # new tokens that the first cache of a batch has room for
 CACHE_AXES = ("batch", "kv_heads", None, None)
@@ -102,14 +104,11 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions = {}
     if jax.default_backend() == "cpu":
-        params = params | {"layers": _split_layers(params["layers"], config)}
+        params = split_layers(params, config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            num_rows = bucket(len(rows), 1)
-            if mesh is not None:
-                num_rows += -num_rows % num_row_shards(mesh)
-            batch = _generate_batch(params, config, prompts, rows, num_rows, sampling, on_token)
+            batch = _generate_batch(params, config, prompts, rows, sampling, on_token)
             completions.update(zip(rows, batch, strict=True))
     return [completions[row] for row in range(len(prompts))]
 
@@ -152,16 +151,15 @@ def _find_mesh(params):
     return None
 
 
-def _generate_batch(params, config, prompts, rows, num_rows, sampling, on_token):
+def _generate_batch(params, config, prompts, rows, sampling, on_token):
+    num_rows = _num_rows(len(rows))
     lengths = np.zeros(num_rows, np.int32)
     lengths[: len(rows)] = [len(prompts[row]) for row in rows]
-    tokens = np.zeros((num_rows, lengths.max()), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : lengths[i]] = prompts[row]
+    last = np.zeros(num_rows, np.int32)
+    last[: len(rows)] = [prompts[row][-1] for row in rows]
     last_slot = int(lengths.max()) + sampling.max_new_tokens
     num_slots = bucket(min(last_slot, int(lengths.max()) + GROWTH))
-    cache = _prefill(params, config, tokens, lengths - 1, num_slots)
-    last = tokens[np.arange(num_rows), np.maximum(lengths - 1, 0)]
+    cache = _prefill(params, config, [prompts[row][:-1] for row in rows], num_slots)
     chunks = []
     for chunk in _decode(params, config, cache, last, lengths - 1, rows, last_slot, sampling, on_token is not None):
         chunks.append(chunk)
@@ -180,18 +178,55 @@ def _generate_batch(params, config, prompts, rows, num_rows, sampling, on_token)
     return completions
 
 
-def _prefill(params, config, tokens, counts, num_slots) -> KVCache:
-    """A cache that holds the first ``counts[b]`` tokens of row b."""
-    cache = _make_cache(config, tokens.shape[0], num_slots, isinstance(params["layers"], tuple))
-    longest = int(counts.max())
-    size = min(PREFILL, bucket(longest, 16))
-    for start in range(0, longest, size):
-        index = np.arange(start, start + size, dtype=np.int32)
-        piece = np.zeros((tokens.shape[0], size), np.int32)
-        part = tokens[:, start : start + size]
-        piece[:, : part.shape[1]] = part
-        positions = np.where(index < counts[:, None], index, -1)
-        cache = _prefill_piece(params, piece, positions, cache, config=config)
+def _num_rows(count: int) -> int:
+    """Rows of the arrays that hold ``count``: a bucket, and a multiple of the mesh's row shards."""
+    mesh = jax.sharding.get_abstract_mesh()
+    num_rows = bucket(count, 1)
+    return num_rows if mesh.empty else num_rows + -num_rows % num_row_shards(mesh)
+
+
+def _prefill(params, config, contexts, num_slots) -> KVCache:
+    """A cache whose row i holds ``contexts[i]`` (int32 ids, may be none); ``_num_rows(len(contexts))`` rows."""
+    distinct = list({context.tobytes(): context for context in contexts}.values())
+    shared = _count_shared(distinct)
+    split = isinstance(params["layers"], tuple)
+    if len(distinct) > 1 and shared >= MIN_SHARED:
+        cache = _make_cache(config, 1, num_slots, split)
+        cache = _fill(params, config, cache, [distinct[0][:shared]], 0)
+        cache = _take_rows(cache, np.zeros(_num_rows(len(distinct)), np.int32))
+    else:
+        shared, cache = 0, _make_cache(config, _num_rows(len(distinct)), num_slots, split)
+    cache = _fill(params, config, cache, distinct, shared)
+    if len(distinct) == len(contexts):
+        return cache
+    index = {context.tobytes(): i for i, context in enumerate(distinct)}
+    rows = np.zeros(_num_rows(len(contexts)), np.int32)
+    rows[: len(contexts)] = [index[context.tobytes()] for context in contexts]
+    return _take_rows(cache, rows)
+
+
+def _count_shared(contexts) -> int:
+    """Ids that all begin with."""
+    shortest = min(map(len, contexts))
+    heads = np.stack([context[:shortest] for context in contexts])
+    differ = (heads != heads[0]).any(0)
+    return int(differ.argmax()) if differ.any() else shortest
+
+
+def _fill(params, config, cache, contexts, start) -> KVCache:
+    """Writes ``contexts`` from position ``start`` on, which the cache holds up to there."""
+    counts = np.zeros(cache.num_rows, np.int32)
+    counts[: len(contexts)] = [len(context) for context in contexts]
+    while start < counts.max():
+        size = min(PREFILL, bucket(int(counts.max()) - start, 16))
+        positions = np.arange(start, start + size, dtype=np.int32)
+        tokens = np.zeros((cache.num_rows, size), np.int32)
+        for row, context in enumerate(contexts):
+            part = context[start : start + size]
+            tokens[row, : len(part)] = part
+        positions = np.where(positions < counts[:, None], positions, -1)
+        cache = _prefill_piece(params, tokens, positions, cache, config=config)
+        start += size
     return cache
 
 
@@ -221,11 +256,6 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
         yield tuple(map(np.asarray, chunk))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _split_layers(layers, config):
-    return split_layers({"layers": merge_lora(layers, config)}, config)["layers"]
-
-
 def _constrain_cache(cache: KVCache) -> KVCache:
     return jax.tree.map(lambda x: constrain(x, (None,) * (x.ndim - 4) + CACHE_AXES), cache)
 
@@ -238,6 +268,11 @@ def _make_cache(config, num_rows, num_slots, split):
 @functools.partial(jax.jit, static_argnames="num_slots")
 def _grow_cache(cache, num_slots):
     return _constrain_cache(grow_cache(cache, num_slots))
+
+
+@jax.jit
+def _take_rows(cache, rows):
+    return _constrain_cache(take_rows(cache, rows))
 
 
 @jax.jit

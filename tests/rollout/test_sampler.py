@@ -46,7 +46,7 @@ def compute_all_logits(params, config, tokens_BT):
 
 def check_model_logprobs(params, config, prompts, completions, temperature):
     """They are log softmax(logits / temperature) by the forward that trains."""
-    tokens = np.zeros((len(prompts), 80), np.int32)
+    tokens = np.zeros((len(prompts), 96), np.int32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         tokens[row, : len(prompt) + len(completion.tokens)] = prompt + completion.tokens
     logprobs = np.asarray(jax.nn.log_softmax(compute_all_logits(params, config, tokens) / temperature, axis=-1))
@@ -158,7 +158,7 @@ def test_cached_hidden_states_are_the_uncached_ones(model, split, piece):
 def test_adapters_beside_their_kernels(llama):
     config = dataclasses.replace(llama.config, lora=LoraConfig(rank=3))
     adapters = params_lib.init_lora(config, jax.random.key(0))
-    adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.2, adapters)
+    adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, adapters)
     params = params_lib.merge_params(adapters, llama.params)
     prompts = make_prompts()
     out = generate(params, config, prompts, SamplingParams(max_new_tokens=12))
@@ -168,6 +168,40 @@ def test_adapters_beside_their_kernels(llama):
         c.tokens for c in generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=12))
     ]
     check_model_logprobs(params, config, prompts, out, 1.0)
+
+
+def test_stacked_layers_generate_the_same(model, monkeypatch):
+    """On accelerators the layers stay stacked under a scan."""
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=20)
+    split = generate(model.params, model.config, make_prompts(), sampling)
+    monkeypatch.setattr(sampler, "split_layers", lambda params, config: params)
+    stacked = generate(model.params, model.config, make_prompts(), sampling)
+    assert [c.tokens for c in stacked] == [c.tokens for c in split]
+
+
+def test_what_prompts_share_is_computed_once(llama, monkeypatch):
+    """A common beginning and repeated prompts change the work, not the result."""
+    beginning, ends = make_prompts((50,))[0], make_prompts((3, 20, 8), seed=2)
+    prompts = [beginning + end for end in (*ends, ends[1], ends[1])] + [beginning]
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=15)
+    apart = [generate(llama.params, llama.config, [prompt], SamplingParams(max_new_tokens=15))[0] for prompt in prompts]
+    slots, run_piece = [], sampler._prefill_piece
+
+    def run_counted(params, tokens, *args, **options):
+        slots.append(tokens.size)
+        return run_piece(params, tokens, *args, **options)
+
+    monkeypatch.setattr(sampler, "_prefill_piece", run_counted)
+    together = generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=15))
+    assert [c.tokens for c in together] == [c.tokens for c in apart]
+    assert sum(slots) == 64 + 4 * 24  # 49 shared, 1 row; then 4 distinct rows of up to 20 more
+    sampled = generate(llama.params, llama.config, prompts, sampling)
+    check_model_logprobs(llama.params, llama.config, prompts, sampled, 1.0)
+    assert sampled[1].tokens != sampled[3].tokens != sampled[4].tokens
+    slots.clear()
+    group = generate(llama.params, llama.config, [prompts[1]] * 6, sampling)
+    assert sum(slots) == 96
+    check_model_logprobs(llama.params, llama.config, [prompts[1]] * 6, group, 1.0)
 
 
 def test_a_long_completion_outgrows_its_first_cache(llama, monkeypatch):
