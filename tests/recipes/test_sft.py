@@ -1,6 +1,5 @@
 """The recipe from config to report on a tiny model: what it writes, what it says, what it learns."""
 
-import dataclasses
 import json
 import re
 
@@ -8,11 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config, write_rows
+from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
 from postrain.compute.report import read_jsonl
-from postrain.config import resolve
 from postrain.errors import UserError
 
 
