@@ -40,7 +40,7 @@ figure { margin: 0; } figcaption { font-size: 13px; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin: 0 6px 3px 0;
                background: var(--one); }
 .key.series1::before { background: var(--two); }
-table { border-collapse: collapse; width: 100%; font-size: 13px; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; table-layout: fixed; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
 td, th { border-bottom: 1px solid var(--line); padding: 6px 10px 6px 0; vertical-align: top; }
 td, pre, .tokens { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -102,7 +102,7 @@ def collect(metrics: list[dict], name: str) -> list[tuple[float, float]]:
 
 def _subtitle(metrics: list[dict]) -> str:
     steps = [line["step"] for line in metrics]
-    return f"{max(steps)} updates" if steps else "no updates yet"
+    return f"{max(steps)} update{'s' * (max(steps) != 1)}" if steps else "no updates yet"
 
 
 def _cards(metrics: list[dict]) -> list[str]:
@@ -146,16 +146,31 @@ def _samples_section(samples: list[dict]) -> str:
     before = {sample["row"]: sample for sample in samples if sample["step"] == first}
     after = [sample for sample in samples if sample["step"] == last][:NUM_SAMPLES]
     heads = ["Prompt", "Expected", *(f"Step {step}" for step in sorted({first, last}))]
-    rows = []
+    rows, start, end = [], *find_frame([sample["prompt"] for sample in after])
     for sample in after:
-        where = f'<div class="row">{html.escape(sample["row"])}</div>'
-        cells = [f'<td class="prompt">{html.escape(sample["prompt"])}{where}</td>']
+        where = f'<div class="row">{html.escape(pathlib.PurePath(sample["row"]).name)}</div>'
+        prompt = sample["prompt"][start : len(sample["prompt"]) - end]
+        cells = [f'<td class="prompt">{html.escape(prompt)}{where}</td>']
         cells += [f"<td>{html.escape(sample['expected'])}</td>"]
         answers = [before.get(sample["row"]), sample] if first != last else [sample]
         cells += [_answer_cell(answer) for answer in answers]
         rows.append("<tr>" + "".join(cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<h2>Held-out answers</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def find_frame(prompts: list[str]) -> tuple[int, int]:
+    """Lengths of what all prompts begin and end with, to be left out: (0, 0) of a single one.
+
+    Cut at the end of a line or token in angle brackets, so that no word that rows happen to share is lost.
+    """
+    if len(set(prompts)) < 2:
+        return 0, 0
+    head = os.path.commonprefix(prompts)
+    start = max(head.rfind("\n"), head.rfind(">")) + 1
+    tail = os.path.commonprefix([prompt[start:][::-1] for prompt in prompts])[::-1]
+    places = [place for place in (tail.find("\n"), tail.find("<")) if place >= 0]
+    return start, len(tail) - min(places) if places else 0
 
 
 def _answer_cell(sample: dict | None) -> str:

@@ -1,0 +1,74 @@
+"""How answers are scored, and the questions that held-out rows become."""
+
+import numpy as np
+import pytest
+from tiny_models import make_tiny_tokenizer
+
+from postrain.data.rendering import Rendered, render, render_prompt
+from postrain.data.schema import RowRef, parse_row
+from postrain.data.tokenizer import load_tokenizer
+from postrain.rollout.evaluation import Question, Sample, append_samples, make_questions, mean_scores
+from postrain.rollout.scoring import exact_match, valid_json
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "score"), [("a", "a", 1), (" a\n", "a", 1), ("A", "a", 0), ("a b", "ab", 0), ("", "a", 0)]
+)
+def test_exact_match(found, expected, score):
+    assert exact_match(found, expected) == score
+
+
+@pytest.mark.parametrize(
+    ("found", "score"), [('{"a":1}', 1), ("[]", 1), ("3", 1), ("{'a':1}", 0), ('{"a":1} x', 0), ("NaN", 0), ("", 0)]
+)
+def test_valid_json(found, score):
+    assert valid_json(found, "whatever") == score
+
+
+def test_a_question_is_what_serving_feeds_and_its_answer_what_it_should_give(tokenizer):
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "four"},
+    ]
+    ref = RowRef("s", "f.jsonl", 7)
+    examples = render(parse_row({"messages": messages}, "messages", ref), tokenizer)
+    [question] = make_questions(examples[-1:], tokenizer, 5)
+    assert question.prompt == render_prompt(messages[:3], tokenizer).tolist()
+    assert (question.answer, question.row) == ("four", "f.jsonl:7")
+
+
+def test_plain_text_asks_nothing_and_the_limit_holds(tokenizer):
+    text = render(parse_row({"text": "hello"}, "text", RowRef("s", "f", 1)), tokenizer)
+    pair = render(parse_row({"prompt": "1+1=", "completion": "2"}, "auto", RowRef("s", "f", 2)), tokenizer)
+    questions = make_questions([*text, *pair, *pair], tokenizer, 1)
+    assert questions == [Question(tokenizer.encode_text("1+1="), "2", "f:2")]
+
+
+def test_an_answer_cut_by_truncation_keeps_its_last_token(tokenizer):
+    tokens = np.array(tokenizer.encode_text("ab12"), np.int32)
+    rendered = Rendered(tokens, np.array([False, False, True, True]), RowRef("s", "f", 3))
+    assert make_questions([rendered], tokenizer, 1)[0].answer == "12"
+
+
+def test_samples_of_a_repeated_step_replace_the_old_ones(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    sample = Sample("f:1", "p", "x", "x", True, {"exact_match": 1.0})
+    for step in (0, 2, 4):
+        append_samples(path, step, [sample])
+    whole = path.read_text()
+    append_samples(path, 2, [sample])
+    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:2])
+    append_samples(path, 4, [sample])
+    assert path.read_text() == whole
+
+
+def test_scores_are_averaged():
+    samples = [Sample("", "", "", "", True, {"exact_match": score}) for score in (1.0, 0.0, 0.0, 0.0)]
+    assert mean_scores(samples) == {"eval/exact_match": 0.25}
