@@ -35,8 +35,8 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         _swap(temporary, folder)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{folder}: could not be written ({reason}), nothing was left: free space or choose another "
-                        "place") from error  # fmt: skip
+        advice = "free space or choose another place"
+        raise UserError(f"{folder}: could not be written ({reason}), nothing was left: {advice}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

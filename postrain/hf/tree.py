@@ -58,12 +58,8 @@ def list_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
     first = next((i for i, (entry, _) in enumerate(entries) if entry.per_layer), len(entries))
     before = [make(entry, spec, None) for entry, spec in entries[:first] if not entry.per_layer]
     after = [make(entry, spec, None) for entry, spec in entries[first:] if not entry.per_layer]
-    layers = [
-        make(entry, spec, layer)
-        for layer in range(config.num_layers)
-        for entry, spec in entries
-        if entry.per_layer
-    ]  # fmt: skip
+    stacked = [(entry, spec) for entry, spec in entries if entry.per_layer]
+    layers = [make(entry, spec, layer) for layer in range(config.num_layers) for entry, spec in stacked]
     return before + layers + after
 
 

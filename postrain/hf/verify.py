@@ -99,23 +99,22 @@ def verify(
     config, params = load_pretrained(folder)
     reference = _load_reference(folder)
     documents = _tokenize(folder, TEXTS if prompt_texts is None else prompt_texts, config, max_length)
-    inputs = {}
+    inputs = []  # (documents, layouts: name -> packed into one row)
     if random_tokens:
         rows = np.random.default_rng(seed).integers(0, config.vocab_size, (2, min(64, max_length)))
-        inputs["random ids"] = list(rows)
+        inputs.append((list(rows), {"random ids": False}))
     if documents:
-        inputs["text, a row each"] = documents
-        inputs["text, packed"] = documents
+        inputs.append((documents, {"text, a row each": False, "text, packed": True}))
     if not inputs:
         raise UserError(f"{folder}: nothing to verify: no tokenizer.json or no text, and random_tokens is off")
-    comparisons, worst = [], None
-    for name, docs in inputs.items():
-        ours = _our_logits(params, config, docs, packed=name.endswith("packed"))
+    comparisons, wrong = [], None
+    for docs, layouts in inputs:
         theirs = [_reference_logits(reference, doc) for doc in docs]
-        comparisons.append(compare(name, ours, theirs))
-        if not comparisons[-1].relative <= tolerance and worst is None:
-            worst = docs
-    departure = "" if worst is None else _find_departure(params, config, reference, worst, tolerance)
+        for name, packed in layouts.items():
+            comparisons.append(compare(name, _our_logits(params, config, docs, packed), theirs))
+            if not comparisons[-1].relative <= tolerance and wrong is None:
+                wrong = docs, packed
+    departure = "" if wrong is None else _find_departure(params, config, reference, *wrong, tolerance)
     return VerifyReport(str(folder), tolerance, tuple(comparisons), departure)
 
 
@@ -199,7 +198,9 @@ def _reference_logits(reference, doc: np.ndarray) -> np.ndarray:
         return reference(torch.from_numpy(doc)[None], use_cache=False).logits[0].numpy()
 
 
-def _find_departure(params: dict, config: ModelConfig, reference, docs: list[np.ndarray], tolerance: float) -> str:
+def _find_departure(
+    params: dict, config: ModelConfig, reference, docs: list[np.ndarray], packed: bool, tolerance: float
+) -> str:
     """The first place where the hidden states differ, each taken through the final norm for one scale."""
     import torch
 
@@ -214,7 +215,7 @@ def _find_departure(params: dict, config: ModelConfig, reference, docs: list[np.
     for depth in range(config.num_layers + 1):
         cut = dataclasses.replace(config, num_layers=depth)
         layers = jax.tree.map(lambda x, depth=depth: jnp.asarray(x)[:depth], params["layers"])
-        ours = np.concatenate([np.asarray(h) for h in _our_hidden(params | {"layers": layers}, cut, docs, False)])
+        ours = np.concatenate([np.asarray(h) for h in _our_hidden(params | {"layers": layers}, cut, docs, packed)])
         other = np.concatenate([states[depth] for states in normed])
         relative = float(np.abs(ours - other).max() / other.std())
         if not relative <= tolerance:

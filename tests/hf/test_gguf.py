@@ -139,6 +139,16 @@ def test_byte_level_tokenizers_give_the_same_ids(pre, tiny, tmp_path):
     assert len({tuple(original.encode(text).ids) for text in SENTENCES}) == len(SENTENCES)
 
 
+@pytest.mark.parametrize(("pre", "expected"), [("llama-bpe", ["Ġthe"]), ("gpt-2", ["Ġ", "the"])])
+def test_llama_3_takes_known_words_whole_without_a_merge(pre, expected, tiny, tmp_path):
+    fields = byte_level_fields(make_byte_level(*PUBLISHED["llama-bpe"]), pre)
+    fields["tokenizer.ggml.merges"] = ["t h", "th e"]
+    fields["tokenizer.ggml.tokens"][-3:] = ["th", "the", "Ġthe"]
+    out = import_gguf(write_gguf(tmp_path / "a.gguf", tiny, "qwen3", tokenizer=fields), tmp_path / "out")
+    ours = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert ours.encode(" the", add_special_tokens=False).tokens == expected
+
+
 def test_tokenizer_as_transformers_loads_it(tiny, tmp_path):
     fields = byte_level_fields(make_byte_level(*PUBLISHED["qwen2"]), "qwen2") | {"tokenizer.ggml.add_bos_token": True}
     out = import_gguf(write_gguf(tmp_path / "a.gguf", tiny, "qwen3", tokenizer=fields), tmp_path / "out")
