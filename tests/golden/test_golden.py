@@ -1,0 +1,99 @@
+"""A refactoring must reproduce the losses that are kept here: data order, packing, model, loss, optimizer.
+
+    python tests/golden/test_golden.py      # writes sft.json anew, when a change of the numbers is meant
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.step import init_train_state, make_train_step
+from postrain.config import DataConfig, OptimizerConfig
+from postrain.data.pipeline import ExampleSet, make_train_iterator
+from postrain.data.rendering import Rendered
+from postrain.data.report import DataReport
+from postrain.data.schema import RowRef
+from postrain.models import transformer
+from postrain.models.config import LoraConfig, ModelConfig, RopeConfig
+from postrain.models.params import ParamSpec, lora_specs, param_specs
+from postrain.objectives.sft import make_sft_loss
+from postrain.types import Batch
+
+FILE = pathlib.Path(__file__).with_name("sft.json")
+STEPS = 20
+CONFIG = ModelConfig(
+    vocab_size=301,
+    embed_size=32,
+    mlp_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,
+    qk_norm=True,
+    rope=RopeConfig(theta=1e4),
+    attention_chunk=32,
+    lora=LoraConfig(rank=4),
+)
+
+
+def draw(specs, seed: int):
+    """Numbers from numpy, whose streams do not change from one version to the next."""
+    rng = np.random.default_rng(seed)
+    is_spec = lambda x: isinstance(x, ParamSpec)
+    around = lambda spec: (spec.init == "ones") + 0.1 * rng.standard_normal(spec.shape)
+    return jax.tree.map(lambda spec: around(spec).astype(np.float32), specs, is_leaf=is_spec)
+
+
+def make_examples() -> ExampleSet:
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(200):
+        length = int(np.clip(np.round(30 * np.exp(0.8 * rng.standard_normal())), 4, 128))
+        tokens = np.cumsum(rng.integers(0, 3, length)).astype(np.int32) % CONFIG.vocab_size  # something to learn
+        mask = np.arange(length) >= rng.integers(1, length)
+        examples.append(Rendered(tokens, mask, RowRef("golden", "golden", i)))
+    return ExampleSet(examples, DataReport([]), {})
+
+
+def compute_curve(lora: bool) -> dict[str, list[float]]:
+    base = draw(param_specs(CONFIG), 0)
+    params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
+    loss_fn = make_sft_loss(
+        lambda p, *arrays: transformer.compute_hidden(p, CONFIG, *arrays),
+        lambda p: transformer.unembedding(p, CONFIG),
+        vocab_size=CONFIG.vocab_size,
+        chunk=64,
+    )
+    optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
+    step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule)
+    state = init_train_state(params, frozen, optimizer, jax.random.key(0))
+    batches = make_train_iterator(make_examples(), DataConfig(sequence_length=128, batch_size=4, seed=3))
+    curve = {"loss": [], "grad_norm": [], "weight": []}
+    for _ in range(STEPS):
+        arrays = next(batches)
+        del arrays["row_ids"]
+        state, metrics = step(state, Batch(**arrays))
+        for name, values in curve.items():
+            values.append(float(metrics[f"train/{name}"]))
+    batches.close()
+    return curve
+
+
+def compute_curves() -> dict:
+    return {"full": compute_curve(lora=False), "lora": compute_curve(lora=True)}
+
+
+def test_curves_are_the_ones_kept():
+    kept, curves = json.loads(FILE.read_text()), compute_curves()
+    for kind, curve in kept.items():
+        assert curves[kind]["weight"] == curve["weight"], f"{kind}: other tokens were trained, or in another order"
+        np.testing.assert_allclose(curves[kind]["loss"], curve["loss"], rtol=1e-4, err_msg=kind)
+        np.testing.assert_allclose(curves[kind]["grad_norm"], curve["grad_norm"], rtol=1e-3, err_msg=kind)
+        assert curve["loss"][-1] < 0.95 * curve["loss"][0], f"{kind}: nothing was learned"
+
+
+if __name__ == "__main__":
+    FILE.write_text(json.dumps(compute_curves(), indent=1) + "\n")
