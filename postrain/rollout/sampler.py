@@ -41,6 +41,7 @@ PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once
 MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be computed apart
 CHUNK = 32  # decode steps per compiled call
 GROWTH = 256  # new tokens that the first cache of a batch has room for
+NOT_FINITE = "expected finite logits for its next token, found NaN: check the weights with `postrain verify`"
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
@@ -92,8 +93,8 @@ def generate(
     ``params`` is the whole tree (``merge_params`` of what trains and what is frozen). ``batch_size`` rows are
     generated together (default 32). ``on_token(row, token_id)`` is called for each token as soon as it is
     known, stop ids too; it makes every step a call of its own.
-    Raises UserError for an empty prompt or an id outside the vocabulary; FloatingPointError where logits are
-    not finite. Warns where prompt and new tokens may pass ``config.max_positions``.
+    Raises UserError for an empty prompt, an id outside the vocabulary, and logits that are not finite. Warns
+    where prompt and new tokens may pass ``config.max_positions``.
     """
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     _check_prompts(prompts, config, sampling)
@@ -165,7 +166,7 @@ def _generate_batch(params, config, prompts, rows, sampling, on_token):
         chunks.append(chunk)
         for step, i in np.argwhere(chunk[0].T >= 0):
             if not np.isfinite(chunk[2][i, step]):
-                raise FloatingPointError(f"prompt {rows[i]}: the logits of its next token are not finite")
+                raise UserError(f"prompt {rows[i]}: {NOT_FINITE}")
             if on_token is not None:
                 on_token(rows[i], int(chunk[0][i, step]))
     tokens, logprobs, model_logprobs = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
@@ -236,7 +237,7 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
     remaining = np.where(np.arange(num_rows) < len(rows), sampling.max_new_tokens, 0).astype(np.int32)
     row_ids = np.zeros(num_rows, np.int32)
     row_ids[: len(rows)] = rows
-    keys = _make_row_keys(np.uint32(sampling.seed), row_ids)
+    keys = _make_row_keys(np.uint32(sampling.seed % 2**32), row_ids)
     steps = 1 if streaming else CHUNK
     stop_ids = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
     stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids

@@ -271,5 +271,5 @@ def test_positions_beyond_the_model_are_warned_of(llama):
 def test_logits_that_are_not_numbers_stop_generation(llama):
     broken = llama.params | {"final_norm": {"scale": llama.params["final_norm"]["scale"] * np.nan}}
     for sampling in (SamplingParams(), SamplingParams(temperature=1.0)):
-        with pytest.raises(FloatingPointError, match="prompt 3: the logits of its next token are not finite"):
+        with pytest.raises(UserError, match="prompt 3: expected finite logits"):
             generate(broken, llama.config, make_prompts(), sampling)

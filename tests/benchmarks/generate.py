@@ -1,0 +1,143 @@
+"""Generated tokens a second, side by side with transformers' ``generate`` on the same model and prompts.
+
+    python tests/benchmarks/generate.py --rounds 3            # prints a JSON line a run, then the medians
+    python tests/benchmarks/generate.py --rounds 3 --write    # and writes them into docs/benchmarks.md
+
+Each run is a process of its own; the sides take turns. 16 prompts of 32 tokens, 128 new tokens each, no stop id,
+float32 on CPU. A run generates WARM_UP times unmeasured (compilation), then REPEATS times, once in each way of
+choosing tokens: greedy, from the whole distribution, with top-p.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import workloads
+
+ROWS, PROMPT, NEW = 16, 32, 128
+WARM_UP, REPEATS = 1, 5
+SIDES = ("postrain", "transformers")
+WAYS = {"greedy": (0.0, 1.0), "sampled": (1.0, 1.0), "top_p": (1.0, 0.9)}  # temperature, top_p
+
+
+def versions(*packages):
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def make_postrain(folder: str, prompts: np.ndarray):
+    from postrain.hf.load import load_pretrained
+    from postrain.rollout.sampler import SamplingParams, generate
+
+    config, params = load_pretrained(folder)
+    rows = prompts.tolist()
+
+    def run(temperature: float, top_p: float, seed: int) -> int:
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=NEW, seed=seed)
+        return sum(len(completion.tokens) for completion in generate(params, config, rows, sampling))
+
+    return run, versions("jax")
+
+
+def make_transformers(folder: str, prompts: np.ndarray):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    ids = torch.tensor(prompts).long()
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None, "pad_token_id": workloads.PAD_ID}
+
+    def run(temperature: float, top_p: float, seed: int) -> int:
+        torch.manual_seed(seed)
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
+        how = how if temperature > 0 else {"do_sample": False}
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **how)
+        return out[:, PROMPT:].numel()
+
+    return run, versions("torch", "transformers")
+
+
+def run_side(side: str, folder: str) -> None:
+    load = workloads.Load()
+    prompts = workloads.draw_ids(np.random.default_rng(77), ROWS * PROMPT).reshape(ROWS, PROMPT)
+    run, used = (make_postrain if side == "postrain" else make_transformers)(folder, prompts)
+    rates = {}
+    for way, options in WAYS.items():
+        seconds = []
+        for seed in range(WARM_UP + REPEATS):
+            start = time.perf_counter()
+            generated = run(*options, seed)
+            seconds.append(time.perf_counter() - start)
+            if generated != ROWS * NEW:
+                raise SystemExit(f"{side} generated {generated} tokens instead of {ROWS * NEW}")
+        rates[way] = round(ROWS * NEW / statistics.median(seconds[WARM_UP:]), 1)
+    workloads.emit(
+        side=side,
+        tokens_per_second=rates,
+        peak_rss_gib=workloads.peak_rss_gib(),
+        others_cpu_share=load.share(),
+        versions=used,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the medians into docs/benchmarks.md")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        return run_side(arguments.side, arguments.model)
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        workloads.write_tiny_model(folder)
+        for _ in range(arguments.rounds):
+            for side in SIDES:
+                command = [sys.executable, __file__, "--side", side, "--model", folder]
+                environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+                output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+                runs.append(json.loads(output.splitlines()[-1]))
+                print(json.dumps(runs[-1]), flush=True)
+    table = summarize(runs)
+    print(table)
+    if arguments.write:
+        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "generate", table)
+
+
+def summarize(runs: list[dict]) -> str:
+    sides = {side: [run for run in runs if run["side"] == side] for side in SIDES}
+    rates = {
+        side: {way: [run["tokens_per_second"][way] for run in of_side] for way in WAYS}
+        for side, of_side in sides.items()
+    }
+    lines = [
+        workloads.describe_machine(),
+        "",
+        "| tokens/s: median (lowest - highest) | " + " | ".join(WAYS) + " | peak memory, GiB | CPU taken by others |",
+        "|---|" + "---|" * (len(WAYS) + 2),
+    ]
+    for side, of_side in sides.items():
+        cells = [f"{statistics.median(r):.0f} ({min(r):.0f} - {max(r):.0f})" for r in rates[side].values()]
+        memory = max(run["peak_rss_gib"] for run in of_side)
+        others = max(run["others_cpu_share"] for run in of_side)
+        lines.append(f"| {side} | {' | '.join(cells)} | {memory:.2f} | {others:.1%} |")
+    median = {side: {way: statistics.median(r) for way, r in of_side.items()} for side, of_side in rates.items()}
+    ratios = ", ".join(f"{way} **{median['postrain'][way] / median['transformers'][way]:.2f}x**" for way in WAYS)
+    used = {name: number for run in runs for name, number in run["versions"].items()}
+    packages = ", ".join(f"{name} {number}" for name, number in sorted(used.items()))
+    lines += ["", f"postrain / transformers: {ratios}; {len(sides['postrain'])} interleaved rounds. {packages}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
