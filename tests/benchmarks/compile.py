@@ -1,0 +1,110 @@
+"""Seconds to compile a train step of 4 and of 32 layers, in turns; the loss's temporaries at a large vocabulary.
+
+    python tests/benchmarks/compile.py --rounds 3 [--write]
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import statistics
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import workloads
+
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.step import abstract_train_state, make_train_step
+from postrain.config import OptimizerConfig
+from postrain.models import transformer
+from postrain.models.config import ModelConfig
+from postrain.models.params import abstract_params
+from postrain.objectives.logprobs import compute_weighted_nll
+from postrain.objectives.sft import make_sft_loss
+from postrain.types import Batch
+
+CONFIG = ModelConfig(
+    vocab_size=32768,
+    embed_size=256,
+    mlp_size=768,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    qk_norm=True,
+)
+DEPTHS = (4, 32)
+ROWS, LENGTH = 8, 1024
+
+
+def compile_seconds(num_layers: int) -> float:
+    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+    loss_fn = make_sft_loss(
+        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p: transformer.unembedding(p, config),
+        vocab_size=config.vocab_size,
+        chunk=1024,
+    )
+    optimizer, _ = make_optimizer(OptimizerConfig(), 10)
+    state = abstract_train_state(abstract_params(config), {}, optimizer)
+    rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+    batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
+    step = make_train_step(loss_fn, optimizer)
+    start = time.perf_counter()
+    step.lower(state, batch).compile()
+    return time.perf_counter() - start
+
+
+def loss_temporaries() -> tuple[int, int]:
+    """Bytes of temporaries of the loss and its gradients, chunked and naive: 4,096 tokens, V = 151,936, D = 512."""
+    tokens, vocab, embed = 4096, 151_936, 512
+    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    arguments = floats(tokens, embed), floats(vocab, embed), jax.ShapeDtypeStruct((tokens,), jnp.int32), floats(tokens)
+
+    def chunked(hidden, unembed, targets, mask):
+        return compute_weighted_nll(hidden, unembed, targets, mask, vocab_size=vocab, chunk=256)[0]
+
+    def naive(hidden, unembed, targets, mask):
+        log_p = jax.nn.log_softmax(hidden @ unembed.T)
+        return -(jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0] * mask).sum()
+
+    size = lambda fn: jax.jit(jax.grad(fn, (0, 1))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    return size(chunked), size(naive)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="write the figures into docs/benchmarks.md")
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    load = workloads.Load()
+    seconds = {depth: [] for depth in DEPTHS}
+    compile_seconds(DEPTHS[0])  # what is loaded on the first compilation counts for neither
+    for _ in range(arguments.rounds):
+        for depth in DEPTHS:
+            seconds[depth].append(compile_seconds(depth))
+    few, many = (statistics.median(seconds[depth]) for depth in DEPTHS)
+    chunked, naive = loss_temporaries()
+    text = "\n".join(
+        [
+            workloads.describe_machine(),
+            "",
+            f"Compiling the train step takes {few:.2f} s for {DEPTHS[0]} layers and {many:.2f} s for {DEPTHS[1]}: "
+            f"**{many / few:.2f}x** (medians of {arguments.rounds} turns, jax {jax.__version__}; other processes took "
+            f"{load.share():.1%} of the CPU).",
+            "",
+            f"Temporaries of the loss with its gradients at 4,096 tokens, V = 151,936, D = 512: {chunked / 2**30:.2f} "
+            f"GiB against {naive / 2**30:.2f} GiB of the naive one: **{chunked / naive:.3f}x** (`memory_analysis()`).",
+        ]
+    )
+    print(text)
+    if arguments.write:
+        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "compile", text)
+
+
+if __name__ == "__main__":
+    main()
