@@ -143,12 +143,15 @@ class SecondTokenizer:
     control_in_vocabulary: frozenset[int]
 
 
-@functools.lru_cache(maxsize=8)
 def second_tokenizer(tokenizer: Tokenizer) -> SecondTokenizer:
     """The tokenizer with its control tokens renamed to what no row can spell."""
-    control = tokenizer.control_tokens
-    names = {text: f"{MARK_OPEN}{i}{MARK_CLOSE}" for text, i in control.items()}
-    spec = json.loads(tokenizer.fast.to_str())
+    return _rename_control_tokens(tokenizer.fast, tuple(tokenizer.control_tokens.items()))
+
+
+@functools.lru_cache(maxsize=8)
+def _rename_control_tokens(original: tokenizers.Tokenizer, control: tuple[tuple[str, int], ...]) -> SecondTokenizer:
+    names = {text: f"{MARK_OPEN}{i}{MARK_CLOSE}" for text, i in control}
+    spec = json.loads(original.to_str())
     spec["post_processor"] = None  # it may name the tokens, and nothing is added here
     for token in spec["added_tokens"]:
         if token["content"] in names:
@@ -156,8 +159,9 @@ def second_tokenizer(tokenizer: Tokenizer) -> SecondTokenizer:
             token["normalized"] = False
     fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
     # New names are not in the model's vocabulary, so ids of added tokens may come out shifted.
-    true_ids = {fast.token_to_id(names.get(text, text)): i for text, i in tokenizer.added.items()}
-    left = {fast.token_to_id(text) for text in control} - {None}
+    added = {token.content: i for i, token in original.get_added_tokens_decoder().items()}
+    true_ids = {fast.token_to_id(names.get(text, text)): i for text, i in added.items()}
+    left = {fast.token_to_id(text) for text in names} - {None}
     return SecondTokenizer(fast, names, true_ids, frozenset(left - true_ids.keys()))
 
 

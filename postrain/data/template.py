@@ -101,7 +101,7 @@ class ChatTemplate:
                 **self._special_tokens,
                 **variables,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise TemplateRefusal(re.sub(r"\s+", " ", str(e)) or type(e).__name__) from None
 
     def lift_reasoning(self, message: dict) -> dict:

@@ -6,7 +6,7 @@ and ends with a token at which serving stops. A string instead of a list is (a p
 
 import numpy as np
 import pytest
-from rendering_fixtures import load_real, render_row, trained_runs, trained_texts
+from rendering_fixtures import load_bare, load_real, render_row, trained_runs, trained_texts
 
 from postrain.data.rendering import render_prompt
 from postrain.data.schema import BadRow
@@ -263,7 +263,7 @@ def test_generation_markers_do_not_decide(template):
     messages = [{k: v or "" for k, v in m.items()} for m in messages]
     if template == "llama3":
         messages = [m if "tool_calls" not in m else {"role": "assistant", "content": ""} for m in messages]
-    by_markers = marked.hf.apply_chat_template(
+    by_markers = load_bare(name).hf.apply_chat_template(
         messages, chat_template=marked.chat_template, return_assistant_tokens_mask=True, return_dict=True
     )
     ids = np.asarray(by_markers["input_ids"])[np.asarray(by_markers["assistant_masks"], bool)]

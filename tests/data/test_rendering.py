@@ -118,7 +118,7 @@ def make_conversation(rng, reasons, calls):
             messages.append({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": arguments}]})
             messages.append({"role": "tool", "content": make_text(rng)})
         answer = {"role": "assistant", "content": make_text(rng) + "."}
-        if reasons and rng.random() < 0.5:
+        if rng.random() < reasons:
             answer["reasoning_content"] = make_text(rng).replace("</think>", "") + "r"
         if rng.random() < 0.15:
             answer["train"] = False
@@ -127,14 +127,14 @@ def make_conversation(rng, reasons, calls):
     return {"messages": messages, "tools": TOOLS if calls else None}
 
 
-FUZZED = {
-    "qwen3": ("qwen3", "qwen3", True, True),
-    "qwen2.5": ("qwen3", "qwen2_5", False, True),
-    "chatml": ("qwen3", CHATML, False, False),
-    "llama3.1": ("llama3", "llama3_1", False, True),
-    "gemma3": ("gemma3", "gemma3", False, False),
-    "gptoss": ("gptoss", "gptoss", True, True),
-    "deepseek_r1": ("deepseek_v3", "deepseekv3", True, False),
+FUZZED = {  # tokenizer, template, share of answers with reasoning, whether there are tool calls
+    "qwen3": ("qwen3", "qwen3", 0.5, True),
+    "qwen2.5": ("qwen3", "qwen2_5", 0, True),
+    "chatml": ("qwen3", CHATML, 0, False),
+    "llama3.1": ("llama3", "llama3_1", 0, True),
+    "gemma3": ("gemma3", "gemma3", 0, False),
+    "gptoss": ("gptoss", "gptoss", 0.5, True),
+    "deepseek_r1": ("deepseek_v3", "deepseekv3", 1, False),
 }
 
 
@@ -144,7 +144,7 @@ def test_random_conversations(name, template, reasons, calls):
     tokenizer, rng = load_real(name, template), random.Random(name + template)
     stops, control = tokenizer.stop_ids, set(tokenizer.control_tokens.values())
     done = 0
-    for _ in range(60):
+    for _ in range(30):
         row = make_conversation(rng, reasons, calls)
         try:
             rendered = render_row(row, tokenizer)
@@ -171,7 +171,7 @@ def test_random_conversations(name, template, reasons, calls):
             text = unicodedata.normalize("NFC", text) if name == "qwen3" else text
             text = text.replace("▁", " ") if name == "gemma3" else text
             assert text in tokenizer.decode(answer)
-    assert done > 20
+    assert done > 10
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3", "gptoss", "deepseek_v3"])
@@ -180,7 +180,7 @@ def test_the_second_tokenizer_splits_as_the_first(name):
     tokenizer, rng = load_bare(name), random.Random(name)
     control = sorted(tokenizer.control_tokens)
     pieces = [p for p in PIECES if not tokenizer.control_pattern.search(p)]
-    for _ in range(80):
+    for _ in range(40):
         text = "".join(rng.choice(control) if rng.random() < 0.2 else rng.choice(pieces) for _ in range(12))
         text += "".join(rng.choice(pieces) for _ in range(3)) + "\ufdd0\ufdd1"  # empty marks: only the path changes
         (encoded,) = encode_sequences([Sequence(text, ())], tokenizer)
@@ -234,7 +234,8 @@ def test_whole_rendering_where_nothing_has_to_change():
     for name, template in (("qwen3", CHATML), ("qwen3", "qwen2_5"), ("llama3", "llama3_1"), ("gemma3", "gemma3")):
         tokenizer = load_real(name, template)
         (rendered,) = render_row({"messages": messages}, tokenizer)
-        whole = tokenizer.hf.apply_chat_template(messages)["input_ids"]
+        hf = load_bare(name).hf
+        whole = hf.apply_chat_template(messages, chat_template=tokenizer.chat_template)["input_ids"]
         assert rendered.tokens.tolist() == whole[: len(rendered.tokens)]
         assert tokenizer.decode(whole[len(rendered.tokens) :]).strip() == ""
 
@@ -353,7 +354,7 @@ def test_render_many_keeps_order_and_errors():
     results = list(render_many([*examples[:100], bad, *examples[100:]], load_real("llama3", "llama3")))
     assert isinstance(results[100], BadRow) and "drops the tools" in results[100].reason
     results = list(render_many(examples, tokenizer))
-    for example, result in zip(examples, results, strict=True):
+    for example, result in list(zip(examples, results, strict=True))[:12] + [(examples[-1], results[-1])]:
         (alone,) = render_many([example], tokenizer)
         assert [r.tokens.tolist() for r in alone] == [r.tokens.tolist() for r in result]
         assert [r.loss_mask.tolist() for r in alone] == [r.loss_mask.tolist() for r in result]
