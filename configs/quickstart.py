@@ -44,7 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.checkpoint = {"every": 40, "keep": 1}
     if arg == "small":
-        config.train = {"steps": 4}
+        config.train = {"steps": 2}
+        config.data.update({"sequence_length": 128, "batch_size": 2})
         config.optimizer.warmup_steps = 0
-        config.eval.update({"every": 2, "generate_rows": 4, "max_new_tokens": 8})
+        config.eval.update({"every": 0, "generate_rows": 2, "max_new_tokens": 8, "batch_size": 2})
     return config

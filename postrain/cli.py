@@ -9,8 +9,8 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
+import threading
 from collections.abc import Callable
 
 from postrain.errors import UserError
@@ -21,27 +21,39 @@ DESCRIPTION = "Post-training of language models: a Hugging Face folder and your 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 (the machine failed), 2 (the user can put it right), 130 (^C)."""
     argv = sys.argv[1:] if argv is None else argv
-    # A pipe that is closed early (`postrain preview | head`) ends the command without a word.
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.unraisablehook = report_main_thread_only
     try:
         rest, overrides = split_overrides(argv)
         args = make_parser().parse_args(rest)
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{next(iter(overrides))}: `postrain {args.command}` has no config")
-        return args.run(args, overrides) or 0
+        code = args.run(args, overrides) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # `postrain preview | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         known = explain(error)
         if known is None:
             raise
         return _fail(known, 1)
+
+
+def report_main_thread_only(unraisable) -> None:
+    """Python's report of an error that nobody can catch, unless it is of a library's own thread.
+
+    Writing checkpoints to a full disk, such threads report by the dozen what the main thread is told anyway.
+    """
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, code: int) -> int:

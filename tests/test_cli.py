@@ -164,3 +164,9 @@ def test_generate_streams_what_it_returns(model, capsys):
     source.write_text('{"prompt": "hi"}\n')
     assert cli.main(["generate", f"--model={model}", f"--input={source}", "--max-new-tokens=6"]) == 0
     assert json.loads(capsys.readouterr().out)["completion"] + "\n" == streamed
+
+
+def test_a_closed_pipe_ends_it_without_a_word(tmp_path):
+    script = f"{sys.executable} -m postrain.cli --help | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr == ""

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 from postrain.compute.charts import draw_curves
+from postrain.compute.workdir import write_whole
 
 NUM_SAMPLES = 20
 CHARTS = (  # title, metrics, ends of the y axis
@@ -81,9 +82,7 @@ def write_report(
     page = "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
     page += f"<title>{html.escape(title)}</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
     path = workdir / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page)
     return path
 
 

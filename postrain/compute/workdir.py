@@ -27,10 +27,18 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def save_config(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the resolved config, all or nothing."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(workdir / "config.json")
+    """Writes the resolved config."""
+    write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file, or leaves what was there, whatever happens."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_config(workdir: pathlib.Path) -> Config:

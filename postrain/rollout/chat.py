@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from postrain.compute.workdir import write_whole
 from postrain.data.rendering import render_prompt
 from postrain.data.schema import RowRef, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -180,9 +181,7 @@ def answer_file(
         return len(lines)
     target = pathlib.Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, "\n".join(lines) + "\n")
     return len(lines)
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from postrain.compute.step import make_eval_step
+from postrain.compute.workdir import write_whole
 from postrain.config import Config
 from postrain.data.pipeline import make_eval_batches
 from postrain.data.rendering import Rendered
@@ -149,6 +150,4 @@ def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> 
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
     lines += [json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) for sample in samples]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(line + "\n" for line in lines))

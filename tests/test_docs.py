@@ -1,0 +1,125 @@
+"""What the README and the guides say is so: their commands run, their keys, links and names exist."""
+
+import dataclasses
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import typing
+
+import pytest
+from tiny_models import make_tiny_model
+
+from postrain import cli
+from postrain.config import Config, load_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def read_commands(page):
+    """The shell commands of a page that run postrain, as lists of words, continued lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line and line[0] in ("postrain", "./launch/local.sh")]
+
+
+def in_small(words, folder):
+    """A command of the README on a tiny model and few rows, written to ``folder``."""
+    changed = []
+    for word in words:
+        word = word.replace("MODEL_DIR", str(folder / "model")).replace("runs/", f"{folder}/runs/")
+        word = re.sub(r"(train|held_out)\.jsonl", rf"{folder}/\1.jsonl", word)
+        word = word.replace("configs/quickstart.py", "configs/quickstart.py:small")
+        changed.append(word)
+    if "train" in changed:
+        changed += ["--config.train.steps=2", "--config.data.sequence_length=512", "--config.optimizer.warmup_steps=0"]
+        changed += [f"--config.model.path={folder}/model"]
+    return changed
+
+
+def run(words):
+    command = [sys.executable, "-m", "postrain.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    make_tiny_model(folder / "model", "llama", vocab_size=301, max_position_embeddings=1024)
+    rows = (ROOT / "configs/data/quickstart_train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:8]))
+    (folder / "held_out.jsonl").write_text("".join(rows[8:12]))
+    return folder
+
+
+def test_the_first_screen_has_the_two_commands():
+    top = (ROOT / "README.md").read_text().splitlines()[:30]
+    assert "./launch/local.sh train --config=configs/quickstart.py --workdir=runs/quickstart" in top
+    assert "./launch/test.sh" in top
+
+
+def test_the_commands_of_the_readme_run(folder):
+    commands = read_commands(ROOT / "README.md")
+    assert [words[0] for words in commands] == ["train", "preview", "train"]
+    for words in commands:
+        result = run(in_small(words, folder))
+        assert result.returncode == 0, (words, result.stderr)
+    for name in ("quickstart", "mine"):
+        assert (folder / "runs" / name / "report.html").exists()
+        assert (folder / "runs" / name / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_understood(page, folder):
+    for words in read_commands(page):
+        words = [word for word in words if word not in ("...", "--config.KEY=VALUE")]
+        rest, overrides = cli.split_overrides(words)
+        args = cli.make_parser().parse_args(rest)
+        if hasattr(args, "config"):
+            needed = {"model.path": "m", "data.train": "t.jsonl"}
+            load_config(str(ROOT / args.config), needed | overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_and_link_exists(page):
+    text = page.read_text(encoding="utf-8")
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for section, path in re.findall(r"`(\w+)\.([a-z_.]+)\b", text):
+        if section in sections and path not in ("py", "jsonl", "json"):
+            kind = typing.get_type_hints(Config)[section]
+            for part in path.split("."):
+                assert part in typing.get_type_hints(kind), f"{page.name}: {section}.{path}"
+                kind = typing.get_type_hints(kind)[part]
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readme_lists_the_commands_that_there_are():
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [commands] = [action for action in cli.make_parser()._actions if getattr(action, "choices", None)]
+    assert listed == list(commands.choices)
+
+
+def test_the_scripts_find_a_python_and_start_at_once(tmp_path):
+    """A .venv made from the lock is used as it is; another lock is noticed."""
+    for name in ("launch", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "requirements" / "test.lock", tmp_path / ".venv" / "test.lock")
+    script = tmp_path / "launch" / "local.sh"
+    result = subprocess.run([script, "train", "a b"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "-m postrain.cli train a b\n")
+    (tmp_path / "requirements" / "test.lock").write_text("other\n")
+    environment = {**os.environ, "PYTHON": "/nowhere/python"}
+    (tmp_path / ".venv" / "bin" / "python").unlink()
+    result = subprocess.run([script, "train"], capture_output=True, text=True, env=environment)
+    assert result.returncode != 0
+    assert "error: expected Python 3.11, 3.12 or 3.13, found none in PYTHON=/nowhere/python" in result.stderr
