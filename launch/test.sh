@@ -7,5 +7,5 @@ prepare test.lock
 cd "$ROOT"
 export PATH="$VENV/bin:$PATH"
 ruff check --quiet .
-lint-imports
+lint-imports --no-logo
 exec python -m pytest "$@"

@@ -153,6 +153,18 @@ def test_every_key_is_documented_where_it_is_defined():
     assert bare == []
 
 
+def test_every_key_is_used_somewhere():
+    sources = [path.read_text() for path in (ROOT / "postrain").rglob("*.py") if path.name != "config.py"]
+    sources.append((ROOT / "postrain" / "models" / "config.py").read_text())
+    unused = [
+        f"{cls.__name__}.{field.name}"
+        for cls in SECTIONS
+        for field in dataclasses.fields(cls)
+        if not any(re.search(rf"(\.|\"){field.name}\b", source) for source in sources)
+    ]
+    assert unused == []
+
+
 def test_every_choice_is_of_a_key_that_exists():
     for key in (*CHOICES, *config_lib.AT_LEAST_ONE, *config_lib.MAY_BE_NEGATIVE):
         kind = Config

@@ -11,6 +11,7 @@ from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
+from postrain.config import MeshConfig
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
 from postrain.hf.peft import save_adapter
@@ -53,7 +54,7 @@ def export_workdir(workdir: str | os.PathLike, output: str | os.PathLike, format
         raise UserError(f"{workdir}: the run's export.format is 'none': add --format merged or --format adapter")
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(MeshConfig(fsdp=-1))  # the devices that there are: they need not be those of the run
     folder = locate_model(config.model.path)
     model = load_model(config, folder, mesh)
     optimizer, _ = make_optimizer(config.optimizer, 1 + config.optimizer.warmup_steps + config.optimizer.decay_steps)
