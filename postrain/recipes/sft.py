@@ -146,15 +146,16 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
         batches.close()
 
-    if config.export.format != "none":
-        form, dtype = config.export.format, config.export.dtype
+    form, dtype = config.export.format, config.export.dtype
+    if form != "none":
         export_state(workdir / "export", state, model, source_folder=folder, format=form, dtype=dtype)
     metrics = last_values(workdir)
     if lead:
         row = render_tokens_html(train_set.examples[0], tokenizer)
         write_report(workdir, conversation_html=row, environment=describe_environment(mesh))
     minutes = (time.monotonic() - started) / 60
-    say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}; see {workdir / 'report.html'}")
+    say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}")
+    say(f"{workdir / 'report.html'} shows the run" + ("" if form == "none" else f", {workdir / 'export'} is the model"))
     return metrics
 
 
