@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 BACKENDS = ("chunked",)
@@ -160,6 +161,8 @@ def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
     # [B/R, T/C, R, K, G, C, ...] -> [B, K, G, T, ...]
     out = jnp.moveaxis(out, 1, 4).reshape(q_BKGTH.shape)
     logsumexp = jnp.moveaxis(logsumexp, 1, 4).reshape(q_BKGTH.shape[:-1])
+    # What backward needs besides the inputs: named here, where rematerialisation can keep both.
+    out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
     return out, (q_BKGTH, k_BKTH, v_BKTH, starts_BT, out, logsumexp)
 
 

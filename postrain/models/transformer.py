@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from postrain.models.attention import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
@@ -63,7 +62,6 @@ def _layer(x_BTD, p, config, rotations, segment_ids, positions):
     out = attention(
         q, k, v, segment_ids=segment_ids, positions=positions, backend=config.attention, chunk=config.attention_chunk
     )
-    out = checkpoint_name(out, "attention")
     x_BTD = x_BTD + _attention_output(out, p["attention"], config)
     x_BTD = x_BTD + _mlp(rms_norm(x_BTD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
     return constrain(x_BTD, ("batch", "sequence", "embed_act"))

@@ -116,15 +116,22 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             say(format_metrics(0, line), flush=True)
 
         # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
-        clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
+        intervals = config.train.log_every, config.eval.every, config.checkpoint.every
+        unchecked, clock, stats = [], time.perf_counter(), BatchStats(0, 0, 0)
         for step in range(first_step + 1, total_steps + 1):
             arrays = next(batches)
             row_ids = arrays.pop("row_ids")
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
-            check_finite(metrics, step, lambda rows=row_ids: describe_rows(train_set, rows))
             stats += count_batch(arrays)
 
             line, last = {}, step == total_steps
+            # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
+            # where something is written.
+            unchecked.append((metrics, step, row_ids))
+            now = last or stop.number or any(is_due(step, every) for every in intervals)
+            while len(unchecked) > (0 if now else 1):
+                finished, number, rows = unchecked.pop(0)
+                check_finite(finished, number, lambda rows=rows: describe_rows(train_set, rows))
             if last or is_due(step, config.train.log_every):
                 perf = compute_perf(model.config, stats, time.perf_counter() - clock, mesh.local_devices, processes)
                 line = {name: float(value) for name, value in metrics.items() if name != "finite"} | perf

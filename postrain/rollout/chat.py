@@ -3,13 +3,16 @@
 Prompts are rendered by the function that renders training rows, and fed as token ids.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from postrain.compute.build import choose_compute_dtype
 from postrain.compute.workdir import write_whole
+from postrain.config import MeshConfig
 from postrain.data.rendering import render_prompt
 from postrain.data.schema import RowRef, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +21,7 @@ from postrain.hf.load import load_pretrained
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams
+from postrain.sharding import make_mesh
 
 
 class ChatModel(NamedTuple):
@@ -34,8 +38,13 @@ class Answer(NamedTuple):
 
 
 def load_chat_model(folder: str | os.PathLike) -> ChatModel:
-    """A Hugging Face folder as a ChatModel. Raises UserError naming what the folder lacks."""
-    config, params = load_pretrained(folder)
+    """A Hugging Face folder as a ChatModel, over all devices, in the dtype that they compute fastest in.
+
+    Raises UserError naming what the folder lacks.
+    """
+    dtype = choose_compute_dtype("auto")
+    config, params = load_pretrained(folder, mesh=make_mesh(MeshConfig()), dtype=dtype)
+    config = dataclasses.replace(config, compute_dtype=dtype)
     return ChatModel(params, config, load_tokenizer(folder))
 
 

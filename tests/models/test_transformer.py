@@ -173,3 +173,13 @@ def test_number_of_parameters():
     assert num_params(param_specs(dataclasses.replace(CONFIG, num_layers=1))) == 320 * 36 + 36 + (
         36 + 36 * 60 + 60 + 2 * (36 * 20 + 20) + 60 * 36 + 36 + 2 * 10 + 36 + 2 * (36 * 50 + 50) + 50 * 36 + 36
     )
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_attention_is_computed_again_only_under_full_rematerialisation(params, remat, passes):
+    """A pass over the blocks, forward or backward, is one loop of a length known at run time alone: a ``while``."""
+    config = dataclasses.replace(CONFIG, remat=remat)
+    batch = make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
+    loss = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert jaxpr.count("cond_jaxpr") == passes
