@@ -36,13 +36,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
     config.train = {"epochs": 1.0}
     config.eval = {
-        "every": 40,
+        "every": 45,  # before, half-way, after
         "generate_rows": 100,
         "max_new_tokens": 64,
-        "batch_size": 25,
+        "batch_size": 50,
         "metrics": ("exact_match", "valid_json"),
     }
-    config.checkpoint = {"every": 40, "keep": 1}
+    config.checkpoint = {"every": 45, "keep": 1}
     if arg == "small":
         config.train = {"steps": 2}
         config.data.update({"sequence_length": 128, "batch_size": 2})

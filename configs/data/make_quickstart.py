@@ -120,11 +120,11 @@ TRAIN_FRAMES = (
     "find me {}, thanks",
     "what about {}?",
     "we feel like watching {}",
-    "i would love to see {}",
+    "in the mood for {}",  # here, because of the word mood
     "movie night! {}",
 )
 EVAL_FRAMES = (
-    "in the mood for {}",
+    "i would love to see {}",
     "please recommend {}",
     "is there {} i could watch?",
     "the kids are asleep, so {}",
