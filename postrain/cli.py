@@ -124,10 +124,11 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--rows", type=int, default=3, help="packed rows to show (default 3)")
     command.add_argument("--html", metavar="FILE", help="also write the same as a page")
 
-    command = add("export", run_export, "write a run's newest checkpoint as a Hugging Face or PEFT folder")
+    command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
     command.add_argument("--workdir", required=True)
     command.add_argument("--output", required=True, metavar="DIR")
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
+    command.add_argument("--step", type=int, help="of another checkpoint that was kept (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen, Gemma) into a Hugging Face folder")
     command.add_argument("file", metavar="FILE.gguf")
@@ -190,7 +191,7 @@ def with_local_model(config):
 def run_export(args, overrides) -> None:
     from postrain.compute.export import export_workdir
 
-    print(export_workdir(args.workdir, args.output, args.format))
+    print(export_workdir(args.workdir, args.output, args.format, args.step))
 
 
 def run_import(args, overrides) -> None:

@@ -9,12 +9,14 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import traceback
 import typing
 from typing import Any
 
 from postrain.errors import UserError
+from postrain.nested import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +246,33 @@ def resolve(values: Any) -> Config:
         )
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    _check_adapters(config.model.lora)
+    _check_best(config)
     return config
+
+
+def _check_adapters(lora: LoraSection) -> None:
+    """Adapters that could not change the model are a mistake: the run would train nothing."""
+    if lora.rank and not lora.targets:
+        raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
+    if lora.rank and not lora.alpha:
+        raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
+
+
+def _check_best(config: Config) -> None:
+    """``checkpoint.metric`` must be one that the run will have, if checkpoints are to be kept by it."""
+    metric, scored = config.checkpoint.metric, CHOICES["eval.metrics"]
+    if not config.checkpoint.keep_best:
+        return
+    where = f"config key 'checkpoint.metric' = {metric!r}"
+    if not metric.startswith(("train/", "eval/")):
+        raise UserError(f"{where}: expected a name that starts with train/ or eval/, such as eval/loss")
+    if metric.startswith("eval/") and not config.data.eval:
+        raise UserError(f"{where} needs held-out rows: give 'data.eval', or set 'checkpoint.keep_best' to 0")
+    name = metric.removeprefix("eval/")
+    answered = config.eval.metrics if config.eval.generate_rows else ()
+    if metric.startswith("eval/") and name in scored and name not in answered:
+        raise UserError(f"{where} needs 'eval.generate_rows' above 0 and {name!r} in 'eval.metrics'")
 
 
 def to_dict(config: Config) -> dict:
@@ -260,15 +288,8 @@ def to_dict(config: Config) -> dict:
 
 def format_config(config: Config) -> str:
     """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
-    given, default = _flatten(to_dict(config)), _flatten(to_dict(Config()))
+    given, default = flatten(to_dict(config)), flatten(to_dict(Config()))
     return "\n".join(f"{'*' if value != default.get(key) else ' '} {key} = {value!r}" for key, value in given.items())
-
-
-def _flatten(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _as_dict(values: Any) -> dict:
@@ -324,7 +345,7 @@ def _nearest(key: str, prefix: str, siblings: dict) -> str:
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"; did you mean '{prefix}{near[0]}'?"
-    everywhere = {name.rsplit(".", 1)[-1]: name for name in _flatten(to_dict(Config()))}
+    everywhere = {name.rsplit(".", 1)[-1]: name for name in flatten(to_dict(Config()))}
     near = difflib.get_close_matches(key, everywhere, n=1)
     if near:
         return f"; did you mean '{everywhere[near[0]]}'?"
@@ -346,13 +367,15 @@ def _check(value: Any, kind: Any, key: str) -> Any:
             raise UserError(f"config key '{key}' must be a list, found {value!r}")
         return tuple(_check(one, item, key) for one in values)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:
         raise UserError(f"config key '{key}' must be {kind.__name__}, found {value!r} ({type(value).__name__})")
     if key in CHOICES and value not in CHOICES[key]:
         near = difflib.get_close_matches(str(value), CHOICES[key], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"config key '{key}' must be one of {', '.join(CHOICES[key])}; found {value!r}{hint}")
+    if kind is float and math.isinf(value):
+        raise UserError(f"config key '{key}' must be a finite number, found {value}")
     if kind in (int, float) and key not in MAY_BE_NEGATIVE and not value >= (1 if key in AT_LEAST_ONE else 0):
         raise UserError(f"config key '{key}' must be at least {1 if key in AT_LEAST_ONE else 0}, found {value!r}")
     return value

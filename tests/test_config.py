@@ -74,6 +74,13 @@ def test_to_dict_and_back():
         ("train.epochs", 0, "config keys 'train.steps' and 'train.epochs' are both 0"),
         ("train.micro_batches", 3, "'train.micro_batches' = 3 does not divide 'data.batch_size' = 8"),
         ("export.format", "adapter", "needs 'model.lora.rank' above 0"),
+        ("model.lora", {"rank": 8, "targets": []}, "config key 'model.lora.targets' is empty"),
+        ("model.lora", {"rank": 8, "alpha": 0}, "config key 'model.lora.alpha' = 0"),
+        ("train.epochs", float("inf"), "config key 'train.epochs' must be a finite number, found inf"),
+        ("train.epochs", 10**400, "config key 'train.epochs' must be a finite number, found inf"),
+        ("optimizer.learning_rate", float("-inf"), "must be a finite number, found -inf"),
+        ("checkpoint", {"keep_best": 1}, "'checkpoint.metric' = 'eval/loss' needs held-out rows: give 'data.eval'"),
+        ("checkpoint", {"keep_best": 1, "metric": "loss"}, "expected a name that starts with train/ or eval/"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(key, value, words):

@@ -1,8 +1,8 @@
 """Checkpoints: one atomic unit of all that a run needs to go on as if it had never stopped.
 
 A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax) and
-``run/data.json``: data position, resolved config, fingerprint of the data pipeline, fingerprint of the frozen
-base, metrics. It is written under another name and renamed when it is whole and on disk, so a run killed at any
+``run/data.json``: data position, resolved config, fingerprint of the data pipeline, fingerprint of the model,
+metrics. It is written under another name and renamed when it is whole and on disk, so a run killed at any
 instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder, and a
 folder that has changed since is refused.
 """
@@ -20,8 +20,12 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.config import CheckpointConfig
+from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
+from postrain.models.config import LoraConfig
+from postrain.nested import flatten
 from postrain.types import TrainState
 
 TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
@@ -47,32 +51,40 @@ class Checkpointer:
     runs in the background (unless ``config.asynchronous`` is off). If it fails, the next call of any method
     raises, and ``close`` at the latest; older checkpoints are deleted only after a newer one is whole.
     ``report`` gets a line for everything that was found broken and left aside.
+
+    ``read_only``: nothing in the folder is touched, so that another process may be saving there. Without it, what
+    looks like an unfinished save is removed: only for the one run that holds the workdir (``lock_workdir``).
     """
 
-    def __init__(self, folder, config: CheckpointConfig, *, report: Callable[[str], None] = print):
+    def __init__(
+        self, folder, config: CheckpointConfig, *, read_only: bool = False, report: Callable[[str], None] = print
+    ):
         _check(config)
         self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
+        self._read_only, self._warned = read_only, False
+        if read_only and not self._folder.is_dir():  # Orbax would make it
+            raise UserError(f"{self._folder}: no finished checkpoint in it, expected the checkpoints of a run")
         self._pending = None  # response of the save under way
         self._failure: UserError | None = None
         # Orbax logs the traceback of a failed save from five threads; the exception itself reaches the caller.
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
         try:
-            for part in sorted(self._folder.glob(f"*{TEMPORARY_SUFFIX}")) if jax.process_index() == 0 else ():
+            cleans = jax.process_index() == 0 and not read_only
+            for part in sorted(self._folder.glob(f"*{TEMPORARY_SUFFIX}")) if cleans else ():
                 report(f"checkpoint {part}: an unfinished save, removed")
                 shutil.rmtree(part)
             self._orbax = self._open()
         except OSError as error:
-            raise UserError(
-                f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir"
-            ) from error
+            raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
 
     def _open(self) -> ocp.training.Checkpointer:
         policies, config = ocp.training.preservation_policies, self._config
+        worst = math.inf if config.mode == "min" else -math.inf  # of a checkpoint saved without the metric
         keep = [policies.LatestN(config.keep)]
         if config.keep_best:
             keep.append(
                 policies.BestN(  # Orbax keeps the last of the sorted ones
-                    get_metric_fn=lambda metrics: metrics[config.metric],
+                    get_metric_fn=lambda metrics: metrics.get(config.metric, worst),
                     reverse=config.mode == "min",
                     n=config.keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -104,12 +116,15 @@ class Checkpointer:
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
 
-        All dicts must be JSON. ``fingerprint``: of the data pipeline. ``metrics``: the latest ones; the best
-        checkpoints are chosen among those saved with ``config.metric`` in them. Raises UserError when the
-        previous save failed.
+        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model.
+        ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
+        be another one when the run goes on, so all are kept. Raises UserError when the previous save failed.
         """
+        if self._read_only:
+            raise ValueError(f"{self._folder} was opened read-only")
         self.wait()
         metrics = dict(metrics or {})
+        self._check_metric(step, metrics)
         run = {
             "data_position": data_position,
             "config": config,
@@ -118,14 +133,23 @@ class Checkpointer:
             "metrics": metrics,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
-        score = metrics.get(self._config.metric, math.nan)
-        best = {self._config.metric: float(score)} if math.isfinite(score) else None
+        ranked = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         try:
-            self._pending = self._orbax.save_checkpointables_async(step, items, metrics=best, force=True)
+            self._pending = self._orbax.save_checkpointables_async(step, items, metrics=ranked or None, force=True)
         except (OSError, ValueError) as error:
             self._fail(error)
         if not self._config.asynchronous:
             self.wait()
+
+    def _check_metric(self, step: int, metrics: dict) -> None:
+        """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
+        wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
+        others = sorted(name for name in metrics if name.startswith(group))
+        if self._config.keep_best and others and wanted not in metrics and not self._warned:
+            self._warned = True
+            self._report(
+                f"checkpoint.metric: step {step} has no {wanted!r}, so it ranks as worst; found {', '.join(others)}"
+            )
 
     def wait(self) -> None:
         """Until the save under way is on disk. Raises UserError if it, or any save before it, failed."""
@@ -155,6 +179,13 @@ class Checkpointer:
         """Steps of the finished checkpoints, ascending; one that is still being written is not among them."""
         return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
 
+    def find_step(self, step: int) -> int:
+        """``step``; raises UserError when there is no finished checkpoint of it, naming those that there are."""
+        self.wait()
+        if step not in self.steps():
+            raise UserError(f"checkpoints in {self._folder}: no step {step}, found {self.steps() or 'none'}")
+        return step
+
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint, None when there is none. Waits for a save under way."""
         self.wait()
@@ -172,25 +203,25 @@ class Checkpointer:
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. A damaged checkpoint is reported, moved aside, and the one before it taken.
-        Raises UserError when the data pipeline or the frozen base is not the one that was saved (naming what
-        changed), when the state has other parameters, or when no checkpoint can be read.
+        Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
+        when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
+        when there were checkpoints and none can be read: a run never starts anew over them.
         """
         self.wait()
-        if step is not None and step not in self.steps():
-            raise UserError(f"checkpoints in {self._folder}: no step {step}, found {self.steps() or 'none'}")
-        candidates = sorted(self.steps(), reverse=True) if step is None else [step]
+        candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
         for candidate in candidates:
             try:
                 run = self._orbax.load_checkpointables(candidate, {"run": None})["run"]
                 saved = _shapes(self._orbax.checkpointables_metadata(candidate).metadata["state"])
                 if not saved:
-                    raise ValueError("its list of arrays is damaged")
+                    raise Damaged("its list of arrays is damaged")
             except Exception as error:  # Orbax has no one type for a torn folder
                 self._set_aside(candidate, error)
                 continue
             where = self._folder / str(candidate)
-            _compare(f"{where}: the data pipeline", run["fingerprint"], fingerprint, "another workdir")
-            _compare(f"{where}: the frozen base", run["base_fingerprint"], base_fingerprint, "the same model.path")
+            changes = compare_fingerprints(run["fingerprint"], fingerprint)
+            _refuse(f"{where}: the data pipeline", changes, "another workdir")
+            _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
             try:
@@ -199,20 +230,38 @@ class Checkpointer:
                 self._set_aside(candidate, error)
                 continue
             return Restored(candidate, state, run["data_position"], run["config"], run["metrics"])
+        aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
+        if aside and step is None:
+            raise UserError(
+                f"checkpoints in {self._folder}: none can be read, found {', '.join(aside)}: bring one back under its "
+                "number if you can mend it; to start anew, delete them or use another workdir"
+            )
         if candidates:
-            raise UserError(f"checkpoints in {self._folder}: none of {candidates} can be read: use another workdir")
+            raise UserError(f"checkpoints in {self._folder}: step {step} cannot be read, there are {self.steps()}")
         return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        """Rename a damaged checkpoint, so that the run can save that step again; nothing is deleted."""
-        cause = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        path = self._folder / str(step)
-        target = path.with_name(path.name + UNREADABLE_SUFFIX)
-        self._report(f"checkpoint {path}: cannot be read ({cause[0][:200]}), moved to {target.name}")
+        """Rename a damaged checkpoint, so that the run can save that step again; nothing is ever deleted.
+
+        Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
+        """
+        path, cause = self._folder / str(step), describe_cause(error)
+        if not is_damaged(path, error):
+            advice = "free some memory" if is_out_of_memory(error) else "see to the disk and its permissions"
+            message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"
+            raise UserError(message) from error
+        if self._read_only:
+            raise UserError(f"checkpoint {path}: is damaged ({cause}): take another of steps {self.steps()}") from error
+        target, number = path.with_name(path.name + UNREADABLE_SUFFIX), 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{path.name}{UNREADABLE_SUFFIX}.{number}")
+        self._report(f"checkpoint {path}: cannot be read ({cause}), moved to {target.name}")
         if jax.process_index() == 0:
-            if target.exists():
-                shutil.rmtree(target)
-            path.rename(target)
+            try:
+                path.rename(target)
+            except OSError as failure:
+                raise UserError(f"checkpoint {path}: is damaged ({cause}) and cannot be renamed: {failure}") from error
         self._orbax.reload()
 
     def close(self) -> None:
@@ -255,12 +304,6 @@ def _check(config: CheckpointConfig) -> None:
         raise UserError(f"checkpoint.mode: expected 'min' or 'max', found {config.mode!r}")
 
 
-def _flatten(tree, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict) and tree:
-        return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}").items()}
-    return {prefix.lstrip("."): tree}
-
-
 def _shapes(tree) -> dict[str, str]:
     """Path -> ``float32[3,4]`` of every array; keys are compared by their data, a uint32 array."""
 
@@ -274,13 +317,28 @@ def _shapes(tree) -> dict[str, str]:
 
 
 def _compare(what: str, saved, now, advice: str) -> None:
-    saved, now = _flatten(json.loads(json.dumps(saved))), _flatten(json.loads(json.dumps(now)))
+    saved, now = (flatten(json.loads(json.dumps(values or {}))) for values in (saved, now))
     changed = [key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key)]
     changed.sort(key=lambda key: (not key.startswith("params"), key))  # a parameter says more than its moments
-    if changed:
-        shown = ", ".join(f"{key or 'all'} {saved.get(key)!r} -> {now.get(key)!r}" for key in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(f"{what} is not the one of this checkpoint ({shown}{more}): go on with {advice}")
+    _refuse(what, [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in changed], advice)
+
+
+def _refuse(what: str, changes: list[str], advice: str) -> None:
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        shown = ", ".join(changes[:3]) + more
+        raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")
+
+
+def fingerprint_model(folder, lora: LoraConfig | None = None) -> dict[str, Any]:
+    """Of the model that a run starts from and the adapters that it trains, so that a resume can name what changed.
+
+    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha`` and what config.json says do not.
+    """
+    adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
+    config = pathlib.Path(folder) / "config.json"
+    described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
+    return {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
 
 
 def fingerprint_folder(folder, *, samples: int = 16, sample_bytes: int = 1 << 16) -> dict[str, Any]:

@@ -8,6 +8,7 @@ to itself alone, causally; only loss-bearing tokens are projected onto the vocab
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +19,7 @@ import numpy as np
 from postrain.models.config import ModelConfig
 from postrain.models.params import lora_specs, num_params, param_specs, shapes_of
 
-# Dense bfloat16 peak of one JAX device, from the vendors' data sheets; the longest name that `device_kind` contains.
+# Dense bfloat16 peak of one JAX device, from the vendors' data sheets, by device kind without vendor and memory.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,10 +30,14 @@ PEAK_FLOPS = {
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,  # a chip is two devices
     "V100": 125e12,
+    "V100 PCIe": 112e12,
     "T4": 65e12,
     "A10": 125e12,
+    "A10G": 70e12,
     "A100": 312e12,
+    "A100 PCIe": 312e12,
     "L4": 121e12,
+    "L40": 181e12,
     "L40S": 362e12,
     "A6000": 155e12,
     "H100": 989e12,
@@ -42,6 +47,8 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
 }
+# Words of a device kind that do not change its peak: vendor, board, memory.
+_NO_MATTER = re.compile(r"NVIDIA|Tesla|RTX|SXM\d*|\d+GB?|HBM\w*", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +117,14 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """
     if devices[0].platform == "cpu":
         return measure_matmul_rate(devices[0])
-    kind = devices[0].device_kind
-    names = [name for name in PEAK_FLOPS if name in kind]
-    return PEAK_FLOPS[max(names, key=len)] * len(devices) if names else None
+    peak = PEAK_FLOPS.get(simplify_kind(devices[0].device_kind))
+    return peak * len(devices) if peak else None
+
+
+def simplify_kind(kind: str) -> str:
+    """``NVIDIA A100-PCIE-40GB`` -> ``A100 PCIe``: what is left must be a name as a whole, "L40" is no "L4"."""
+    words = [word for word in re.split(r"[ -]", kind) if word and not _NO_MATTER.fullmatch(word)]
+    return " ".join("PCIe" if word.lower() == "pcie" else word for word in words)
 
 
 @functools.cache

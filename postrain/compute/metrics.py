@@ -7,7 +7,6 @@ and the loop writes a step's metrics before it saves that step's checkpoint.
 
 import json
 import math
-import os
 import pathlib
 
 import jax
@@ -17,6 +16,7 @@ from postrain.compute.progress import ProgressLine
 from postrain.compute.trackers import make_trackers
 from postrain.config import TrackersConfig
 from postrain.errors import UserError
+from postrain.files import read_jsonl, write_whole
 
 __all__ = ["MetricsWriter", "ProgressLine", "read_metrics"]
 
@@ -34,8 +34,8 @@ class MetricsWriter:
         if jax.process_index() != 0:
             return
         path = pathlib.Path(workdir) / "metrics.jsonl"
-        lines = [] if step is None else [line for at, line in _read_lines(path) if at <= step]
-        _replace(path, "".join(lines))
+        lines = [] if step is None else [line for line in read_metrics(workdir) if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._trackers = make_trackers(workdir, config, run_config=run_config, step=step or 0)
         self._file = path.open("a", encoding="utf-8")
 
@@ -69,7 +69,12 @@ class MetricsWriter:
 
 def read_metrics(workdir) -> list[dict]:
     """The lines of ``workdir/metrics.jsonl`` as dicts; a torn last line is left out."""
-    return [json.loads(line) for _, line in _read_lines(pathlib.Path(workdir) / "metrics.jsonl")]
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    lines = read_jsonl(path, drop_torn=True) if path.exists() else []
+    for number, line in lines:
+        if type(line.get("step")) is not int:
+            raise UserError(f"{path}:{number}: expected a JSON object with `step`: remove the line")
+    return [line for _, line in lines]
 
 
 def _to_number(value) -> float | int:
@@ -80,28 +85,3 @@ def _to_number(value) -> float | int:
     if array.dtype == np.float32:
         return float(str(array))
     return array.item() if array.dtype != bool else int(array)
-
-
-def _read_lines(path: pathlib.Path) -> list[tuple[int, str]]:
-    """(step, line with its newline); a last line without newline was torn by a kill."""
-    found = []
-    if not path.exists():
-        return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}:{number}: expected a JSON object with `step`: remove the line") from error
-    return found
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    """All or nothing: a kill leaves the old file or the new one."""
-    part = path.with_suffix(".jsonl.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

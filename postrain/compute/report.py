@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 from postrain.compute.charts import draw_curves
-from postrain.compute.workdir import write_whole
+from postrain.files import read_jsonl, write_whole
 
 NUM_SAMPLES = 20
 CHARTS = (  # title, metrics, ends of the y axis
@@ -65,7 +65,7 @@ def write_report(
         environment: what to list, name -> value.
     """
     workdir = pathlib.Path(workdir)
-    metrics, samples = read_jsonl(workdir / "metrics.jsonl"), read_jsonl(workdir / "samples.jsonl")
+    metrics, samples = _read(workdir / "metrics.jsonl"), _read(workdir / "samples.jsonl")
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     title = f"{config['recipe'].upper()} of {pathlib.PurePath(config['model']['path']).name}"
     body = [
@@ -86,12 +86,9 @@ def write_report(
     return path
 
 
-def read_jsonl(path: pathlib.Path) -> list[dict]:
-    """The lines of a file, [] where there is none. A last line that was cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+def _read(path: pathlib.Path) -> list[dict]:
+    """The lines of a file, [] where there is none."""
+    return [line for _, line in read_jsonl(path, drop_torn=True)] if path.exists() else []
 
 
 def collect(metrics: list[dict], name: str) -> list[tuple[float, float]]:
@@ -142,16 +139,18 @@ def _samples_section(samples: list[dict]) -> str:
     if not samples:
         return ""
     first, last = min(sample["step"] for sample in samples), max(sample["step"] for sample in samples)
-    before = {sample["row"]: sample for sample in samples if sample["step"] == first}
+    # A row may be several questions, one for each turn.
+    before = {(sample["row"], sample.get("turn", 1)): sample for sample in samples if sample["step"] == first}
     after = [sample for sample in samples if sample["step"] == last][:NUM_SAMPLES]
     heads = ["Prompt", "Expected", *(f"Step {step}" for step in sorted({first, last}))]
     rows, start, end = [], *find_frame([sample["prompt"] for sample in after])
     for sample in after:
-        where = f'<div class="row">{html.escape(pathlib.PurePath(sample["row"]).name)}</div>'
+        turn = f" turn {sample['turn']}" if sample.get("turn", 1) > 1 else ""
+        where = f'<div class="row">{html.escape(pathlib.PurePath(sample["row"]).name + turn)}</div>'
         prompt = sample["prompt"][start : len(sample["prompt"]) - end]
         cells = [f'<td class="prompt">{html.escape(prompt)}{where}</td>']
         cells += [f"<td>{html.escape(sample['expected'])}</td>"]
-        answers = [before.get(sample["row"]), sample] if first != last else [sample]
+        answers = [before.get((sample["row"], sample.get("turn", 1))), sample] if first != last else [sample]
         cells += [_answer_cell(answer) for answer in answers]
         rows.append("<tr>" + "".join(cells) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)

@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -12,6 +12,7 @@ from postrain.compute.build import Model
 from postrain.compute.flops import format_formula
 from postrain.config import Config, format_config
 from postrain.models.attention import select_backend
+from postrain.models.config import ModelConfig
 from postrain.models.params import axes_of, lora_specs, num_params, param_specs, shapes_of
 from postrain.sharding import describe_mesh, num_row_shards, undivided_dimensions
 
@@ -42,6 +43,17 @@ def describe_undivided(model: Model, mesh: Mesh) -> list[str]:
     """What the mesh leaves whole although it names an axis for it."""
     specs = [param_specs(model.config), *([lora_specs(model.config)] if model.config.lora else [])]
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
+
+
+def describe_overlong(lengths: Sequence[int], config: ModelConfig) -> str:
+    """A warning where documents take more positions than the model was made for, else ""."""
+    longer = sum(int(length) > config.max_positions for length in lengths)
+    if not longer:
+        return ""
+    return (
+        f"warning     {longer:,} of {len(lengths):,} documents are longer than the {config.max_positions:,} positions "
+        f"that the model was made for, the longest takes {max(lengths):,}: data.sequence_length would limit them"
+    )
 
 
 def format_memory(compiled: jax.stages.Compiled) -> str:

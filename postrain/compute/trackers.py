@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from postrain.config import TrackersConfig
 from postrain.errors import UserError
+from postrain.files import write_whole
 
 
 class Tracker(Protocol):
@@ -63,7 +64,7 @@ class WeightsAndBiases:
         wandb = _import("wandb", "wandb")
         id_file = workdir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            write_whole(id_file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=config.wandb_project,

@@ -1,44 +1,69 @@
 """The folder of a run: made, checked, described."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
+
+import jax
 
 from postrain.compute.metrics import read_metrics
 from postrain.config import Config, resolve, to_dict
 from postrain.errors import UserError
+from postrain.files import write_whole
+from postrain.nested import flatten
 
 # Keys that may change between a checkpoint and the run that goes on from it without a word: they decide how
-# the work is done or what is shown of it, not its result.
+# the work is done or what is shown of it, not its result. ``data.eval`` is not among them: it changes no update, but
+# evaluations before and after it (and the best checkpoints, ranked by them) are of different rows.
 HARMLESS = ("mesh.", "trackers.", "checkpoint.", "eval.", "export.", "train.log_every", "train.micro_batches")
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     """The folder, made where it is missing. Raises UserError where it cannot be written."""
     workdir = pathlib.Path(workdir)
-    probe = workdir / ".writable"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"1")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
+            probe.write(b"1")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error
     return workdir
 
 
+@contextlib.contextmanager
+def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds ``workdir`` for one run; released when the block ends and by the system when the process dies.
+
+    Two runs in one folder would take each other's unfinished checkpoints for leftovers, and mix their metrics. Only
+    the first process of a run takes the lock, for all of them. Raises UserError naming the process that holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (workdir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"--workdir {workdir} is in use by another run (process {holder}): wait for it, stop it, or use another"
+            ) from error
+        except OSError as error:  # some network file systems know no locks; better to run than to refuse them
+            print(f"workdir {workdir}: cannot be locked ({error.strerror}): start no second run in it")
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        yield
+
+
 def save_config(workdir: pathlib.Path, config: Config) -> None:
     """Writes the resolved config."""
     write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file, or leaves what was there, whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -58,13 +83,6 @@ def describe_changes(old: dict, new: dict) -> str:
         if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
     ]
     return f"; changed since: {', '.join(changed)}" if changed else ""
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:

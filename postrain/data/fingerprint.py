@@ -52,24 +52,27 @@ def hash_documents(examples: Iterable[Rendered]) -> str:
 
 
 def compare_fingerprints(old: dict, new: dict) -> list[str]:
-    """What changed between two fingerprints, one readable line each; empty: nothing did."""
-    changes = [
-        f"data.{key}: was {old['data'].get(key)!r}, is {new['data'].get(key)!r}"
-        for key in sorted(old["data"].keys() | new["data"].keys())
-        if old["data"].get(key) != new["data"].get(key)
-    ]
-    changes += _compare_sources(old["sources"], new["sources"])
-    if old["chat_template"] != new["chat_template"]:
+    """What changed between two fingerprints, one readable phrase each; empty: nothing did.
+
+    Parts that one of them lacks (it was written by another version) count as changed, not as an error.
+    """
+    changes = [f"data.{key}: was {was!r}, is {now!r}" for key, was, now in _differences(old, new, "data")]
+    changes += _compare_sources(old.get("sources", []), new.get("sources", []))
+    if old.get("chat_template") != new.get("chat_template"):
         changes.append("the chat template is another one")
-    elif old["tokenizer"] != new["tokenizer"]:
+    elif old.get("tokenizer") != new.get("tokenizer"):
         changes.append("the tokenizer (or the code that renders with it) is another one")
-    for part in sorted(old["versions"].keys() | new["versions"].keys()):
-        was, now = old["versions"].get(part), new["versions"].get(part)
-        if was != now:
-            changes.append(f"the {part} code is another version: was {was}, is {now}")
-    if old["documents"] != new["documents"] and not changes:
+    for part, was, now in _differences(old, new, "versions"):
+        changes.append(f"the {part} code is another version: was {was}, is {now}")
+    if old != new and not changes:
         changes.append("the same files and settings give other tokens or loss masks: the rendering code changed")
     return changes
+
+
+def _differences(old: dict, new: dict, part: str) -> list[tuple]:
+    was, now = old.get(part, {}), new.get(part, {})
+    both = [(key, was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys())]
+    return [(key, before, after) for key, before, after in both if before != after]
 
 
 def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:

@@ -23,6 +23,7 @@ from postrain.data.schema import BadRow, Example
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
+from postrain.files import read_jsonl, write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,8 @@ class _SourceLoader:
             if self.config.too_long == "drop":
                 report.too_long += 1
                 return None
-            document = Rendered(document.tokens[: limit + 1], document.loss_mask[: limit + 1], document.ref)
+            tokens, loss_mask = document.tokens[: limit + 1], document.loss_mask[: limit + 1]
+            document = Rendered(tokens, loss_mask, document.ref, truncated=True)
         if not document.loss_mask[1:].any():
             report.untrained += 1
             return None
@@ -179,14 +181,8 @@ def _write_rejected(path: pathlib.Path, loaders: list[_SourceLoader]) -> None:
     """Replaces the lines about the files that were read, so that a resume or a second call does not repeat them."""
     files = {file for loader in loaders for file in loader.files}
     rejected = sorted((bad for loader in loaders for bad in loader.rejected), key=lambda b: (b.ref.file, b.ref.line))
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["file"] not in files]
-    for bad in rejected:
-        entry = {"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason}
-        lines.append(json.dumps(entry, ensure_ascii=False))
-    if not lines and not path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    known = [entry for _, entry in read_jsonl(path)] if path.exists() else []
+    entries = [entry for entry in known if entry.get("file") not in files]
+    entries += [{"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason} for bad in rejected]
+    if entries or path.exists():
+        write_whole(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

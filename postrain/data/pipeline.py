@@ -60,11 +60,6 @@ class TrainIterator:
         self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Updates in the first epoch; not an integer where an epoch ends inside a batch."""
-        return self._plan.num_rows(1) / self._config.batch_size
-
     def num_steps(self, epochs: float) -> int:
         """The smallest number of updates that shows every document at least ``epochs`` times."""
         return math.ceil(self._plan.num_rows(epochs) / self._config.batch_size)

@@ -1,6 +1,5 @@
 """What training will see, for the eye: rows with their trained tokens marked, counts, packing, lengths."""
 
-import contextlib
 import html
 import itertools
 import os
@@ -15,6 +14,7 @@ from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.rendering import Rendered
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
+from postrain.files import write_whole
 
 _HISTOGRAM_BINS = 12
 _BAR_WIDTH = 40
@@ -147,23 +147,10 @@ def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Ren
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Data preview</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
-    _write_whole(path, page)
+    write_whole(path, page)
 
 
 def _html_table(header: list, tag: str, lines: list) -> str:
     rows = [(tag, row) for row in header] + [("td", row) for row in lines]
     cells = ("".join(f"<{t}>{html.escape(cell)}</{t}>" for cell in row) for t, row in rows)
     return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes beside the file and renames, so that no half page is left where the disk is full."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {e.strerror}") from None

@@ -42,11 +42,13 @@ class Rendered:
       loss_mask: bool [L]; ``loss_mask[t]``: token ``t`` is itself to be produced by the model (not shifted).
         Never true at ``t = 0``, which nothing predicts, and true somewhere.
       ref: the row that it comes from.
+      truncated: its end was cut off (``data.too_long``), and with it at least part of its last answer.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     ref: RowRef
+    truncated: bool = False
 
 
 def render(

@@ -52,11 +52,6 @@ class Source:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
-    def ref(self, index: int) -> RowRef:
-        """File and line of a row, also of one that cannot be read."""
-        file, row = self._locate(index)
-        return RowRef(self.name, str(file.path), file.line(row))
-
     def raw(self, index: int) -> tuple[RowRef, Any]:
         """A row as decoded from its file, unchecked; raises BadRow where it cannot be decoded."""
         file, row = self._locate(index)

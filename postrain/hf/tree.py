@@ -7,6 +7,7 @@ from typing import Any
 from postrain.hf.families import Family, TensorName
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, param_specs
+from postrain.nested import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +18,6 @@ class FileTensor:
     entry: TensorName
     layer: int | None  # index into the stacked parameter
     shape: tuple[int, ...]  # in the file: [out, in] for linear layers, the vocabulary without padding
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested dict -> {"a.b.c": leaf}."""
-    leaves = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        leaves |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return leaves
 
 
 def unflatten(leaves: dict[str, Any]) -> dict:

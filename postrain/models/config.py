@@ -50,7 +50,7 @@ class ModelConfig:
     num_heads: int  # N
     num_kv_heads: int  # K, divides N
     head_dim: int  # H, need not be D / N
-    max_positions: int = 4096  # what the model was made for; longer is warned of, not refused
+    max_positions: int = 4096  # what the model was made for; longer documents and prompts are warned of
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     activation: str = "silu"  # of the gate

@@ -4,6 +4,7 @@ import importlib
 import os
 from typing import Any
 
+from postrain.compute.workdir import lock_workdir, make_workdir
 from postrain.config import Config, load_config, resolve
 
 
@@ -18,10 +19,12 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
         The last value of every metric, e.g. ``{"train/loss": 0.8, "eval/loss": 0.9, ...}``.
 
     Raises:
-        UserError: a mistake in the config, the data, the model folder or the workdir.
+        UserError: a mistake in the config, the data, the model folder or the workdir; another run in the workdir.
     """
     if isinstance(config, str):
         config = load_config(config)
     elif not isinstance(config, Config):
         config = resolve(config)
-    return importlib.import_module(f"postrain.recipes.{config.recipe}").train(config, workdir)
+    recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
+    with lock_workdir(make_workdir(workdir)):
+        return recipe.train(config, workdir)

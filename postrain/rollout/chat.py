@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from postrain.compute.build import choose_compute_dtype
-from postrain.compute.workdir import write_whole
 from postrain.config import MeshConfig
 from postrain.data.rendering import render_prompt
 from postrain.data.schema import RowRef, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
+from postrain.files import read_jsonl, write_whole
 from postrain.hf.load import load_pretrained
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
@@ -188,26 +188,14 @@ def answer_file(
     if output is None:
         print("\n".join(lines))
         return len(lines)
-    target = pathlib.Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, "\n".join(lines) + "\n")
+    write_whole(output, "\n".join(lines) + "\n")
     return len(lines)
 
 
 def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--input {path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path):
         ref = RowRef(path.stem, str(path), number)
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{ref}: not valid JSON: {error}") from error
-        if not isinstance(row, dict) or not {"prompt", "messages"} & set(row):
+        if not {"prompt", "messages"} & set(row):
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
         yield row, ref
 

@@ -4,20 +4,20 @@ The questions are cut out of the very sequences that the loss is measured on: wh
 trained span is what serving feeds the model, the span is the expected answer.
 """
 
+import collections
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from postrain.compute.step import make_eval_step
-from postrain.compute.workdir import write_whole
 from postrain.config import Config
 from postrain.data.pipeline import make_eval_batches
-from postrain.data.rendering import Rendered
+from postrain.data.rendering import Rendered, split_prompt
 from postrain.data.tokenizer import Tokenizer
+from postrain.files import read_jsonl, write_whole
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
 from postrain.rollout import sampler
@@ -34,6 +34,7 @@ class Question(NamedTuple):
     prompt: list[int]
     answer: str  # without the stop token
     row: str  # file:line
+    turn: int = 1  # of the row's documents, where a conversation was split into several
 
 
 class Sample(NamedTuple):
@@ -45,23 +46,27 @@ class Sample(NamedTuple):
     found: str
     finished: bool
     scores: dict[str, float]
+    turn: int = 1  # as in Question
 
 
 def make_questions(examples: Sequence[Rendered], tokenizer: Tokenizer, limit: int) -> list[Question]:
-    """The first ``limit`` rows that have a prompt: plain text, trained from its second token on, has none."""
-    questions = []
+    """The first ``limit`` documents that have a prompt and their whole answer.
+
+    Plain text, trained from its second token on, has no prompt; of a truncated document the answer is cut, and what
+    the model rightly goes on to say would count as wrong.
+    """
+    questions, turns = [], collections.Counter()
     for example in examples:
         if len(questions) == limit:
             break
-        trained = np.flatnonzero(example.loss_mask)
-        untrained = np.flatnonzero(~example.loss_mask[: trained[-1]])
-        start = int(untrained[-1]) + 1
-        if start < 2:
+        row = str(example.ref)
+        turns[row] += 1
+        prompt, answer = (part.tolist() for part in split_prompt(example))
+        if len(prompt) < 2 or example.truncated:
             continue
-        answer = [int(i) for i in example.tokens[start : trained[-1] + 1]]
         if answer[-1] in tokenizer.stop_ids:
             answer = answer[:-1]
-        questions.append(Question([int(i) for i in example.tokens[:start]], tokenizer.decode(answer), str(example.ref)))
+        questions.append(Question(prompt, tokenizer.decode(answer), row, turns[row]))
     return questions
 
 
@@ -85,7 +90,7 @@ def answer_questions(
         # An answer that never stops is wrong however well it begins.
         scores = {name: SCORES[name](found, question.answer) * finished for name in metrics}
         prompt = tokenizer.decode(question.prompt)
-        samples.append(Sample(question.row, prompt, question.answer, found, finished, scores))
+        samples.append(Sample(question.row, prompt, question.answer, found, finished, scores, question.turn))
     return samples
 
 
@@ -119,6 +124,9 @@ class Evaluator:
         batches = make_eval_batches(eval_set, config.data, process_index=index, process_count=count)
         self.batches = [{k: v for k, v in batch.items() if k != "row_ids"} for batch in batches]
         self.questions = make_questions(eval_set.examples, tokenizer, config.eval.generate_rows)
+        truncated = sum(example.truncated for example in eval_set.examples)
+        if truncated and config.eval.generate_rows and jax.process_index() == 0:
+            print(f"evaluation: {truncated:,} truncated documents are in eval/loss, but not generated and scored")
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """``eval/loss``, ``eval/accuracy`` and the scores of the greedy answers; the moving average is used if kept."""
@@ -146,8 +154,7 @@ def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> 
 
     A run that goes on from an earlier checkpoint comes past the same steps again.
     """
-    lines = []
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
-    lines += [json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) for sample in samples]
-    write_whole(path, "".join(line + "\n" for line in lines))
+    known = [line for _, line in read_jsonl(path)] if path.exists() else []
+    lines = [line for line in known if line["step"] < step]
+    lines += [{"step": step, **sample._asdict()} for sample in samples]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -1,6 +1,7 @@
 """Save and restore, what is kept, what is refused, and what is left after a kill, a full disk, a torn folder."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -14,15 +15,17 @@ import pytest
 import safetensors.numpy
 from toy_network import compute_loss, make_batch, make_params
 
-from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
+from postrain.compute.checkpoint import Checkpointer, fingerprint_folder, fingerprint_model
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state, init_train_state, make_train_step
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.errors import UserError
+from postrain.models.config import LoraConfig
 
 HERE = pathlib.Path(__file__).parent
 OPTIMIZER, _ = make_optimizer(OptimizerConfig(learning_rate=1e-2, ema_decay=0.9), 10)
-FINGERPRINT = {"seed": 0, "sources": {"chat": "abc"}}
+FILE = {"name": "chat.jsonl", "bytes": 3, "sha256": "abc"}
+FINGERPRINT = {"data": {"seed": 0}, "sources": [{"name": "chat", "files": [FILE]}], "documents": "1"}
 RUN = {"data_position": {"epoch": 1, "rows": [3, 4]}, "config": {"é": 0.1, "x": None}, "fingerprint": FINGERPRINT}
 
 
@@ -80,7 +83,7 @@ def test_frozen_is_not_saved_and_a_changed_base_is_refused(tmp_path):
         changed = np.array(frozen["embed"]["embedding"])
         changed[7, 3] += 1e-3
         safetensors.numpy.save_file({"embed": changed}, folder / "model.safetensors")
-        with pytest.raises(UserError, match=r"frozen base .*model.safetensors.sha256"):
+        with pytest.raises(UserError, match=r"the model .*model.safetensors.sha256"):
             checkpointer.restore(describe, fingerprint=FINGERPRINT, base_fingerprint=fingerprint_folder(folder))
 
 
@@ -117,9 +120,11 @@ def test_keeps_the_newest_and_the_best(tmp_path, mode, best):
 def test_changed_pipeline_is_refused_with_what_changed(tmp_path):
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, make_state(), **RUN)
-        changed = {"seed": 0, "sources": {"chat": "abd", "more": "x"}}
+        files = [FILE | {"bytes": 4, "sha256": "abd"}]
+        changed = FINGERPRINT | {"data": {"seed": 1}, "sources": [{"name": "chat", "files": files}]}
         message = (
-            r"data pipeline .*\(sources.chat 'abc' -> 'abd', sources.more None -> 'x'\): go on with another workdir"
+            r"the data pipeline is not the one of this checkpoint \(data.seed: was 0, is 1, source 'chat': file "
+            r"chat.jsonl has other content: was 3 bytes, is 4\): go on with another workdir"
         )
         with pytest.raises(UserError, match=message) as error:
             checkpointer.restore(abstract(), fingerprint=changed)
@@ -169,15 +174,115 @@ def test_torn_checkpoint_is_named_and_the_one_before_used(tmp_path, damage):
     assert (tmp_path / "2.unreadable").is_dir()
 
 
-def test_all_torn_does_not_start_again_in_silence(tmp_path):
+def test_all_torn_does_not_start_again_in_silence_and_every_copy_stays(tmp_path):
+    for name in ("1.unreadable", "1.unreadable.2"):
+        with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+            checkpointer.save(1, make_state(), **RUN)
+        os.remove(tmp_path / "1" / "run" / "data.json")
+        for attempt in range(2):  # the second finds nothing but what the first set aside
+            lines = []
+            with (
+                Checkpointer(tmp_path, CheckpointConfig(), report=lines.append) as checkpointer,
+                pytest.raises(UserError, match=rf"none can be read, found .*{name}: .* use another workdir"),
+            ):
+                checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+            assert len(lines) == 1 - attempt
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.unreadable", "1.unreadable.2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("no room"), "no room.* free some memory"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.* see to the disk"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error.* see to the disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), "free some memory"),
+        (ValueError("PERMISSION_DENIED: reading x"), "PERMISSION_DENIED"),
+        (RuntimeError("something else"), "something else"),
+    ],
+)
+@pytest.mark.parametrize("part", ["run", "state"])
+def test_a_failing_machine_moves_nothing(tmp_path, monkeypatch, error, words, part):
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, make_state(), **RUN)
-    os.remove(tmp_path / "1" / "run" / "data.json")
-    with (
-        Checkpointer(tmp_path, CheckpointConfig(), report=lambda line: None) as checkpointer,
-        pytest.raises(UserError, match=r"none of \[1\] can be read"),
-    ):
-        checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+        checkpointer.wait()
+        orbax, load = checkpointer._orbax, checkpointer._orbax.load_checkpointables
+
+        def fail(step, items):
+            if part in items:
+                raise KeyError("incompatible handler") from error  # as Orbax wraps what happens
+            return load(step, items)
+
+        monkeypatch.setattr(orbax, "load_checkpointables", fail)
+        with pytest.raises(UserError, match=f"cannot be read now .*{words}.* start again") as caught:
+            checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+        assert "nothing was moved" in str(caught.value) and "\n" not in str(caught.value)
+        monkeypatch.undo()
+        assert checkpointer.restore(abstract(), fingerprint=FINGERPRINT).step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        checkpointer.save(2, make_state(), **RUN)
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "2" / "run" / "data.json").write_text("{")
+    with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.steps() == [1, 2] and checkpointer.find_step(1) == 1
+        assert checkpointer.restore(abstract(), fingerprint=FINGERPRINT, step=1).step == 1
+        with pytest.raises(UserError, match=r"2: is damaged .* take another of steps \[1, 2\]"):
+            checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
+        with pytest.raises(ValueError, match="read-only"):
+            checkpointer.save(4, make_state(), **RUN)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
+    with pytest.raises(UserError, match="no finished checkpoint in it"):
+        Checkpointer(tmp_path / "none", CheckpointConfig(), read_only=True)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_the_metric_may_be_another_when_the_run_goes_on(tmp_path, mode):
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=3)) as checkpointer:
+        for step, (loss, share) in {1: (1.0, 0.2), 2: (2.0, 0.9), 3: (3.0, 0.5)}.items():
+            checkpointer.save(step, make_state(), metrics={"eval/loss": loss, "eval/exact_match": share}, **RUN)
+    config = CheckpointConfig(keep=1, keep_best=1, metric="eval/exact_match", mode=mode)
+    with Checkpointer(tmp_path, config) as checkpointer:
+        checkpointer.save(4, make_state(), metrics={"train/loss": 0.0}, **RUN)  # has no such metric: ranks as worst
+        checkpointer.save(5, make_state(), metrics={}, **RUN)
+        checkpointer.wait()
+        assert checkpointer.steps() == [{"min": 1, "max": 2}[mode], 5]
+
+
+def test_a_metric_that_never_comes_is_said_once(tmp_path):
+    lines = []
+    config = CheckpointConfig(keep_best=1, metric="train/los")
+    with Checkpointer(tmp_path, config, report=lines.append) as checkpointer:
+        for step, metrics in enumerate(
+            [{}, {"eval/loss": 1.0}, {"train/loss": 1.0, "perf/mfu": 0.1}, {"train/loss": 1.0}]
+        ):
+            checkpointer.save(step, make_state(), metrics=metrics, **RUN)
+    assert lines == ["checkpoint.metric: step 2 has no 'train/los', so it ranks as worst; found train/loss"]
+
+
+def test_the_models_fingerprint_names_what_changed(tmp_path):
+    safetensors.numpy.save_file({"a": np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"rope_theta": 1}')
+    first = fingerprint_model(tmp_path, LoraConfig(8, 16.0, ("v", "q")))
+    assert fingerprint_model(tmp_path, LoraConfig(8, 16.0, ("q", "v"))) == first
+    (tmp_path / "config.json").write_text('{"rope_theta": 2}')
+    state = make_state()
+    with Checkpointer(tmp_path / "run", CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, state, base_fingerprint=first, **RUN)
+        for lora, words in (
+            (LoraConfig(8, 32.0, ("q", "v")), r"files.config.json.sha256 .*, lora.alpha 16.0 -> 32.0\)"),
+            (LoraConfig(8, 16.0, ("q",)), r"lora.targets \['q', 'v'\] -> \['q'\]"),
+        ):
+            with pytest.raises(UserError, match=f"the model is not the one of this checkpoint .*{words}"):
+                checkpointer.restore(
+                    abstract(), fingerprint=FINGERPRINT, base_fingerprint=fingerprint_model(tmp_path, lora)
+                )
 
 
 def run_script(*arguments):

@@ -92,8 +92,16 @@ class FakeDevice:
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-40GB", 312),
-        ("NVIDIA A10G", 125),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
         ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GH200 480GB", 989),
         ("NVIDIA GB200", 2500),
     ],
 )
@@ -103,7 +111,8 @@ def test_peak_is_by_device_kind_and_adds_up(kind, teraflops):
 
 def test_unknown_accelerator_has_no_mfu_and_cpu_devices_share_their_cores():
     stats = BatchStats(1000, 200, 5000)
-    assert "perf/mfu" not in compute_perf(CONFIG, stats, 2.0, [FakeDevice("Abacus 3000")])
+    for kind in ("Abacus 3000", "NVIDIA L400", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU v4 lite"):
+        assert "perf/mfu" not in compute_perf(CONFIG, stats, 2.0, [FakeDevice(kind)])
     cpu = jax.devices()
     assert peak_flops(cpu) == peak_flops(cpu * 8) > 1e9
     perf = compute_perf(CONFIG, stats, 2.0, cpu, num_hosts=3)

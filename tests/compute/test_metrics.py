@@ -55,10 +55,17 @@ def test_run_that_starts_anew_leaves_no_old_lines_and_no_part(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}'])
-def test_broken_line_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{broken", "not valid JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('{"loss": 1}', "expected a JSON object with `step`"),
+    ],
+)
+def test_broken_line_is_named(tmp_path, line, words):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2: expected a JSON object with `step`"):
+    with pytest.raises(UserError, match=f"metrics.jsonl:2: {words}"):
         MetricsWriter(tmp_path, OFF, step=1)
 
 

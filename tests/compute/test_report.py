@@ -41,6 +41,14 @@ def test_what_rows_contain_is_text_and_never_markup(tmp_path):
     assert "<b>" not in page and "<i>" not in page
 
 
+def test_turns_of_one_row_are_compared_each_with_itself(tmp_path):
+    samples = [make_sample(step, f"{step} of {turn}", turn=turn) for step in (0, 9) for turn in (1, 2)]
+    write_run(tmp_path, [], samples)
+    page = write_report(tmp_path).read_text()
+    assert page.index("0 of 1") < page.index("9 of 1") < page.index("0 of 2") < page.index("9 of 2")
+    assert page.count("b.jsonl:1 turn 2") == 1
+
+
 def test_an_answer_that_never_stopped_is_wrong(tmp_path):
     write_run(tmp_path, [], [make_sample(0, "x", finished=False)])
     assert "✗ x" in write_report(tmp_path).read_text()

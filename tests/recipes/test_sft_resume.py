@@ -10,6 +10,9 @@ import pytest
 from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config, write_rows
 
 import postrain
+from postrain.compute.export import export_workdir
+from postrain.compute.workdir import describe_changes, lock_workdir
+from postrain.config import resolve, to_dict
 from postrain.errors import UserError
 
 STEPS = 40
@@ -96,12 +99,41 @@ def test_other_data_is_refused_by_name(inputs, finished, tmp_path):
     assert read_folder(workdir) == before
 
 
-def test_another_adapter_is_refused(inputs, finished):
+@pytest.mark.parametrize(
+    ("lora", "words"), [({"rank": 8}, "lora.rank 4 -> 8"), ({"rank": 4, "alpha": 8}, "lora.alpha 32.0 -> 8.0")]
+)
+def test_another_adapter_is_refused(inputs, finished, lora, words):
     workdir, _ = finished
     values = make_values(inputs)
-    values["model"]["lora"] = {"rank": 8}
-    with pytest.raises(UserError, match="the train state is not the one of this checkpoint"):
+    values["model"]["lora"] = lora
+    with pytest.raises(UserError, match=f"the model is not the one of this checkpoint .*{words}"):
         postrain.train(values, workdir)
+
+
+def test_a_second_run_in_the_workdir_is_refused_and_a_kept_checkpoint_exported_meanwhile(inputs, tmp_path):
+    workdir, values = tmp_path / "run", make_values(inputs, eval={"generate_rows": 0, "before": False})
+    values["checkpoint"] |= {"every": 2, "keep": 3}
+    postrain.train(values, workdir)
+    before = read_folder(workdir)
+    with lock_workdir(workdir):  # as a run holds it
+        with pytest.raises(UserError, match=rf"{workdir} is in use by another run \(process {os.getpid()}\)"):
+            postrain.train(values, workdir)
+        (workdir / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir()  # and saves
+        assert "wrote step 4" in export_workdir(workdir, tmp_path / "four", step=4)
+        assert (workdir / "checkpoints" / "8.orbax-checkpoint-tmp").is_dir()
+        with pytest.raises(UserError, match=r"no step 3, found \[2, 4, 6\]"):
+            export_workdir(workdir, tmp_path / "three", step=3)
+    assert "wrote step 6" in export_workdir(workdir, tmp_path / "six")
+    name = "model.safetensors"
+    assert (tmp_path / "six" / name).read_bytes() == before[f"export/{name}"] != (tmp_path / "four" / name).read_bytes()
+
+
+def test_other_held_out_rows_are_told(inputs):
+    old = to_dict(resolve(make_values(inputs)))
+    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval={"every": 3})))
+    assert describe_changes(old, new).startswith(
+        "; changed since: data.eval ["
+    ) and "eval.every" not in describe_changes(old, new)
 
 
 def test_what_else_changed_is_told(inputs, tmp_path, capsys):

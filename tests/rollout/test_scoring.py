@@ -7,6 +7,7 @@ from tiny_models import make_tiny_tokenizer
 from postrain.data.rendering import Rendered, render, render_prompt
 from postrain.data.schema import RowRef, parse_row
 from postrain.data.tokenizer import load_tokenizer
+from postrain.files import read_jsonl
 from postrain.rollout.evaluation import Question, Sample, append_samples, make_questions, mean_scores
 from postrain.rollout.scoring import exact_match, valid_json
 
@@ -55,6 +56,31 @@ def test_an_answer_cut_by_truncation_keeps_its_last_token(tokenizer):
     tokens = np.array(tokenizer.encode_text("ab12"), np.int32)
     rendered = Rendered(tokens, np.array([False, False, True, True]), RowRef("s", "f", 3))
     assert make_questions([rendered], tokenizer, 1)[0].answer == "12"
+
+
+def test_truncated_documents_are_not_asked(tokenizer):
+    """Of "12" the model may rightly say more: its answer was cut."""
+    tokens = np.array(tokenizer.encode_text("ab12"), np.int32)
+    mask = np.array([False, False, True, True])
+    cut, whole = (Rendered(tokens, mask, RowRef("s", "f", i), truncated=i == 3) for i in (3, 4))
+    assert [question.row for question in make_questions([cut, whole], tokenizer, 2)] == ["f:4"]
+
+
+def test_documents_of_a_split_row_are_told_apart_by_turn(tokenizer):
+    tokens = np.array(tokenizer.encode_text("ab12"), np.int32)
+    mask = np.array([False, False, True, True])
+    rows = [Rendered(tokens, mask, RowRef("s", "f", line)) for line in (1, 1, 2)]
+    questions = make_questions(rows, tokenizer, 3)
+    assert [(question.row, question.turn) for question in questions] == [("f:1", 1), ("f:1", 2), ("f:2", 1)]
+
+
+def test_samples_with_a_line_separator_in_them_are_read_back(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    sample = Sample("f:1", "a\u2028b\u2029c\x85d", "\u2028", "x", True, {"exact_match": 0.0})
+    append_samples(path, 0, [sample])
+    append_samples(path, 2, [sample])
+    steps = [(line["step"], line["prompt"]) for _, line in read_jsonl(path)]
+    assert steps == [(0, sample.prompt), (2, sample.prompt)]
 
 
 def test_samples_of_a_repeated_step_replace_the_old_ones(tmp_path):

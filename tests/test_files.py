@@ -1,0 +1,94 @@
+"""Text files written whole, JSON lines read back, in the four places that do."""
+
+import json
+import os
+
+import pytest
+
+from postrain.compute.metrics import MetricsWriter, read_metrics
+from postrain.config import SourceConfig, TrackersConfig, resolve
+from postrain.data.loading import load_examples
+from postrain.errors import UserError
+from postrain.files import read_jsonl, write_whole
+from postrain.rollout.chat import _read_rows
+
+ODD = "a\u2028b\u2029c\x85d"  # str.splitlines would make four lines of it
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.txt"
+    write_whole(path, "old\r\n")
+    assert path.read_bytes() == b"old\r\n"
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(UserError, match=r"a.txt cannot be written \(No space left on device\)"):
+        write_whole(path, "new")
+    assert path.read_bytes() == b"old\r\n" and [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_only_newlines_end_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps({"x": ODD}, ensure_ascii=False).encode() + b"\r\n\n" + b'{"x": 1}')
+    assert read_jsonl(path) == [(1, {"x": ODD}), (3, {"x": 1})]
+    assert read_jsonl(path, drop_torn=True) == [(1, {"x": ODD})]
+    assert [row for row, _ in _read_rows_of(path, ODD)] == [{"prompt": ODD}]
+
+
+def _read_rows_of(path, text):
+    path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    return list(_read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [(b'{"a": ', "a.jsonl:2: not valid JSON"), (b"[1]", "a.jsonl:2: expected a JSON object, found list"),
+     (b'{"a": "\xff"}', "a.jsonl:2: not valid JSON")],
+)  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, words):
+    (tmp_path / "a.jsonl").write_bytes(b"{}\n" + line + b"\n")
+    with pytest.raises(UserError, match=words):
+        read_jsonl(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match="none.jsonl cannot be read"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_metrics_with_such_a_name_are_gone_on_from(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/" + ODD: 2.0}, ensure_ascii=False) + "\n")
+    with MetricsWriter(tmp_path, TrackersConfig(), step=1) as writer:
+        writer.write(2, {"train/loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_rejected_rows_with_such_a_reason_are_read_back(tmp_path, tokenizer):
+    good = {"prompt": "1", "completion": "2"}
+    path, rejected = tmp_path / f"rows{ODD}.jsonl", tmp_path / "rejected.jsonl"
+    path.write_text(json.dumps(good) + "\n" + "{}\n")
+    values = {"train": str(path), "on_bad_row": "skip", "max_bad_fraction": 1.0}
+    config = resolve({"data": values, "model": {"path": "x"}}).data
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(good) + "\n" + "{}\n")
+    load_examples([SourceConfig(str(path))], tokenizer, config, rejected)
+    load_examples([SourceConfig(str(other))], tokenizer, config, rejected)
+    assert [(entry["file"], entry["line"]) for _, entry in read_jsonl(rejected)] == [(str(path), 2), (str(other), 2)]
+
+
+def test_truncated_documents_say_so(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "1", "completion": "2" * count}) for count in (1, 50)]
+    path.write_text("\n".join(lines))
+    values = {"train": str(path), "too_long": "truncate", "sequence_length": 12}
+    config = resolve({"data": values, "model": {"path": "x"}}).data
+    example_set = load_examples(config.train, tokenizer, config)
+    assert [example.truncated for example in example_set.examples] == [False, True]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from tiny_models import make_tiny_tokenizer
+
+    from postrain.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
