@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from postrain.compute.build import Model, load_model
-from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
+from postrain.compute.checkpoint import Checkpointer, fingerprint_model
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
@@ -45,8 +45,10 @@ def export_state(
     save_pretrained(folder, tree, model.config, source_folder=source_folder, dtype=dtype)
 
 
-def export_workdir(workdir: str | os.PathLike, output: str | os.PathLike, format: str | None = None) -> str:
-    """Writes the newest checkpoint of a run to ``output``; returns a line that says what was written."""
+def export_workdir(
+    workdir: str | os.PathLike, output: str | os.PathLike, format: str | None = None, step: int | None = None
+) -> str:
+    """Writes a checkpoint of a run, that of ``step`` or the newest; returns a line that says what was written."""
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
     format = format or config.export.format
@@ -61,8 +63,8 @@ def export_workdir(workdir: str | os.PathLike, output: str | os.PathLike, format
     abstract = abstract_train_state(
         model.params, model.frozen, optimizer, mesh=mesh, ema=config.optimizer.ema_decay > 0
     )
-    with Checkpointer(workdir / "checkpoints", config.checkpoint) as checkpointer:
-        step = checkpointer.latest_step()
+    with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
+        step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
         saved = json.loads((workdir / "checkpoints" / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
@@ -75,5 +77,5 @@ def export_workdir(workdir: str | os.PathLike, output: str | os.PathLike, format
 
 
 def fingerprint_base(model: Model, folder: str | os.PathLike) -> dict | None:
-    """Of the frozen weights, which checkpoints do not hold; None where everything trains."""
-    return fingerprint_folder(folder) if model.frozen else None
+    """Of the model folder and the adapters: what checkpoints hold only a part of, or its training result."""
+    return fingerprint_model(folder, model.config.lora)

@@ -24,7 +24,13 @@ from postrain.compute.optimizer import make_optimizer
 from postrain.compute.report import write_report
 from postrain.compute.signals import catch_stop_signals
 from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
-from postrain.compute.summary import describe_environment, format_memory, format_metrics, format_summary
+from postrain.compute.summary import (
+    describe_environment,
+    describe_overlong,
+    format_memory,
+    format_metrics,
+    format_summary,
+)
 from postrain.compute.workdir import describe_changes, last_values, make_workdir, save_config
 from postrain.config import Config, to_dict
 from postrain.data.pipeline import describe_rows, load_examples, make_train_iterator
@@ -84,6 +90,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     )
     say(format_summary(config, mesh, model, total_steps))
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
+    if warning := describe_overlong(train_set.lengths, model.config):
+        say(warning)
     train_step = train_step.lower(abstract, abstract_batch(config.data, mesh)).compile()
     say(format_memory(train_step), flush=True)
 
