@@ -1,21 +1,34 @@
-"""From a train state to the folder that users take away."""
+"""From a train state to the folder that users take away.
 
+What is written is read back and must give the logits of the weights in memory before it takes its place.
+"""
+
+import functools
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from postrain.compute.build import Model, load_model
-from postrain.compute.checkpoint import Checkpointer, fingerprint_model
+from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
+from postrain.compute.export_check import check_logits, compute_probe_logits, find_dtypes
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
-from postrain.config import MeshConfig
+from postrain.config import Config, MeshConfig
+from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
-from postrain.hf.peft import save_adapter
+from postrain.hf.folders import check_replaceable, staged_folder
+from postrain.hf.load import load_pretrained
+from postrain.hf.peft import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
+from postrain.models.config import ModelConfig
 from postrain.models.params import merge_lora, merge_params
 from postrain.sharding import make_mesh
 from postrain.types import TrainState
@@ -25,24 +38,88 @@ def export_state(
     folder: str | os.PathLike,
     state: TrainState,
     model: Model,
+    config: Config,
     *,
+    mesh: Mesh,
     source_folder: str | os.PathLike,
-    format: str,
-    dtype: str,
+    tokenizer: Tokenizer,
+    format: str | None = None,
 ) -> None:
-    """Writes the trained model; the moving average where the run keeps one.
+    """Writes the trained model, the moving average where the run keeps one, with the tokenizer of the run.
 
-    ``format``: "merged", a Hugging Face folder with adapters added into their matrices, or "adapter", a PEFT folder.
-    ``source_folder`` is what the model was loaded from. Raises UserError when the folder cannot be written.
+    ``format``: "merged", a Hugging Face folder with adapters added into their matrices, or "adapter", a PEFT folder;
+    None: ``config.export.format``. ``source_folder`` is what the model was loaded from. Every process must call it.
+    Raises UserError when the folder cannot be written, or when what was written gives other logits than the weights
+    in memory: nothing is left then, and an older model in that place stays.
     """
+    if os.path.realpath(folder) == os.path.realpath(source_folder):
+        raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
-    if format == "adapter":
-        save_adapter(folder, params, model.config, base_folder=source_folder)
-        return
-    tree = merge_params(params, state.frozen)
-    if model.config.lora is not None:
-        tree = jax.jit(lambda tree: merge_lora(tree, model.config))(tree)
-    save_pretrained(folder, tree, model.config, source_folder=source_folder, dtype=dtype)
+    run = _Run(config, model.config, mesh, source_folder, tokenizer)
+    write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
+    with staged_folder(folder, lead=jax.process_index() == 0) as staged:
+        found, expected, dtype = write(staged, params, state.frozen, run)
+        check_logits(found, expected, dtype, os.fspath(folder))
+        if jax.process_count() > 1:  # not moved before every process has read it
+            multihost_utils.sync_global_devices("export checked")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("export in place")
+
+
+class _Run(NamedTuple):
+    """What an export needs besides the weights."""
+
+    config: Config
+    model_config: ModelConfig
+    mesh: Mesh
+    source_folder: str | os.PathLike
+    tokenizer: Tokenizer
+
+
+def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> tuple[np.ndarray, np.ndarray, str]:
+    """Writes the PEFT folder. Returns logits of what it holds, of the weights in memory, and the dtype it holds."""
+    # The base is the same on both sides: only the adapter can tell them apart.
+    expected = compute_probe_logits(merge_params(params, frozen), run.model_config, run.mesh)
+    save_adapter(
+        staged,
+        params,
+        run.model_config,
+        base_folder=run.source_folder,
+        base_name=run.config.model.path,
+        tokenizer=run.tokenizer,
+    )
+    config, adapter = load_adapter(staged, run.model_config, mesh=run.mesh)
+    return compute_probe_logits(merge_params(adapter, frozen), config, run.mesh), expected, "float32"
+
+
+def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> tuple[np.ndarray, np.ndarray, str]:
+    """Writes the Hugging Face folder. Returns as _write_adapter does."""
+    base = frozen
+    if run.model_config.lora is not None:
+        # The base that trained is rounded to the compute dtype, which must not reach the export.
+        _, base = load_pretrained(run.source_folder, mesh=run.mesh, dtype="float32")
+    tree = merge_params(params, base)
+    expected = compute_probe_logits(tree, run.model_config, run.mesh)  # adapters not merged yet: the merge is checked
+    if run.model_config.lora is not None:
+        tree = _merge(base, params, run.model_config)
+    dtype, source = run.config.export.dtype, run.source_folder
+    save_pretrained(staged, tree, run.model_config, source_folder=source, dtype=dtype, tokenizer=run.tokenizer)
+    del base, tree
+    dtypes = find_dtypes(staged)
+    config, loaded = load_pretrained(staged, mesh=run.mesh, dtype=dtypes[0] if len(dtypes) == 1 else "float32")
+    return compute_probe_logits(loaded, config, run.mesh), expected, dtypes[-1]
+
+
+def _merge(base: dict, adapters: dict, config: ModelConfig) -> dict:
+    """``base`` with the adapters added, matrix by matrix in its own memory: ``base`` is used up."""
+    if "lora_a" in adapters:
+        return base | {"kernel": _merge_kernel(base["kernel"], adapters, config)}
+    return {key: _merge(value, adapters[key], config) if key in adapters else value for key, value in base.items()}
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _merge_kernel(kernel, adapters, config):
+    return merge_lora({"kernel": kernel} | adapters, config)["kernel"]
 
 
 def export_workdir(
@@ -56,15 +133,17 @@ def export_workdir(
         raise UserError(f"{workdir}: the run's export.format is 'none': add --format merged or --format adapter")
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")
+    check_output(workdir, output)
     mesh = make_mesh(MeshConfig(fsdp=-1))  # the devices that there are: they need not be those of the run
     folder = locate_model(config.model.path)
+    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
     model = load_model(config, folder, mesh)
     optimizer, _ = make_optimizer(config.optimizer, 1 + config.optimizer.warmup_steps + config.optimizer.decay_steps)
     abstract = abstract_train_state(
         model.params, model.frozen, optimizer, mesh=mesh, ema=config.optimizer.ema_decay > 0
     )
-    with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
-        step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
+    with Checkpointer(workdir / "checkpoints", config.checkpoint) as checkpointer:
+        step = checkpointer.latest_step()
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
         saved = json.loads((workdir / "checkpoints" / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
@@ -72,8 +151,19 @@ def export_workdir(
             abstract, fingerprint=saved["fingerprint"], base_fingerprint=fingerprint_base(model, folder), step=step
         )
     state = restored.state.replace(frozen=model.frozen)
-    export_state(output, state, model, source_folder=folder, format=format, dtype=config.export.dtype)
+    model = model._replace(params=None)  # where the run started: not needed, and as large as the state
+    export_state(output, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer, format=format)
     return f"wrote step {step} of {workdir} to {output} ({format})"
+
+
+def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:
+    """Raises UserError when writing to ``output`` would put anything of the run at risk."""
+    run, place = pathlib.Path(os.path.realpath(workdir)), pathlib.Path(os.path.realpath(output))
+    if run.is_relative_to(place):
+        raise UserError(f"--output {output}: is or contains the run {workdir}: choose another folder")
+    if place.is_relative_to(run / "checkpoints"):
+        raise UserError(f"--output {output}: lies among the checkpoints of {workdir}: choose another folder")
+    check_replaceable(output)
 
 
 def fingerprint_base(model: Model, folder: str | os.PathLike) -> dict | None:

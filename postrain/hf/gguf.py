@@ -21,7 +21,7 @@ from gguf.quants import dequantize
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype
 from postrain.hf.folders import atomic_folder
-from postrain.hf.gguf_tokenizer import build_tokenizer, write_tokenizer
+from postrain.hf.gguf_tokenizer import SentencePieceRule, build_tokenizer, write_tokenizer
 from postrain.hf.safetensors_io import write_tensors
 from postrain.hf.tree import group_layers
 
@@ -58,32 +58,35 @@ class Architecture:
 
     name: str
     model_type: str
-    extra: Callable[[dict, dict, dict], dict[str, Any]]  # (config so far, metadata, tensors) -> more of it
+    extra: Callable[..., dict[str, Any]]  # (this, config so far, metadata, tensors) -> more of the config
     layer_names: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER_NAMES)
     permuted: bool = False
     norm_offset: float = 0.0
+    required: tuple[str, ...] = ()  # metadata that ``extra`` reads, besides what every architecture has
+    # Numbers of layers of the sizes that scale queries by (hidden_size / heads)^-1/2, not head_dim^-1/2.
+    wide_query_scale: tuple[int, ...] = ()
+    sentencepiece: SentencePieceRule = SentencePieceRule()
 
 
-def _llama(config: dict, fields: dict, tensors: dict) -> dict:
+def _llama(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
     biases = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
     return {"hidden_act": "silu", **biases}
 
 
-def _qwen2(config: dict, fields: dict, tensors: dict) -> dict:
+def _qwen2(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
     return {"hidden_act": "silu", "use_sliding_window": False, "sliding_window": None}
 
 
-def _qwen3(config: dict, fields: dict, tensors: dict) -> dict:
-    return _qwen2(config, fields, tensors) | {"attention_bias": "blk.0.attn_q.bias" in tensors}
+def _qwen3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
+    return _qwen2(architecture, config, fields, tensors) | {"attention_bias": "blk.0.attn_q.bias" in tensors}
 
 
-def _gemma3(config: dict, fields: dict, tensors: dict) -> dict:
+def _gemma3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
     """Gemma 3 (arXiv:2503.19786): every sixth layer is global, with its own rope; the others have a window."""
     pattern = fields.get("gemma3.attention.sliding_window_pattern", 6)
     layers = range(1, config["num_hidden_layers"] + 1)
     head_dim, heads = config["head_dim"], config["num_attention_heads"]
-    # Queries are scaled by head_dim^-1/2, but the 27B (62 layers) by (hidden_size / heads)^-1/2; no field says so.
-    scalar = config["hidden_size"] // heads if config["num_hidden_layers"] == 62 else head_dim
+    wide = config["num_hidden_layers"] in architecture.wide_query_scale
     ropes = {"full_attention": config.pop("rope_parameters")}
     ropes["sliding_attention"] = {
         "rope_type": "default",
@@ -91,7 +94,7 @@ def _gemma3(config: dict, fields: dict, tensors: dict) -> dict:
     }
     return {
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": scalar,
+        "query_pre_attn_scalar": config["hidden_size"] // heads if wide else head_dim,
         "sliding_window": fields["gemma3.attention.sliding_window"],
         "layer_types": ["full_attention" if layer % pattern == 0 else "sliding_attention" for layer in layers],
         "rope_parameters": ropes,
@@ -103,7 +106,17 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", "llama", _llama, permuted=True),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _qwen2),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _qwen3),
-    "gemma3": Architecture("Gemma3ForCausalLM", "gemma3_text", _gemma3, GEMMA_NAMES, norm_offset=1.0),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _gemma3,
+        GEMMA_NAMES,
+        norm_offset=1.0,
+        required=("attention.sliding_window",),
+        wide_query_scale=(62,),  # the 27B; no field of the file says so
+        # The scores do not follow the order of its merges.
+        sentencepiece=SentencePieceRule(plain_spaces=True, merge_by_id=True, space_prefix=False),
+    ),
 }
 
 
@@ -125,11 +138,11 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _make_config(architecture, name, fields, tensors, file) | {"dtype": dtype}
     sources = _name_tensors(architecture, config, tensors, file)
-    tokenizer = build_tokenizer(fields, name, str(file))
+    tokenizer = build_tokenizer(fields, architecture.sentencepiece, str(file))
     shapes = {hf_name: tuple(int(size) for size in tensors[source].shape[::-1]) for hf_name, source in sources.items()}
 
     def fetch(hf_name: str) -> np.ndarray:
-        return _convert(tensors[sources[hf_name]], hf_name, architecture, config)
+        return _convert(tensors[sources[hf_name]], hf_name, architecture, config, file)
 
     with atomic_folder(out_folder) as folder:
         write_tensors(folder, [(hf_name, shape, target) for hf_name, shape in shapes.items()], fetch)
@@ -166,6 +179,8 @@ def _make_config(architecture: Architecture, name: str, fields: dict, tensors: d
             raise UserError(f"{file}: lacks the tensor {key}: it is not a whole model")
     if field("expert_count", 0):
         raise UserError(f"{file}: {name}.expert_count is {field('expert_count')}: experts are not supported")
+    for key in architecture.required:
+        field(key)
     heads = field("attention.head_count")
     config = {
         "architectures": [architecture.name],
@@ -186,7 +201,7 @@ def _make_config(architecture: Architecture, name: str, fields: dict, tensors: d
     for key in ("bos", "eos"):
         config[f"{key}_token_id"] = fields.get(f"tokenizer.ggml.{key}_token_id")
     config["pad_token_id"] = fields.get("tokenizer.ggml.padding_token_id")
-    return config | architecture.extra(config, fields, tensors)
+    return config | architecture.extra(architecture, config, fields, tensors)
 
 
 def _rope(field: Callable, tensors: dict, file: pathlib.Path) -> dict:
@@ -249,9 +264,14 @@ def _name_tensors(architecture: Architecture, config: dict, tensors: dict, file:
     return dict(sorted(sources.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _convert(tensor, hf_name: str, architecture: Architecture, config: dict) -> np.ndarray:
+def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, file: pathlib.Path) -> np.ndarray:
     """float32 values as Hugging Face has them: dequantised, with the converter's changes undone."""
-    values = dequantize(tensor.data, tensor.tensor_type)
+    try:
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        advice = "take the model in another quantisation"
+        raise UserError(f"{file}: tensor {tensor.name} is of type {kind}, which is not supported: {advice}") from error
     values = np.asarray(values, np.float32).reshape([int(size) for size in tensor.shape[::-1]])
     part = hf_name.split(".")[-2]
     if architecture.permuted and part in ("q_proj", "k_proj"):

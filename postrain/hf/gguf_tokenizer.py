@@ -46,8 +46,19 @@ BYTE_LEVEL_RULES = {
 }
 
 
-def build_tokenizer(fields: dict, architecture: str, where: str) -> tokenizers.Tokenizer:
+@dataclasses.dataclass(frozen=True)
+class SentencePieceRule:
+    """What a SentencePiece BPE does that the file does not say."""
+
+    plain_spaces: bool = False  # the file spells tokens of several spaces with plain spaces
+    merge_by_id: bool = False  # merges follow the order of the vocabulary, not the scores
+    space_prefix: bool = True  # a space before the text, when the file does not say
+
+
+def build_tokenizer(fields: dict, sentencepiece: SentencePieceRule, where: str) -> tokenizers.Tokenizer:
     """The tokenizer of a GGUF file whose metadata are ``fields`` (``tokenizer.ggml.*`` and others).
+
+    ``sentencepiece``: how to read the vocabulary where it is of that kind.
 
     Raises UserError, naming the field, when the kind or the pre-tokenizer is not known here.
     """
@@ -58,7 +69,7 @@ def build_tokenizer(fields: dict, architecture: str, where: str) -> tokenizers.T
         rule = _find_rule(fields, where)
         tokenizer, add_bos = _byte_level(fields, rule, where), rule.add_bos
     elif kind == "llama":
-        tokenizer, add_bos = _sentencepiece(fields, gemma=architecture.startswith("gemma")), True
+        tokenizer, add_bos = _sentencepiece(fields, sentencepiece), True
     else:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' and 'llama'")
     _add_special_tokens(tokenizer, fields, byte_level=kind == "gpt2")
@@ -106,16 +117,15 @@ def _byte_level(fields: dict, rule: ByteLevelRule, where: str) -> tokenizers.Tok
     return tokenizer
 
 
-def _sentencepiece(fields: dict, gemma: bool) -> tokenizers.Tokenizer:
+def _sentencepiece(fields: dict, rule: SentencePieceRule) -> tokenizers.Tokenizer:
     tokens = fields["tokenizer.ggml.tokens"]
-    if gemma:  # the file spells tokens of several spaces with plain spaces
+    if rule.plain_spaces:
         tokens = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocab = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
         merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     else:
-        # Gemma's scores do not follow the order in which it merges; the order of its vocabulary does.
-        ranks = range(0, -len(tokens), -1) if gemma else fields["tokenizer.ggml.scores"]
+        ranks = range(0, -len(tokens), -1) if rule.merge_by_id else fields["tokenizer.ggml.scores"]
         merges = recover_merges(vocab, ranks)
     unknown = fields.get("tokenizer.ggml.unknown_token_id")
     unk_token = None if unknown is None else tokens[unknown]
@@ -123,7 +133,7 @@ def _sentencepiece(fields: dict, gemma: bool) -> tokenizers.Tokenizer:
         models.BPE(vocab=vocab, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)
     )
     plain = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if fields.get("tokenizer.ggml.add_space_prefix", not gemma):
+    if fields.get("tokenizer.ggml.add_space_prefix", rule.space_prefix):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
         tokenizer.decoder = decoders.Sequence([*plain, decoders.Strip(" ", 1, 0)])
     else:

@@ -16,13 +16,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
 from postrain.hf.folders import atomic_folder
 from postrain.hf.load import place
 from postrain.hf.safetensors_io import TensorFiles, read_json, write_tensors
-from postrain.hf.save import copy_side_files, gather
+from postrain.hf.save import gather
+from postrain.hf.side_files import copy_side_files
 from postrain.hf.tree import flatten, group_layers, unflatten
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import lora_specs
@@ -57,13 +59,22 @@ NEUTRAL_VALUES: dict[str, tuple] = {
 
 
 def save_adapter(
-    folder: str | os.PathLike, adapter_params: dict, config: ModelConfig, *, base_folder: str | os.PathLike
+    folder: str | os.PathLike,
+    adapter_params: dict,
+    config: ModelConfig,
+    *,
+    base_folder: str | os.PathLike,
+    base_name: str = "",
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes the adapters (tree of models.params.init_lora, float32 in the file) as a PEFT folder.
 
-    ``base_folder`` is named in adapter_config.json as the model that the adapter belongs to, and its
-    tokenizer is copied along. Raises UserError when the folder cannot be written.
+    ``base_folder`` is named in adapter_config.json as the model that the adapter belongs to, by ``base_name`` where
+    that is given (what the user calls it; the folder may be a cache's). Its tokenizer is copied along, or
+    ``tokenizer``, what the adapter was trained with. Raises UserError when the folder cannot be written.
     """
+    if os.path.realpath(folder) == os.path.realpath(base_folder):
+        raise UserError(f"{folder}: is the folder of the adapter's base model: export to another one")
     _check_adapter(adapter_params, config)
     leaves = flatten(adapter_params)
     tensors = {name: entry for name, entry in _adapter_tensors(config, read_family(base_folder).tensors)}
@@ -76,9 +87,9 @@ def save_adapter(
         sizes = [(name, leaves[path].shape[:0:-1], np.dtype(np.float32)) for name, (path, _) in tensors.items()]
         with atomic_folder(folder) as temporary:
             write_tensors(temporary, sizes, fetch, file_name=WEIGHTS_FILE, max_shard_bytes=2**63)
-            text = json.dumps(_adapter_config(config.lora, base_folder), indent=2) + "\n"
+            text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"
             (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
-            copy_side_files(base_folder, temporary)
+            copy_side_files(base_folder, temporary, tokenizer)
             load_adapter(temporary, config)
     else:
         for name in tensors:  # a gather needs every process
@@ -151,11 +162,11 @@ def _adapter_tensors(config: ModelConfig, table: tuple[TensorName, ...]) -> list
     return found
 
 
-def _adapter_config(lora: LoraConfig, base_folder: str | os.PathLike) -> dict:
+def _adapter_config(lora: LoraConfig, base_name: str) -> dict:
     """What `peft.LoraConfig` needs; every key that is left out has its default there."""
     modules = {entry.param.split(".")[-2]: entry.name.split(".")[-2] for entry in TENSORS if entry.transpose}
     return {
-        "base_model_name_or_path": str(base_folder),
+        "base_model_name_or_path": base_name,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -1,47 +1,28 @@
 """Parameters -> a Hugging Face folder that `transformers` loads as is.
 
-Names, dtypes, config, tokenizer, chat template and generation config are the source folder's. Tensors are
-gathered and written one at a time; the folder appears when it is whole and has been read back.
+Names, dtypes and config are the source folder's; so are tokenizer, chat template and generation config, unless a
+run used others. Tensors are gathered and written one at a time; the folder appears when it is whole.
 """
 
 import functools
 import os
 import pathlib
-import shutil
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_family, source_dtype, write_config
 from postrain.hf.folders import atomic_folder
 from postrain.hf.load import open_checked
 from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, TensorFiles, write_tensors
+from postrain.hf.side_files import copy_side_files
 from postrain.hf.tree import FileTensor, flatten, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
-
-# Small files that make a folder usable, copied byte by byte where the source has them.
-SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-)
 
 
 def save_pretrained(
@@ -51,13 +32,15 @@ def save_pretrained(
     *,
     source_folder: str | os.PathLike,
     dtype: str = "as_loaded",
+    tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes ``params`` (without adapters: see models.params.merge_lora) as a Hugging Face folder.
 
     ``source_folder`` is the folder that the model was loaded from. ``dtype``: "as_loaded" (each tensor's
-    dtype in the source) or "float32", "bfloat16", "float16". Every process must call it; the first one
-    writes. Raises UserError when the folder cannot be written; nothing that looks whole is left then.
+    dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model was trained with,
+    where that may be another than the source folder's. Every process must call it; the first one writes.
+    Raises UserError when the folder cannot be written; nothing that looks whole is left then.
     """
     check_params(params, config)
     if os.path.realpath(folder) == os.path.realpath(source_folder):
@@ -76,7 +59,7 @@ def save_pretrained(
         with atomic_folder(folder) as temporary:
             write_tensors(temporary, announced, fetch, max_shard_bytes=max_shard_bytes)
             write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
-            copy_side_files(source_folder, temporary)
+            copy_side_files(source_folder, temporary, tokenizer)
             open_checked(temporary, config)
     else:
         for tensor in tensors:  # a gather needs every process
@@ -138,13 +121,3 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise UserError(f"export: tensor {name} has values that are not finite in {dtype.name}: choose another dtype")
     return array
-
-
-def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path) -> None:
-    """Copies tokenizer, chat template and generation config, as they are."""
-    for name in SIDE_FILES:
-        source = pathlib.Path(source_folder) / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name)
-        elif source.exists():
-            shutil.copyfile(source, folder / name)

@@ -7,7 +7,6 @@ after every layer are compared and the first layer that departs is named.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 
@@ -61,9 +60,6 @@ class VerifyReport:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self) | {"passed": self.passed}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: logits against transformers (torch), float32"]
@@ -119,9 +115,11 @@ def verify(
 
 
 def compare(name: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Comparison:
-    """``ours`` and ``theirs``: logits [T, V] of each document."""
+    """``ours`` and ``theirs``: logits [T, V] of each document. Raises UserError when theirs are all equal."""
     a, b = (np.concatenate(rows).astype(np.float64) for rows in (ours, theirs))
     diff, scale = float(np.abs(a - b).max()), float(b.std())
+    if scale == 0:
+        raise UserError(f"verify: {name}: the reference's logits are all equal: the weights are no model's")
     log_p, log_q = _log_softmax(b), _log_softmax(a)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     agreement = float((a.argmax(-1) == b.argmax(-1)).mean())

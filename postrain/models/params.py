@@ -159,18 +159,21 @@ def merge_params(params: dict, frozen: dict) -> dict:
     return out
 
 
-def merge_lora(params: dict, config: ModelConfig) -> dict:
-    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them (products in float32)."""
+def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> dict:
+    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them, computed in float32.
+
+    ``dtype`` of the merged kernels; None: each kernel's own, whose rounding may lose small changes.
+    """
     if not isinstance(params, dict):
         return params
     if "lora_a" not in params:
-        return {key: merge_lora(value, config) for key, value in params.items()}
+        return {key: merge_lora(value, config, dtype) for key, value in params.items()}
     assert config.lora is not None
     kernel = params["kernel"]
     a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
     delta = config.lora.scale * jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
     merged = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b")}
-    return merged | {"kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
+    return merged | {"kernel": (kernel.astype(jnp.float32) + delta).astype(dtype or kernel.dtype)}
 
 
 def num_params(tree: Any) -> int:

@@ -161,9 +161,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
         batches.close()
 
-    form, dtype = config.export.format, config.export.dtype
+    form = config.export.format
     if form != "none":
-        export_state(workdir / "export", state, model, source_folder=folder, format=form, dtype=dtype)
+        export_state(workdir / "export", state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
     metrics = last_values(workdir)
     if lead:
         row = render_tokens_html(train_set.examples[0], tokenizer)

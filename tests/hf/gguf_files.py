@@ -30,8 +30,11 @@ def interleave(rows, heads):
     return rows.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
 
-def write_gguf(file, folder, architecture, *, tokenizer=None, drop=(), fields=None, tensors=None):
-    """``folder``: a tiny Hugging Face model. ``drop``: names left out; ``fields``, ``tensors``: added or replaced."""
+def write_gguf(file, folder, architecture, *, tokenizer=None, drop=(), fields=None, tensors=None, quantised=None):
+    """``folder``: a tiny Hugging Face model. ``drop``: names left out; ``fields``, ``tensors``: added or replaced.
+
+    ``quantised``: name -> (bytes of a tensor, its quantisation).
+    """
     raw = json.loads((folder / "config.json").read_text())
     rope = raw["rope_parameters"].get("full_attention", raw["rope_parameters"])
     arch = architecture
@@ -53,8 +56,10 @@ def write_gguf(file, folder, architecture, *, tokenizer=None, drop=(), fields=No
     for name, value in (metadata | (fields or {})).items():
         add(writer, name, value)
     for name, value in (values | (tensors or {})).items():
-        if name not in drop:
+        if name not in drop and name not in (quantised or {}):
             writer.add_tensor(name, np.ascontiguousarray(value))
+    for name, (value, kind) in (quantised or {}).items():
+        writer.add_tensor(name, value, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -15,7 +16,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 from postrain.errors import UserError
-from postrain.hf.gguf import import_gguf
+from postrain.hf.gguf import ARCHITECTURES, import_gguf
 
 LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -84,6 +85,18 @@ def test_gemma3(tmp_path):
     assert relative_difference(torch_logits(out, ids), torch_logits(tmp_path / "model", ids)) <= 1e-5
     with pytest.raises(UserError, match="Gemma3ForCausalLM"):
         folder_logits(out, ids)
+    file = write_gguf(tmp_path / "other.gguf", tmp_path / "model", "gemma3")
+    with pytest.raises(UserError, match="lacks the field gemma3.attention.sliding_window"):
+        import_gguf(file, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(7, 12), (62, 10)])
+def test_gemma3_query_scale_goes_by_size(layers, scalar):
+    config = {"num_hidden_layers": layers, "hidden_size": 40, "num_attention_heads": 4, "head_dim": 12}
+    fields = {"gemma3.attention.sliding_window": 8}
+    architecture = ARCHITECTURES["gemma3"]
+    found = architecture.extra(architecture, config | {"rope_parameters": {}}, fields, {})
+    assert found["query_pre_attn_scalar"] == scalar
 
 
 def sequence(*steps):
@@ -219,6 +232,18 @@ def test_files_that_are_refused_by_name(tiny, tmp_path, change, named):
         import_gguf(file, tmp_path / "out")
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_a_quantisation_that_cannot_be_undone(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", "qwen3", hidden_size=64)
+    kind = gguf.GGMLQuantizationType.Q8_1
+    size, stored = gguf.GGML_QUANT_SIZES[kind]
+    blocks = {"blk.1.ffn_up.weight": (np.zeros((88, 64 // size * stored), np.uint8), kind)}
+    file = write_gguf(tmp_path / "a.gguf", folder, "qwen3", quantised=blocks)
+    with pytest.raises(UserError, match="blk.1.ffn_up.weight is of type Q8_1") as caught:
+        import_gguf(file, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "model"]
 
 
 def test_unknown_architecture(tiny, tmp_path):

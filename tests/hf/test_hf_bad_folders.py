@@ -12,6 +12,7 @@ from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
 from postrain.hf.config import read_config
+from postrain.hf.folders import check_replaceable
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
 
@@ -243,6 +244,29 @@ def test_places_that_are_not_overwritten(one, tmp_path):
     for place in ("file", "thesis", "one", "file/below"):
         assert place in refusal(save_pretrained, tmp_path / place, params, config, source_folder=one)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("extra", ["metrics.jsonl", "checkpoints/1/x", "tokenizer.json/x", ".git/HEAD"])
+def test_a_folder_is_replaced_only_when_all_of_it_is_a_model(one, tmp_path, extra):
+    config, params = load_pretrained(one)
+    out = tmp_path / "out"
+    save_pretrained(out, params, config, source_folder=one)
+    (out / "additional_chat_templates").mkdir()
+    check_replaceable(out)
+    if "tokenizer.json" in extra:
+        (out / "tokenizer.json").unlink()
+    (out / extra).parent.mkdir(parents=True, exist_ok=True)
+    (out / extra).write_text("x")
+    message = refusal(save_pretrained, out, params, config, source_folder=one)
+    assert f"holds {extra.split('/')[0]}" in message and (out / extra).read_text() == "x"
+
+
+def test_a_lone_config_is_no_model_to_replace(one, tmp_path):
+    config, params = load_pretrained(one)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    refusal(save_pretrained, tmp_path / "run", params, config, source_folder=one)
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
 
 
 def test_unknown_dtype(one, tmp_path):

@@ -65,9 +65,20 @@ def test_merged_export_gives_the_adapters_logits(base, tmp_path):
 def test_round_trip_is_exact(base, tmp_path):
     config, _, adapter = make_adapter(base, rank=4, alpha=32.0, targets=("v", "gate"))
     save_adapter(tmp_path / "adapter", adapter, config, base_folder=base)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
     found, loaded = load_adapter(tmp_path / "adapter", dataclasses.replace(config, lora=None))
     assert found == config
     jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
+
+
+def test_an_adapter_does_not_take_the_place_of_its_base(base):
+    config, _, adapter = make_adapter(base, rank=4)
+    before = sorted(path.name for path in base.iterdir())
+    with pytest.raises(UserError, match="folder of the adapter's base model"):
+        save_adapter(base, adapter, config, base_folder=base)
+    assert sorted(path.name for path in base.iterdir()) == before
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

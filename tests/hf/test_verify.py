@@ -4,7 +4,9 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
@@ -24,7 +26,7 @@ def test_a_right_model_passes(folder):
     assert [c.name for c in report.comparisons] == ["random ids", "text, a row each", "text, packed"]
     for c in report.comparisons:
         assert 0 < c.relative < 5e-5 and c.kl_max < 1e-8 and c.top1_agreement == 1.0 and c.num_tokens > 100
-    assert json.loads(report.to_json())["passed"] is True
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
     assert "PASS" in str(report) and "random ids" in str(report)
 
 
@@ -70,7 +72,15 @@ def test_the_first_departure_is_named(folder, fault, place, monkeypatch):
     monkeypatch.setattr(verify_module, "load_pretrained", lambda folder: fault(*load_pretrained(folder)))
     report = verify(folder)
     assert not report.passed and place in report.first_departure
-    assert "FAIL" in str(report) and json.loads(report.to_json())["passed"] is False
+    assert "FAIL" in str(report) and report.to_dict()["passed"] is False
+
+
+def test_logits_without_spread(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", "llama")
+    tensors = {name: np.zeros_like(value) for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="random ids: the reference's logits are all equal"):
+        verify(folder)
 
 
 def test_without_torch(folder, monkeypatch):

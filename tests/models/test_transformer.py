@@ -126,6 +126,20 @@ def test_adapters_change_nothing_at_the_start_and_merge_exactly(params):
     assert set(adapters["layers"]["attention"]) | set(adapters["layers"]["mlp"]) == targets
 
 
+def test_a_merge_keeps_the_kernels_dtype_or_takes_another(params):
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3, alpha=7.0, targets=("q",)))
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    adapters = jax.tree.map(lambda x: x + 1e-3, init_lora(config, jax.random.key(1)))
+    kernel_of = lambda tree: tree["layers"]["attention"]["q"]["kernel"]
+    same = kernel_of(merge_lora(merge_params(adapters, base), config))
+    wide = kernel_of(merge_lora(merge_params(adapters, base), config, "float32"))
+    a, b = (np.asarray(adapters["layers"]["attention"]["q"][name], np.float64) for name in ("lora_a", "lora_b"))
+    expected = np.asarray(kernel_of(base), np.float64) + 7.0 / 3 * a @ b
+    assert same.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, expected, atol=1e-7)
+    np.testing.assert_array_equal(same, wide.astype(jnp.bfloat16))
+
+
 def test_cached_equals_uncached_with_ragged_rows(params):
     lengths = [5, 11, 1]
     rng = np.random.default_rng(0)

@@ -1,0 +1,78 @@
+"""The small files beside the weights that make a folder usable: tokenizer, chat template, stop set, licence."""
+
+import json
+import os
+import pathlib
+import shutil
+
+from postrain.data.tokenizer import Tokenizer
+from postrain.hf.safetensors_io import read_json
+
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Copied byte by byte where the source has them.
+MODEL_SIDE_FILES = (GENERATION_FILE, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+SIDE_FOLDERS = ("additional_chat_templates",)
+TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", *SIDE_FOLDERS)
+SIDE_FILES = MODEL_SIDE_FILES + TOKENIZER_FILES + TEMPLATE_FILES
+
+
+def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, tokenizer: Tokenizer | None = None) -> None:
+    """Copies the side files of ``source_folder``; with ``tokenizer``, what a run used takes their place.
+
+    Tokenizer files then come from the tokenizer's folder, the one chat template is the run's, and
+    generation_config.json stops where the run's evaluation stopped.
+    """
+    if tokenizer is None:
+        _copy(SIDE_FILES, pathlib.Path(source_folder), folder)
+        return
+    _copy(MODEL_SIDE_FILES, pathlib.Path(source_folder), folder)
+    _copy(TOKENIZER_FILES, tokenizer.folder, folder)
+    _write_template(folder, tokenizer.chat_template)
+    _write_stop_ids(folder, tokenizer.stop_ids)
+
+
+def _copy(names: tuple[str, ...], source_folder: pathlib.Path, folder: pathlib.Path) -> None:
+    for name in names:
+        source = source_folder / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.exists():
+            shutil.copyfile(source, folder / name)
+
+
+def _write_template(folder: pathlib.Path, template: str) -> None:
+    """The template as the one that every reader of the folder finds."""
+    if template:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    config = folder / TOKENIZER_CONFIG
+    if config.exists():
+        raw = read_json(config)
+        # Some readers take the one in here first, and of several named ones another than the run did.
+        if raw.get("chat_template", template) != template:
+            del raw["chat_template"]
+            _write_json(config, raw)
+
+
+def _write_stop_ids(folder: pathlib.Path, stop_ids: frozenset[int]) -> None:
+    file = folder / GENERATION_FILE
+    raw = read_json(file) if file.exists() else {}
+    found = raw.get("eos_token_id")
+    found = set() if found is None else set(found if isinstance(found, list) else [found])
+    if found != stop_ids and stop_ids:
+        _write_json(file, raw | {"eos_token_id": sorted(stop_ids)})
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
