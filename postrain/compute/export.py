@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model, load_model
-from postrain.compute.checkpoint import Checkpointer, fingerprint_folder
+from postrain.compute.checkpoint import Checkpointer, fingerprint_model
 from postrain.compute.export_check import check_logits, compute_probe_logits, find_dtypes
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
@@ -142,8 +142,8 @@ def export_workdir(
     abstract = abstract_train_state(
         model.params, model.frozen, optimizer, mesh=mesh, ema=config.optimizer.ema_decay > 0
     )
-    with Checkpointer(workdir / "checkpoints", config.checkpoint) as checkpointer:
-        step = checkpointer.latest_step()
+    with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
+        step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
         saved = json.loads((workdir / "checkpoints" / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
