@@ -145,7 +145,7 @@ def test_generate_answers_a_file(model, tmp_path, capsys):
     ("line", "message"),
     [
         ("{", "in.jsonl:2: not valid JSON"),
-        ("[]", "in.jsonl:2: expected an object with 'prompt' or 'messages'"),
+        ("[]", "in.jsonl:2: expected a JSON object, found list"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "in.jsonl:2: messages[0].role must be one of"),
     ],
 )

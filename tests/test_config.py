@@ -194,3 +194,13 @@ def test_the_general_template_has_its_variants():
     assert load_config(sft + ":full", overrides).model.lora.rank == 0
     with pytest.raises(UserError, match="no variant 'ful'"):
         load_config(sft + ":ful", overrides)
+
+
+def test_the_best_may_be_by_scores_that_the_run_has():
+    values = MINIMAL | {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+    values["checkpoint"] = {"keep_best": 1, "metric": "eval/exact_match", "mode": "max"}
+    assert "needs 'eval.generate_rows' above 0" in error_of(values)
+    assert resolve(values | {"eval": {"generate_rows": 2}}).checkpoint.keep_best == 1
+    assert "'exact_match' in 'eval.metrics'" in error_of(
+        values | {"eval": {"generate_rows": 2, "metrics": ["valid_json"]}}
+    )
