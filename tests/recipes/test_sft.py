@@ -10,7 +10,6 @@ import transformers
 from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
-from postrain.compute.report import read_jsonl
 from postrain.errors import UserError
 
 
@@ -167,5 +166,5 @@ def test_the_public_functions_agree(finished, inputs):
     tokenizer = postrain.load_tokenizer(workdir / "export")
     [from_folder] = postrain.generate(workdir / "export", ["41 gold"], max_new_tokens=8)
     assert postrain.generate((params, config, tokenizer), "41 gold", max_new_tokens=8) == [from_folder]
-    sample = next(s for s in read_jsonl(workdir / "samples.jsonl") if s["step"] == 6 and "41 gold" in s["prompt"])
+    sample = next(s for s in read_lines(workdir / "samples.jsonl") if s["step"] == 6 and "41 gold" in s["prompt"])
     assert sample["found"] == from_folder
