@@ -237,7 +237,7 @@ def test_the_quickstart_rows_are_rendered_counted_and_packed(tokenizer):
     assert total.tokens == sum(len(e.tokens) for e in example_set.examples)
     assert total.trained == sum(int(e.loss_mask.sum()) for e in example_set.examples)
     assert 0.1 < total.trained_share < 0.6
-    assert example_set.report.fill > 0.99
+    assert example_set.report.fill > 0.985  # a row of 256 holds three to five of these documents: coarse pieces
     assert "quickstart_eval" in str(example_set.report) and f"{total.trained:,}" in str(example_set.report)
     stop = tokenizer.eos_id
     for example in example_set.examples:
