@@ -37,6 +37,7 @@ from postrain.data.pipeline import describe_rows, load_examples, make_train_iter
 from postrain.data.preview import render_tokens_html
 from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
+from postrain.hf.folders import check_replaceable
 from postrain.models.transformer import compute_hidden, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -54,6 +55,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     started = time.monotonic()
     workdir, mesh = make_workdir(workdir), make_mesh(config.mesh)
     folder = locate_model(config.model.path)
+    if config.export.format != "none":
+        check_replaceable(workdir / "export")  # what cannot be written at the end is said at the start
     lead = jax.process_index() == 0
     say = print if lead else lambda *_: None
 

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +110,10 @@ def test_wandb_offline_makes_a_run_with_the_metrics(tmp_path, monkeypatch):
         writer.write(7, {"train/loss": 2.0})
     run_id = (tmp_path / "wandb_id").read_text()
     [file] = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
-    assert b"train/loss" in file.read_bytes()
+    deadline = time.monotonic() + 60  # wandb's own process writes the file, and may do so after finish() returns
+    while b"train/loss" not in file.read_bytes():
+        assert time.monotonic() < deadline, "the metrics never reached the run's file"
+        time.sleep(0.1)
     assert wandb.run is None, "closed"
 
 
