@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 
 from postrain.errors import UserError
@@ -58,6 +59,8 @@ def report_main_thread_only(unraisable) -> None:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
+    # A save that a full disk stopped leaves library coroutines that nobody will run; at exit Python would say so.
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     print("error: " + " ".join(message.splitlines()), file=sys.stderr)
     return code
 

@@ -23,8 +23,15 @@ HARMLESS = ("mesh.", "trackers.", "checkpoint.", "eval.", "export.", "train.log_
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The folder, made where it is missing. Raises UserError where it cannot be written."""
+    """The folder, made where it is missing. Raises UserError where it cannot be written, or holds a model."""
+    if not os.fspath(workdir):
+        raise UserError("--workdir is empty: name a folder for the run")
     workdir = pathlib.Path(workdir)
+    if any(workdir.glob("*.safetensors")):
+        raise UserError(
+            f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
+            "choose another place"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time

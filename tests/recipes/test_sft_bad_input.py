@@ -1,6 +1,7 @@
 """What bad input gets: one clear line that says what, where and what to do; code 2; nothing that looks whole."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import safetensors.numpy
 from sft_runs import make_values, read_folder, read_lines, write_config, write_rows
 
 from postrain import cli
+from postrain.errors import UserError
+from postrain.recipes import train
 
 NO_MARKERS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -138,12 +141,26 @@ def test_a_workdir_that_is_a_file(inputs, tmp_path, capsys):
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_a_workdir_that_is_a_model(inputs, tmp_path):
+    """Its config.json would be taken by the run's."""
+    folder = tmp_path / "model"
+    shutil.copytree(inputs / "model", folder)
+    before = read_folder(folder)
+    with pytest.raises(UserError, match="holds the weights of a model"):
+        train(make_values(inputs), folder)
+    assert read_folder(folder) == before
+    with pytest.raises(UserError, match="--workdir is empty"):
+        train(make_values(inputs), "")
+
+
 def run_with_small_files(config, workdir, kib=None):
     """A run whose files may not grow beyond ``kib``, which is what a full disk looks like to it."""
     command = [sys.executable, "-m", "postrain.cli", "train", f"--config={config}", f"--workdir={workdir}"]
     if kib is not None:
         command = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command]
-    return subprocess.run(command, capture_output=True, text=True)
+    # Without the tests' cache of compiled programs: what the limit cuts short there would be read by later tests.
+    environment = os.environ | ({} if kib is None else {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("kib", [3, 60, 200])
