@@ -205,7 +205,7 @@ def run_import(args, overrides) -> None:
 
 
 def run_generate(args, overrides) -> None:
-    if args.output and not args.input:
+    if args.output is not None and args.input is None:
         raise UserError("--output goes with --input: a single --prompt is answered on the terminal")
     from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
     from postrain.rollout.sampler import SamplingParams
@@ -217,12 +217,11 @@ def run_generate(args, overrides) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
-    model = load_chat_model(args.model)
-    if args.input:
-        count = answer_file(model, args.input, args.output, sampling, args.system, args.raw, args.batch_size)
-        print(f"{count} completions{f' in {args.output}' if args.output else ''}", file=sys.stderr)
+    if args.input is not None:
+        count = answer_file(args.model, args.input, args.output, sampling, args.system, args.raw, args.batch_size)
+        print(f"{count} completion{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
     else:
-        answer_prompt(model, args.prompt, sampling, args.system, args.raw, write=_write_now)
+        answer_prompt(load_chat_model(args.model), args.prompt, sampling, args.system, args.raw, write=_write_now)
         print()
 
 

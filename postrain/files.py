@@ -1,11 +1,15 @@
 """Text files that appear whole or not at all, and JSON lines read back."""
 
+import errno
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from postrain.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -26,8 +30,30 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{path} cannot be written ({reason}): free some space or choose another place") from error
+        advice = "free some space or choose another place" if error.errno in _FULL else "choose another place"
+        raise UserError(f"{path} cannot be written ({error.strerror or error}): {advice}") from error
+
+
+def check_writable(path: str | os.PathLike, name: str) -> None:
+    """Raises UserError where ``write_whole`` could not put a file: to be called before the work that fills it.
+
+    Nothing is left behind. ``name`` is what the user knows the path by, such as "--output".
+    """
+    if not os.fspath(path):
+        raise UserError(f"{name} is empty: expected the name of a file to write")
+    path = pathlib.Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"{name} {path} is a folder, expected the name of a file: name one in it, as {path / 'NAME'}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{name} {path} is no ordinary file, which writing would replace: choose another place")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{name} {path} cannot be written ({folder}: {error.strerror}): choose another place"
+        ) from error
 
 
 def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tuple[int, dict[str, Any]]]:

@@ -9,7 +9,7 @@ from postrain.compute.metrics import MetricsWriter, read_metrics
 from postrain.config import SourceConfig, TrackersConfig, resolve
 from postrain.data.loading import load_examples
 from postrain.errors import UserError
-from postrain.files import read_jsonl, write_whole
+from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.rollout.chat import _read_rows
 
 ODD = "a\u2028b\u2029c\x85d"  # str.splitlines would make four lines of it
@@ -92,3 +92,16 @@ def tokenizer(tmp_path_factory):
     from postrain.data.tokenizer import load_tokenizer
 
     return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path / "new" / "deep" / "a.txt", "--output")
+    check_writable(tmp_path / "file", "--output")
+    with pytest.raises(UserError, match=r"--html .*file/a.txt cannot be written \(.*file: Not a directory\)"):
+        check_writable(tmp_path / "file" / "a.txt", "--html")
+    with pytest.raises(UserError, match=r"--output /dev/null is no ordinary file"):
+        check_writable("/dev/null", "--output")
+    with pytest.raises(UserError, match="a folder, expected the name of a file"):
+        check_writable(tmp_path, "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -14,7 +14,7 @@ from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.rendering import Rendered
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
-from postrain.files import write_whole
+from postrain.files import check_writable, write_whole
 
 _HISTOGRAM_BINS = 12
 _BAR_WIDTH = 40
@@ -51,6 +51,8 @@ def preview(
     """
     if not (config.model.tokenizer or config.model.path):
         raise UserError("config key 'model.path' is empty: give a Hugging Face folder, its tokenizer renders the data")
+    if html_path is not None:
+        check_writable(html_path, "--html")
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.data.chat_template)
     parts = [("data.train", config.data.train)] + [("data.eval", config.data.eval)] * bool(config.data.eval)
     sets = {key: load_examples(sources, tokenizer, config.data) for key, sources in parts}

@@ -16,7 +16,7 @@ from postrain.data.rendering import render_prompt
 from postrain.data.schema import RowRef, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
-from postrain.files import read_jsonl, write_whole
+from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.hf.load import load_pretrained
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
@@ -73,13 +73,17 @@ def generate(
     Returns:
         One text per prompt, in order, without the stop token.
     """
-    model = load_chat_model(model) if isinstance(model, (str, os.PathLike)) else ChatModel(*model)
+    model = _as_chat_model(model)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
     )
     ids = [encode_prompt(model.tokenizer, prompt, system) for prompt in prompts]
     return [answer.text for answer in answer_ids(model, ids, sampling, batch_size)]
+
+
+def _as_chat_model(model: ChatModel | tuple | str | os.PathLike) -> ChatModel:
+    return load_chat_model(model) if isinstance(model, (str, os.PathLike)) else ChatModel(*model)
 
 
 def encode_prompt(
@@ -162,7 +166,7 @@ class TextStream:
 
 
 def answer_file(
-    model: ChatModel,
+    model: ChatModel | tuple | str | os.PathLike,
     source: str,
     output: str | None,
     sampling: SamplingParams,
@@ -174,11 +178,18 @@ def answer_file(
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
     what is to be answered anew. The same lines with ``completion`` and ``finished`` added go to ``output``,
-    which appears when all are there, or to the terminal.
+    which appears when all are there, or to the terminal. ``model``, where it is a folder, is loaded after the two
+    files have been looked at.
+
+    Raises:
+        UserError: naming the line that is no such row; naming ``output`` where it cannot be written, or is ``source``.
     """
+    if output is not None:
+        _check_output(source, output)
     rows = list(_read_rows(pathlib.Path(source)))
     if not rows:
         raise UserError(f"{source} has no rows: give one JSON object a line")
+    model = _as_chat_model(model)
     ids = [_encode_row(model.tokenizer, row, ref, system, raw) for row, ref in rows]
     answers = answer_ids(model, ids, sampling, batch_size)
     lines = [
@@ -190,6 +201,12 @@ def answer_file(
         return len(lines)
     write_whole(output, "\n".join(lines) + "\n")
     return len(lines)
+
+
+def _check_output(source: str, output: str) -> None:
+    check_writable(output, "--output")
+    if os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
+        raise UserError(f"--output {output} is the file of --input, which stays as it is: choose another place")
 
 
 def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:

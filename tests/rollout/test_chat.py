@@ -1,11 +1,14 @@
 """Text in and out: streaming adds up to the whole, prompts are rendered as rows are."""
 
+import os
+
 import pytest
 from tiny_models import make_tiny_model
 
+from postrain import cli
 from postrain.data.rendering import render_prompt
 from postrain.errors import UserError
-from postrain.rollout.chat import TextStream, answer_prompt, encode_prompt, generate, load_chat_model
+from postrain.rollout.chat import TextStream, answer_file, answer_prompt, encode_prompt, generate, load_chat_model
 from postrain.rollout.sampler import SamplingParams
 
 
@@ -50,3 +53,50 @@ def test_streamed_is_returned(model):
 def test_one_string_is_one_prompt(model):
     assert len(generate(model, "hello", max_new_tokens=2)) == 1
     assert len(generate(model, ["hello", "you"], max_new_tokens=2)) == 2
+
+
+def generate_to(tmp_path, output, source="in.jsonl"):
+    """Exit code and message of `postrain generate` with a model that is not there: reading it would be the error."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    (tmp_path / "folder").mkdir(exist_ok=True)
+    words = [f"--model={tmp_path / 'no model'}", f"--input={tmp_path / source}", f"--output={output}"]
+    return cli.main(["generate", *words])
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("folder", "folder is a folder, expected the name of a file"),
+        ("in.jsonl", "in.jsonl is the file of --input, which stays as it is: choose another place"),
+        ("folder/../in.jsonl", "in.jsonl is the file of --input"),
+        ("link.jsonl", "link.jsonl is the file of --input"),
+        ("in.jsonl/out.jsonl", "in.jsonl: Not a directory): choose another place"),
+        ("pipe", "pipe is no ordinary file"),
+    ],
+)
+def test_the_place_of_the_answers_is_looked_at_first(tmp_path, capsys, output, message):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    assert generate_to(tmp_path, tmp_path / output) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --output ") and message in error and error.count("\n") == 1
+    assert (tmp_path / "in.jsonl").read_text() == '{"prompt": "hi"}\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl", "link.jsonl", "pipe"]
+
+
+def test_an_output_without_a_name_and_an_input_that_is_not_there(tmp_path, capsys):
+    assert generate_to(tmp_path, "") == 2
+    assert "--output is empty" in capsys.readouterr().err
+    assert generate_to(tmp_path, tmp_path / "out.jsonl", source="none.jsonl") == 2
+    assert "none.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_answers_that_cannot_be_given_leave_the_old_ones(model, tmp_path):
+    source, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    assert answer_file(model, str(source), str(output), SamplingParams(max_new_tokens=2)) == 1
+    answers = output.read_text()
+    source.write_text('{"prompt": "hi"}\n{"prompt": 7}\n')
+    with pytest.raises(UserError, match=r"in\.jsonl:2"):
+        answer_file(model, str(source), str(output), SamplingParams(max_new_tokens=2))
+    assert output.read_text() == answers and [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
