@@ -11,10 +11,12 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.families import FAMILIES, HARMLESS_KEYS, NEUTRAL_VALUES, USED_KEYS, Family
-from postrain.hf.safetensors_io import DTYPES, read_json
+from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, read_json
 from postrain.models.config import ModelConfig, RopeConfig
 
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
+RUN_KEYS = {"model", "data", "optimizer"}  # of the config.json of a run
 DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers 5 writes it, as 4 did
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 ROPE_KEYS = {
@@ -34,14 +36,36 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
 
 def config_file(folder: str | os.PathLike) -> pathlib.Path:
-    """Path of config.json. Raises UserError when the folder or the file is not there."""
+    """Path of config.json. Raises UserError when the folder or the file is not there, or belongs to something else."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: expected the folder of a Hugging Face model, found no folder of that name")
+    refuse_other_folders(folder)
     if not (folder / CONFIG_FILE).is_file():
         advice = "postrain import FILE.gguf OUT" if list(folder.glob("*.gguf")) else "give a Hugging Face model folder"
         raise UserError(f"{folder}: holds no {CONFIG_FILE}: {advice}")
     return folder / CONFIG_FILE
+
+
+def is_adapter(folder: pathlib.Path) -> bool:
+    """Whether ``folder`` holds a PEFT adapter, and not the weights of a whole model too."""
+    whole = any((folder / name).exists() for name in (ONE_FILE, INDEX_FILE))
+    return not whole and (folder / ADAPTER_FILE).is_file()
+
+
+def refuse_other_folders(folder: pathlib.Path) -> None:
+    """Raises UserError when ``folder`` is an adapter's, or a run's, which has a config.json of its own kind."""
+    if is_adapter(folder):
+        raise UserError(
+            f"{folder}: expected a whole model, found an adapter: merge it into its base model first (`postrain export "
+            "--format=merged` does, for a run of postrain)"
+        )
+    if (folder / CONFIG_FILE).is_file() and RUN_KEYS <= set(read_json(folder / CONFIG_FILE)):
+        export = folder / "export"
+        exported = any((export / name).is_file() for name in (CONFIG_FILE, ADAPTER_FILE))
+        command = f"`postrain export --workdir={folder} --output=OUT`"
+        advice = f"give its export, {export}" if exported else f"export one with {command}"
+        raise UserError(f"{folder}: expected the folder of a model, found the workdir of a run: {advice}")
 
 
 def read_family(folder: str | os.PathLike) -> Family:

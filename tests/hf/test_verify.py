@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,7 +13,10 @@ from tiny_models import make_tiny_model
 from postrain.errors import UserError
 from postrain.hf import verify as verify_module
 from postrain.hf.load import load_pretrained
+from postrain.hf.peft import save_adapter
 from postrain.hf.verify import verify
+from postrain.models.config import LoraConfig
+from postrain.models.params import init_lora
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +73,7 @@ def other_unembedding(config, params):
     ],
 )
 def test_the_first_departure_is_named(folder, fault, place, monkeypatch):
-    monkeypatch.setattr(verify_module, "load_pretrained", lambda folder: fault(*load_pretrained(folder)))
+    monkeypatch.setattr(verify_module, "load_model", lambda found: fault(*load_pretrained(found.base)))
     report = verify(folder)
     assert not report.passed and place in report.first_departure
     assert "FAIL" in str(report) and report.to_dict()["passed"] is False
@@ -92,3 +96,22 @@ def test_without_torch(folder, monkeypatch):
 def test_no_folder(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         verify(tmp_path / "nowhere")
+
+
+def make_adapter_folder(base, folder):
+    config, _ = load_pretrained(base)
+    config = dataclasses.replace(config, lora=LoraConfig(rank=3, alpha=5.0))
+    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
+    save_adapter(folder, jax.tree.map(noise, init_lora(config, jax.random.key(0))), config, base_folder=base)
+    return folder
+
+
+def test_an_adapter_is_compared_with_peft(folder, tmp_path, monkeypatch):
+    adapter = make_adapter_folder(folder, tmp_path / "adapter")
+    assert verify(adapter).passed
+    monkeypatch.setattr(verify_module, "load_model", lambda found: load_pretrained(found.base))
+    without = verify(adapter)
+    assert not without.passed and "layer 0" in without.first_departure
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="pip install peft"):
+        verify(adapter)
