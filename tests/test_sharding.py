@@ -29,7 +29,7 @@ from postrain.sharding import (
     undivided_dimensions,
 )
 
-MODEL = ModelConfig(100, 24, 40, 2, 4, 1, 6, tie_embeddings=False, qk_norm=True, qkv_bias=True)
+MODEL = ModelConfig(100, 24, 40, 2, 4, 1, 6, tie_embeddings=False, qk_norm="head", qkv_bias=True)
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 
 

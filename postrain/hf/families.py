@@ -80,7 +80,7 @@ FAMILIES = {
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
-        lambda c: {"qk_norm": True, "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
+        lambda c: {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
         {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 32768},
     ),
 }

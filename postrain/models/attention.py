@@ -1,7 +1,7 @@
 """Causal attention over packed rows.
 
 A document is a maximal run of equal ``segment_ids`` in a row; a query sees the keys of its own document up
-to itself and nothing else. Back ends stand behind ``attention``; ``select_backend`` says which one runs.
+to itself, the last ``window`` of them where there is a window, and nothing else. Back ends stand behind ``attention``; ``select_backend`` says which one runs.
 
 The "chunked" back end is flash attention (Dao et al. 2022, arXiv:2205.14135; backward by recomputation) in
 plain XLA: blocks of ``chunk`` queries against blocks of ``chunk`` keys with a running softmax, no [T, T]
@@ -14,6 +14,7 @@ H head_dim, C chunk, R rows computed together.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,23 +41,58 @@ def compute_document_starts(segment_ids_BT: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(segment_ids_BT != previous, index, 0), axis=1)
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, *, segment_ids, positions, backend: str = "auto", chunk: int = 128):
-    """Softmax(q k^T / sqrt(H)) v within each document, [B, T, N, H] in q's dtype; softmax in float32.
+def compute_visible_starts(segment_ids_BT: jax.Array, window: jax.Array | int | None = None) -> jax.Array:
+    """First key, by its index in the row, that each query sees, int32 [B, T]; the last one is the query's own.
+
+    This is the whole mask of a packed row. ``window`` (an integer, traced or not; 0 = none) counts the query itself.
+    """
+    starts_BT = compute_document_starts(segment_ids_BT)
+    if window is None:
+        return starts_BT
+    nearest = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) - window + 1
+    return jnp.where(window > 0, jnp.maximum(starts_BT, nearest), starts_BT)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); ``x`` itself where ``cap`` is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def attention(
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    *,
+    segment_ids,
+    positions,
+    window=None,
+    sinks=None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+    chunk: int = 128,
+):
+    """Softmax(softcap(q k^T scale)) v within each document, [B, T, N, H] in q's dtype; softmax in float32.
 
     ``segment_ids`` [B, T] delimit the documents. ``positions`` [B, T] must restart with each document: they
-    are required so that nobody forgets them where they matter (rotary embedding, windows); causality itself
-    goes by the order in the row.
+    are required so that nobody forgets them where they matter (rotary embedding); causality and windows go by
+    the order in the row. ``window``: keys that a query sees, itself included, 0 = all; it may be traced.
+    ``sinks`` [N]: a logit of each head that takes its share of the softmax and gives nothing. ``softcap``: see
+    ``soft_cap``. ``scale``: default 1 / sqrt(H).
     """
     del positions  # in the order of the row by contract
     select_backend(backend)
-    starts_BT = compute_document_starts(segment_ids)
+    starts_BT = compute_visible_starts(segment_ids, window)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    sinks_N = None if sinks is None else sinks.astype(jnp.float32)
+    body = functools.partial(_chunked, softcap=softcap, scale=scale, chunk=chunk)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _chunked(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk)
-    return _sharded(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk, mesh)
+        return body(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N)
+    return _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, mesh)
 
 
-def _sharded(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk, mesh):
+def _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, mesh):
     """Every device computes its own rows and heads: attention needs no communication."""
     rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.axis_names)
     ways = mesh.shape.get("tensor", 1)
@@ -71,14 +107,12 @@ def _sharded(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk, mesh):
             raise ValueError(f"{num_heads} heads over {num_kv} key heads do not divide over tensor={ways}")
     heads = "tensor" if ways > 1 else None
     spec = P(rows, None, heads, None)
-    body = functools.partial(_chunked, chunk=chunk)
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(spec, spec, spec, P(rows, None)), out_specs=spec, check_vma=False
-    )
-    return mapped(q_BTNH, k_BTKH, v_BTKH, starts_BT)
+    specs = spec, spec, spec, P(rows, None), (None if sinks_N is None else P(heads))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N)
 
 
-def _chunked(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk: int):
+def _chunked(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, *, softcap: float, scale: float, chunk: int):
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_kv = k_BTKH.shape[2]
     chunk = min(chunk, length)
@@ -89,15 +123,22 @@ def _chunked(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk: int):
         # What is added is a document of its own, so that its softmax is over something.
         starts_BT = jnp.pad(starts_BT, ((0, 0), (0, padding)), constant_values=length)
     # The scale is folded into q once, instead of into every block of scores.
-    q = (q_BTNH * (1 / math.sqrt(head_dim))).astype(q_BTNH.dtype)
+    q = (q_BTNH * scale).astype(q_BTNH.dtype)
     q = q.reshape(batch, -1, num_kv, num_heads // num_kv, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(num_kv, num_heads // num_kv)
     # One row at a time on CPU, where a loop costs nothing and each row skips its own blocks; all rows
     # together on accelerators, which need the width.
     rows = 1 if jax.default_backend() == "cpu" else batch
-    out = _flash(q, k, v, starts_BT, chunk, rows)
+    out = _flash(q, k, v, starts_BT, sinks_KG, _Static(softcap, chunk, rows))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length + padding, num_heads, head_dim)
     return out[:, :length]
+
+
+class _Static(NamedTuple):
+    softcap: float
+    chunk: int
+    rows: int  # computed together
 
 
 def _block(x, index, chunk, axis):
@@ -112,9 +153,8 @@ def _visible(starts_RC, i, j, chunk):
     return (causal & (key_index[None, None, :] >= starts_RC[:, :, None]))[:, None, None]
 
 
-def _scores(q_RKGCH, k_RKSH, starts_RC, i, j, chunk):
-    scores = jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=jnp.float32)
-    return jnp.where(_visible(starts_RC, i, j, chunk), scores, MASKED)
+def _scores(q_RKGCH, k_RKSH, softcap):
+    return soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=jnp.float32), softcap)
 
 
 def _groups(x, rows):
@@ -122,12 +162,13 @@ def _groups(x, rows):
     return x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _flash(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
-    return _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _flash(q_BKGTH, k_BKTH, v_BKTH, starts_BT, sinks_KG, static: _Static):
+    return _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, sinks_KG, static)[0]
 
 
-def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
+def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, sinks_KG, static: _Static):
+    softcap, chunk, rows = static
     num_blocks = q_BKGTH.shape[3] // chunk
 
     def row_group(operands):
@@ -138,7 +179,8 @@ def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
 
             def key_block(j, carry):
                 out, total, peak = carry
-                scores = _scores(q_i, _block(k, j, chunk, 2), starts_i, i, j, chunk)
+                scores = _scores(q_i, _block(k, j, chunk, 2), softcap)
+                scores = jnp.where(_visible(starts_i, i, j, chunk), scores, MASKED)
                 new_peak = jnp.maximum(peak, scores.max(-1))
                 weights = jnp.exp(scores - new_peak[..., None])
                 decay = jnp.exp(peak - new_peak)
@@ -151,7 +193,11 @@ def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
                 return out * decay[..., None] + values, total * decay + weights.sum(-1), new_peak
 
             shape = q_i.shape[:-1]
-            start = jnp.zeros(q_i.shape, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.full(shape, MASKED)
+            if sinks_KG is None:
+                start = jnp.zeros(shape, jnp.float32), jnp.full(shape, MASKED)
+            else:  # a key seen before all others, whose value is 0
+                start = jnp.ones(shape, jnp.float32), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
+            start = jnp.zeros(q_i.shape, jnp.float32), *start
             out, total, peak = jax.lax.fori_loop(starts_i.min() // chunk, i + 1, key_block, start)
             return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
@@ -163,11 +209,12 @@ def _flash_forward(q_BKGTH, k_BKTH, v_BKTH, starts_BT, chunk, rows):
     logsumexp = jnp.moveaxis(logsumexp, 1, 4).reshape(q_BKGTH.shape[:-1])
     # What backward needs besides the inputs: named here, where rematerialisation can keep both.
     out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
-    return out, (q_BKGTH, k_BKTH, v_BKTH, starts_BT, out, logsumexp)
+    return out, (q_BKGTH, k_BKTH, v_BKTH, starts_BT, sinks_KG, out, logsumexp)
 
 
-def _flash_backward(chunk, rows, residuals, grad_BKGTH):
-    q_BKGTH, k_BKTH, v_BKTH, starts_BT, out, logsumexp = residuals
+def _flash_backward(static: _Static, residuals, grad_BKGTH):
+    softcap, chunk, rows = static
+    q_BKGTH, k_BKTH, v_BKTH, starts_BT, sinks_KG, out, logsumexp = residuals
     num_blocks = q_BKGTH.shape[3] // chunk
     # sum_s p_s dp_s of every query, by the identity of the flash attention paper (section 3.1 of the backward).
     dots = (grad_BKGTH.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
@@ -182,12 +229,17 @@ def _flash_backward(chunk, rows, residuals, grad_BKGTH):
             def key_block(j, carry):
                 dq_i, dk, dv = carry
                 k_j, v_j = _block(k, j, chunk, 2), _block(v, j, chunk, 2)
-                weights = jnp.exp(_scores(q_i, k_j, starts_i, i, j, chunk) - lse_i[..., None])
+                scores = _scores(q_i, k_j, softcap)
+                visible = _visible(starts_i, i, j, chunk)
+                weights = jnp.exp(jnp.where(visible, scores, MASKED) - lse_i[..., None])
                 dv_j = jnp.einsum(
                     "rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=jnp.float32
                 )
                 dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=jnp.float32)
-                dscores = (weights * (dweights - dots_i[..., None])).astype(q.dtype)
+                dscores = weights * (dweights - dots_i[..., None])
+                if softcap:  # d(c tanh(x / c)) = 1 - tanh^2
+                    dscores = dscores * (1 - jnp.square(scores / softcap))
+                dscores = dscores.astype(q.dtype)
                 dq_i = dq_i + jnp.einsum("rkgcs,rksh->rkgch", dscores, k_j, preferred_element_type=jnp.float32)
                 dk_j = jnp.einsum("rkgcs,rkgch->rksh", dscores, q_i, preferred_element_type=jnp.float32)
                 add = lambda total, part: jax.lax.dynamic_update_slice_in_dim(
@@ -206,23 +258,40 @@ def _flash_backward(chunk, rows, residuals, grad_BKGTH):
     operands = q_BKGTH, k_BKTH, v_BKTH, starts_BT, grad_BKGTH, dots, logsumexp
     dq, dk, dv = jax.lax.map(row_group, tuple(_groups(x, rows) for x in operands))
     dq = jnp.moveaxis(dq, 1, 4).reshape(q_BKGTH.shape)
-    return dq, dk.reshape(k_BKTH.shape), dv.reshape(v_BKTH.shape), None
+    # The sink's weight is exp(sink - logsumexp), its value 0: d = weight * (0 - dots).
+    dsinks = None
+    if sinks_KG is not None:
+        dsinks = -(jnp.exp(sinks_KG[None, :, :, None] - logsumexp) * dots).sum((0, 3))
+    return dq, dk.reshape(k_BKTH.shape), dv.reshape(v_BKTH.shape), None, dsinks
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def cached_attention(q_BSNH, k_BKMH, v_BKMH, positions_BS):
-    """New queries at ``positions_BS`` against M cached keys and values: slots 0..position are seen, [B, S, N, H]."""
+def cached_attention(
+    q_BSNH, k_BKMH, v_BKMH, positions_BS, *, window=None, sinks=None, softcap: float = 0.0, scale: float | None = None
+):
+    """New queries at ``positions_BS`` against M cached keys and values: slots 0..position are seen, [B, S, N, H].
+
+    The rest as in ``attention``; a window leaves the last ``window`` of those slots.
+    """
     batch, steps, num_heads, head_dim = q_BSNH.shape
     num_kv, num_slots = k_BKMH.shape[1:3]
     groups = num_heads // num_kv
+    scale = head_dim**-0.5 if scale is None else scale
     # All queries of a key head as rows of one matrix, [B, K, G*S, H]: a plain batched product with the cache.
-    q = (q_BSNH * (1 / math.sqrt(head_dim))).astype(k_BKMH.dtype).reshape(batch, steps, num_kv, groups, head_dim)
+    q = (q_BSNH * scale).astype(k_BKMH.dtype).reshape(batch, steps, num_kv, groups, head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv, groups * steps, head_dim)
-    scores = jnp.einsum("bkqh,bkmh->bkqm", q, k_BKMH, preferred_element_type=jnp.float32)
-    seen = jnp.arange(num_slots) <= jnp.tile(positions_BS, (1, groups))[:, :, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, MASKED), axis=-1).astype(v_BKMH.dtype)
+    scores = soft_cap(jnp.einsum("bkqh,bkmh->bkqm", q, k_BKMH, preferred_element_type=jnp.float32), softcap)
+    slots, queries = jnp.arange(num_slots), jnp.tile(positions_BS, (1, groups))[:, :, None]
+    seen = slots <= queries
+    if window is not None:
+        seen &= (window <= 0) | (slots > queries - window)
+    scores = jnp.where(seen[:, None], scores, MASKED)
+    if sinks is not None:  # one more key, whose value is 0
+        logits = jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv, groups), steps, axis=1)[None, :, :, None]
+        scores = jnp.concatenate([scores, jnp.broadcast_to(logits, (batch, *logits.shape[1:]))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :num_slots].astype(v_BKMH.dtype)
     out = jnp.einsum("bkqm,bkmh->bkqh", weights, v_BKMH, preferred_element_type=jnp.float32)
     out = out.reshape(batch, num_kv, groups, steps, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q_BSNH.shape).astype(q_BSNH.dtype)

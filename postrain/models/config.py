@@ -12,7 +12,9 @@ class RopeConfig:
 
     ``kind``: "default"; "linear" (positions / factor); "llama3" (Llama 3.1: low frequencies divided by
     ``factor``, a smooth ramp between ``high_freq_factor`` and ``low_freq_factor`` wavelengths of
-    ``original_max_positions``).
+    ``original_max_positions``); "yarn" (Peng et al. 2023, arXiv:2309.00071: the ramp is over the planes, between
+    those that turn ``beta_slow`` and ``beta_fast`` times in ``original_max_positions``, its ends rounded outwards
+    with ``truncate``; cos and sin are multiplied by ``attention_factor``).
     """
 
     theta: float = 10_000.0
@@ -21,6 +23,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +60,21 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
     activation: str = "silu"  # of the gate
-    qk_norm: bool = False  # RMSNorm over H of every query and key head (Qwen3)
+    qk_norm: str = "none"  # RMSNorm of queries and keys: "none", over the H of each "head", or over "all" heads
+    pre_norms: bool = True  # RMSNorm of what goes into attention and MLP
+    post_norms: bool = False  # RMSNorm of what comes out of them, before it joins the residual stream
+    norm_plus_one: bool = False  # norms multiply by 1 + scale
+    embed_multiplier: float = 1.0  # of the embedded tokens, rounded to the compute dtype
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     rope: RopeConfig = RopeConfig()
+    layer_windows: tuple[int, ...] = ()  # per layer: keys that a query sees, itself included; 0 = all. (): all 0
+    local_rope: RopeConfig | None = None  # of the layers with a window, where it is another
+    query_multiplier: float | None = None  # of q k^T; None: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # c: scores become c tanh(score / c); 0: they stay
+    attention_sinks: bool = False  # one learned logit a head in the softmax's denominator
+    logits_softcap: float = 0.0
     init_std: float = 0.02
     # How it is computed, not what.
     compute_dtype: str = "float32"  # "bfloat16" on accelerators
@@ -66,6 +82,10 @@ class ModelConfig:
     attention: str = "auto"  # back end, see postrain.models.attention
     attention_chunk: int = 128  # positions per block of the chunked back end
     lora: LoraConfig | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_multiplier is None else self.query_multiplier
 
     @property
     def padded_vocab_size(self) -> int:

@@ -32,40 +32,46 @@ def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out
     return specs
 
 
-def _norm(*shape: int) -> dict:
+def _norm(config: ModelConfig, *shape: int) -> dict:
     axes = ("layers", None) if len(shape) == 2 else (None,)
-    return {"scale": ParamSpec(shape, axes, "ones")}
+    return {"scale": ParamSpec(shape, axes, "zeros" if config.norm_plus_one else "ones")}
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the base model, without adapters."""
     c, num_layers = config, config.num_layers
+    layers = {"attention": _attention_specs(c), "mlp": _mlp_specs(c)}
+    if c.pre_norms:
+        layers |= {name: _norm(c, num_layers, c.embed_size) for name in ("attention_norm", "mlp_norm")}
+    if c.post_norms:
+        layers |= {name: _norm(c, num_layers, c.embed_size) for name in ("post_attention_norm", "post_mlp_norm")}
+    embedding = ParamSpec((c.padded_vocab_size, c.embed_size), ("vocab", "embed"))
+    specs = {"embed": {"embedding": embedding}, "layers": layers, "final_norm": _norm(c, c.embed_size)}
+    return specs if c.tie_embeddings else specs | {"unembed": {"embedding": embedding}}
+
+
+def _attention_specs(c: ModelConfig) -> dict[str, Any]:
     size_q, size_kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    attention = {
-        "q": _linear(num_layers, c.embed_size, size_q, "embed", "heads", c.qkv_bias),
-        "k": _linear(num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
-        "v": _linear(num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
-        "o": _linear(num_layers, size_q, c.embed_size, "heads", "embed", c.o_bias),
-    }
-    if c.qk_norm:
-        attention |= {"q_norm": _norm(num_layers, c.head_dim), "k_norm": _norm(num_layers, c.head_dim)}
     specs = {
-        "embed": {"embedding": ParamSpec((c.padded_vocab_size, c.embed_size), ("vocab", "embed"))},
-        "layers": {
-            "attention_norm": _norm(num_layers, c.embed_size),
-            "attention": attention,
-            "mlp_norm": _norm(num_layers, c.embed_size),
-            "mlp": {
-                "gate": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
-                "up": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
-                "down": _linear(num_layers, c.mlp_size, c.embed_size, "mlp", "embed", c.mlp_bias),
-            },
-        },
-        "final_norm": _norm(c.embed_size),
+        "q": _linear(c.num_layers, c.embed_size, size_q, "embed", "heads", c.qkv_bias),
+        "k": _linear(c.num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
+        "v": _linear(c.num_layers, c.embed_size, size_kv, "embed", "kv_heads", c.qkv_bias),
+        "o": _linear(c.num_layers, size_q, c.embed_size, "heads", "embed", c.o_bias),
     }
-    if not c.tie_embeddings:
-        specs["unembed"] = {"embedding": ParamSpec((c.padded_vocab_size, c.embed_size), ("vocab", "embed"))}
+    if c.qk_norm != "none":
+        size = {"head": (c.head_dim, c.head_dim), "all": (size_q, size_kv)}[c.qk_norm]
+        specs |= {name: _norm(c, c.num_layers, n) for name, n in zip(("q_norm", "k_norm"), size, strict=True)}
+    if c.attention_sinks:
+        specs["sinks"] = ParamSpec((c.num_layers, c.num_heads), ("layers", "heads"))
     return specs
+
+
+def _mlp_specs(c: ModelConfig) -> dict[str, Any]:
+    return {
+        "gate": _linear(c.num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+        "up": _linear(c.num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+        "down": _linear(c.num_layers, c.mlp_size, c.embed_size, "mlp", "embed", c.mlp_bias),
+    }
 
 
 def lora_specs(config: ModelConfig) -> dict[str, Any]:

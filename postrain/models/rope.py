@@ -27,13 +27,25 @@ def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         between = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
         scaled = np.where(wavelengths > longest, frequencies / rope.factor, between)
         return np.where(wavelengths < shortest, frequencies, scaled).astype(np.float32)
-    raise ValueError(f"rope kind {rope.kind!r} is none of default, linear, llama3")
+    if rope.kind == "yarn":
+        # The plane that turns `beta` times within the original positions, as a real number.
+        plane = lambda beta: (
+            head_dim * math.log(rope.original_max_positions / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
+        )
+        first, last = plane(rope.beta_fast), plane(rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        width = last - first if last != first else 0.001
+        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0, 1).astype(np.float32)
+        return (frequencies / np.float32(rope.factor) * ramp + frequencies * (1 - ramp)).astype(np.float32)
+    raise ValueError(f"rope kind {rope.kind!r} is none of default, linear, llama3, yarn")
 
 
 def compute_rotations(rope: RopeConfig, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every angle, float32 [B, T, 1, H/2]: computed once, used by every layer."""
     angles = positions_BT[..., None, None].astype(jnp.float32) * compute_inverse_frequencies(rope, head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def apply_rotations(x_BTNH: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax.Array:

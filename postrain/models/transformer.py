@@ -8,8 +8,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from postrain.models.attention import attention, cached_attention
+from postrain.models.attention import attention, cached_attention, soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_lora
@@ -19,11 +20,12 @@ from postrain.sharding import constrain
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
+    scale = p["scale"].astype(jnp.float32)
+    return (normed * (1 + scale if config.norm_plus_one else scale)).astype(x.dtype)
 
 
 def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
@@ -39,35 +41,46 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     return y
 
 
-def _attention_inputs(x_BTD, p, config, rotations):
+def _project_heads(x_BTD, p, config, rotations):
     """Queries, keys and values with norms and rotations applied: [B, T, N, H], [B, T, K, H] twice."""
-    heads = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
-    q, k, v = (heads(linear(x_BTD, p[name], config)) for name in ("q", "k", "v"))
-    if config.qk_norm:
-        q = rms_norm(q, p["q_norm"]["scale"], config.norm_eps)
-        k = rms_norm(k, p["k_norm"]["scale"], config.norm_eps)
+    split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
+    q, k, v = (linear(x_BTD, p[name], config) for name in ("q", "k", "v"))
+    if config.qk_norm == "all":
+        q, k = rms_norm(q, p["q_norm"], config), rms_norm(k, p["k_norm"], config)
+    q, k, v = split(q), split(k), split(v)
+    if config.qk_norm == "head":
+        q, k = rms_norm(q, p["q_norm"], config), rms_norm(k, p["k_norm"], config)
     return apply_rotations(q, rotations), apply_rotations(k, rotations), v
 
 
-def _attention_output(out_BTNH, p, config):
-    return linear(out_BTNH.reshape(*out_BTNH.shape[:2], -1), p["o"], config)
+def _attend(x_BTD, p, config, rotations, attend):
+    """The attention sublayer; ``attend(q, k, v) -> [B, T, N, H]``."""
+    h = rms_norm(x_BTD, p["attention_norm"], config) if config.pre_norms else x_BTD
+    out = attend(*_project_heads(h, p["attention"], config, rotations))
+    out = linear(out.reshape(*out.shape[:2], -1), p["attention"]["o"], config)
+    return x_BTD + (rms_norm(out, p["post_attention_norm"], config) if config.post_norms else out)
 
 
-def _mlp(x_BTD, p, config):
-    gate = ACTIVATIONS[config.activation](linear(x_BTD, p["gate"], config))
-    hidden = constrain(gate * linear(x_BTD, p["up"], config), ("batch", "sequence", "mlp"))
-    return linear(hidden, p["down"], config)
+def _feed_forward(x_BTD, p, config):
+    h = rms_norm(x_BTD, p["mlp_norm"], config) if config.pre_norms else x_BTD
+    gate = ACTIVATIONS[config.activation](linear(h, p["mlp"]["gate"], config))
+    hidden = constrain(gate * linear(h, p["mlp"]["up"], config), ("batch", "sequence", "mlp"))
+    out = linear(hidden, p["mlp"]["down"], config)
+    return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out)
 
 
-def _layer(x_BTD, p, config, rotations, segment_ids, positions):
-    h = rms_norm(x_BTD, p["attention_norm"]["scale"], config.norm_eps)
-    q, k, v = _attention_inputs(h, p["attention"], config, rotations)
-    out = attention(
-        q, k, v, segment_ids=segment_ids, positions=positions, backend=config.attention, chunk=config.attention_chunk
-    )
-    x_BTD = x_BTD + _attention_output(out, p["attention"], config)
-    x_BTD = x_BTD + _mlp(rms_norm(x_BTD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
-    return constrain(x_BTD, ("batch", "sequence", "embed_act"))
+def _rotations_by_layer(config: ModelConfig, positions):
+    """``window -> (cos, sin)``: of the layers with a window, and of those without. ``window`` may be traced."""
+    everywhere = compute_rotations(config.rope, config.head_dim, positions)
+    if config.local_rope is None:
+        return lambda window: everywhere
+    local = compute_rotations(config.local_rope, config.head_dim, positions)
+    return lambda window: tuple(jnp.where(window > 0, near, far) for near, far in zip(local, everywhere, strict=True))
+
+
+def _windows(config: ModelConfig) -> np.ndarray:
+    """Window of each layer, int32 [L], 0 for none."""
+    return np.asarray(config.layer_windows or (0,) * config.num_layers, np.int32)
 
 
 def _rematerialize(layer, policy: str):
@@ -90,7 +103,8 @@ def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     # Whole rows on every device: a table that is split along D too would be gathered after the look-up,
     # which the partitioner can only do by replicating the batch.
     table = constrain(params["embed"]["embedding"], ("vocab", "embed_act"))
-    return table[tokens].astype(config.compute_dtype)
+    x = table[tokens].astype(config.compute_dtype)
+    return x if config.embed_multiplier == 1 else x * jnp.asarray(config.embed_multiplier, x.dtype)
 
 
 def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
@@ -99,13 +113,31 @@ def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, posit
     ``segment_ids_BT`` keep packed documents apart (0 = padding), ``positions_BT`` restart with each document.
     """
     x_BTD = constrain(embed(params, config, tokens_BT), ("batch", "sequence", "embed_act"))
-    rotations = compute_rotations(config.rope, config.head_dim, positions_BT)
+    rotations_of = _rotations_by_layer(config, positions_BT)
 
-    def layer(x_BTD, p):
-        return _layer(x_BTD, p, config, rotations, segment_ids_BT, positions_BT), None
+    def layer(x_BTD, inputs):
+        p, window = inputs  # the pattern of windows is data: one program for every layer, however they alternate
 
-    x_BTD, _ = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, params["layers"])
-    return rms_norm(x_BTD, params["final_norm"]["scale"], config.norm_eps)
+        def attend(q, k, v):
+            return attention(
+                q,
+                k,
+                v,
+                segment_ids=segment_ids_BT,
+                positions=positions_BT,
+                window=window if config.layer_windows else None,
+                sinks=p["attention"].get("sinks"),
+                softcap=config.attention_softcap,
+                scale=config.attention_scale,
+                backend=config.attention,
+                chunk=config.attention_chunk,
+            )
+
+        x_BTD = _attend(x_BTD, p, config, rotations_of(window), attend)
+        return constrain(_feed_forward(x_BTD, p, config), ("batch", "sequence", "embed_act")), None
+
+    x_BTD, _ = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, (params["layers"], _windows(config)))
+    return rms_norm(x_BTD, params["final_norm"], config)
 
 
 def split_layers(params: dict, config: ModelConfig) -> dict:
@@ -131,35 +163,44 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
     split where they come from ``split_layers``.
     """
     x_BSD = embed(params, config, tokens_BS)
-    rotations = compute_rotations(config.rope, config.head_dim, positions_BS)
+    rotations_of = _rotations_by_layer(config, positions_BS)
 
-    def run_layer(x_BSD, p, k_cache, v_cache, index=None):
-        h = rms_norm(x_BSD, p["attention_norm"]["scale"], config.norm_eps)
-        q, k, v = _attention_inputs(h, p["attention"], config, rotations)
-        k_cache = write_cache(k_cache, k, positions_BS, index)
-        v_cache = write_cache(v_cache, v, positions_BS, index)
-        k, v = (k_cache, v_cache) if index is None else (k_cache[index], v_cache[index])
-        out = cached_attention(q, k, v, positions_BS)
-        x_BSD = x_BSD + _attention_output(out, p["attention"], config)
-        x_BSD = x_BSD + _mlp(rms_norm(x_BSD, p["mlp_norm"]["scale"], config.norm_eps), p["mlp"], config)
+    def run_layer(x_BSD, p, window, k_cache, v_cache, index=None):
+        def attend(q, k, v):
+            nonlocal k_cache, v_cache
+            k_cache = write_cache(k_cache, k, positions_BS, index)
+            v_cache = write_cache(v_cache, v, positions_BS, index)
+            keys, values = (k_cache, v_cache) if index is None else (k_cache[index], v_cache[index])
+            return cached_attention(
+                q,
+                keys,
+                values,
+                positions_BS,
+                window=window if config.layer_windows else None,
+                sinks=p["attention"].get("sinks"),
+                softcap=config.attention_softcap,
+                scale=config.attention_scale,
+            )
+
+        x_BSD = _feed_forward(_attend(x_BSD, p, config, rotations_of(window), attend), p, config)
         return x_BSD, k_cache, v_cache
 
     def scan_layer(carry, inputs):  # the cache is carried, not scanned over, so that it is written in place
-        p, index = inputs
-        return run_layer(carry[0], p, carry[1], carry[2], index), None
+        p, window, index = inputs
+        return run_layer(carry[0], p, window, carry[1], carry[2], index), None
 
     if isinstance(cache.k, tuple):
         k, v = [], []
-        for layer in zip(params["layers"], cache.k, cache.v, strict=True):
+        for layer in zip(params["layers"], _windows(config), cache.k, cache.v, strict=True):
             x_BSD, k_layer, v_layer = run_layer(x_BSD, *layer)
             k.append(k_layer)
             v.append(v_layer)
         cache = KVCache(k=tuple(k), v=tuple(v))
     else:
-        layers = params["layers"], jnp.arange(config.num_layers)
+        layers = params["layers"], _windows(config), jnp.arange(config.num_layers)
         (x_BSD, k, v), _ = jax.lax.scan(scan_layer, (x_BSD, cache.k, cache.v), layers)
         cache = KVCache(k=k, v=v)
-    return rms_norm(x_BSD, params["final_norm"]["scale"], config.norm_eps), cache
+    return rms_norm(x_BSD, params["final_norm"], config), cache
 
 
 def unembedding(params: dict, config: ModelConfig) -> jax.Array:
@@ -171,4 +212,5 @@ def compute_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.
     """float32 [..., V'] from hidden states [..., D]; entries past ``vocab_size`` are the lowest float32."""
     weights = unembedding(params, config).astype(hidden.dtype)
     logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    logits = soft_cap(logits, config.logits_softcap)
     return jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)

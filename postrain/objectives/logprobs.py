@@ -28,6 +28,12 @@ class TokenLogprobs:
     logsumexp: jax.Array  # log of the softmax's denominator (for z-loss, and to compare samplers)
 
 
+class _Static(NamedTuple):
+    vocab_size: int
+    chunk: int
+    softcap: float  # c: logits are c tanh(product / c); 0: the product itself
+
+
 class _Compacted(NamedTuple):
     """Indices of the masked-in positions first, and how many chunks they fill."""
 
@@ -52,12 +58,14 @@ def _take(x, rows, fill=0):
     return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
 
 
-def _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size: int):
+def _chunk_logits(hidden_ND, unembed_VD, rows, static: _Static):
     """float32 [C, V'] and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
     hidden = _take(hidden_ND, rows)
     logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=jnp.float32)
-    if vocab_size < unembed_VD.shape[0]:
-        logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < vocab_size, logits, -jnp.inf)
+    if static.softcap:
+        logits = static.softcap * jnp.tanh(logits / static.softcap)
+    if static.vocab_size < unembed_VD.shape[0]:
+        logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < static.vocab_size, logits, -jnp.inf)
     return logits, hidden
 
 
@@ -76,22 +84,24 @@ def _entropy(logits, logsumexp):
     return logsumexp - products.sum(-1)
 
 
-def _gradients(dlogits, hidden, unembed_VD):
+def _gradients(dlogits, logits, hidden, unembed_VD, softcap: float):
     """Gradients of the chunk's projection, to the hidden states [C, D] and to the unembedding [V', D]."""
+    if softcap:  # d(c tanh(x / c)) = 1 - tanh^2
+        dlogits = dlogits * jnp.where(jnp.isneginf(logits), 0.0, 1 - jnp.square(logits / softcap))
     dlogits = dlogits.astype(hidden.dtype)
     to_hidden = jnp.einsum("cv,vd->cd", dlogits, unembed_VD, preferred_element_type=jnp.float32)
     to_unembed = functools.partial(jnp.einsum, "cv,cd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
     return to_hidden, to_unembed
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk):
-    compacted = _compact(mask_N, chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static):
+    compacted = _compact(mask_N, static.chunk)
     unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 
     def body(index, outputs):
-        rows = _chunk_rows(compacted, index, chunk)
-        logits, _ = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        rows = _chunk_rows(compacted, index, static.chunk)
+        logits, _ = _chunk_logits(hidden_ND, unembed_VD, rows, static)
         logsumexp, _ = _logsumexp(logits)
         values = _pick(logits, _take(targets_N, rows)) - logsumexp, _entropy(logits, logsumexp), logsumexp
         return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
@@ -100,17 +110,17 @@ def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk)
     return TokenLogprobs(*jax.lax.fori_loop(0, compacted.num_chunks, body, start))
 
 
-def _token_logprobs_forward(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk):
+def _token_logprobs_forward(hidden_ND, unembed_VD, targets_N, mask_N, static):
     needs_unembed = unembed_VD.perturbed
     hidden_ND, unembed_VD, targets_N, mask_N = (x.value for x in (hidden_ND, unembed_VD, targets_N, mask_N))
-    out = _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, vocab_size, chunk)
+    out = _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static)
     residuals = hidden_ND, unembed_VD, targets_N, mask_N, out, (() if needs_unembed else None)
     return out, residuals
 
 
-def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs):
+def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
     hidden_ND, unembed_VD, targets_N, mask_N, out, needs_unembed = residuals
-    compacted = _compact(mask_N, chunk)
+    compacted = _compact(mask_N, static.chunk)
     dtype, unembed_VD = unembed_VD.dtype, unembed_VD.astype(hidden_ND.dtype)
     dense = lambda g: jnp.zeros(g.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     needs_entropy = not isinstance(grads.entropy, jax.custom_derivatives.SymbolicZero)
@@ -118,8 +128,8 @@ def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs)
 
     def body(index, carry):
         dhidden, dunembed = carry
-        rows = _chunk_rows(compacted, index, chunk)
-        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        rows = _chunk_rows(compacted, index, static.chunk)
+        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, static)
         log_p = logits - _take(out.logsumexp, rows)[:, None]
         p = jnp.exp(log_p)
         dlogprob, dlogsumexp = _take(dlogprob_N, rows), _take(dlogsumexp_N, rows)
@@ -129,7 +139,7 @@ def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs)
             dlogits = dlogits - p * surprise * _take(dentropy_N, rows)[:, None]
         hits = jnp.arange(logits.shape[1]) == _take(targets_N, rows)[:, None]
         dlogits = dlogits + jnp.where(hits, dlogprob[:, None], 0.0)
-        to_hidden, to_unembed = _gradients(dlogits, hidden, unembed_VD)
+        to_hidden, to_unembed = _gradients(dlogits, logits, hidden, unembed_VD, static.softcap)
         dhidden = dhidden.at[rows].set(to_hidden.astype(dhidden.dtype), mode="drop")
         return dhidden, (None if dunembed is None else dunembed + to_unembed())
 
@@ -141,21 +151,21 @@ def _token_logprobs_backward(vocab_size, chunk, residuals, grads: TokenLogprobs)
 _token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted_nll(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk):
-    sums, _, _ = _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk, False, False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_nll(hidden_ND, unembed_VD, targets_N, weights_N, static):
+    sums, _, _ = _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, static, False, False)
     return sums
 
 
-def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk, to_hidden, to_unembed):
+def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, static, to_hidden, to_unembed):
     """One pass over the chunks: (loss, correct) sums and, where asked for, the gradients of the loss sum."""
-    compacted = _compact(weights_N, chunk)
+    compacted = _compact(weights_N, static.chunk)
     unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 
     def body(index, carry):
         loss, correct, dhidden, dunembed = carry
-        rows = _chunk_rows(compacted, index, chunk)
-        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, vocab_size)
+        rows = _chunk_rows(compacted, index, static.chunk)
+        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, static)
         logsumexp, peak = _logsumexp(logits)
         targets, weights = _take(targets_N, rows), _take(weights_N, rows)
         target_logits = _pick(logits, targets)
@@ -164,7 +174,7 @@ def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, 
         if to_hidden or to_unembed:
             hits = jnp.arange(logits.shape[1]) == targets[:, None]
             dlogits = (jnp.exp(logits - logsumexp[:, None]) - hits) * weights[:, None]
-            dhidden_rows, dunembed_rows = _gradients(dlogits, hidden, unembed_VD)
+            dhidden_rows, dunembed_rows = _gradients(dlogits, logits, hidden, unembed_VD, static.softcap)
             if to_hidden:
                 dhidden = dhidden.at[rows].set(dhidden_rows.astype(dhidden.dtype), mode="drop")
             if to_unembed:
@@ -181,14 +191,13 @@ def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, 
     return (loss, correct), dhidden, dunembed
 
 
-def _weighted_nll_forward(hidden_ND, unembed_VD, targets_N, weights_N, vocab_size, chunk):
+def _weighted_nll_forward(hidden_ND, unembed_VD, targets_N, weights_N, static):
     sums, dhidden, dunembed = _weighted_nll_pass(
         hidden_ND.value,
         unembed_VD.value,
         targets_N.value,
         weights_N.value,
-        vocab_size,
-        chunk,
+        static,
         hidden_ND.perturbed,
         unembed_VD.perturbed,
     )
@@ -196,7 +205,7 @@ def _weighted_nll_forward(hidden_ND, unembed_VD, targets_N, weights_N, vocab_siz
     return sums, (dhidden, dunembed, dtype)
 
 
-def _weighted_nll_backward(vocab_size, chunk, residuals, grads):
+def _weighted_nll_backward(static, residuals, grads):
     dhidden, dunembed, dtype = residuals
     dloss = grads[0]
     if isinstance(dloss, jax.custom_derivatives.SymbolicZero):
@@ -231,20 +240,26 @@ def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
     return jax.tree.map(lambda x: x.sum(0), out) if sums else out
 
 
-def compute_token_logprobs(hidden, unembed_VD, targets, mask, *, vocab_size: int, chunk: int = 1024) -> TokenLogprobs:
+def compute_token_logprobs(
+    hidden, unembed_VD, targets, mask, *, vocab_size: int, chunk: int = 1024, softcap: float = 0.0
+) -> TokenLogprobs:
     """log p(target), entropy and logsumexp of every position where ``mask`` is not 0.
 
     ``hidden`` [..., D], ``unembed_VD`` [V', D], ``targets`` and ``mask`` [...]. At most ``chunk`` x V' logits
-    exist at a time. Gradients flow to ``hidden`` and ``unembed_VD``.
+    exist at a time, capped at ``softcap`` where it is not 0. Gradients flow to ``hidden`` and ``unembed_VD``.
     """
-    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, vocab_size, chunk)
+    static = _Static(vocab_size, chunk, softcap)
+    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, static)
     return _per_row_shard(fn, hidden, unembed_VD, targets, mask, sums=False)
 
 
-def compute_weighted_nll(hidden, unembed_VD, targets, weights, *, vocab_size: int, chunk: int = 1024):
+def compute_weighted_nll(
+    hidden, unembed_VD, targets, weights, *, vocab_size: int, chunk: int = 1024, softcap: float = 0.0
+):
     """Two float32 scalars: sum of -weight * log p(target), and the weight of targets that are the likeliest token.
 
     Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
     """
-    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, vocab_size, chunk)
+    static = _Static(vocab_size, chunk, softcap)
+    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, static)
     return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(jnp.float32), sums=True)

@@ -79,6 +79,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         lambda params, *rows: compute_hidden(params, model.config, *rows),
         lambda params: unembedding(params, model.config),
         vocab_size=model.config.vocab_size,
+        softcap=model.config.logits_softcap,
         chunk=config.model.loss_chunk,
     )
     train_step = make_train_step(

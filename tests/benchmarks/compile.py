@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     num_heads=8,
     num_kv_heads=4,
     head_dim=32,
-    qk_norm=True,
+    qk_norm="head",
 )
 DEPTHS = (4, 32)
 ROWS, LENGTH = 8, 1024
@@ -46,6 +46,7 @@ def compile_seconds(num_layers: int) -> float:
         lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
+        softcap=0.0,
         chunk=1024,
     )
     optimizer, _ = make_optimizer(OptimizerConfig(), 10)

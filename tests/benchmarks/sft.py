@@ -53,6 +53,7 @@ def run_postrain(folder: str, steps: int) -> dict:
         lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
+        softcap=0.0,
         chunk=1024,
     )
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps)

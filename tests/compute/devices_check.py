@@ -92,7 +92,7 @@ def check_communication():
     print("communication ok")
 
 
-MODEL = ModelConfig(101, 16, 48, 2, 4, 2, 8, tie_embeddings=False, qk_norm=True, attention_chunk=8)
+MODEL = ModelConfig(101, 16, 48, 2, 4, 2, 8, tie_embeddings=False, qk_norm="head", attention_chunk=8)
 
 
 def make_packed_batch():
@@ -128,6 +128,7 @@ def train_model(config, mesh, micro_batches):
         lambda params, *rows: compute_hidden(params, config, *rows),
         lambda params: unembedding(params, config),
         vocab_size=config.vocab_size,
+        softcap=0.0,
         chunk=16,
     )
     step = make_train_step(

@@ -35,7 +35,7 @@ def test_schedule_points(changes, points):
 
 
 def test_decay_is_for_matrices_that_are_not_excluded():
-    model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, qk_norm=True, qkv_bias=True)
+    model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, qk_norm="head", qkv_bias=True)
     mask = decay_mask(abstract_params(model), CONFIG)
     names = {
         jax.tree_util.keystr(path, simple=True, separator=".")

@@ -73,6 +73,7 @@ def test_ten_adamw_steps(tmp_path, family, micro_batches):
         lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
+        softcap=0.0,
         chunk=64,
     )
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), STEPS)

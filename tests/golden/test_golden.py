@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=12,
-    qk_norm=True,
+    qk_norm="head",
     rope=RopeConfig(theta=1e4),
     attention_chunk=32,
     lora=LoraConfig(rank=4),
@@ -65,6 +65,7 @@ def compute_curve(lora: bool) -> dict[str, list[float]]:
         lambda p, *arrays: transformer.compute_hidden(p, CONFIG, *arrays),
         lambda p: transformer.unembedding(p, CONFIG),
         vocab_size=CONFIG.vocab_size,
+        softcap=0.0,
         chunk=64,
     )
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)

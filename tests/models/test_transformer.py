@@ -22,7 +22,7 @@ CONFIG = ModelConfig(
     num_heads=6,
     num_kv_heads=2,
     head_dim=10,
-    qk_norm=True,
+    qk_norm="head",
     qkv_bias=True,
     o_bias=True,
     mlp_bias=True,
@@ -65,7 +65,7 @@ def make_batch(rows, documents, length):
 def compute_loss_and_gradients(params, batch, config=CONFIG):
     hidden = lambda p, *arrays: transformer.compute_hidden(p, config, *arrays)
     unembedding = lambda p: transformer.unembedding(p, config)
-    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, chunk=16)
+    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=0.0, chunk=16)
 
     def mean(params):
         loss, weight, _ = loss_fn(params, batch, None)

@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=12,
-    qk_norm=True,
+    qk_norm="head",
     qkv_bias=True,
     tie_embeddings=False,
     init_std=0.2,
@@ -55,6 +55,7 @@ def loss_and_gradients(params, batch, config):
         lambda p, tokens, segments, positions: transformer.compute_hidden(p, config, tokens, segments, positions),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
+        softcap=0.0,
         chunk=16,
     )
 

@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=12,
-    qk_norm=True,
+    qk_norm="head",
     init_std=0.2,
 )
 
