@@ -131,6 +131,8 @@ class _SourceLoader:
 
     def _reject(self, bad: BadRow) -> None:
         if self.config.on_bad_row == "error":
+            if bad.advice:
+                raise bad
             raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
         self.rejected.append(bad)
         self.report.skipped += 1

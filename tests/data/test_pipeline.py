@@ -297,6 +297,16 @@ def test_a_bad_row_stops_the_run_naming_file_and_line(tokenizer, tmp_path, bad):
     assert "on_bad_row" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_is_wrong_with_all_rows_is_not_answered_with_skipping(tokenizer, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*tokenizer_config.json does not render tools") as error:
+        _load(tmp_path, [chat("q", "a"), chat("q", "a") | {"tools": [call]}], tokenizer)
+    assert "on_bad_row" not in str(error.value)
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: expected a row of kind messages") as error:
+        _load(tmp_path, [chat("q", "a"), {"text": "x"}], tokenizer)
+    assert "on_bad_row" not in str(error.value)
+
+
 def test_bad_rows_can_be_skipped_and_are_written_down(tokenizer, tmp_path):
     rejected_path = tmp_path / "run" / "rejected.jsonl"
     rows = [chat("q", "a"), BAD[0], chat("q", "b"), BAD[1], BAD[2]]
