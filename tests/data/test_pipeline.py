@@ -275,11 +275,12 @@ def test_truncated_rows_keep_the_limit_and_those_without_answer_go(tokenizer, tm
     assert all(e.loss_mask[1:].any() for e in example_set.examples)
 
 
-def test_the_limit_counts_slots_not_tokens(tokenizer, tmp_path):
+def test_the_limit_leaves_the_last_token_out(tokenizer, tmp_path):
     length = len(_load(tmp_path, [chat("q", "a b c")], tokenizer).examples[0].tokens)
     kept = _load(tmp_path, [chat("q", "a b c")], tokenizer, sequence_length=length - 1)
-    assert kept.report.fill == 1.0
-    with pytest.raises(UserError, match=rf"rows\.jsonl:1: the row takes {length - 1} slots, .* is {length - 2}"):
+    assert kept.report.fill == 1.0 and kept.report.sources[0].longest == length
+    message = f"rows.jsonl:1: the document has {length} tokens, data.sequence_length = {length - 2} takes up to "
+    with pytest.raises(UserError, match=f"{message}{length - 1}: raise it"):
         _load(tmp_path, [chat("q", "a b c")], tokenizer, sequence_length=length - 2, too_long="error")
 
 
@@ -338,9 +339,11 @@ def test_too_many_bad_rows_stop_the_run_and_leave_the_reasons(tokenizer, tmp_pat
 
 
 def test_an_empty_set_is_refused_saying_why(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="nothing to train on in rows: 2 rows, 2 longer than data.sequence_length = 64"):
+    with pytest.raises(
+        UserError, match="nothing to train on in rows: 2 rows, 2 too long for data.sequence_length = 64"
+    ):
         _load(tmp_path, [LONG, LONG], tokenizer)
-    with pytest.raises(UserError, match="1 left with nothing to train on after truncation"):
+    with pytest.raises(UserError, match="in rows: 1 row, 1 left with nothing to train on after truncation"):
         _load(tmp_path, [LONG_QUESTION], tokenizer, too_long="truncate")
     with pytest.raises(UserError, match="rows"):
         _load(tmp_path, [], tokenizer)
