@@ -20,7 +20,7 @@ from postrain.compute.checkpoint import Checkpointer
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
-from postrain.compute.optimizer import make_optimizer
+from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
 from postrain.compute.signals import catch_stop_signals
 from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
@@ -93,8 +93,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     )
     say(format_summary(config, mesh, model, total_steps))
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
-    if warning := describe_overlong(train_set.lengths, model.config):
-        say(warning)
+    for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
+        if warning:
+            say(warning)
     train_step = train_step.lower(abstract, abstract_batch(config.data, mesh)).compile()
     say(format_memory(train_step), flush=True)
 

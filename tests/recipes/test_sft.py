@@ -16,7 +16,7 @@ from postrain.errors import UserError
 def test_the_workdir_holds_everything(finished):
     workdir, _ = finished
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock", "checkpoints", "export", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "export", "report.html"}
 
 
 def test_every_step_has_its_line(finished, inputs):
