@@ -39,6 +39,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
 
 
+def describe_structure(config: OptimizerConfig) -> tuple:
+    """What of the train state depends on ``config``: equal for configs of which one can go on with the other's."""
+    matrix, vector = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    params = {"layers": {"q": {"kernel": matrix}}, "final_norm": {"scale": vector}}
+    state = jax.eval_shape(make_optimizer(config, 1)[0].init, params)
+    return jax.tree.structure(state), config.ema_decay > 0
+
+
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     """Learning rate of update ``step`` (from 0): a linear warm-up, then constant, linear, cosine or wsd.
 
@@ -68,7 +76,8 @@ def describe_cut(config: OptimizerConfig, total_steps: int) -> str:
     cut = [f"optimizer.{key} = {steps:,}" for key, steps in asked.items() if steps > total_steps]
     if not cut:
         return ""
-    return f"warning     {' and '.join(cut)}: longer than the run, so its {total_steps:,} steps are used"
+    length = f"{total_steps:,} step{'s' * (total_steps != 1)}"
+    return f"warning     {' and '.join(cut)}: longer than the run, cut to its {length}"
 
 
 SCHEDULES = {
