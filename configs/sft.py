@@ -26,7 +26,7 @@ def get_config(arg: str = "lora") -> ConfigDict:
     config.optimizer = {
         "learning_rate": 2e-4 if arg == "lora" else 1e-5,
         "schedule": "cosine",
-        "warmup_steps": 0,  # some tens in a run of hundreds
+        "warmup_steps": 20,  # of a run of hundreds; a shorter run has as many as it has steps
         "max_grad_norm": 1.0,
     }
     config.train = {"epochs": 2.0}

@@ -14,7 +14,7 @@ _HOMES = {
     "Config": "postrain.config",
     "UserError": "postrain.errors",
     "generate": "postrain.rollout.chat",
-    "load_config": "postrain.config",
+    "load_config": "postrain.config_file",
     "load_pretrained": "postrain.hf.load",
     "load_tokenizer": "postrain.data.tokenizer",
     "logits": "postrain.models.logits",

@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--workdir", required=True, help="everything of the run is written here")
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
-    command.add_argument("--rows", type=int, default=3, help="packed rows to show (default 3)")
+    command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
     command.add_argument("--html", metavar="FILE", help="also write the same as a page")
 
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
@@ -133,7 +133,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
     command.add_argument("--step", type=int, help="of another checkpoint that was kept (default: the newest)")
 
-    command = add("import", run_import, "turn a GGUF file (Llama, Qwen, Gemma) into a Hugging Face folder")
+    command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3) into a Hugging Face folder")
     command.add_argument("file", metavar="FILE.gguf")
     command.add_argument("output", metavar="OUT")
 
@@ -141,13 +141,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate_arguments(command)
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
-    command.add_argument("model", metavar="MODEL_DIR")
+    command.add_argument("model", metavar="MODEL_DIR", help="a Hugging Face folder, or an adapter's")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder")
+    command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder, or an adapter's")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user message; streamed to the terminal")
     what.add_argument("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...} or {"messages": [...]}')
@@ -162,19 +162,25 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=32, help="lines generated together")
 
 
-def run_train(args, overrides) -> None:
-    from postrain.config import load_config
+def read_config(args, overrides):
+    """The config that a command is given; whatever is wrong with it is said here, in the same words to each."""
+    from postrain.config import check_paths
+    from postrain.config_file import load_config
 
     config = load_config(args.config, overrides)
+    check_paths(config)
+    return config
+
+
+def run_train(args, overrides) -> None:
+    config = read_config(args, overrides)
     from postrain.recipes import train
 
     train(config, args.workdir)
 
 
 def run_preview(args, overrides) -> None:
-    from postrain.config import load_config
-
-    config = load_config(args.config, overrides)
+    config = read_config(args, overrides)
     from postrain.data.preview import preview
 
     print(preview(with_local_model(config), html_path=args.html, rows=args.rows))
@@ -207,6 +213,7 @@ def run_import(args, overrides) -> None:
 def run_generate(args, overrides) -> None:
     if args.output is not None and args.input is None:
         raise UserError("--output goes with --input: a single --prompt is answered on the terminal")
+    from postrain.config import check_model_path
     from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
     from postrain.rollout.sampler import SamplingParams
 
@@ -217,6 +224,7 @@ def run_generate(args, overrides) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
+    check_model_path(args.model, "--model")
     if args.input is not None:
         count = answer_file(args.model, args.input, args.output, sampling, args.system, args.raw, args.batch_size)
         print(f"{count} completion{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
@@ -230,6 +238,9 @@ def _write_now(text: str) -> None:
 
 
 def run_verify(args, overrides) -> int:
+    from postrain.config import check_model_path
+
+    check_model_path(args.model, "MODEL_DIR")
     from postrain.hf.verify import verify
 
     report = verify(args.model)

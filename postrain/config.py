@@ -1,19 +1,17 @@
 """The keys of a config file: where each is documented, checked and made immutable.
 
-A config file ``configs/NAME.py`` has ``get_config(arg=None) -> ml_collections.ConfigDict``; the command
-line overrides keys as ``--config.optimizer.learning_rate=1e-5``. ``resolve`` turns the ConfigDict into
-the frozen dataclasses below. An unknown key is an error that names the nearest key.
+``resolve`` turns the ConfigDict of a config file (see ``postrain.config_file``) into the frozen dataclasses below.
+An unknown key is an error that names the nearest key.
 """
 
-import ast
 import dataclasses
 import difflib
-import importlib.util
 import math
+import operator
 import pathlib
-import traceback
+import re
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
 from postrain.errors import UserError
 from postrain.nested import flatten
@@ -188,43 +186,77 @@ CHOICES: dict[str, tuple] = {
     "export.format": ("merged", "adapter", "none"),
     "export.dtype": ("as_loaded", "float32", "bfloat16", "float16"),
 }
-AT_LEAST_ONE = (
-    "data.sequence_length",
-    "data.batch_size",
-    "data.packing_window",
-    "model.attention_chunk",
-    "model.loss_chunk",
-    "train.micro_batches",
-    "train.log_every",
-    "eval.max_new_tokens",
-    "eval.batch_size",
-    "checkpoint.keep",
-)
-MAY_BE_NEGATIVE = ("mesh.data", "mesh.fsdp", "mesh.tensor")
 
 
-def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
-    """The checked config of a file and what the command line overrides.
+class Range(NamedTuple):
+    """The numbers that a key may be; a bound that is None is none."""
 
-    Args:
-        spec: ``path/to/config.py`` or ``path/to/config.py:arg``; ``arg`` is what its ``get_config`` is given.
-        overrides: dotted key -> value as written on the command line, a Python literal or a bare word:
-            ``{"optimizer.learning_rate": "1e-5", "data.train": "a.jsonl"}``.
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: float | None = None  # besides
 
-    Raises:
-        UserError: no such file, an error inside it, an unknown key, a value of the wrong type or range.
-    """
-    path, _, arg = spec.partition(":")
-    values = _as_dict(_run_config_file(path, arg or None))
-    for key, text in (overrides or {}).items():
-        *sections, leaf = key.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"--config.{key}: {section!r} is a value, not a section; its keys cannot be overridden")
-        place[leaf] = _parse_literal(text)
-    return resolve(values)
+    def refuse(self, value: float) -> str:
+        """What ``value`` should be and is not, "" when it is in the range. NaN is in none."""
+        bounds = (
+            (self.least, operator.ge, "at least"),
+            (self.most, operator.le, "at most"),
+            (self.above, operator.gt, "above"),
+            (self.below, operator.lt, "below"),
+        )
+        if self.also is not None and value == self.also:
+            return ""
+        for bound, holds, words in bounds:
+            if bound is not None and not holds(value, bound):
+                return f"{words} {bound}" + ("" if self.also is None else f" (or {self.also})")
+        return ""
+
+
+_INT32 = 2**31 - 1  # how far devices count
+_STEPS = Range(0, _INT32)  # 0 is off
+_SEED = Range(0, 2**32 - 1)  # jax reads no more bits of a seed
+_DECAY = Range(0, below=1)
+_AXIS = Range(1, 2**20, also=-1)
+# What every number may be, whoever asks: preview refuses what train does. Upper bounds of sizes are where memory is
+# gone for certain, so that a slip of the finger is an answer and not a machine that swaps.
+RANGES: dict[str, Range] = {
+    "data.sequence_length": Range(1, 2**24),
+    "data.batch_size": Range(1, 2**20),
+    "data.packing_window": Range(1, _INT32),
+    "data.max_bad_fraction": Range(0, 1),
+    "data.seed": _SEED,
+    "model.attention_chunk": Range(1, 2**24),
+    "model.loss_chunk": Range(1, 2**20),
+    "model.lora.rank": Range(0, 2**16),
+    "model.lora.alpha": Range(0),
+    "optimizer.learning_rate": Range(above=0),
+    "optimizer.warmup_steps": _STEPS,
+    "optimizer.decay_steps": _STEPS,
+    "optimizer.final_fraction": Range(0, 1),
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.eps": Range(above=0),
+    "optimizer.momentum": _DECAY,
+    "optimizer.weight_decay": Range(0),
+    "optimizer.max_grad_norm": Range(0),
+    "optimizer.ema_decay": _DECAY,
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+    "train.steps": _STEPS,
+    "train.epochs": Range(0, 100_000),
+    "train.micro_batches": Range(1, 2**20),
+    "train.seed": _SEED,
+    "train.log_every": Range(1, _INT32),
+    "eval.every": _STEPS,
+    "eval.generate_rows": Range(0, _INT32),
+    "eval.max_new_tokens": Range(1, 2**24),
+    "eval.batch_size": Range(1, 2**20),
+    "checkpoint.every": _STEPS,
+    "checkpoint.keep": Range(1, _INT32),
+    "checkpoint.keep_best": Range(0, _INT32),
+}
 
 
 def resolve(values: Any) -> Config:
@@ -232,23 +264,39 @@ def resolve(values: Any) -> Config:
 
     A source of ``data.train`` and ``data.eval`` may be a path in place of a dict, and a single one needs no list.
     """
-    config = _build(Config, _as_dict(values), "")
+    config = _build(Config, as_dict(values), "")
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
     if not config.model.path:
-        raise UserError("config key 'model.path' is empty: give a Hugging Face folder")
+        raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL.format(name='NAME')}")
     if config.train.steps == 0 and config.train.epochs <= 0:
         raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
-    if config.data.batch_size % config.train.micro_batches:
-        raise UserError(
-            f"config key 'train.micro_batches' = {config.train.micro_batches} does not divide "
-            f"'data.batch_size' = {config.data.batch_size}"
-        )
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    _check_rows(config)
     _check_adapters(config.model.lora)
     _check_best(config)
     return config
+
+
+def _check_rows(config: Config) -> None:
+    """The rows of an update are shared out evenly; over how many devices is known here where no axis is -1."""
+    rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
+    free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config keys {' and '.join(free)} are -1, what is left by the others: give all but one a number"
+        )
+    if rows % micro_batches:
+        raise UserError(
+            f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
+        )
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1)
+    if rows % (micro_batches * shards):
+        raise UserError(
+            f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
+            f"times 'mesh.data' x 'mesh.fsdp' = {shards}"
+        )
 
 
 def _check_adapters(lora: LoraSection) -> None:
@@ -275,6 +323,37 @@ def _check_best(config: Config) -> None:
         raise UserError(f"{where} needs 'eval.generate_rows' above 0 and {name!r} in 'eval.metrics'")
 
 
+HOW_TO_GET_A_MODEL = (
+    "give the folder of a model; names on the Hugging Face hub are not downloaded, so first "
+    "`hf download {name} --local-dir DIR`, then give DIR"
+)
+
+
+def check_model_path(path: str, where: str = "config key 'model.path'") -> None:
+    """Raises UserError, saying how to get a model, where ``path`` is no folder. GGUF files and packages pass.
+
+    To be called before anything that takes time: what needs the model would speak of the part that it misses first.
+    """
+    if path.startswith("pypi:") or path.endswith(".gguf"):
+        return
+    folder = pathlib.Path(path)
+    if not path or not folder.is_dir():
+        like_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir()
+        found = "a file, expected a folder" if folder.is_file() else "a folder that does not exist"
+        found = f"= {path!r} is {found}" if path else "is empty"
+        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL.format(name=path if like_hub else 'NAME')}")
+
+
+def check_paths(config: Config) -> None:
+    """Raises UserError where the model, its tokenizer or the chat template of a config is not on this machine."""
+    check_model_path(config.model.path)
+    if config.model.tokenizer:
+        check_model_path(config.model.tokenizer, "config key 'model.tokenizer'")
+    template = config.data.chat_template
+    if template and not pathlib.Path(template).is_file():
+        raise UserError(f"config key 'data.chat_template' = {template!r} is no file: give a jinja template, or nothing")
+
+
 def to_dict(config: Config) -> dict:
     """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back."""
 
@@ -292,44 +371,13 @@ def format_config(config: Config) -> str:
     return "\n".join(f"{'*' if value != default.get(key) else ' '} {key} = {value!r}" for key, value in given.items())
 
 
-def _as_dict(values: Any) -> dict:
+def as_dict(values: Any) -> dict:
+    """A ConfigDict as the nested dict that it holds. Raises UserError for anything else."""
     if hasattr(values, "to_dict"):
         values = values.to_dict()
     if not isinstance(values, dict):
         raise UserError(f"get_config must return a ConfigDict, found {type(values).__name__}")
     return values
-
-
-def _run_config_file(path: str, arg: str | None) -> Any:
-    file = pathlib.Path(path)
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-        raise UserError(f"--config: no file {path}{hint}")
-    spec = importlib.util.spec_from_file_location("postrain_user_config", file)
-    if spec is None:
-        raise UserError(f"--config: {path} is not a Python file (expected NAME.py or NAME.py:ARG)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config: {path} has no function get_config(arg=None)")
-        return module.get_config() if arg is None else module.get_config(arg)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's own Python file does wrong is the user's to put right
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename) == file.resolve()]
-        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else 0)
-        raise UserError(f"--config: {path}:{line}: {type(error).__name__}: {error}") from error
-
-
-def _parse_literal(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _build(cls: type, values: dict, prefix: str) -> Any:
@@ -376,6 +424,6 @@ def _check(value: Any, kind: Any, key: str) -> Any:
         raise UserError(f"config key '{key}' must be one of {', '.join(CHOICES[key])}; found {value!r}{hint}")
     if kind is float and math.isinf(value):
         raise UserError(f"config key '{key}' must be a finite number, found {value}")
-    if kind in (int, float) and key not in MAY_BE_NEGATIVE and not value >= (1 if key in AT_LEAST_ONE else 0):
-        raise UserError(f"config key '{key}' must be at least {1 if key in AT_LEAST_ONE else 0}, found {value!r}")
+    if kind in (int, float) and (expected := RANGES[key].refuse(value)):
+        raise UserError(f"config key '{key}' must be {expected}, found {value!r}")
     return value

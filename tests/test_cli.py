@@ -74,16 +74,48 @@ def test_a_wrong_key_is_answered_at_once():
         (["verify", "x", "--config.data.seed=1"], "`postrain verify` has no config"),
         (["generate", "--model=x", "--prompt=hi", "--output=o"], "--output goes with --input"),
         (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "top_p must be above 0 and at most 1, found 2.0"),
-        (["generate", "--model=nowhere", "--prompt=hi"], "nowhere"),
+        (["generate", "--model=nowhere", "--prompt=hi"], "--model = 'nowhere' is a folder that does not exist"),
+        (["generate", "--model=Qwen/Qwen3-0.6B", "--prompt=hi"], "`hf download Qwen/Qwen3-0.6B --local-dir DIR`"),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere: no run in it, expected nowhere/config.json"),
         (["import", "nowhere.gguf", "out"], "nowhere.gguf"),
-        (["verify", "nowhere"], "nowhere"),
+        (["verify", "nowhere"], "MODEL_DIR = 'nowhere' is a folder that does not exist"),
+        (
+            ["train", "--config=configs", "--workdir=x"],
+            "--config: configs is a folder, expected NAME.py, such as config",
+        ),
+        (
+            ["train", "--config=configs/sft.py:fulll", "--workdir=x"],
+            "--config=configs/sft.py:fulll: no variant 'fulll', there are lora, full (configs/sft.py:",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(capsys, words, message):
     code, error = errors_of(capsys, *words)
     assert code == 2
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.sequence_length", "99999999999", "config key 'data.sequence_length' must be at most"),
+        ("train.seed", "99999999999999999999", "config key 'train.seed' must be at most"),
+        ("mesh.data", "0", "config key 'mesh.data' must be at least 1 (or -1), found 0"),
+        ("optimizer.b2", "1", "config key 'optimizer.b2' must be below 1"),
+        ("checkpoint.keep", "0", "config key 'checkpoint.keep' must be at least 1"),
+        ("model.path", "Qwen/Qwen3-0.6B", "names on the Hugging Face hub are not downloaded"),
+        ("model.path", "", "config key 'model.path' is empty"),
+        ("model.lora.targets", "q,x", "config key 'model.lora.targets' must be one of q, k, v"),
+    ],
+)
+def test_preview_refuses_what_train_does_in_the_same_words(model, tmp_path, monkeypatch, capsys, key, value, words):
+    monkeypatch.chdir(ROOT)
+    given = [f"--config.model.path={model}", "--config.data.train=t.jsonl", f"--config.{key}={value}"]
+    found = errors_of(capsys, "preview", "--config=configs/sft.py", *given)
+    assert found[0] == 2 and words in found[1]
+    workdir = tmp_path / "new" / "run"
+    assert errors_of(capsys, "train", "--config=configs/sft.py", f"--workdir={workdir}", *given) == found
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overrides_are_taken_out():

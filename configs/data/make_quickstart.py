@@ -1,6 +1,6 @@
 """Makes the quickstart's conversations: a viewer's request in, a structured film search out.
 
-    python configs/data/make_quickstart.py            # writes quickstart_train.jsonl and quickstart_eval.jsonl here
+    python configs/data/make_quickstart.py     # writes quickstart_{train,validation,test}.jsonl here
 
     "something light and funny, under 90 minutes, not animated"
     {"genres":["comedy"],"mood":"light","limits":{"max_minutes":90},"exclude":["animation"]}
@@ -12,15 +12,16 @@ states, always in this order, with the catalogue's own values.
     mood      one of MOODS                    people    one of PEOPLE (invented)
     limits    max_minutes, min_year, max_year language  one of LANGUAGES (ISO 639-1)
 
-The split is by composition, so that a model which only remembers rows fails on the held-out set:
+The split is by composition, so that a model which only remembers rows fails on the held-out sets:
 
 * RESERVED pairs. About an eighth of the pairs of values from two different keys (a genre with a mood, a person
   with a language, ...) never occur together in a training row; every held-out row has at least one such pair.
-* Frames. The sentences around the attributes ("looking for ...", "is there ... i could watch") are two disjoint
-  lists, one for training, one for the held-out rows.
+* Frames. The sentences around the attributes ("looking for ...", "... for the flight") are disjoint lists: one
+  for training, one for validation, one for the test. What a frame says of the occasion is never in the answer.
 
 Every single value, and every way of saying one, does occur in training. A tenth of the requests has a typing
-slip, and some have fillers and lower-case names, in both sets.
+slip, and some have fillers and lower-case names, in all sets. Choose by the validation set; the figure that is
+quoted comes from the test set.
 """
 
 import itertools
@@ -30,8 +31,8 @@ import random
 from typing import NamedTuple
 
 SEED = 7
-NUM_TRAIN = 1500
-NUM_EVAL = 100
+NUM_TRAIN = 1300
+NUM_HELD_OUT = 100  # of validation and of test
 MAX_WORDS = 25
 SYSTEM = "Write the film search query."
 
@@ -107,23 +108,51 @@ DECADE_CLAUSES = ("from the {}s", "made in the {}s")
 PEOPLE_CLAUSES = ("with {}", "starring {}", "by {}")
 LANGUAGE_CLAUSES = ("in {}", "{} language")
 
-TRAIN_FRAMES = (
+# An opening, and in two of five training rows an occasion around it.
+TRAIN_OPENINGS = (
     "{}",
     "i want {}",
+    "i would like {}",
     "looking for {}",
     "show me {}",
+    "give me {}",
     "can you find {}?",
     "do you have {}?",
+    "are there any films like {}?",
     "tonight i need {}",
-    "my sister wants {}",
-    "friday night, {}",
     "find me {}, thanks",
     "what about {}?",
+    "how about {}",
     "we feel like watching {}",
-    "in the mood for {}",  # here, because of the word mood
-    "movie night! {}",
+    "in the mood for {}",
+    "my sister wants {}",
+    "play {}",
+    "search for {}",
+    "{} would be great",
+    "ideally {}",
 )
-EVAL_FRAMES = (
+TRAIN_OCCASIONS = (
+    "friday night, {}",
+    "movie night! {}",
+    "it is late, {}",
+    "i am bored, {}",
+    "my friends are coming over, so {}",
+    "the weather is bad and {}",
+    "we just had dinner, {}",
+    "{} for the flight",
+    "{} for our film club",
+    "{} with my parents",
+    "{} on a monday evening",
+    "{} while i cook",
+    "{} before bed",
+    "{} for the long weekend",
+)
+TRAIN_FRAMES = tuple(TRAIN_OPENINGS) + tuple(
+    occasion.format(opening)
+    for occasion, opening in itertools.product(TRAIN_OCCASIONS, TRAIN_OPENINGS)
+    if not (occasion.startswith("{}") and opening.endswith(("?", "thanks", "great")))
+)
+VALIDATION_FRAMES = (
     "i would love to see {}",
     "please recommend {}",
     "is there {} i could watch?",
@@ -132,6 +161,16 @@ EVAL_FRAMES = (
     "hit me with {}",
     "today i fancy {}",
     "suggest {} for a rainy sunday",
+)
+TEST_FRAMES = (
+    "got anything like {}?",
+    "time for {}",
+    "help me pick {}",
+    "my flatmate keeps asking for {}",
+    "it is snowing outside, let us watch {}",
+    "{} to go with the pizza",
+    "i have not seen {} in ages",
+    "put on {} before the game starts",
 )
 FILLERS_BEFORE = ("hey, ", "hi! ", "um ", "ok so ")
 FILLERS_AFTER = (" pls", " thx", "!", " :)")
@@ -286,24 +325,30 @@ def slip(request: str, query: dict, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def make_rows() -> tuple[list[Row], list[Row], set[tuple]]:
-    """(training rows, held-out rows, reserved pairs): a pure function of SEED."""
+def draw_frame(split: str, rng: random.Random) -> str:
+    if split != "train":
+        return rng.choice(VALIDATION_FRAMES if split == "validation" else TEST_FRAMES)
+    plain = len(TRAIN_OPENINGS)
+    return rng.choice(TRAIN_FRAMES[:plain] if rng.random() < 0.6 else TRAIN_FRAMES[plain:])
+
+
+def make_rows() -> tuple[dict[str, list[Row]], set[tuple]]:
+    """(rows of train, validation and test, reserved pairs): a pure function of SEED."""
     rng = random.Random(SEED)
     reserved = reserve_pairs(rng)
-    train, held_out, seen = [], [], set()
-    while len(train) < NUM_TRAIN or len(held_out) < NUM_EVAL:
+    sizes = {"train": NUM_TRAIN, "validation": NUM_HELD_OUT, "test": NUM_HELD_OUT}
+    rows, seen = {split: [] for split in sizes}, set()
+    while any(len(rows[split]) < size for split, size in sizes.items()):
         query = draw_query(rng)
         if any(contradicts(pair) for pair in pairs(query)):
             continue
-        rows, frames, size = (
-            (held_out, EVAL_FRAMES, NUM_EVAL) if pairs(query) & reserved else (train, TRAIN_FRAMES, NUM_TRAIN)
-        )
-        frame = rng.choice(frames)
+        split = rng.choice(("validation", "test")) if pairs(query) & reserved else "train"
+        frame = draw_frame(split, rng)
         request = say(query, frame, rng)
-        if len(rows) < size and request not in seen and len(request.split()) <= MAX_WORDS:
+        if len(rows[split]) < sizes[split] and request not in seen and len(request.split()) <= MAX_WORDS:
             seen.add(request)
-            rows.append(Row(request, query, frame))
-    return train, held_out, reserved
+            rows[split].append(Row(request, query, frame))
+    return rows, reserved
 
 
 def to_line(row: Row) -> str:
@@ -316,9 +361,9 @@ def to_line(row: Row) -> str:
 
 
 def main(folder: pathlib.Path = pathlib.Path(__file__).parent) -> None:
-    train, held_out, _ = make_rows()
-    for name, rows in (("quickstart_train", train), ("quickstart_eval", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(map(to_line, rows)), encoding="utf-8")
+    rows, _ = make_rows()
+    for split, of_split in rows.items():
+        (folder / f"quickstart_{split}.jsonl").write_text("".join(map(to_line, of_split)), encoding="utf-8")
 
 
 if __name__ == "__main__":

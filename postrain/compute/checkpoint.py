@@ -59,7 +59,6 @@ class Checkpointer:
     def __init__(
         self, folder, config: CheckpointConfig, *, read_only: bool = False, report: Callable[[str], None] = print
     ):
-        _check(config)
         self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
         self._read_only, self._warned = read_only, False
         if read_only and not self._folder.is_dir():  # Orbax would make it
@@ -294,14 +293,6 @@ def _place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno >= logging.CRITICAL
-
-
-def _check(config: CheckpointConfig) -> None:
-    for key, least in (("every", 0), ("keep", 1), ("keep_best", 0)):
-        if getattr(config, key) < least:
-            raise UserError(f"checkpoint.{key}: expected {least} or more, found {getattr(config, key)}")
-    if config.mode not in ("min", "max"):
-        raise UserError(f"checkpoint.mode: expected 'min' or 'max', found {config.mode!r}")
 
 
 def _shapes(tree) -> dict[str, str]:

@@ -20,7 +20,7 @@ from postrain.compute.export_check import check_logits, compute_probe_logits, fi
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
-from postrain.config import Config, MeshConfig
+from postrain.config import Config, MeshConfig, check_paths
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
@@ -134,11 +134,12 @@ def export_workdir(
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")
     check_output(workdir, output)
+    check_paths(config)
     mesh = make_mesh(MeshConfig(fsdp=-1))  # the devices that there are: they need not be those of the run
     folder = locate_model(config.model.path)
     tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
     model = load_model(config, folder, mesh)
-    optimizer, _ = make_optimizer(config.optimizer, 1 + config.optimizer.warmup_steps + config.optimizer.decay_steps)
+    optimizer, _ = make_optimizer(config.optimizer, 1)
     abstract = abstract_train_state(
         model.params, model.frozen, optimizer, mesh=mesh, ema=config.optimizer.ema_decay > 0
     )

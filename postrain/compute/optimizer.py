@@ -7,7 +7,6 @@ the train step, which has that norm anyway. Learning rates keep their scale from
 as far as the field's habits allow: Muon's update is brought to AdamW's size.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 
@@ -28,14 +27,24 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     Names: "adamw"; "lion" (Chen et al. 2023, arXiv:2302.06675); "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
-    for the rest. Raises UserError naming the key when a value makes no sense.
+    for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up or final decay that is longer
+    than the run is cut to it (``describe_cut`` says so). Raises UserError when the run has no updates.
     """
-    _check(config, total_steps)
+    if total_steps < 1:
+        raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
     schedule = make_schedule(config, total_steps)
     direction = DIRECTIONS[config.name](config)
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config))
     parts = (direction, decay) if config.weight_decay else (direction,)
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+
+
+def describe_structure(config: OptimizerConfig) -> tuple:
+    """What of the train state depends on ``config``: equal for configs of which one can go on with the other's."""
+    matrix, vector = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    params = {"layers": {"q": {"kernel": matrix}}, "final_norm": {"scale": vector}}
+    state = jax.eval_shape(make_optimizer(config, 1)[0].init, params)
+    return jax.tree.structure(state), config.ema_decay > 0
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
@@ -45,7 +54,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     towards ``final_fraction`` of the peak, which it would reach at ``total_steps``. "wsd" (warm-up, stable,
     decay; Hu et al. 2024, arXiv:2404.06395) stays at the peak until the last ``decay_steps``.
     """
-    warmup, decay = config.warmup_steps, config.decay_steps or max(total_steps // 10, 1)
+    warmup = min(config.warmup_steps, total_steps)
+    decay = min(config.decay_steps or max(total_steps // 10, 1), total_steps)
     start = total_steps - decay if config.schedule == "wsd" else warmup
     shape = SCHEDULES[config.schedule]
 
@@ -56,6 +66,18 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
         return config.learning_rate * fraction * jnp.minimum((step + 1) / max(warmup, 1), 1)
 
     return schedule
+
+
+def describe_cut(config: OptimizerConfig, total_steps: int) -> str:
+    """A warning where the schedule asks for more steps than the run has, else ""; one line."""
+    asked = {"warmup_steps": config.warmup_steps}
+    if config.schedule == "wsd":
+        asked["decay_steps"] = config.decay_steps
+    cut = [f"optimizer.{key} = {steps:,}" for key, steps in asked.items() if steps > total_steps]
+    if not cut:
+        return ""
+    length = f"{total_steps:,} step{'s' * (total_steps != 1)}"
+    return f"warning     {' and '.join(cut)}: longer than the run, cut to its {length}"
 
 
 SCHEDULES = {
@@ -127,32 +149,3 @@ DIRECTIONS = {
     "sgd": _sgd,
     "muon": _muon,
 }
-
-
-def _check(config: OptimizerConfig, total_steps: int) -> None:
-    for key, table in (("name", DIRECTIONS), ("schedule", SCHEDULES)):
-        value = getattr(config, key)
-        if value not in table:
-            near = difflib.get_close_matches(str(value), table, n=1)
-            raise UserError(
-                f"optimizer.{key}: expected one of {', '.join(table)}, found {value!r}"
-                + (f": did you mean {near[0]!r}?" if near else "")
-            )
-    if total_steps < 1:
-        raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
-    ranges = {
-        "learning_rate": (config.learning_rate > 0, "above 0"),
-        "warmup_steps": (0 <= config.warmup_steps <= total_steps, f"0 to the {total_steps} steps of the run"),
-        "decay_steps": (0 <= config.decay_steps <= total_steps, f"0 to the {total_steps} steps of the run"),
-        "final_fraction": (0 <= config.final_fraction <= 1, "0 to 1"),
-        "b1": (0 <= config.b1 < 1, "0 to below 1"),
-        "b2": (0 <= config.b2 < 1, "0 to below 1"),
-        "eps": (config.eps > 0, "above 0"),
-        "momentum": (0 <= config.momentum < 1, "0 to below 1"),
-        "weight_decay": (config.weight_decay >= 0, "0 or more"),
-        "max_grad_norm": (config.max_grad_norm >= 0, "0 (no clipping) or more"),
-        "ema_decay": (0 <= config.ema_decay < 1, "0 (no average) to below 1"),
-    }
-    for key, (sane, expected) in ranges.items():
-        if not (sane and math.isfinite(getattr(config, key))):
-            raise UserError(f"optimizer.{key}: expected {expected}, found {getattr(config, key)}")

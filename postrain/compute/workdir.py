@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 
@@ -42,8 +43,27 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The folder, made and locked for the run of the block. Where that writes nothing, nothing is left of it.
+
+    Raises UserError as make_workdir and lock_workdir do.
+    """
+    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not folder.exists()]
+    try:
+        made = make_workdir(workdir)
+        with lock_workdir(made):
+            yield made
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty, or not made
+                folder.rmdir()
+
+
+@contextlib.contextmanager
 def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds ``workdir`` for one run; released when the block ends and by the system when the process dies.
+    """Holds ``workdir`` for one run, by its file .lock, which is removed when the block ends.
+
+    A process that is killed leaves the file, but the system releases it, and the next run takes it over.
 
     Two runs in one folder would take each other's unfinished checkpoints for leftovers, and mix their metrics. Only
     the first process of a run takes the lock, for all of them. Raises UserError naming the process that holds it.
@@ -51,21 +71,37 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    with (workdir / ".lock").open("a+", encoding="utf-8") as file:
+    path = workdir / ".lock"
+    with _take_lock(path, workdir) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _take_lock(path: pathlib.Path, workdir: pathlib.Path) -> TextIO:
+    """The open lock file, held."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
+            file.close()
             raise UserError(
                 f"--workdir {workdir} is in use by another run (process {holder}): wait for it, stop it, or use another"
             ) from error
         except OSError as error:  # some network file systems know no locks; better to run than to refuse them
             print(f"workdir {workdir}: cannot be locked ({error.strerror}): start no second run in it")
-        file.truncate(0)
-        file.write(f"{os.getpid()}")
-        file.flush()
-        yield
+            return file
+        # A run that ended between our open and our lock has removed the file: what we hold then keeps nobody out.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
 
 
 def save_config(workdir: pathlib.Path, config: Config) -> None:

@@ -18,7 +18,7 @@ from postrain.config import DataConfig, SourceConfig
 from postrain.data.fingerprint import make_fingerprint
 from postrain.data.plan import RowPlan
 from postrain.data.rendering import Rendered, render_many
-from postrain.data.report import DataReport, SourceReport
+from postrain.data.report import DataReport, SourceReport, count
 from postrain.data.schema import BadRow, Example
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
@@ -131,36 +131,38 @@ class _SourceLoader:
 
     def _reject(self, bad: BadRow) -> None:
         if self.config.on_bad_row == "error":
+            if bad.advice:
+                raise bad
             raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
         self.rejected.append(bad)
         self.report.skipped += 1
         allowed = self.config.max_bad_fraction
         if self.report.skipped > allowed * self.report.rows:
             raise UserError(
-                f"source {self.report.name!r}: {self.report.skipped} bad rows of {self.report.rows}, more than "
-                f"data.max_bad_fraction = {allowed} allows; the last one is {bad}"
+                f"source {self.report.name!r}: {count(self.report.skipped, 'bad row')} of {self.report.rows:,}, more "
+                f"than data.max_bad_fraction = {allowed} allows; the last one is {bad}"
             )
 
     def _fit(self, document: Rendered) -> Rendered | None:
         """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
-        report, limit = self.report, self.config.sequence_length
-        slots = len(document.tokens) - 1
-        report.longest = max(report.longest, slots)
-        if slots > limit:
+        report, limit = self.report, self.config.sequence_length + 1  # the last token is only predicted: no slot
+        length = len(document.tokens)
+        report.longest = max(report.longest, length)
+        if length > limit:
             if self.config.too_long == "error":
                 raise UserError(
-                    f"{document.ref}: the row takes {slots} slots, data.sequence_length is {limit}: raise it, or set "
-                    "data.too_long to 'drop' or 'truncate'"
+                    f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit - 1} "
+                    f"takes up to {limit}: raise it, or set data.too_long to 'drop' or 'truncate'"
                 )
             if self.config.too_long == "drop":
                 report.too_long += 1
                 return None
-            tokens, loss_mask = document.tokens[: limit + 1], document.loss_mask[: limit + 1]
+            tokens, loss_mask = document.tokens[:limit], document.loss_mask[:limit]
             document = Rendered(tokens, loss_mask, document.ref, truncated=True)
         if not document.loss_mask[1:].any():
             report.untrained += 1
             return None
-        report.truncated += slots > limit
+        report.truncated += length > limit
         return document
 
 
@@ -169,12 +171,12 @@ def _describe_empty(report: DataReport, config: DataConfig) -> str:
     where = ", ".join(s.name for s in report.sources) or "no source given"
     reasons = {
         "bad (see rejected.jsonl)": total.skipped,
-        f"longer than data.sequence_length = {config.sequence_length} (the longest takes {total.longest} slots)":
+        f"too long for data.sequence_length = {config.sequence_length} (the longest has {total.longest:,} tokens)":
             total.too_long,
         "left with nothing to train on after truncation": total.untrained,
     }  # fmt: skip
     found = "; ".join(f"{n} {why}" for why, n in reasons.items() if n)
-    return f"nothing to train on in {where}: {total.rows} rows" + (f", {found}" if found else "")
+    return f"nothing to train on in {where}: {count(total.rows, 'row')}" + (f", {found}" if found else "")
 
 
 def _write_rejected(path: pathlib.Path, loaders: list[_SourceLoader]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from postrain.data.rendering import Rendered
 
 # Part of the data fingerprint: to be counted up whenever the same lengths would be packed differently.
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 
 METHODS = ("best_fit", "none")
 
@@ -37,7 +37,7 @@ _REOPEN_WINDOW = 1 / 16
 # choose from, and filling row by row gains nothing.
 _GOOD_PADDING = 0.005
 _FEW_A_ROW = 2.2
-_CHOICES = 16  # distinct lengths that are tried for filling a row
+_CHOICES = 64  # distinct lengths that are tried for filling a row
 
 
 def pack(lengths: np.ndarray, capacity: int, *, window: int = 10_000, method: str = "best_fit") -> list[np.ndarray]:

@@ -93,9 +93,7 @@ class RowPlan:
         order = np.arange(self._lengths.size)
         if config.shuffle:
             order = _permutation(order.size, (config.seed, epoch, 0))
-        packed = pack(
-            self._lengths[order], config.sequence_length, window=config.packing_window, method=config.packing
-        )
+        packed = pack(self._lengths[order], config.sequence_length, window=config.packing_window, method=config.packing)
         if config.shuffle:
             packed = [packed[i] for i in _permutation(len(packed), (config.seed, epoch, 1))]
         else:  # rows by their first document: as near to the order of the source as packing allows

@@ -12,6 +12,7 @@ import numpy as np
 from postrain.config import Config
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.rendering import Rendered
+from postrain.data.report import count
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
@@ -77,9 +78,9 @@ def use_color() -> bool:
 def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer) -> str:
     """A document as HTML that needs no style sheet: its text, escaped, with the trained tokens on green."""
     spans = []
-    for text, trained, count in _runs(rendered, tokenizer):
-        text = html.escape(_visible(text))
-        spans.append(f'<span style="{_TRAINED_HTML}" title="{count} trained tokens">{text}</span>' if trained else text)
+    for text, trained, length in _runs(rendered, tokenizer):
+        text, title = html.escape(_visible(text)), count(length, "trained token")
+        spans.append(f'<span style="{_TRAINED_HTML}" title="{title}">{text}</span>' if trained else text)
     return '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">' + "".join(spans) + "</pre>"
 
 
@@ -87,9 +88,9 @@ def _runs(rendered: Rendered, tokenizer: Tokenizer):
     """(text, trained, number of tokens) of each stretch of tokens with the same mask."""
     start = 0
     for trained, run in itertools.groupby(rendered.loss_mask.tolist()):
-        count = len(list(run))
-        yield tokenizer.decode(rendered.tokens[start : start + count]), trained, count
-        start += count
+        length = len(list(run))
+        yield tokenizer.decode(rendered.tokens[start : start + length]), trained, length
+        start += length
 
 
 def _visible(text: str) -> str:
@@ -109,11 +110,11 @@ def _format_tokens(rendered: Rendered, tokenizer: Tokenizer, color: bool) -> str
 def _describe(rendered: Rendered) -> str:
     trained = int(rendered.loss_mask[1:].sum())
     share = trained / len(rendered.tokens)
-    return f"{rendered.ref}  {len(rendered.tokens):,} tokens, {trained:,} trained ({share:.1%})"
+    return f"{rendered.ref}  {count(len(rendered.tokens), 'token')}, {trained:,} trained ({share:.1%})"
 
 
 def _histogram(example_set: ExampleSet) -> list[tuple[str, int]]:
-    lengths = example_set.lengths
+    lengths = example_set.lengths + 1
     width = -(-int(lengths.max()) // _HISTOGRAM_BINS)
     counts = np.bincount((lengths - 1) // width, minlength=1)
     return [(f"{i * width + 1:,} - {(i + 1) * width:,}", int(n)) for i, n in enumerate(counts)]
@@ -122,9 +123,9 @@ def _histogram(example_set: ExampleSet) -> list[tuple[str, int]]:
 def _format_histogram(example_set: ExampleSet) -> str:
     bins = _histogram(example_set)
     label = max(len(name) for name, _ in bins)
-    most = max(count for _, count in bins)
-    lines = [f"{name.rjust(label)} |{'#' * -(-count * _BAR_WIDTH // most)} {count:,}" for name, count in bins]
-    return "\n".join(["documents by length (slots)", *lines])
+    most = max(number for _, number in bins)
+    lines = [f"{name.rjust(label)} |{'#' * -(-number * _BAR_WIDTH // most)} {number:,}" for name, number in bins]
+    return "\n".join(["documents by length in tokens", *lines])
 
 
 def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Rendered], tokenizer: Tokenizer) -> None:
@@ -134,13 +135,13 @@ def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Ren
         body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
         body.append(f"<p>{html.escape(example_set.report.describe_packing())}</p>")
         bins = _histogram(example_set)
-        most = max(count for _, count in bins)
+        most = max(number for _, number in bins)
         plot = "".join(
-            f'<tr><td>{name}</td><td>{count:,}</td><td class="plot">'
-            f'<div class="bar" style="width:{100 * count / most:.1f}%"></div></td></tr>'
-            for name, count in bins
+            f'<tr><td>{name}</td><td>{number:,}</td><td class="plot">'
+            f'<div class="bar" style="width:{100 * number / most:.1f}%"></div></td></tr>'
+            for name, number in bins
         )
-        body.append(f"<table><tr><th>length (slots)</th><th>documents</th><th></th></tr>{plot}</table>")
+        body.append(f"<table><tr><th>length in tokens</th><th>documents</th><th></th></tr>{plot}</table>")
     if shown:
         body.append(f'<h2>Documents, <span style="{_TRAINED_HTML}">trained tokens</span> marked</h2>')
     for rendered in shown:

@@ -120,7 +120,7 @@ def render_prompt(
         (encoded,) = encode_sequences([Sequence(text, ())], tokenizer)
         return np.asarray(encoded.true_ids(), np.int32)
     except Refusal as e:
-        raise BadRow(ref, str(e)) from None
+        raise BadRow(ref, str(e), e.advice) from None
 
 
 def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
@@ -164,4 +164,4 @@ def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadR
         try:
             yield [Rendered(*pair, ref) for e in mine for pair in e.sequences(prefix, suffix)]
         except Refusal as e:
-            yield BadRow(ref, str(e))
+            yield BadRow(ref, str(e), e.advice)

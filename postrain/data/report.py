@@ -3,6 +3,11 @@
 import dataclasses
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 @dataclasses.dataclass
 class SourceReport:
     """Counts of one source. Rows go in; documents (training sequences) come out.
@@ -17,7 +22,7 @@ class SourceReport:
       untrained: documents left out because nothing to train on was left of them after the cut.
       split: rows that gave more than one document, because serving would see their turns separately.
       skipped: bad rows left out (``data.on_bad_row = "skip"``).
-      longest: slots that the longest document would take, before anything was left out or cut.
+      longest: tokens of the longest document, before anything was left out or cut.
     """
 
     name: str
@@ -93,8 +98,8 @@ class DataReport:
         return "\n".join([*lines, self.describe_packing()])
 
     def describe_packing(self) -> str:
-        """One line: rows, slots and how many of them are used."""
+        """One line: rows, their length, and how much of them is used."""
         return (
-            f"packing: {self.packed_rows:,} rows of {self.sequence_length:,} slots, {self.fill:.2%} filled, "
-            f"{1 - self.fill:.2%} padding"
+            f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
+            f"{self.fill:.2%} filled, {1 - self.fill:.2%} padding"
         )

@@ -20,7 +20,8 @@ from typing import Any
 from postrain.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-KINDS = ("messages", "prompt_completion", "text")
+KIND_KEYS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+KINDS = tuple(KIND_KEYS)
 # Keys of a message that mean something here or are part of the OpenAI format; the rest is ignored, unless
 # it looks like one of these misspelt.
 MESSAGE_KEYS = frozenset(
@@ -44,16 +45,18 @@ class RowRef:
 
 
 class BadRow(UserError):
-    """A row that cannot be used: ``file:line: what was wrong``, in one line. ``ref`` and ``reason`` hold the parts."""
+    """A row that cannot be used, in one line: ``file:line: what was wrong``, and what to do where that is known.
 
-    def __init__(self, ref: RowRef, reason: str):
-        reason = " ".join(reason.split())
-        super().__init__(f"{ref}: {reason}")
-        self.ref = ref
-        self.reason = reason
+    Attributes: ``ref`` and ``reason``; ``advice``, for what is wrong with more than this row, else empty.
+    """
+
+    def __init__(self, ref: RowRef, reason: str, advice: str = ""):
+        reason, advice = " ".join(reason.split()), " ".join(advice.split())
+        super().__init__(f"{ref}: {reason}" + (f": {advice}" if advice else ""))
+        self.ref, self.reason, self.advice = ref, reason, advice
 
     def __reduce__(self):
-        return BadRow, (self.ref, self.reason)
+        return BadRow, (self.ref, self.reason, self.advice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +117,12 @@ def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
 
 def row_kind(raw: dict) -> str:
     """The kind of a row by its keys; empty where they fit none."""
-    if "messages" in raw:
-        return "messages"
-    if "prompt" in raw and "completion" in raw:
-        return "prompt_completion"
-    return "text" if "text" in raw else ""
+    return next((kind for kind in KINDS if has_kind(raw, kind)), "")
+
+
+def has_kind(raw: dict, kind: str) -> bool:
+    """Whether a row has the keys of ``kind``, one of KINDS."""
+    return all(key in raw for key in KIND_KEYS[kind])
 
 
 def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCompletion:

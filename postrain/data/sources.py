@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
-from postrain.data.schema import KINDS, BadRow, Example, RowRef, parse_row, row_kind
+from postrain.data.schema import KINDS, BadRow, Example, RowRef, has_kind, parse_row, row_kind
 from postrain.errors import UserError
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
@@ -34,19 +34,21 @@ class Source:
 
     Attributes:
       name: in reports.
-      kind: "messages", "prompt_completion" or "text"; "auto" where the first row did not tell.
+      kind: "messages", "prompt_completion" or "text"; "auto" where no row tells.
     """
 
     def __init__(self, name: str, kind: str, files: list):
         self.name, self._files = name, files
         self._ends = np.cumsum([len(f) for f in files])
-        self.kind = self._kind_of_first_row() if kind == "auto" else kind
+        self.kind, self._decided_by = self._find_kind() if kind == "auto" else (kind, None)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Example:
         ref, raw = self.raw(index)
+        if isinstance(raw, dict) and self.kind != "auto" and not has_kind(raw, self.kind):
+            self._refuse_kind(ref, row_kind(raw))
         return parse_row(raw, self.kind, ref)
 
     def __iter__(self) -> Iterator[Example]:
@@ -64,12 +66,27 @@ class Source:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[which], index - (int(self._ends[which - 1]) if which else 0)
 
-    def _kind_of_first_row(self) -> str:
-        try:
-            _, raw = self.raw(0)
-        except BadRow:
-            return "auto"
-        return (row_kind(raw) if isinstance(raw, dict) else "") or "auto"
+    def _find_kind(self) -> tuple[str, RowRef | None]:
+        """The kind of the first row that has one, and where it stands."""
+        for i in range(len(self)):
+            try:
+                ref, raw = self.raw(i)
+            except BadRow:
+                continue
+            if isinstance(raw, dict) and (kind := row_kind(raw)):
+                return kind, ref
+        return "auto", None
+
+    def _refuse_kind(self, ref: RowRef, kind: str) -> None:
+        """Raises BadRow for a row of another kind than the source's; a row of no kind is parse_row's to refuse."""
+        if kind and self._decided_by is None:
+            raise BadRow(ref, f"expected a row of the source's kind, {self.kind}; found one of kind {kind}")
+        if kind:
+            raise BadRow(
+                ref,
+                f"expected a row of kind {self.kind}, as the first at {self._decided_by}; found one of kind {kind}",
+                f"a source has one kind: put the {kind} rows into a file of their own, and list both in the config",
+            )
 
 
 def open_source(config: SourceConfig) -> Source:

@@ -20,6 +20,13 @@ from postrain.errors import UserError
 # Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
+_PROBE_TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+
 
 class TemplateRefusal(Exception):
     """The template raised for this conversation; the message is what it said."""
@@ -133,18 +140,20 @@ class ChatTemplate:
 
     def _probe_arguments(self, arguments) -> bool:
         call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
-        schema = {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}}
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return self._probe(messages, _PROBE_TOOLS) is not None
+
+    @functools.cached_property
+    def renders_tools(self) -> bool:
+        """Whether the template writes function schemas anywhere."""
+        shown = self._probe([{"role": "user", "content": "x"}], _PROBE_TOOLS)
+        return shown is not None and _PROBE_TOOLS[0]["function"]["name"] in shown
+
+    def _probe(self, messages: list[dict], tools: list[dict]) -> str | None:
         try:
-            self.render(
-                messages,
-                [{"type": "function", "function": schema}],
-                template_date="2024-07-26",
-                add_generation_prompt=False,
-            )
+            return self.render(messages, tools, template_date="2024-07-26", add_generation_prompt=False)
         except TemplateRefusal:
-            return False
-        return True
+            return None
 
 
 def split_inline(content: str) -> tuple[str, str]:

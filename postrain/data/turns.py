@@ -42,7 +42,11 @@ OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
 class Refusal(Exception):
-    """Why a turn cannot be trained as it would be served."""
+    """Why a turn cannot be trained as it would be served; ``advice``, where more than this row is at fault."""
+
+    def __init__(self, reason: str, advice: str = ""):
+        super().__init__(reason)
+        self.advice = advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,8 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         try:
             prompt, continuation = renderer.turn(k)
         except Refusal as e:
-            raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}") from None
+            advice = e.advice or renderer.advise_on_tools()
+            raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
         if sequences and prompt.startswith(reached):
             sequences[-1] = Sequence(prompt + continuation, (*sequences[-1].spans, span))
@@ -195,7 +200,8 @@ class Renderer:
         names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
         raise Refusal(
             f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
-            f"{text[-24:]!r}): put the token that ends a turn into eos_token_id of generation_config.json"
+            f"{text[-24:]!r})",
+            "put the token that ends a turn into eos_token_id of generation_config.json",
         )
 
     def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
@@ -211,11 +217,21 @@ class Renderer:
         if self.tools and not self._tools_shown:
             options = {"template_date": self.date, "add_generation_prompt": True, **variables}
             if prompt == self.template.render(self.messages[:k], None, **options):
-                raise Refusal("the chat template drops the tools: it renders the same without them")
+                raise Refusal("the chat template drops the tools")
             missing = [t["function"]["name"] for t in self.tools if not _contains(prompt, t["function"]["name"])]
             if missing:
                 raise Refusal(f"the chat template drops the tool {missing[0]!r}")
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
+
+    def advise_on_tools(self) -> str:
+        """What to do about a refusal, where the conversation has tools and the template has none; else empty."""
+        has_tools = self.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
+        if not has_tools or self.template.renders_tools:
+            return ""
+        return (
+            f"the chat template of {self.template.origin} does not render tools: name one that does as "
+            "data.chat_template=FILE, or take tools, tool_calls and tool messages out of the rows"
+        )
 
 
 def reasoning_of(message: dict) -> str:
@@ -237,7 +253,8 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
     if not reasoning:
         raise Refusal(
             f"the generation prompt of the chat template opens <{opened[1]}>, so the model must reason first, and the "
-            "message has no reasoning_content; give it, or use a template without that (data.chat_template)"
+            "message has no reasoning_content",
+            "give it, or use a template without that (data.chat_template=FILE)",
         )
     return f"{reasoning}\n</{opened[1]}>\n\n" + whole[len(base) :].lstrip("\n")
 

@@ -4,8 +4,9 @@ import importlib
 import os
 from typing import Any
 
-from postrain.compute.workdir import lock_workdir, make_workdir
-from postrain.config import Config, load_config, resolve
+from postrain.compute.workdir import open_workdir
+from postrain.config import Config, check_paths, resolve, to_dict
+from postrain.config_file import load_config
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
@@ -23,8 +24,9 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     """
     if isinstance(config, str):
         config = load_config(config)
-    elif not isinstance(config, Config):
-        config = resolve(config)
+    else:  # a Config may have been changed by hand
+        config = resolve(to_dict(config) if isinstance(config, Config) else config)
+    check_paths(config)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
-    with lock_workdir(make_workdir(workdir)):
-        return recipe.train(config, workdir)
+    with open_workdir(workdir) as folder:
+        return recipe.train(config, folder)

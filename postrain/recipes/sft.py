@@ -20,8 +20,9 @@ from postrain.compute.checkpoint import Checkpointer
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
-from postrain.compute.optimizer import make_optimizer
+from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
+from postrain.compute.resume import check_resume
 from postrain.compute.signals import catch_stop_signals
 from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
 from postrain.compute.summary import (
@@ -62,6 +63,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
     # Data: every row is rendered, checked and counted before anything else happens.
     tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
+    check_resume(workdir / "checkpoints", config, tokenizer, folder)
     rejected = workdir / "rejected.jsonl" if lead else None
     train_set = load_examples(config.data.train, tokenizer, config.data, rejected)
     eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected) if config.data.eval else None
@@ -94,8 +96,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     )
     say(format_summary(config, mesh, model, total_steps))
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
-    if warning := describe_overlong(train_set.lengths, model.config):
-        say(warning)
+    for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
+        if warning:
+            say(warning)
     train_step = train_step.lower(abstract, abstract_batch(config.data, mesh)).compile()
     say(format_memory(train_step), flush=True)
 

@@ -1,11 +1,14 @@
 """What a run says of itself before it starts, and the folder that it takes."""
 
 import concurrent.futures
+import time
 
 import numpy as np
+import pytest
 
 from postrain.compute.summary import describe_overlong
-from postrain.compute.workdir import make_workdir
+from postrain.compute.workdir import make_workdir, open_workdir
+from postrain.errors import UserError
 from postrain.models.config import ModelConfig
 
 CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
@@ -22,3 +25,45 @@ def test_processes_that_make_the_same_workdir_do_not_meet(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(make_workdir, [tmp_path / "run"] * 200))
     assert set(made) == {tmp_path / "run"} and not list((tmp_path / "run").iterdir())
+
+
+def fail_in(workdir, write=None):
+    with pytest.raises(UserError, match="a mistake"), open_workdir(workdir):
+        assert (workdir / ".lock").exists()
+        if write:
+            (workdir / write).write_text("x")
+        raise UserError("a mistake")
+
+
+def test_a_run_that_fails_before_it_writes_leaves_nothing(tmp_path):
+    fail_in(tmp_path / "a" / "b" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    fail_in(tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder that was there stays, as it was"
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    fail_in(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    fail_in(tmp_path / "run", write="metrics.jsonl")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_one_run_at_a_time_though_the_lock_file_comes_and_goes(tmp_path):
+    """Two inside at once would show: each expects to find the count as it left it."""
+    (tmp_path / "count").write_text("0")
+
+    def run(_):
+        while True:
+            try:
+                with open_workdir(tmp_path):
+                    before = (tmp_path / "count").read_text()
+                    (tmp_path / "count").write_text("")
+                    time.sleep(0.0002)
+                    (tmp_path / "count").write_text(str(int(before) + 1))
+                return
+            except UserError:
+                time.sleep(0.0001)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(100)))
+    assert (tmp_path / "count").read_text() == "100"

@@ -1,11 +1,14 @@
 """The quickstart's conversations are what their script makes, and the held-out rows are what it claims."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 
 import pytest
 
+SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
 DATA = pathlib.Path(__file__).resolve().parents[2] / "configs" / "data"
 
 
@@ -18,47 +21,49 @@ def script():
 
 
 def read(name):
-    lines = (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (DATA / f"quickstart_{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [[message["content"] for message in json.loads(line)["messages"]] for line in lines]
 
 
 def test_the_files_are_remade_byte_for_byte(script, tmp_path):
     script.main(tmp_path)
-    for name in ("quickstart_train.jsonl", "quickstart_eval.jsonl"):
+    for split in SPLITS:
+        name = f"quickstart_{split}.jsonl"
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
-def test_every_held_out_row_combines_values_never_together_in_training(script):
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_every_held_out_row_combines_values_never_together_in_training(script, split):
     trained = set()
-    for _, _, answer in read("quickstart_train"):
+    for _, _, answer in read("train"):
         trained |= script.pairs(json.loads(answer))
-    for _, request, answer in read("quickstart_eval"):
+    for _, request, answer in read(split):
         assert script.pairs(json.loads(answer)) - trained, request
 
 
 def test_every_single_value_is_seen_in_training(script):
-    trained, held_out = (
-        {fact for _, _, answer in read(name) for fact in script.facts(json.loads(answer))}
-        for name in ("quickstart_train", "quickstart_eval")
-    )
+    facts = {split: {f for _, _, answer in read(split) for f in script.facts(json.loads(answer))} for split in SPLITS}
     everything = {(key, value) for key, values in script.CATEGORICAL.items() for value in values}
-    assert trained == everything
-    assert held_out <= trained
+    assert facts["train"] == everything
+    assert facts["validation"] <= everything and facts["test"] <= everything
 
 
 def test_no_frame_and_no_request_is_shared(script):
-    assert not set(script.TRAIN_FRAMES) & set(script.EVAL_FRAMES)
-    train, held_out, _ = script.make_rows()
-    assert {row.frame for row in train} == set(script.TRAIN_FRAMES)
-    assert {row.frame for row in held_out} == set(script.EVAL_FRAMES)
-    trained = {row.request.lower() for row in train}
-    assert not [row.request for row in held_out if row.request.lower() in trained]
+    frames = {"train": script.TRAIN_FRAMES, "validation": script.VALIDATION_FRAMES, "test": script.TEST_FRAMES}
+    rows, _ = script.make_rows()
+    requests = {split: {row.request.lower() for row in of_split} for split, of_split in rows.items()}
+    for first, second in itertools.combinations(SPLITS, 2):
+        assert not set(frames[first]) & set(frames[second])
+        assert not requests[first] & requests[second]
+    for split in HELD_OUT:
+        assert {row.frame for row in rows[split]} == set(frames[split])
+    assert {row.frame for row in rows["train"]} <= set(script.TRAIN_FRAMES)
 
 
 def test_answers_are_one_line_with_the_schema_keys_in_order(script):
     order = ["genres", "mood", "limits", "exclude", "people", "language"]
-    for name in ("quickstart_train", "quickstart_eval"):
-        for system, request, answer in read(name):
+    for split in SPLITS:
+        for system, request, answer in read(split):
             query = json.loads(answer)
             assert system == script.SYSTEM
             assert list(query) == [key for key in order if key in query] and query

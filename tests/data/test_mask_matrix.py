@@ -54,7 +54,7 @@ DEEPSEEK_CALL = (
     f"<｜tool▁call▁end｜><｜tool▁calls▁end｜>{EOS}"
 )
 MUST_REASON = "opens <think>, so the model must reason first, and the message has no reasoning_content"
-NO_TOOLS = "the chat template drops the tools: it renders the same without them"
+NO_TOOLS = "the chat template drops the tools"
 NO_CALL = "drops the tool call 'mul'"
 
 QWEN25 = {
@@ -181,6 +181,18 @@ def check_served(row, tokenizer, rendered):
     assert rendered.loss_mask[-1]  # nothing stands after the last stop token
 
 
+@pytest.mark.parametrize("name, template", MATRIX)
+def test_a_template_without_tools_is_said_to_have_none(name, template):
+    tokenizer = load_real(name, template)
+    assert tokenizer.template.renders_tools == (template not in ("llama3", "gemma3", "deepseekv3"))
+    for row, expected in MATRIX[(name, template)].items():
+        if expected in (NO_TOOLS, NO_CALL):
+            with pytest.raises(BadRow) as error:
+                render_row(ROWS[row], tokenizer)
+            said = "of template.jinja does not render tools: name one that does as data.chat_template=FILE, or take"
+            assert (said in str(error.value)) != tokenizer.template.renders_tools, row
+
+
 def test_deepseek_trains_a_call_after_its_reasoning():
     row = {"messages": ROWS["reason_tools"]["messages"][:2]}
     tokenizer = load_real("deepseek_v3", "deepseekv3")
@@ -197,7 +209,7 @@ def test_deepseek_answer_to_a_tool_cannot_hold_reasoning():
 
 def test_gemma_refuses_the_tool_role():
     row = {"messages": [ASK, RESULT, say("4")]}
-    with pytest.raises(BadRow, match="refuses this conversation: Conversation roles must alternate"):
+    with pytest.raises(BadRow, match="refuses this conversation: Conversation roles must alternate.*render tools"):
         render_row(row, load_real("gemma3", "gemma3"))
 
 

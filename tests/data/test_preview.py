@@ -71,10 +71,21 @@ def test_colours_only_where_asked_for(config, monkeypatch):
 def test_counts_packing_and_histogram_are_shown(config):
     shown = preview(config, rows=0, color=False)
     assert "data.train" in shown and "data.eval" in shown and "held_out" in shown
-    assert re.search(r"packing: \d+ rows of 256 slots, [\d.]+% filled", shown)
+    assert re.findall(r"packing: .*? of 256 tokens, [\d.]+% filled", shown)[1].startswith("packing: 1 row of ")
     train = shown.split("data.eval")[0]
     assert sum(int(n) for n in re.findall(r"\|#* (\d+)", train)) == 3
     assert "---" not in shown
+
+
+def test_lengths_are_in_tokens_everywhere(config, tmp_path):
+    shown = preview(config, tmp_path / "page.html", rows=50, color=False)
+    lengths = [int(n) for n in re.findall(r"--- \S+  (\d+) tokens, ", shown)]
+    train, held_out = shown.split("data.eval")
+    assert re.search(r"^train +3 +3 +" + str(sum(lengths)) + r" .* " + str(max(lengths)) + "$", train, re.MULTILINE)
+    assert re.search(r"^held_out +1 +1 +" + str(lengths[0]) + r" .* " + str(lengths[0]) + "$", held_out, re.MULTILINE)
+    bins = re.findall(r"^ *(\d+) - (\d+) \|#* (\d+)$", train, re.MULTILINE)
+    assert [sum(int(a) <= n <= int(b) for n in lengths) for a, b, _ in bins] == [int(count) for _, _, count in bins]
+    assert "slot" not in shown + (tmp_path / "page.html").read_text() and "1 rows" not in shown
 
 
 def test_rows_are_spread_over_the_set(config):

@@ -149,6 +149,8 @@ def test_a_bad_row_survives_another_process():
     error = BadRow(REF, "why\nnot")
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.ref, again.reason) == ("rows.jsonl:12: why not", REF, "why not")
+    again = pickle.loads(pickle.dumps(BadRow(REF, "why", "do\nthis")))
+    assert (str(again), again.reason, again.advice) == ("rows.jsonl:12: why: do this", "why", "do this")
 
 
 def test_wrong_kind_is_named():

@@ -52,10 +52,34 @@ def test_kinds(tmp_path):
     source = open_path(write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "completion": "b", "text": "c"}]))
     assert source.kind == "prompt_completion" and isinstance(source[0], PromptCompletion)
     assert isinstance(open_path(tmp_path / "p.jsonl", kind="text")[0], TextRow)
-    # The first row decides; a later one of another kind is an error, not silently something else.
-    source = open_path(write_lines(tmp_path / "q.jsonl", [chat(0), {"text": "x"}]))
-    with pytest.raises(BadRow, match=r"q.jsonl:2: 'messages' must be a list of messages"):
-        source[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "found", "expected"),
+    [
+        ([chat(0), chat(1), {"text": "x"}], 3, "text", "messages, as the first at {}:1"),
+        ([b"{", {"id": 3}, {"text": "x"}, chat(1)], 4, "messages", "text, as the first at {}:3"),
+        ([{"prompt": "a", "completion": "b"}, {"text": "x"}], 2, "text", "prompt_completion, as the first at {}:1"),
+    ],
+)
+def test_rows_of_two_kinds_are_named_by_their_first_lines(tmp_path, rows, line, found, expected):
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BadRow) as error:
+        open_path(path)[line - 1]
+    assert str(error.value) == (
+        f"{path}:{line}: expected a row of kind {expected.format(path)}; found one of kind {found}: a source has one "
+        f"kind: put the {found} rows into a file of their own, and list both in the config"
+    )
+
+
+def test_the_kind_that_the_config_gives_holds(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [chat(0) | {"text": "x"}, {"text": "y"}, chat(1), {"id": 1}])
+    source = open_path(path, kind="text")
+    assert [source[i].text for i in (0, 1)] == ["x", "y"]
+    with pytest.raises(BadRow, match="rows.jsonl:3: expected a row of the source's kind, text; found one of kind mess"):
+        source[2]
+    with pytest.raises(BadRow, match="rows.jsonl:4: text must be a string; found nothing"):
+        source[3]
 
 
 BAD_LINES = {

@@ -16,7 +16,7 @@ from postrain.errors import UserError
 def test_the_workdir_holds_everything(finished):
     workdir, _ = finished
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", ".lock", "checkpoints", "export", "report.html"}
+    assert names == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "export", "report.html"}
 
 
 def test_every_step_has_its_line(finished, inputs):
@@ -95,7 +95,9 @@ def test_the_report_is_one_file_with_everything(finished):
 
 
 def test_what_is_printed_first(inputs, tmp_path, capsys):
-    postrain.train(make_values(inputs, train={"steps": 1}, eval={"before": False}, export={"format": "none"}), tmp_path)
+    values = make_values(inputs, train={"steps": 1}, eval={"before": False}, export={"format": "none"})
+    values["optimizer"]["warmup_steps"] = 20
+    postrain.train(values, tmp_path)
     printed = capsys.readouterr().out
     for words in (
         "* optimizer.learning_rate = 0.01",
@@ -105,6 +107,7 @@ def test_what_is_printed_first(inputs, tmp_path, capsys):
         "attention   chunked",
         "GiB a device",
         "FLOPs/step = ",
+        "warning     optimizer.warmup_steps = 20: longer than the run, cut to its 1 step\n",
         "train ",
     ):
         assert words in printed

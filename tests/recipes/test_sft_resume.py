@@ -1,6 +1,7 @@
 """Killed at any instant and started again, a run ends in the same bytes; a changed one is refused or told."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from postrain.compute.export import export_workdir
 from postrain.compute.workdir import describe_changes, lock_workdir
 from postrain.config import resolve, to_dict
 from postrain.errors import UserError
+from postrain.recipes import sft
 
 STEPS = 40
 
@@ -93,20 +95,73 @@ def test_other_data_is_refused_by_name(inputs, finished, tmp_path):
     values = make_values(inputs)
     values["data"]["train"] = str(tmp_path / "train.jsonl")
     before = read_folder(workdir)
-    with pytest.raises(UserError, match="the data pipeline is not the one of this checkpoint") as caught:
+    with pytest.raises(
+        UserError, match=r"has changed: source 'train': file train.jsonl has other content: was \S+ bytes"
+    ):
         postrain.train(values, workdir)
-    assert "train.jsonl" in str(caught.value) or "sources" in str(caught.value)
     assert read_folder(workdir) == before
 
 
+def test_all_that_changed_is_named_at_once_and_before_anything_is_loaded(inputs, finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    before = read_folder(workdir)
+    shutil.copytree(inputs / "model", tmp_path / "model")
+    text = (tmp_path / "model" / "config.json").read_text()
+    (tmp_path / "model" / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    write_rows(tmp_path / "train.jsonl", 41)
+    changed = {"optimizer": {"name": "lion", "learning_rate": 1e-3, "ema_decay": 0.5}, "eval": {"every": 1}}
+    values = make_values(inputs, data={"train": str(tmp_path / "train.jsonl"), "seed": 3}, **changed)
+    values["model"] = {"path": str(tmp_path / "model"), "lora": {"rank": 8, "targets": ["q"]}}
+    for name in ("load_examples", "load_model"):
+        monkeypatch.setattr(sft, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    with pytest.raises(UserError, match=f"{workdir}/checkpoints/6: the run cannot go on from here") as caught:
+        postrain.train(values, workdir)
+    error = str(caught.value)
+    for words in (
+        "data.seed: was 0, is 3;",
+        "file train.jsonl has other content",
+        "model.lora.rank: was 4, is 8;",
+        "model.lora.targets: was [",
+        "model.path: other content of config.json;",
+        "optimizer.name: was 'adamw', is 'lion';",
+        "optimizer.ema_decay: was 0.0, is 0.5:",
+    ):
+        assert words in error, error
+    assert "learning_rate" not in error and "eval" not in error and "\n" not in error
+    assert read_folder(workdir) == before
+
+
+def test_files_of_a_glob_are_compared_one_by_one(inputs, tmp_path):
+    for i in range(3):
+        write_rows(tmp_path / f"part{i}.jsonl", 8, first=8 * i)
+    (tmp_path / "part1.jsonl").open("a").write("\n")
+    values = make_values(inputs, data={"train": str(tmp_path / "part*.jsonl"), "eval": []}, train={"steps": 1})
+    values["export"] = {"format": "none"}
+    postrain.train(values, tmp_path / "run")
+    assert postrain.train(values, tmp_path / "run")["train/loss"] > 0
+    write_rows(tmp_path / "part1.jsonl", 9, first=8)
+    write_rows(tmp_path / "part3.jsonl", 1)
+    with pytest.raises(UserError) as caught:
+        postrain.train(values, tmp_path / "run")
+    assert "file part3.jsonl is new; " in str(caught.value) and "file part1.jsonl has other content" in str(
+        caught.value
+    )
+    assert "part0" not in str(caught.value) and "part2" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("lora", "words"), [({"rank": 8}, "lora.rank 4 -> 8"), ({"rank": 4, "alpha": 8}, "lora.alpha 32.0 -> 8.0")]
+    ("lora", "words"),
+    [
+        ({"rank": 8}, "model.lora.rank: was 4, is 8:"),
+        ({"rank": 4, "alpha": 8}, "model.lora.alpha: was 32.0, is 8.0:"),
+        ({"rank": 0}, "model.lora.rank: was 4, is 0:"),
+    ],
 )
 def test_another_adapter_is_refused(inputs, finished, lora, words):
     workdir, _ = finished
     values = make_values(inputs)
     values["model"]["lora"] = lora
-    with pytest.raises(UserError, match=f"the model is not the one of this checkpoint .*{words}"):
+    with pytest.raises(UserError, match=f"has changed: {words} change it back, or use another workdir"):
         postrain.train(values, workdir)
 
 

@@ -1,0 +1,114 @@
+"""Whether a run can go on from what its workdir holds, told before data is rendered and the model loaded.
+
+What a resume refuses is known from the newest checkpoint's ``run/data.json`` and the files that the config names now.
+``Checkpointer.restore`` compares once more, with what only rendering and loading tell.
+"""
+
+import bisect
+import dataclasses
+import json
+import os
+import pathlib
+
+from postrain.compute.checkpoint import fingerprint_model
+from postrain.compute.optimizer import describe_structure
+from postrain.config import Config, OptimizerConfig, SourceConfig
+from postrain.data.fingerprint import compare_fingerprints, make_fingerprint
+from postrain.data.schema import BadRow
+from postrain.data.sources import Source, open_source
+from postrain.data.tokenizer import Tokenizer
+from postrain.errors import UserError
+from postrain.models.config import LoraConfig
+
+_SHOWN = 8  # changes in one message
+
+
+def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+    """Raises UserError naming everything because of which the run in ``checkpoints`` cannot go on with ``config``.
+
+    Args:
+        tokenizer: the one that ``config`` names now.
+        folder: of the model that ``config`` names now.
+    """
+    place, saved = _read_newest(checkpoints)
+    if saved is None:
+        return
+    lora = config.model.lora
+    adapters = LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
+    changes = [
+        *_compare_data(saved["fingerprint"], config, tokenizer),
+        *_compare_models(saved["base_fingerprint"], fingerprint_model(folder, adapters)),
+        *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
+    ]
+    if changes:
+        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        raise UserError(
+            f"{place}: the run cannot go on from here, since what it stands on has changed: "
+            f"{'; '.join(changes[:_SHOWN])}{more}: change it back, or use another workdir"
+        )
+
+
+def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple[None, None]:
+    """The newest checkpoint that can be read and what it says of its run. Damaged ones are for restore to report."""
+    steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]
+    for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
+        try:
+            saved = json.loads((path / "run" / "data.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(saved, dict) and {"fingerprint", "base_fingerprint", "config"} <= saved.keys():
+            return path, saved
+    return None, None
+
+
+def _compare_data(saved: dict, config: Config, tokenizer: Tokenizer) -> list[str]:
+    files = [_list_files(source) for source in config.data.train]
+    now = make_fingerprint(files, tokenizer, [], config.data)
+    return compare_fingerprints(saved, now | {"documents": saved.get("documents")})
+
+
+def _list_files(config: SourceConfig) -> tuple[str, list[str]]:
+    """Name of a source and its files that have rows, in order."""
+    source, files, row = open_source(config), [], 0
+    while row < len(source):
+        file = _file_of(source, row)
+        files.append(file)
+        # The rows of a file stand together: where the next one begins is found without reading them all.
+        key = lambda other, file=file: _file_of(source, other) != file
+        row = bisect.bisect_left(range(len(source)), True, lo=row, key=key)
+    return source.name, files
+
+
+def _file_of(source: Source, row: int) -> str:
+    try:
+        return source.raw(row)[0].file
+    except BadRow as error:
+        return error.ref.file
+
+
+def _compare_models(saved: dict | None, now: dict) -> list[str]:
+    """``fingerprint_model`` then and now."""
+    if saved is None:
+        return []
+    off = {"rank": 0}
+    before, after = saved.get("lora") or off, now.get("lora") or off
+    keys = [key for key in ("rank", "alpha", "targets") if key in before and key in after]
+    changes = [f"model.lora.{key}: was {before[key]}, is {after[key]}" for key in keys if before[key] != after[key]]
+    files, files_now = saved["files"], now["files"]
+    others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return changes + [f"model.path: other content of {', '.join(others[:3])}{more}"] * bool(others)
+
+
+def _compare_optimizers(saved: dict, now: OptimizerConfig) -> list[str]:
+    """The keys that give the optimizer's state other arrays; all others may change."""
+    fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    before = OptimizerConfig(**{key: saved[key] for key in fields if key in saved})
+    shape = describe_structure(before)
+    if describe_structure(now) == shape:
+        return []
+    changed = [key for key in fields if getattr(before, key) != getattr(now, key)]
+    alone = [
+        key for key in changed if describe_structure(dataclasses.replace(before, **{key: getattr(now, key)})) != shape
+    ]
+    return [f"optimizer.{key}: was {getattr(before, key)!r}, is {getattr(now, key)!r}" for key in alone or changed]
