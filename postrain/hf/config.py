@@ -4,8 +4,10 @@ A key that changes the maths and is skipped gives a model that is nearly right, 
 """
 
 import json
+import math
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,10 @@ ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {"factor", "original_max_position_embeddings"},
 }
+YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -77,13 +82,14 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig of the content of a config.json; ``where`` stands at the start of error messages."""
     family = _find_family(raw, where)
     _refuse_unknown(raw, family, where)
-    values = family.defaults | {key: value for key, value in raw.items() if value is not None}
+    values = family.defaults | raw
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vocab, embed, mlp, num_layers, num_heads = (_positive(values, key, where) for key in sizes)
-    activation = values.get("hidden_act", "silu")
+    activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise UserError(f"{where}: hidden_act is {activation!r}, supported are {', '.join(ACTIVATIONS)}")
-    values.setdefault("num_key_value_heads", num_heads)
+    if values.get("num_key_value_heads") is None:
+        values["num_key_value_heads"] = num_heads
     num_kv_heads = _positive(values, "num_key_value_heads", where)
     if num_heads % num_kv_heads:
         raise UserError(
@@ -95,7 +101,8 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
                 f"{where}: hidden_size {embed} is no multiple of num_attention_heads and head_dim is absent"
             )
         values["head_dim"] = embed // num_heads
-    max_positions = _positive(values, "max_position_embeddings", where)
+    _check_layer_types(values, num_layers, where)
+    ropes = _parse_ropes(values, family, where)
     return ModelConfig(
         vocab_size=vocab,
         embed_size=embed,
@@ -104,12 +111,12 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_positive(values, "head_dim", where),
-        max_positions=max_positions,
+        max_positions=_positive(values, "max_position_embeddings", where),
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[activation],
-        rope=_parse_rope(raw, where),
         init_std=float(values.get("initializer_range", 0.02)),
+        **ropes,
         **family.mechanisms(values),
     )
 
@@ -153,43 +160,81 @@ def _find_family(raw: dict, where: str) -> Family:
 
 
 def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
-    known = USED_KEYS | HARMLESS_KEYS | set(family.defaults) | set(NEUTRAL_VALUES) | {"sliding_window", "layer_types"}
+    known = USED_KEYS | HARMLESS_KEYS | set(family.defaults) | set(NEUTRAL_VALUES) | {"layer_types"}
     if unknown := sorted(set(raw) - known):
         raise UserError(
             f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: this library cannot know whether "
             "that changes the maths; delete from a copy of config.json what does not"
         )
     for key, neutral in NEUTRAL_VALUES.items():
-        if key in raw and raw[key] not in neutral:
+        if key not in family.defaults and key in raw and raw[key] not in neutral:
             raise UserError(f"{where}: {key} is {_short(raw[key])}, which this library does not compute: not supported")
-    if raw.get("sliding_window") is not None and raw.get("use_sliding_window") is not False:
-        raise UserError(f"{where}: sliding_window is {raw['sliding_window']}: attention windows are not supported")
-    if other := sorted(set(raw.get("layer_types") or ()) - {"full_attention"}):
-        raise UserError(f"{where}: layer_types has {', '.join(other)}: only full_attention is supported")
 
 
-def _parse_rope(raw: dict, where: str) -> RopeConfig:
-    """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    values = dict(raw.get(key) or {})
-    theta = float(values.pop("rope_theta", None) or raw.get("rope_theta") or 10_000.0)
-    kind, old_kind = values.pop("rope_type", None), values.pop("type", None)
+def _check_layer_types(values: dict, num_layers: int, where: str) -> None:
+    types = values.get("layer_types")
+    if types is None:
+        return
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise UserError(f"{where}: layer_types is {_short(types)}, expected a list of {num_layers} (num_hidden_layers)")
+    if other := sorted(set(map(str, types)) - LAYER_TYPES):
+        raise UserError(f"{where}: layer_types has {', '.join(other)}: supported are {', '.join(sorted(LAYER_TYPES))}")
+    if "sliding_attention" in types and values.get("sliding_window") is None:
+        raise UserError(f"{where}: layer_types has sliding_attention, but sliding_window is not set")
+
+
+def _parse_ropes(values: dict, family: Family, where: str) -> dict[str, RopeConfig]:
+    """``rope``, and ``local_rope`` where the family has one for its layers with a window.
+
+    From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+    """
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    stated = dict(values.get(key) or {})
+    theta = float(values.get("rope_theta") or 10_000.0)
+    if not family.local_rope:
+        return {"rope": _parse_rope(stated, key, theta, values, where)}
+    by_type = stated if set(stated) & LAYER_TYPES else {"full_attention": stated}
+    local_theta = float(values["rope_local_base_freq"])
+    full, local = (by_type.get(name) or {} for name in ("full_attention", "sliding_attention"))
+    return {
+        "rope": _parse_rope(dict(full), f"{key}.full_attention", theta, values, where),
+        "local_rope": _parse_rope(dict(local), f"{key}.sliding_attention", local_theta, values, where),
+    }
+
+
+def _parse_rope(stated: dict, key: str, theta: float, values: dict, where: str) -> RopeConfig:
+    theta = float(stated.pop("rope_theta", None) or theta)
+    kind, old_kind = stated.pop("rope_type", None), stated.pop("type", None)
     kind = kind or old_kind or "default"
     if kind not in ROPE_KEYS:
         raise UserError(f"{where}: {key}.rope_type is {_short(kind)}, supported are {', '.join(ROPE_KEYS)}")
-    if values.get("partial_rotary_factor") in (None, 1):
-        values.pop("partial_rotary_factor", None)
-    if absent := sorted(ROPE_KEYS[kind] - set(values)):
+    if stated.get("partial_rotary_factor") in (None, 1):
+        stated.pop("partial_rotary_factor", None)
+    if absent := sorted(ROPE_KEYS[kind] - set(stated)):
         raise UserError(f"{where}: {key} lacks {', '.join(absent)}, which rope type {kind} needs")
-    if unknown := sorted(set(values) - ROPE_KEYS[kind]):
+    options = YARN_OPTIONS if kind == "yarn" else set()
+    if unknown := sorted(set(stated) - ROPE_KEYS[kind] - options):
         raise UserError(f"{where}: {key} has {', '.join(unknown)}, which rope type {kind} does not know here")
     try:
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {name: float(value) for name, value in stated.items() if value is not None}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {key} holds something that is no number: {_short(values)}") from error
+        raise UserError(f"{where}: {key} holds something that is no number: {_short(stated)}") from error
+    if kind == "yarn":
+        numbers = _yarn(numbers, values)
     if "original_max_position_embeddings" in numbers:
         numbers["original_max_positions"] = int(numbers.pop("original_max_position_embeddings"))
     return RopeConfig(theta=theta, kind=kind, **numbers)
+
+
+def _yarn(numbers: dict[str, float], values: dict) -> dict[str, Any]:
+    """YaRN's numbers with what `transformers` takes for absent ones: the attention factor is 0.1 ln(factor) + 1."""
+    scale = lambda factor, m=1.0: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+    mscale, mscale_all = numbers.pop("mscale", 0.0), numbers.pop("mscale_all_dim", 0.0)
+    numbers.setdefault("factor", values["max_position_embeddings"] / numbers["original_max_position_embeddings"])
+    factor = numbers["factor"]
+    usual = scale(factor, mscale) / scale(factor, mscale_all) if mscale and mscale_all else scale(factor)
+    numbers.setdefault("attention_factor", usual)
+    return numbers | {"truncate": bool(numbers.get("truncate", True))}
 
 
 def _positive(values: dict, key: str, where: str) -> int:

@@ -32,22 +32,43 @@ def _linear(part: str, module: str, name: str) -> tuple[TensorName, TensorName]:
     )
 
 
-# In the order of Hugging Face's modules. A model has those whose parameter its ModelConfig calls for.
-TENSORS = (
-    TensorName("embed.embedding", "model.embed_tokens.weight"),
-    *_linear("attention", "self_attn", "q"),
-    *_linear("attention", "self_attn", "k"),
-    *_linear("attention", "self_attn", "v"),
-    *_linear("attention", "self_attn", "o"),
-    TensorName("layers.attention.q_norm.scale", "model.layers.{}.self_attn.q_norm.weight"),
-    TensorName("layers.attention.k_norm.scale", "model.layers.{}.self_attn.k_norm.weight"),
-    *_linear("mlp", "mlp", "gate"),
-    *_linear("mlp", "mlp", "up"),
-    *_linear("mlp", "mlp", "down"),
-    TensorName("layers.attention_norm.scale", "model.layers.{}.input_layernorm.weight"),
-    TensorName("layers.mlp_norm.scale", "model.layers.{}.post_attention_layernorm.weight"),
-    TensorName("final_norm.scale", "model.norm.weight"),
-    TensorName("unembed.embedding", "lm_head.weight"),
+def _norms(**modules: str) -> tuple[TensorName, ...]:
+    """The norms of a layer, parameter = module: the same module name is another norm in another family."""
+    return tuple(
+        TensorName(f"layers.{param}.scale", f"model.layers.{{}}.{module}.weight") for param, module in modules.items()
+    )
+
+
+def _tensors(norms: tuple[TensorName, ...]) -> tuple[TensorName, ...]:
+    """In the order of Hugging Face's modules. A model has those whose parameter its ModelConfig calls for."""
+    return (
+        TensorName("embed.embedding", "model.embed_tokens.weight"),
+        *_linear("attention", "self_attn", "q"),
+        *_linear("attention", "self_attn", "k"),
+        *_linear("attention", "self_attn", "v"),
+        *_linear("attention", "self_attn", "o"),
+        TensorName("layers.attention.q_norm.scale", "model.layers.{}.self_attn.q_norm.weight"),
+        TensorName("layers.attention.k_norm.scale", "model.layers.{}.self_attn.k_norm.weight"),
+        *_linear("mlp", "mlp", "gate"),
+        *_linear("mlp", "mlp", "up"),
+        *_linear("mlp", "mlp", "down"),
+        *norms,
+        TensorName("final_norm.scale", "model.norm.weight"),
+        TensorName("unembed.embedding", "lm_head.weight"),
+    )
+
+
+TENSORS = _tensors(_norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"))
+POST_NORM_TENSORS = _tensors(
+    _norms(post_attention_norm="post_attention_layernorm", post_mlp_norm="post_feedforward_layernorm")
+)
+SANDWICH_NORM_TENSORS = _tensors(
+    _norms(
+        attention_norm="input_layernorm",
+        post_attention_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        post_mlp_norm="post_feedforward_layernorm",
+    )
 )
 # Buffers that old exports carry; they are computed from the config.
 IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -57,31 +78,106 @@ IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 class Family:
     """How the config.json of one architecture is read.
 
-    ``mechanisms`` gives those fields of ModelConfig that are not the same for every family, from the
-    values of config.json with ``defaults`` (what `transformers` takes for an absent key) filled in.
+    ``mechanisms`` gives those fields of ModelConfig that are not the same for every family, from the values of
+    config.json with ``defaults`` (what `transformers` takes for an absent key) filled in. A key of ``defaults`` is
+    one that the family knows: for another family it may be unknown, or refused by NEUTRAL_VALUES.
     """
 
     model_type: str
     mechanisms: Callable[[dict[str, Any]], dict[str, Any]]
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     tensors: tuple[TensorName, ...] = TENSORS
+    local_rope: bool = False  # the layers with a window have a rope of their own
 
 
+def _layer_windows(c: dict[str, Any], is_local: Callable[[int], bool]) -> dict[str, Any]:
+    """``layer_windows`` from ``layer_types``, or from the layers that ``is_local`` names where the key is absent."""
+    local, window = "sliding_attention", c["sliding_window"]
+    types = c.get("layer_types") or [local if is_local(i) else "" for i in range(c["num_hidden_layers"])]
+    return {
+        "layer_windows": tuple(window if kind == local else 0 for kind in types) if window and local in types else ()
+    }
+
+
+def _qwen_windows(c: dict[str, Any]) -> dict[str, Any]:
+    used = c | {"sliding_window": c["sliding_window"] if c["use_sliding_window"] else None}
+    return _layer_windows(used, lambda i: i >= c["max_window_layers"])
+
+
+def _gemma(c: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "norm_plus_one": True,
+        "post_norms": True,
+        "embed_multiplier": c["hidden_size"] ** 0.5,
+        "query_multiplier": c["query_pre_attn_scalar"] ** -0.5,
+        "attention_softcap": float(c["attn_logit_softcapping"] or 0),
+        "logits_softcap": float(c["final_logit_softcapping"] or 0),
+        "qkv_bias": c["attention_bias"],
+        "o_bias": c["attention_bias"],
+    }
+
+
+QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+GEMMA_DEFAULTS = {
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
 FAMILIES = {
     "LlamaForCausalLM": Family(
         "llama",
         lambda c: {"qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"], "mlp_bias": c["mlp_bias"]},
         {"attention_bias": False, "mlp_bias": False, "max_position_embeddings": 2048},
     ),
+    "MistralForCausalLM": Family(
+        "mistral",
+        lambda c: _layer_windows(c, lambda i: True),
+        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+    ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
-        lambda c: {"qkv_bias": True},
-        {"max_position_embeddings": 32768},
+        lambda c: {"qkv_bias": True} | _qwen_windows(c),
+        QWEN_DEFAULTS | {"max_position_embeddings": 32768},
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
-        lambda c: {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
-        {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 32768},
+        lambda c: (
+            {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]} | _qwen_windows(c)
+        ),
+        QWEN_DEFAULTS | {"attention_bias": False, "head_dim": 128, "max_position_embeddings": 32768},
+    ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        lambda c: _gemma(c) | _layer_windows(c, lambda i: i % 2 == 0),
+        GEMMA_DEFAULTS
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192}
+        | {"num_key_value_heads": 4},
+        SANDWICH_NORM_TENSORS,
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        lambda c: (
+            {"qk_norm": "head"} | _gemma(c) | _layer_windows(c, lambda i: (i + 1) % c["sliding_window_pattern"] > 0)
+        ),
+        GEMMA_DEFAULTS
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131072}
+        | {"num_key_value_heads": 4, "sliding_window_pattern": 6}
+        | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+        SANDWICH_NORM_TENSORS,
+        local_rope=True,
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2",
+        lambda c: (
+            {"pre_norms": False, "post_norms": True, "qk_norm": "all"}
+            | {"qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
+        ),
+        {"attention_bias": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        POST_NORM_TENSORS,
     ),
 }
 
@@ -96,7 +192,7 @@ HARMLESS_KEYS = frozenset(
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id dtype "
     "torch_dtype transformers_version use_cache _name_or_path _model_name_or_path _from_model_config "
     "_attn_implementation_autoset attn_implementation name_or_path pretraining_tp max_window_layers "
-    "is_llama_config transformers.js_config unsloth_version unsloth_fixed unsloth_processing_class model_name "
+    "_sliding_window_pattern is_llama_config transformers.js_config unsloth_version unsloth_fixed unsloth_processing_class model_name "
     "output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript "
     "use_bfloat16 id2label label2id problem_type task_specific_params finetuning_task prefix tokenizer_class "
     "chunk_size_feed_forward max_length min_length do_sample early_stopping num_beams num_beam_groups "
@@ -111,7 +207,9 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "attention_dropout": (None, 0),
     "hidden_dropout": (None, 0),
     "residual_dropout": (None, 0),
+    "use_bidirectional_attention": (None, False),
     "use_sliding_window": (None, False),
+    "sliding_window": (None,),
     "use_mrope": (None, False),
     "rope_interleaved": (None, False),
     "partial_rotary_factor": (None, 1),

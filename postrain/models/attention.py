@@ -1,7 +1,8 @@
 """Causal attention over packed rows.
 
 A document is a maximal run of equal ``segment_ids`` in a row; a query sees the keys of its own document up
-to itself, the last ``window`` of them where there is a window, and nothing else. Back ends stand behind ``attention``; ``select_backend`` says which one runs.
+to itself, the last ``window`` of them where there is a window, and nothing else. Back ends stand behind
+``attention``; ``select_backend`` says which one runs.
 
 The "chunked" back end is flash attention (Dao et al. 2022, arXiv:2205.14135; backward by recomputation) in
 plain XLA: blocks of ``chunk`` queries against blocks of ``chunk`` keys with a running softmax, no [T, T]

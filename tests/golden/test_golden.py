@@ -1,6 +1,6 @@
 """A refactoring must reproduce the losses that are kept here: data order, packing, model, loss, optimizer.
 
-    python tests/golden/test_golden.py      # writes sft.json anew, when a change of the numbers is meant
+python tests/golden/test_golden.py      # writes sft.json anew, when a change of the numbers is meant
 """
 
 import json

@@ -23,6 +23,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+TIED = {"tie_word_embeddings": True}
 MODELS = {
     "llama untied": ("llama", {}),
     "llama tied, one kv head": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -36,6 +42,27 @@ MODELS = {
         "qwen3",
         {"tie_word_embeddings": True, "attention_bias": True, "num_key_value_heads": 1, "vocab_size": 320},
     ),
+    "qwen3 windows in the last layers": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen2 yarn": ("qwen2", {"rope_parameters": YARN_ROPE}),
+    "mistral windows": ("mistral", {"sliding_window": 6}),
+    "mistral without windows, no head_dim": ("mistral", {"sliding_window": None, "head_dim": None, "hidden_size": 48}),
+    "gemma2": ("gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0, **TIED}),
+    "gemma2 one kv head, caps off": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": 2.0, "num_key_value_heads": 1, "sliding_window": 3}
+        | {"num_hidden_layers": 5, **TIED},
+    ),
+    "gemma3": ("gemma3", {"num_hidden_layers": 7, "sliding_window": 6, "query_pre_attn_scalar": 20, **TIED}),
+    "gemma3 linear rope, pattern of its own": (
+        "gemma3",
+        {"num_hidden_layers": 4, "sliding_window": 4, "num_key_value_heads": 1, "rope_parameters": GEMMA_ROPES}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"], **TIED},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2 tied, every head its kv": ("olmo2", {"num_key_value_heads": 4, "attention_bias": True, **TIED}),
 }
 
 
