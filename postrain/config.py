@@ -33,7 +33,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()  # held out; empty: no evaluation
     sequence_length: int = 1024  # T, slots of a packed row
-    batch_size: int = 8  # B, packed rows of one update, over all hosts and micro-batches
+    batch_size: int = 8  # B, packed rows of one update, over all devices and micro-batches
     packing: str = "best_fit"  # or "none": one document a row
     packing_window: int = 10_000  # documents that best-fit looks at together
     too_long: str = "drop"  # documents over sequence_length: "drop", "truncate", "error"
