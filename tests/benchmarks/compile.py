@@ -1,6 +1,6 @@
 """Seconds to compile a train step of 4 and of 32 layers, in turns; the loss's temporaries at a large vocabulary.
 
-    python tests/benchmarks/compile.py --rounds 3 [--write]
+python tests/benchmarks/compile.py --rounds 3 [--write]
 """
 
 import argparse
