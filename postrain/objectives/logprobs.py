@@ -237,7 +237,7 @@ def compute_token_logprobs(hidden, unembed_VD, targets, mask, *, vocab_size: int
     ``hidden`` [..., D], ``unembed_VD`` [V', D], ``targets`` and ``mask`` [...]. At most ``chunk`` x V' logits
     exist at a time. Gradients flow to ``hidden`` and ``unembed_VD``.
     """
-    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, vocab_size, chunk)
+    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, vocab_size, min(chunk, t.shape[0]))
     return _per_row_shard(fn, hidden, unembed_VD, targets, mask, sums=False)
 
 
@@ -246,5 +246,5 @@ def compute_weighted_nll(hidden, unembed_VD, targets, weights, *, vocab_size: in
 
     Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
     """
-    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, vocab_size, chunk)
+    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, vocab_size, min(chunk, t.shape[0]))
     return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(jnp.float32), sums=True)
