@@ -51,6 +51,5 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "small":
         config.train = {"steps": 2}
         config.data.update({"sequence_length": 128, "batch_size": 2})
-        config.optimizer.warmup_steps = 0
-        config.eval.update({"every": 0, "generate_rows": 2, "max_new_tokens": 8, "batch_size": 2})
+        config.eval.update({"every": 0, "loss_rows": 6, "generate_rows": 2, "max_new_tokens": 8, "batch_size": 2})
     return config

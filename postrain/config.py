@@ -33,7 +33,7 @@ class DataConfig:
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()  # held out; empty: no evaluation
     sequence_length: int = 1024  # T, slots of a packed row
-    batch_size: int = 8  # B, packed rows of one update, over all hosts and micro-batches
+    batch_size: int = 8  # B, packed rows of one update, over all devices and micro-batches
     packing: str = "best_fit"  # or "none": one document a row
     packing_window: int = 10_000  # documents that best-fit looks at together
     too_long: str = "drop"  # documents over sequence_length: "drop", "truncate", "error"
@@ -111,10 +111,11 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
-    """Evaluation on ``data.eval``: loss on all rows, and greedy generations scored against the answers."""
+    """Evaluation on ``data.eval``: loss on its rows, and greedy generations scored against the answers."""
 
     every: int = 0  # steps between evaluations; 0: at the end only
     before: bool = True  # also before the first step
+    loss_rows: int = 0  # documents of `data.eval` that the loss is measured on, spread evenly over them; 0: all
     generate_rows: int = 0  # rows that are generated and scored; 0: loss only
     max_new_tokens: int = 128  # a longer answer is cut and counts as wrong
     batch_size: int = 32  # prompts generated together
@@ -250,6 +251,7 @@ RANGES: dict[str, Range] = {
     "train.seed": _SEED,
     "train.log_every": Range(1, _INT32),
     "eval.every": _STEPS,
+    "eval.loss_rows": Range(0, _INT32),
     "eval.generate_rows": Range(0, _INT32),
     "eval.max_new_tokens": Range(1, 2**24),
     "eval.batch_size": Range(1, 2**20),

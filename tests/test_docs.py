@@ -38,7 +38,7 @@ def in_small(words, folder):
         word = word.replace("configs/quickstart.py", "configs/quickstart.py:small")
         changed.append(word)
     if "train" in changed:
-        changed += ["--config.train.steps=2", "--config.data.sequence_length=512", "--config.optimizer.warmup_steps=0"]
+        changed += ["--config.train.steps=2", "--config.data.sequence_length=512"]
         changed += [f"--config.model.path={folder}/model"]
     return changed
 

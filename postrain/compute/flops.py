@@ -97,16 +97,23 @@ def num_linear_params(config: ModelConfig) -> int:
 
 
 def format_formula(config: ModelConfig) -> str:
-    """The formula of ``count_flops`` with the model's numbers in it, on one line."""
-    per_entry = 4 if config.lora else 6
-    adapters = f" + 6 x {num_params(shapes_of(lora_specs(config))):,} in adapters" if config.lora else ""
-    attention = config.num_layers * config.num_heads * config.head_dim
-    return (
-        f"FLOPs/step = tokens x ({per_entry} x {num_linear_params(config):,} in matrices{adapters}) "
-        f"+ 12 x {attention:,} x sum of l(l+1)/2 over documents of l tokens "
-        f"+ {per_entry} x {config.embed_size * config.vocab_size:,} x trained tokens"
-        + (" (4, not 6: frozen weights need no gradient)" if config.lora else "")
-    )
+    """``count_flops`` of this model as a function of the batch, on one short line; docs/training.md has the factors."""
+    units = {
+        "tokens": BatchStats(1, 0, 0),
+        "trained tokens": BatchStats(0, 1, 0),
+        "attention pairs": BatchStats(0, 0, 1),
+    }
+    terms = [f"{format_count(sum(count_flops(config, one).values()))} x {name}" for name, one in units.items()]
+    return f"FLOPs/step = {' + '.join(terms)} (docs/training.md)"
+
+
+def format_count(number: float) -> str:
+    """``454M``: three digits and what they count."""
+    for unit in ("", "k", "M", "G", "T"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:

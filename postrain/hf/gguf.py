@@ -10,20 +10,20 @@ import json
 import os
 import pathlib
 import re
-import struct
 from collections.abc import Callable
 from typing import Any
 
-import gguf
 import numpy as np
 from gguf.quants import dequantize
 
 from postrain.errors import UserError
-from postrain.hf.config import parse_dtype
+from postrain.hf.config import parse_config, parse_dtype
+from postrain.hf.families import FAMILIES
 from postrain.hf.folders import atomic_folder
+from postrain.hf.gguf_file import check_fields, read_gguf
 from postrain.hf.gguf_tokenizer import SentencePieceRule, build_tokenizer, write_tokenizer
 from postrain.hf.safetensors_io import write_tensors
-from postrain.hf.tree import group_layers
+from postrain.hf.tree import group_layers, list_tensors
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -127,7 +127,7 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
     UserError when the file is no whole GGUF, or has an architecture, field or tensor that is not known here.
     """
     file, target = pathlib.Path(file), parse_dtype(dtype, "dtype")
-    reader, fields = _read(file)
+    tensors, fields = read_gguf(file)
     name = fields.get("general.architecture")
     if name not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
@@ -135,11 +135,12 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
     if fields.get("split.count", 1) > 1:
         raise UserError(f"{file}: is one part of {fields['split.count']}: merge them with `llama-gguf-split --merge`")
     architecture = ARCHITECTURES[name]
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    check_fields(fields, name, file)
     config = _make_config(architecture, name, fields, tensors, file) | {"dtype": dtype}
     sources = _name_tensors(architecture, config, tensors, file)
     tokenizer = build_tokenizer(fields, architecture.sentencepiece, str(file))
     shapes = {hf_name: tuple(int(size) for size in tensors[source].shape[::-1]) for hf_name, source in sources.items()}
+    _check_shapes(shapes, config, file)
 
     def fetch(hf_name: str) -> np.ndarray:
         return _convert(tensors[sources[hf_name]], hf_name, architecture, config, file)
@@ -150,20 +151,6 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
         _write_json(folder / "generation_config.json", _generation_config(config, fields))
         write_tokenizer(folder, tokenizer, fields, config["max_position_embeddings"])
     return pathlib.Path(out_folder)
-
-
-def _read(file: pathlib.Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
-    if not file.is_file():
-        raise UserError(f"{file}: expected a GGUF file, found none")
-    try:
-        with open(file, "rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise UserError(f"{file}: does not start as a GGUF file does: download it again")
-        reader = gguf.GGUFReader(file)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, struct.error) as error:
-        raise UserError(f"{file}: not a whole GGUF file ({error}): download it again") from error
-    return reader, fields
 
 
 def _make_config(architecture: Architecture, name: str, fields: dict, tensors: dict, file: pathlib.Path) -> dict:
@@ -264,6 +251,23 @@ def _name_tensors(architecture: Architecture, config: dict, tensors: dict, file:
     return dict(sorted(sources.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+def _check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, file: pathlib.Path) -> None:
+    """Raises UserError when the tensors are not those of ``config``, where the family is one that this library has."""
+    family = FAMILIES.get(config["architectures"][0])
+    if family is None:
+        return
+    expected = {tensor.name: tensor.shape for tensor in list_tensors(parse_config(config, str(file)), family)}
+    wrong = [
+        f"{name} {list(shapes[name]) if name in shapes else 'missing'} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if shapes.get(name) != shape
+    ]
+    wrong += [f"left over {name}" for name in shapes if name not in expected]
+    if wrong:
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise UserError(f"{file}: tensors do not fit its metadata: {', '.join(wrong[:4])}{more}: use another file")
+
+
 def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, file: pathlib.Path) -> np.ndarray:
     """float32 values as Hugging Face has them: dequantised, with the converter's changes undone."""
     try:
@@ -273,6 +277,8 @@ def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, fil
         advice = "take the model in another quantisation"
         raise UserError(f"{file}: tensor {tensor.name} is of type {kind}, which is not supported: {advice}") from error
     values = np.asarray(values, np.float32).reshape([int(size) for size in tensor.shape[::-1]])
+    if not np.isfinite(values).all():
+        raise UserError(f"{file}: tensor {tensor.name} has values that are not finite: damaged: download it again")
     part = hf_name.split(".")[-2]
     if architecture.permuted and part in ("q_proj", "k_proj"):
         heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]

@@ -69,7 +69,7 @@ def build_tokenizer(fields: dict, sentencepiece: SentencePieceRule, where: str) 
         rule = _find_rule(fields, where)
         tokenizer, add_bos = _byte_level(fields, rule, where), rule.add_bos
     elif kind == "llama":
-        tokenizer, add_bos = _sentencepiece(fields, sentencepiece), True
+        tokenizer, add_bos = _sentencepiece(fields, sentencepiece, where), True
     else:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' and 'llama'")
     _add_special_tokens(tokenizer, fields, byte_level=kind == "gpt2")
@@ -104,7 +104,7 @@ def _byte_level(fields: dict, rule: ByteLevelRule, where: str) -> tokenizers.Tok
     if "tokenizer.ggml.merges" not in fields:
         raise UserError(f"{where}: has no tokenizer.ggml.merges, which a byte-level BPE needs")
     vocab = {token: index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    merges = _read_merges(fields, vocab, where)
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -117,16 +117,27 @@ def _byte_level(fields: dict, rule: ByteLevelRule, where: str) -> tokenizers.Tok
     return tokenizer
 
 
-def _sentencepiece(fields: dict, rule: SentencePieceRule) -> tokenizers.Tokenizer:
+def _read_merges(fields: dict, vocab: dict[str, int], where: str) -> list[tuple[str, str]]:
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    for left, right in merges:
+        if not (left in vocab and right in vocab and left + right in vocab):
+            found = f"tokenizer.ggml.merges has {left!r} + {right!r}, which tokenizer.ggml.tokens lacks"
+            raise UserError(f"{where}: {found}: download it again")
+    return merges
+
+
+def _sentencepiece(fields: dict, rule: SentencePieceRule, where: str) -> tokenizers.Tokenizer:
     tokens = fields["tokenizer.ggml.tokens"]
     if rule.plain_spaces:
         tokens = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocab = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
-        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    else:
+        merges = _read_merges(fields, vocab, where)
+    elif rule.merge_by_id or fields.get("tokenizer.ggml.scores"):
         ranks = range(0, -len(tokens), -1) if rule.merge_by_id else fields["tokenizer.ggml.scores"]
         merges = recover_merges(vocab, ranks)
+    else:
+        raise UserError(f"{where}: has neither tokenizer.ggml.merges nor tokenizer.ggml.scores: use another file")
     unknown = fields.get("tokenizer.ggml.unknown_token_id")
     unk_token = None if unknown is None else tokens[unknown]
     tokenizer = tokenizers.Tokenizer(

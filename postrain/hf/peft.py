@@ -11,19 +11,16 @@ import os
 import pathlib
 import re
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
-from postrain.hf.folders import atomic_folder
 from postrain.hf.load import place
-from postrain.hf.safetensors_io import TensorFiles, read_json, write_tensors
-from postrain.hf.save import gather
+from postrain.hf.safetensors_io import TensorFiles, read_json
+from postrain.hf.save import gather, write_folder
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tree import flatten, group_layers, unflatten
 from postrain.models.config import LoraConfig, ModelConfig
@@ -72,8 +69,6 @@ def save_adapter(
     that is given (what the user calls it; the folder may be a cache's). Its tokenizer is copied along, or
     ``tokenizer``, what the adapter was trained with. Raises UserError when the folder cannot be written.
     """
-    if os.path.realpath(folder) == os.path.realpath(base_folder):
-        raise UserError(f"{folder}: is the folder of the adapter's base model: export to another one")
     _check_adapter(adapter_params, config)
     leaves = flatten(adapter_params)
     tensors = {name: entry for name, entry in _adapter_tensors(config, read_family(base_folder).tensors)}
@@ -82,19 +77,15 @@ def save_adapter(
         path, layer = tensors[name]
         return gather(leaves[path], layer).T
 
-    if jax.process_index() == 0:
-        sizes = [(name, leaves[path].shape[:0:-1], np.dtype(np.float32)) for name, (path, _) in tensors.items()]
-        with atomic_folder(folder) as temporary:
-            write_tensors(temporary, sizes, fetch, file_name=WEIGHTS_FILE, max_shard_bytes=2**63)
-            text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"
-            (temporary / ADAPTER_FILE).write_text(text, encoding="utf-8")
-            copy_side_files(base_folder, temporary, tokenizer)
-            load_adapter(temporary, config)
-    else:
-        for name in tensors:  # a gather needs every process
-            fetch(name)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_adapter")
+    def finish(temporary: pathlib.Path) -> None:
+        text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"
+        (temporary / ADAPTER_FILE).write_text(text, encoding="utf-8")
+        copy_side_files(base_folder, temporary, tokenizer)
+        load_adapter(temporary, config)
+
+    announced = [(name, leaves[path].shape[:0:-1], np.dtype(np.float32)) for name, (path, _) in tensors.items()]
+    one_file = {"file_name": WEIGHTS_FILE, "max_shard_bytes": 2**63}
+    write_folder(folder, announced, fetch, finish, source_folder=base_folder, **one_file)
 
 
 def load_adapter(

@@ -7,6 +7,7 @@ run used others. Tensors are gathered and written one at a time; the folder appe
 import functools
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -43,8 +44,6 @@ def save_pretrained(
     Raises UserError when the folder cannot be written; nothing that looks whole is left then.
     """
     check_params(params, config)
-    if os.path.realpath(folder) == os.path.realpath(source_folder):
-        raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     tensors = list_tensors(config, read_family(source_folder))
     dtypes = _choose_dtypes(tensors, source_folder, dtype)
     tensors.sort(key=lambda tensor: -dtypes[tensor.name].itemsize)  # the order of a file, so of every gather
@@ -54,18 +53,40 @@ def save_pretrained(
         tensor = by_name[name]
         return _cast(fetch_tensor(leaves[tensor.entry.param], tensor), dtypes[name], name)
 
+    def finish(temporary: pathlib.Path) -> None:
+        write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
+        copy_side_files(source_folder, temporary, tokenizer)
+        open_checked(temporary, config)
+
+    announced = [(tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors]
+    write_folder(folder, announced, fetch, finish, source_folder=source_folder, max_shard_bytes=max_shard_bytes)
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    tensors: list[tuple[str, tuple[int, ...], np.dtype]],
+    fetch: Callable[[str], np.ndarray],
+    finish: Callable[[pathlib.Path], None],
+    *,
+    source_folder: str | os.PathLike,
+    **options,
+) -> None:
+    """Writes a folder of tensors that appears when it is whole: ``finish`` adds the other files and reads it back.
+
+    ``tensors``, ``fetch`` and ``options`` are those of write_tensors. Every process must call it, as ``fetch`` may
+    gather from all; the first one writes. Raises UserError when ``folder`` is ``source_folder``, which is still read.
+    """
+    if os.path.realpath(folder) == os.path.realpath(source_folder):
+        raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     if jax.process_index() == 0:
-        announced = [(tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors]
         with atomic_folder(folder) as temporary:
-            write_tensors(temporary, announced, fetch, max_shard_bytes=max_shard_bytes)
-            write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
-            copy_side_files(source_folder, temporary, tokenizer)
-            open_checked(temporary, config)
+            write_tensors(temporary, tensors, fetch, **options)
+            finish(temporary)
     else:
-        for tensor in tensors:  # a gather needs every process
-            fetch(tensor.name)
+        for name, _, _ in tensors:
+            fetch(name)
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_pretrained")
+        multihost_utils.sync_global_devices("write_folder")
 
 
 def check_params(params: dict, config: ModelConfig) -> None:

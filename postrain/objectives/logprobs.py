@@ -248,8 +248,7 @@ def compute_token_logprobs(
     ``hidden`` [..., D], ``unembed_VD`` [V', D], ``targets`` and ``mask`` [...]. At most ``chunk`` x V' logits
     exist at a time, capped at ``softcap`` where it is not 0. Gradients flow to ``hidden`` and ``unembed_VD``.
     """
-    static = _Static(vocab_size, chunk, softcap)
-    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, static)
+    fn = lambda h, u, t, m: _token_logprobs(h, u, t, m, _Static(vocab_size, min(chunk, t.shape[0]), softcap))
     return _per_row_shard(fn, hidden, unembed_VD, targets, mask, sums=False)
 
 
@@ -260,6 +259,5 @@ def compute_weighted_nll(
 
     Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
     """
-    static = _Static(vocab_size, chunk, softcap)
-    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, static)
+    fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, _Static(vocab_size, min(chunk, t.shape[0]), softcap))
     return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(jnp.float32), sums=True)

@@ -1,10 +1,11 @@
-"""Evaluation on held-out rows: the loss of all of them, and greedy answers to some, scored.
+"""Evaluation on held-out rows: the loss of all or some of them, and greedy answers to some, scored.
 
 The questions are cut out of the very sequences that the loss is measured on: what stands before a row's last
 trained span is what serving feeds the model, the span is the expected answer.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -110,6 +111,13 @@ def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) ->
     return {f"eval/{name}": total / weight for name, total in totals.items()}
 
 
+def spread(examples: Sequence, count: int) -> list:
+    """``count`` of ``examples`` at even distances, so of every source its share; all of them for 0."""
+    if not count or count >= len(examples):
+        return list(examples)
+    return [examples[i * len(examples) // count] for i in range(count)]
+
+
 class Evaluator:
     """Evaluation of one run on ``data.eval``: called with a state, it returns metrics and writes samples.jsonl.
 
@@ -121,7 +129,8 @@ class Evaluator:
         self.mesh, self.samples_path = mesh, samples_path
         self.eval_step = make_eval_step(loss_fn, mesh)
         index, count = data_process(mesh)
-        batches = make_eval_batches(eval_set, config.data, process_index=index, process_count=count)
+        measured = dataclasses.replace(eval_set, examples=spread(eval_set.examples, config.eval.loss_rows))
+        batches = make_eval_batches(measured, config.data, process_index=index, process_count=count)
         self.batches = [{k: v for k, v in batch.items() if k != "row_ids"} for batch in batches]
         self.questions = make_questions(eval_set.examples, tokenizer, config.eval.generate_rows)
         truncated = sum(example.truncated for example in eval_set.examples)

@@ -6,7 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from postrain.compute.flops import BatchStats, compute_perf, count_batch, count_flops, format_formula, peak_flops
+from postrain.compute.flops import (
+    BatchStats,
+    compute_perf,
+    count_batch,
+    count_flops,
+    format_count,
+    format_formula,
+    peak_flops,
+)
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import init_lora, init_params, merge_params
 from postrain.models.transformer import compute_hidden, unembedding
@@ -72,9 +80,18 @@ def test_frozen_weights_cost_two_thirds_and_untrained_tokens_no_projection():
     assert full["unembedding"] == 6 * 128 * 1024 * 200
     entries = 128 * 4 * 32 * 2 + 128 * 2 * 32 * 2 + 3 * 128 * 384
     assert full["linear"] == 6 * entries * 1000
-    text = format_formula(CONFIG)
-    assert f"6 x {entries:,}" in text and "6 x 131,072 x trained tokens" in text and "\n" not in text
-    assert f"4 x {entries:,}" in format_formula(dataclasses.replace(CONFIG, lora=LoraConfig(8)))
+    assert format_formula(CONFIG) == (  # 6 x 196,608; 6 x 128 x 1,024; 12 x 128
+        "FLOPs/step = 1.18M x tokens + 786k x trained tokens + 1.54k x attention pairs (docs/training.md)"
+    )
+    assert 6 * entries == 1_179_648
+
+
+def test_the_formula_of_the_largest_model_fits_on_a_line():
+    llama_405b = ModelConfig(128256, 16384, 53248, 126, 128, 8, 128, lora=LoraConfig(64))
+    line = f"MFU         {format_formula(llama_405b)}"
+    assert len(line) <= 110 and "1.62T x tokens" in line, line
+    counts = (0, 7, 999.4, 999.6, 1234, 5e6, 4.04e11, 2e15)
+    assert [format_count(number) for number in counts] == ["0", "7", "999", "1k", "1.23k", "5M", "404G", "2P"]
 
 
 class FakeDevice:

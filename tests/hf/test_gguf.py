@@ -1,6 +1,9 @@
 """GGUF files: tiny ones of every architecture, and what is refused."""
 
 import json
+import re
+import shutil
+import struct
 
 import gguf
 import numpy as np
@@ -251,14 +254,99 @@ def test_unknown_architecture(tiny, tmp_path):
         import_gguf(write_gguf(tmp_path / "a.gguf", tiny, "qwen3moe"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["missing", "garbage", "header", "half"])
-def test_files_that_are_no_gguf(tiny, tmp_path, damage):
-    file = write_gguf(tmp_path / "a.gguf", tiny, "qwen3")
-    data = file.read_bytes()
-    contents = {"garbage": b"x" * 1000, "header": data[:300], "half": data[: len(data) // 2]}
-    file.unlink()
-    if damage != "missing":
-        file.write_bytes(contents[damage])
-    with pytest.raises(UserError, match="a.gguf") as caught:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A file to be damaged: its bytes, and where its tensors begin."""
+    folder = tmp_path_factory.mktemp("whole")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 297}
+    file = write_gguf(folder / "a.gguf", make_tiny_model(folder / "model", "llama", **sizes), "llama")
+    return file.read_bytes(), gguf.GGUFReader(file).data_offset
+
+
+LIBRARY_WORDS = re.compile(r"memmap|mmap|reshape|array|numpy|broadcast|buffer|codec|struct|dtype|out of bounds", re.I)
+
+
+def refuse(tmp_path, data):
+    """The one line that answers a file of these bytes; None where it is imported."""
+    file, out = tmp_path / "b.gguf", tmp_path / "out"
+    file.write_bytes(data)
+    try:
+        import_gguf(file, out)
+    except UserError as error:
+        line = str(error)
+        assert line.startswith(f"{file}: ") and "\n" not in line and not LIBRARY_WORDS.search(line), line
+        assert not out.exists()
+        return line
+    shutil.rmtree(out)
+    return None
+
+
+def test_a_file_cut_short_is_told_by_its_sizes(whole, tmp_path):
+    data, start = whole
+    assert refuse(tmp_path, data) is None
+    for size in (len(data) - 33, (start + len(data)) // 2, start + 1):  # the last 32 bytes may be padding
+        expected = re.fullmatch(
+            rf".*: has {size:,} bytes, expected ([\d,]+) by its header: cut short or damaged: download it again",
+            refuse(tmp_path, data[:size]),
+        )
+        assert len(data) - 32 <= int(expected[1].replace(",", "")) <= len(data)
+    for size in (4, 7, 24, 300, start // 2):
+        line = refuse(tmp_path, data[:size])
+        assert line.endswith(f"its {size:,} bytes end inside the header: cut short or damaged: download it again")
+    assert refuse(tmp_path, b"x" * 1000).endswith("does not start as a GGUF file does: download it again")
+    assert refuse(tmp_path, b"").endswith("does not start as a GGUF file does: download it again")
+    with pytest.raises(UserError, match="none.gguf: expected a GGUF file, found none"):
+        import_gguf(tmp_path / "none.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_damage_to_the_header_shows_a_library(whole, tmp_path, seed):
+    """Wrong bytes anywhere before the tensors: imported, where they change nothing that counts, or one line."""
+    data, start = whole
+    rng = np.random.default_rng(seed)
+    lines = set()
+    for _ in range(40):
+        damaged = bytearray(data)
+        for at in rng.integers(4, start, 2):
+            damaged[at] = rng.choice([0, 1, 127, 128, 255])
+        lines.add(refuse(tmp_path, bytes(damaged)))
+    assert len(lines) > 3
+
+
+def test_weights_that_are_not_numbers(whole, tmp_path):
+    data, start = whole
+    line = refuse(tmp_path, data[: start + 64] + struct.pack("<f", float("nan")) + data[start + 68 :])
+    assert "weight has values that are not finite: damaged" in line
+
+
+def test_an_endless_list_is_not_followed(whole, tmp_path):
+    data, _ = whole
+    at = data.index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 8  # past its kind and its items' kind
+    assert struct.unpack_from("<Q", data, at) == (297,)
+    line = refuse(tmp_path, data[:at] + struct.pack("<Q", 2**60) + data[at + 8 :])
+    assert "end inside the header" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fields": {"qwen3.attention.head_count": [4, 4, 4]}}, r"head_count is \[4, 4, 4\], expected a whole number"),
+        ({"fields": {"qwen3.block_count": 0}}, "block_count is 0, expected a whole number above 0"),
+        ({"fields": {"qwen3.rope.freq_base": "high"}}, "freq_base is 'high', expected a number"),
+        ({"fields": {"qwen3.embedding_length": 48}}, r"embed_tokens.weight \[301, 40\] instead of \[301, 48\]"),
+        ({"fields": {"tokenizer.ggml.merges": ["abc"]}}, "merges has 'abc', expected two tokens and a space"),
+        ({"fields": {"tokenizer.ggml.merges": ["ab cd"]}}, "'ab' . 'cd', which tokenizer.ggml.tokens lacks"),
+        ({"fields": {"tokenizer.ggml.token_type": [1]}}, "token_type has 1 values, expected one for each of the 297"),
+        ({"fields": {"tokenizer.ggml.eos_token_id": 9999}}, "eos_token_id is 9999, expected the number of one of the"),
+        ({"fields": {"tokenizer.ggml.model": "llama"}, "no": "merges"}, "neither tokenizer.ggml.merges nor"),
+        ({"drop": ["blk.0.attn_q.weight", "blk.1.attn_q.weight", "blk.2.attn_q.weight"]}, "q_proj.weight missing"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value.split(",")[0],
+)
+def test_metadata_that_contradict_themselves(tiny, tmp_path, change, named):
+    tokenizer = byte_level_fields(make_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)))
+    tokenizer.pop(f"tokenizer.ggml.{change.pop('no', '')}", None)
+    file = write_gguf(tmp_path / "a.gguf", tiny, "qwen3", tokenizer=tokenizer, **change)
+    with pytest.raises(UserError, match=named) as caught:
         import_gguf(file, tmp_path / "out")
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

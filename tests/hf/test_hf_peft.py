@@ -76,7 +76,7 @@ def test_round_trip_is_exact(base, tmp_path):
 def test_an_adapter_does_not_take_the_place_of_its_base(base):
     config, _, adapter = make_adapter(base, rank=4)
     before = sorted(path.name for path in base.iterdir())
-    with pytest.raises(UserError, match="folder of the adapter's base model"):
+    with pytest.raises(UserError, match="is the folder that the model was loaded from"):
         save_adapter(base, adapter, config, base_folder=base)
     assert sorted(path.name for path in base.iterdir()) == before
 

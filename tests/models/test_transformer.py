@@ -6,29 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from odd_config import ODD_CONFIG
 
 from postrain.models import transformer
 from postrain.models.cache import init_cache
-from postrain.models.config import LoraConfig, ModelConfig, RopeConfig
+from postrain.models.config import LoraConfig, RopeConfig
 from postrain.models.params import init_lora, init_params, merge_lora, merge_params, num_params, param_specs, shapes_of
 from postrain.objectives.sft import make_sft_loss
 from postrain.types import Batch
 
-CONFIG = ModelConfig(
-    vocab_size=301,
-    embed_size=36,
-    mlp_size=50,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=10,
-    qk_norm="head",
+CONFIG = dataclasses.replace(
+    ODD_CONFIG,
     qkv_bias=True,
     o_bias=True,
     mlp_bias=True,
     init_std=0.1,
     rope=RopeConfig(theta=5e3, kind="llama3", factor=4.0, original_max_positions=32),
-    attention_chunk=16,
 )
 LENGTHS = [7, 31, 1, 12, 26]
 
@@ -184,8 +177,8 @@ def test_merge_refuses_a_leaf_in_both_trees():
 
 
 def test_number_of_parameters():
-    assert num_params(param_specs(dataclasses.replace(CONFIG, num_layers=1))) == 320 * 36 + 36 + (
-        36 + 36 * 60 + 60 + 2 * (36 * 20 + 20) + 60 * 36 + 36 + 2 * 10 + 36 + 2 * (36 * 50 + 50) + 50 * 36 + 36
+    assert num_params(param_specs(dataclasses.replace(CONFIG, num_layers=1))) == 320 * 32 + 32 + (
+        32 + 32 * 48 + 48 + 2 * (32 * 24 + 24) + 48 * 32 + 32 + 2 * 12 + 32 + 2 * (32 * 48 + 48) + 48 * 32 + 32
     )
 
 

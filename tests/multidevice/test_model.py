@@ -6,31 +6,17 @@ import functools
 import jax
 import numpy as np
 import pytest
+from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig
 from postrain.models import transformer
-from postrain.models.config import LoraConfig, ModelConfig, RopeConfig
+from postrain.models.config import LoraConfig
 from postrain.models.params import axes_of, init_lora, init_params, lora_specs, merge_params, param_specs
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
 from postrain.types import Batch
 
-CONFIG = ModelConfig(
-    vocab_size=301,
-    embed_size=32,
-    mlp_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    qk_norm="head",
-    qkv_bias=True,
-    tie_embeddings=False,
-    init_std=0.2,
-    rope=RopeConfig(theta=1e4),
-    attention_chunk=16,
-    lora=LoraConfig(rank=4),
-)
+CONFIG = dataclasses.replace(ODD_CONFIG, qkv_bias=True, tie_embeddings=False, init_std=0.2, lora=LoraConfig(rank=4))
 LENGTHS = [[9, 25, 3], [37], [20, 20], [1, 2, 30], [40], [10, 10, 10, 10], [5], [33, 6]]
 
 

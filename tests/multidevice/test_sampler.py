@@ -1,27 +1,19 @@
 """What is generated does not depend on the mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from odd_config import ODD_CONFIG
 
 from postrain.compute.step import count_compilations
 from postrain.config import MeshConfig
-from postrain.models.config import ModelConfig
 from postrain.models.params import axes_of, init_params, param_specs
 from postrain.rollout.sampler import SamplingParams, generate
 from postrain.sharding import make_mesh, named_shardings
 
-CONFIG = ModelConfig(
-    vocab_size=301,
-    embed_size=32,
-    mlp_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=12,
-    qk_norm="head",
-    init_std=0.2,
-)
+CONFIG = dataclasses.replace(ODD_CONFIG, init_std=0.2)
 
 
 MESHES = [{"data": 8, "fsdp": 1}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]

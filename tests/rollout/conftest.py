@@ -1,14 +1,8 @@
 """Tiny random models: as transformers has them, and as they are loaded here."""
 
-import pathlib
-import sys
-
 import pytest
 import torch
 import transformers
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 from tiny_models import make_tiny_model
 
 from postrain.hf.load import load_pretrained

@@ -56,10 +56,10 @@ def test_one_string_is_one_prompt(model):
 
 
 def generate_to(tmp_path, output, source="in.jsonl"):
-    """Exit code and message of `postrain generate` with a model that is not there: reading it would be the error."""
+    """The exit code of `postrain generate` with a folder that holds no model: reading it would be the error."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
     (tmp_path / "folder").mkdir(exist_ok=True)
-    words = [f"--model={tmp_path / 'no model'}", f"--input={tmp_path / source}", f"--output={output}"]
+    words = [f"--model={tmp_path / 'folder'}", f"--input={tmp_path / source}", f"--output={output}"]
     return cli.main(["generate", *words])
 
 
