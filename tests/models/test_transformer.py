@@ -23,14 +23,41 @@ CONFIG = dataclasses.replace(
     init_std=0.1,
     rope=RopeConfig(theta=5e3, kind="llama3", factor=4.0, original_max_positions=32),
 )
+# Every mechanism that is not in the plain one.
+PATTERNED = dataclasses.replace(
+    ODD_CONFIG,
+    num_layers=5,
+    layer_windows=(4, 4, 0, 4, 9),
+    local_rope=RopeConfig(theta=100.0),
+    rope=RopeConfig(theta=5e3, kind="yarn", factor=4.0, original_max_positions=16, attention_factor=1.2),
+    attention_softcap=2.0,
+    attention_sinks=True,
+    logits_softcap=3.0,
+    query_multiplier=0.4,
+    post_norms=True,
+    norm_plus_one=True,
+    embed_multiplier=5.7,
+    activation="gelu_tanh",
+    init_std=0.1,
+)
+CONFIGS = {"plain": CONFIG, "patterned": PATTERNED}
 LENGTHS = [7, 31, 1, 12, 26]
+
+
+def make_params(config):
+    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
+    return jax.tree.map(noisy, init_params(config, jax.random.key(0)))  # norms and biases too
 
 
 @pytest.fixture(scope="module")
 def params():
-    base = init_params(CONFIG, jax.random.key(0))
-    noisy = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return jax.tree.map(noisy, base)  # norms and biases too
+    return make_params(CONFIG)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    """Config and parameters."""
+    return CONFIGS[request.param], make_params(CONFIGS[request.param])
 
 
 def make_documents(seed=0):
@@ -58,7 +85,7 @@ def make_batch(rows, documents, length):
 def compute_loss_and_gradients(params, batch, config=CONFIG):
     hidden = lambda p, *arrays: transformer.compute_hidden(p, config, *arrays)
     unembedding = lambda p: transformer.unembedding(p, config)
-    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=0.0, chunk=16)
+    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=config.logits_softcap, chunk=16)
 
     def mean(params):
         loss, weight, _ = loss_fn(params, batch, None)
@@ -75,17 +102,19 @@ def assert_same(result, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("packed", [[[0, 1, 2, 3, 4]], [[4, 0], [1, 3, 2]], [[3, 1], [2], [0, 4]]])
-def test_packed_equals_one_document_a_row(params, packed):
+def test_packed_equals_one_document_a_row(model, packed):
+    config, params = model
     documents = make_documents()
     alone = make_batch([[i] for i in range(len(LENGTHS))], documents, max(LENGTHS))
     assert_same(
-        compute_loss_and_gradients(params, make_batch(packed, documents, sum(LENGTHS) + 3)),
-        compute_loss_and_gradients(params, alone),
+        compute_loss_and_gradients(params, make_batch(packed, documents, sum(LENGTHS) + 3), config),
+        compute_loss_and_gradients(params, alone, config),
     )
 
 
-def test_changing_one_document_changes_nothing_in_another(params):
-    run = jax.jit(lambda b: transformer.compute_hidden(params, CONFIG, b.tokens, b.segment_ids, b.positions))
+def test_changing_one_document_changes_nothing_in_another(model):
+    config, params = model
+    run = jax.jit(lambda b: transformer.compute_hidden(params, config, b.tokens, b.segment_ids, b.positions))
     documents = make_documents()
     changed = [make_documents(seed=1)[i] if i == 1 else d for i, d in enumerate(documents)]
     rows = [[0, 1, 2, 3, 4]]
@@ -97,10 +126,11 @@ def test_changing_one_document_changes_nothing_in_another(params):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_memory_and_not_the_result(params, remat):
+def test_rematerialisation_changes_memory_and_not_the_result(model, remat):
+    config, params = model
     batch = make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
-    expected = compute_loss_and_gradients(params, batch)
-    assert_same(compute_loss_and_gradients(params, batch, dataclasses.replace(CONFIG, remat=remat)), expected, 1e-6)
+    expected = compute_loss_and_gradients(params, batch, config)
+    assert_same(compute_loss_and_gradients(params, batch, dataclasses.replace(config, remat=remat)), expected, 1e-6)
 
 
 def test_adapters_change_nothing_at_the_start_and_merge_exactly(params):
@@ -133,17 +163,20 @@ def test_a_merge_keeps_the_kernels_dtype_or_takes_another(params):
     np.testing.assert_array_equal(same, wide.astype(jnp.bfloat16))
 
 
-def test_cached_equals_uncached_with_ragged_rows(params):
+@pytest.mark.parametrize("split", [False, True], ids=["scanned layers", "split layers"])
+def test_cached_equals_uncached_with_ragged_rows(model, split):
+    config, params = model
     lengths = [5, 11, 1]
     rng = np.random.default_rng(0)
     total = max(lengths) + 4
-    tokens = rng.integers(0, CONFIG.vocab_size, (3, total)).astype(np.int32)
+    tokens = rng.integers(0, config.vocab_size, (3, total)).astype(np.int32)
     ones, index = np.ones_like(tokens), np.tile(np.arange(total, dtype=np.int32), (3, 1))
-    whole = transformer.compute_hidden(params, CONFIG, tokens, ones, index)
-    run = jax.jit(lambda t, p, cache: transformer.compute_hidden_cached(params, CONFIG, t, p, cache))
+    whole = transformer.compute_hidden(params, config, tokens, ones, index)
+    layers = transformer.split_layers(params, config) if split else params
+    run = jax.jit(lambda t, p, cache: transformer.compute_hidden_cached(layers, config, t, p, cache))
     prompt = index[:, : max(lengths)]
     prompt_positions = np.where(prompt < np.array(lengths)[:, None], prompt, -1)
-    hidden, cache = run(tokens[:, : max(lengths)], prompt_positions, init_cache(CONFIG, 3, total + 2))
+    hidden, cache = run(tokens[:, : max(lengths)], prompt_positions, init_cache(config, 3, total + 2, split=split))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-5)
     for step in range(4):
@@ -152,9 +185,11 @@ def test_cached_equals_uncached_with_ragged_rows(params):
         np.testing.assert_allclose(hidden[:, 0], whole[np.arange(3), at[:, 0]], atol=1e-5)
 
 
-def test_the_program_does_not_grow_with_depth():
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_program_does_not_grow_with_depth(name):
     def num_lines(num_layers):
-        config = dataclasses.replace(CONFIG, num_layers=num_layers)
+        windows = (7, 7, 0, 5) * (num_layers // 4) if name == "patterned" else ()
+        config = dataclasses.replace(CONFIGS[name], num_layers=num_layers, layer_windows=windows)
         batch = make_batch([[0]], make_documents(), 16)
         hidden = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
         text = jax.jit(jax.grad(hidden)).lower(shapes_of(param_specs(config))).as_text()
