@@ -40,6 +40,8 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
     "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
     "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
 }
 
@@ -69,8 +71,8 @@ def randomize(model):
             if parameter.ndim == 1:
                 center = 1.0 if "norm" in name else 0.0
                 parameter.copy_(center + 0.3 * torch.randn_like(parameter))
-            else:
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+            else:  # of experts, [E, in, out] or [E, out, in]
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
     model.tie_weights()
 
 

@@ -28,6 +28,7 @@ ROPE_KEYS = {
     "yarn": {"factor", "original_max_position_embeddings"},
 }
 YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
+KEY_ALIASES = {"num_experts": "num_local_experts"}  # transformers has written both
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -82,7 +83,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig of the content of a config.json; ``where`` stands at the start of error messages."""
     family = _find_family(raw, where)
     _refuse_unknown(raw, family, where)
-    values = family.defaults | raw
+    values = family.defaults | {KEY_ALIASES.get(key, key): value for key, value in raw.items()}
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vocab, embed, mlp, num_layers, num_heads = (_positive(values, key, where) for key in sizes)
     activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
@@ -103,7 +104,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         values["head_dim"] = embed // num_heads
     _check_layer_types(values, num_layers, where)
     ropes = _parse_ropes(values, family, where)
-    return ModelConfig(
+    shared = dict(
         vocab_size=vocab,
         embed_size=embed,
         mlp_size=mlp,
@@ -116,9 +117,8 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[activation],
         init_std=float(values.get("initializer_range", 0.02)),
-        **ropes,
-        **family.mechanisms(values),
     )
+    return ModelConfig(**shared | ropes | family.mechanisms(values))
 
 
 def source_dtype(folder: str | os.PathLike) -> np.dtype | None:
@@ -161,7 +161,7 @@ def _find_family(raw: dict, where: str) -> Family:
 
 def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
     known = USED_KEYS | HARMLESS_KEYS | set(family.defaults) | set(NEUTRAL_VALUES) | {"layer_types"}
-    if unknown := sorted(set(raw) - known):
+    if unknown := sorted(key for key in raw if KEY_ALIASES.get(key, key) not in known):
         raise UserError(
             f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: this library cannot know whether "
             "that changes the maths; delete from a copy of config.json what does not"

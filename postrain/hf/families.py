@@ -8,21 +8,30 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from postrain.models.config import MoeConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
-    """``param``: path in the parameter tree. ``name``: in the safetensors file, ``{}`` being the layer.
+    """``param``: path in the parameter tree. ``name``: in the file, the first ``{}`` the layer, a second the expert.
 
-    ``transpose``: Hugging Face's linear layers are [out, in], ours [in, out].
+    ``transpose``: Hugging Face's linear layers are [out, in], ours [in, out]. ``part``: the tensor in the file
+    holds several parameters in turns along its last axis, this one at part, part + parts, ...
     """
 
     param: str
     name: str
     transpose: bool = False
+    part: int = 0
+    parts: int = 1
 
     @property
     def per_layer(self) -> bool:
         return "{}" in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        return self.name.count("{}") == 2
 
 
 def _linear(part: str, module: str, name: str) -> tuple[TensorName, TensorName]:
@@ -39,7 +48,10 @@ def _norms(**modules: str) -> tuple[TensorName, ...]:
     )
 
 
-def _tensors(norms: tuple[TensorName, ...]) -> tuple[TensorName, ...]:
+MLP_TENSORS = (*_linear("mlp", "mlp", "gate"), *_linear("mlp", "mlp", "up"), *_linear("mlp", "mlp", "down"))
+
+
+def _tensors(norms: tuple[TensorName, ...], mlp: tuple[TensorName, ...] = MLP_TENSORS) -> tuple[TensorName, ...]:
     """In the order of Hugging Face's modules. A model has those whose parameter its ModelConfig calls for."""
     return (
         TensorName("embed.embedding", "model.embed_tokens.weight"),
@@ -49,16 +61,16 @@ def _tensors(norms: tuple[TensorName, ...]) -> tuple[TensorName, ...]:
         *_linear("attention", "self_attn", "o"),
         TensorName("layers.attention.q_norm.scale", "model.layers.{}.self_attn.q_norm.weight"),
         TensorName("layers.attention.k_norm.scale", "model.layers.{}.self_attn.k_norm.weight"),
-        *_linear("mlp", "mlp", "gate"),
-        *_linear("mlp", "mlp", "up"),
-        *_linear("mlp", "mlp", "down"),
+        TensorName("layers.attention.sinks", "model.layers.{}.self_attn.sinks"),
+        *mlp,
         *norms,
         TensorName("final_norm.scale", "model.norm.weight"),
         TensorName("unembed.embedding", "lm_head.weight"),
     )
 
 
-TENSORS = _tensors(_norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"))
+PRE_NORMS = _norms(attention_norm="input_layernorm", mlp_norm="post_attention_layernorm")
+TENSORS = _tensors(PRE_NORMS)
 POST_NORM_TENSORS = _tensors(
     _norms(post_attention_norm="post_attention_layernorm", post_mlp_norm="post_feedforward_layernorm")
 )
@@ -69,6 +81,29 @@ SANDWICH_NORM_TENSORS = _tensors(
         mlp_norm="pre_feedforward_layernorm",
         post_mlp_norm="post_feedforward_layernorm",
     )
+)
+QWEN_MOE_TENSORS = _tensors(
+    PRE_NORMS,
+    (
+        TensorName("layers.moe.router.kernel", "model.layers.{}.mlp.gate.weight", transpose=True),
+        *(
+            TensorName(f"layers.moe.{name}.kernel", f"model.layers.{{}}.mlp.experts.{{}}.{name}_proj.weight", True)
+            for name in ("gate", "up", "down")
+        ),
+    ),
+)
+GPT_OSS_TENSORS = _tensors(
+    PRE_NORMS,
+    (
+        TensorName("layers.moe.router.kernel", "model.layers.{}.mlp.router.weight", transpose=True),
+        TensorName("layers.moe.router.bias", "model.layers.{}.mlp.router.bias"),
+        TensorName("layers.moe.gate.kernel", "model.layers.{}.mlp.experts.gate_up_proj", part=0, parts=2),
+        TensorName("layers.moe.up.kernel", "model.layers.{}.mlp.experts.gate_up_proj", part=1, parts=2),
+        TensorName("layers.moe.gate.bias", "model.layers.{}.mlp.experts.gate_up_proj_bias", part=0, parts=2),
+        TensorName("layers.moe.up.bias", "model.layers.{}.mlp.experts.gate_up_proj_bias", part=1, parts=2),
+        TensorName("layers.moe.down.kernel", "model.layers.{}.mlp.experts.down_proj"),
+        TensorName("layers.moe.down.bias", "model.layers.{}.mlp.experts.down_proj_bias"),
+    ),
 )
 # Buffers that old exports carry; they are computed from the config.
 IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -117,6 +152,24 @@ def _gemma(c: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _moe(c: dict[str, Any], mlp_size: int, **mechanisms) -> MoeConfig:
+    return MoeConfig(c["num_local_experts"], c["num_experts_per_tok"], mlp_size, **mechanisms)
+
+
+def _gpt_oss_moe(c: dict[str, Any]) -> MoeConfig:
+    swiglu = {"swiglu_alpha": c["swiglu_alpha"], "swiglu_limit": c["swiglu_limit"]}
+    biases = {"router_bias": True, "expert_bias": True}
+    return _moe(c, c["intermediate_size"], router="topk_softmax", **biases, **swiglu)
+
+
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
 GEMMA_DEFAULTS = {
     "attention_bias": False,
@@ -170,6 +223,31 @@ FAMILIES = {
         SANDWICH_NORM_TENSORS,
         local_rope=True,
     ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        lambda c: (
+            {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
+            | {"moe": _moe(c, c["moe_intermediate_size"], norm_topk=c["norm_topk_prob"])}
+            | _layer_windows(c | {"sliding_window": c["sliding_window"] if c["use_sliding_window"] else None}, bool)
+        ),
+        {"attention_bias": False, "max_position_embeddings": 32768, "num_key_value_heads": 4}
+        | {"use_sliding_window": False, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8}
+        | {"moe_intermediate_size": 768, "norm_topk_prob": False},
+        QWEN_MOE_TENSORS,
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        lambda c: (
+            {"attention_sinks": True, "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
+            | {"activation": "clamped_swiglu", "moe": _gpt_oss_moe(c)}
+            | _layer_windows(c, lambda i: i % 2 == 0)
+        ),
+        {"attention_bias": True, "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}
+        | {"sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5}
+        | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE}
+        | {"layer_types": None, "quantization_config": None},
+        GPT_OSS_TENSORS,
+    ),
     "Olmo2ForCausalLM": Family(
         "olmo2",
         lambda c: (
@@ -192,7 +270,8 @@ HARMLESS_KEYS = frozenset(
     "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id decoder_start_token_id dtype "
     "torch_dtype transformers_version use_cache _name_or_path _model_name_or_path _from_model_config "
     "_attn_implementation_autoset attn_implementation name_or_path pretraining_tp max_window_layers "
-    "_sliding_window_pattern is_llama_config transformers.js_config unsloth_version unsloth_fixed model_name "
+    "_sliding_window_pattern router_aux_loss_coef output_router_logits "
+    "is_llama_config transformers.js_config unsloth_version unsloth_fixed model_name "
     "unsloth_processing_class "
     "output_attentions output_hidden_states return_dict return_dict_in_generate output_scores torchscript "
     "use_bfloat16 id2label label2id problem_type task_specific_params finetuning_task prefix tokenizer_class "
@@ -222,4 +301,6 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "logits_scaling": (None, 1),
     "quantization_config": (None,),
     "auto_map": (None,),
+    "decoder_sparse_step": (None, 1),
+    "mlp_only_layers": (None, []),
 }

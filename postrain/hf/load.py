@@ -99,20 +99,25 @@ def make_reader(
         source = files.read(name)
         if entry.transpose:
             source = source.T
+        if entry.parts > 1:
+            source = source[..., entry.part :: entry.parts]
         if "vocab" in spec.axes:  # rows past the file's vocabulary stay zero
             source = source[index[0].start : min(index[0].stop, config.vocab_size)]
             out[: source.shape[0]] = source[(slice(None), *index[1:])]
         else:
             out[...] = source[index]
 
+    def fill_stacked(out: np.ndarray, index: tuple[slice, ...], places: tuple[int, ...] = ()) -> None:
+        if len(places) == entry.per_layer + entry.per_expert:
+            fill(out, entry.name.format(*places), index)
+            return
+        for i, place in enumerate(range(index[0].start, index[0].stop)):
+            fill_stacked(out[i], index[1:], (*places, place))
+
     def read(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
         out = np.zeros([part.stop - part.start for part in index], dtype)
-        if entry.per_layer:
-            for i, layer in enumerate(range(index[0].start, index[0].stop)):
-                fill(out[i], entry.name.format(layer), index[1:])
-        else:
-            fill(out, entry.name, index)
+        fill_stacked(out, index)
         return out
 
     return read

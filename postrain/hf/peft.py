@@ -75,7 +75,7 @@ def save_adapter(
 
     def fetch(name: str) -> np.ndarray:
         path, layer = tensors[name]
-        return gather(leaves[path], layer).T
+        return gather(leaves[path], (layer,)).T
 
     def finish(temporary: pathlib.Path) -> None:
         text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"

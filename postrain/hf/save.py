@@ -51,7 +51,7 @@ def save_pretrained(
 
     def fetch(name: str) -> np.ndarray:
         tensor = by_name[name]
-        return _cast(fetch_tensor(leaves[tensor.entry.param], tensor), dtypes[name], name)
+        return _cast(fetch_tensor(leaves, tensor), dtypes[name], name)
 
     def finish(temporary: pathlib.Path) -> None:
         write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
@@ -99,31 +99,31 @@ def check_params(params: dict, config: ModelConfig) -> None:
         raise ValueError(f"parameters do not fit the model config: {listed}")
 
 
-def fetch_tensor(param: jax.Array, tensor: FileTensor) -> np.ndarray:
+def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor) -> np.ndarray:
     """One tensor as the file has it: one layer, vocabulary padding cut, [out, in]. Gathers that layer alone."""
-    array = gather(param, tensor.layer)
-    return array.T if tensor.entry.transpose else array[: tensor.shape[0]]
+    places = tuple(i for i in (tensor.layer, tensor.expert) if i is not None)
+    arrays = [gather(leaves[entry.param], places) for entry in tensor.entries]
+    array = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
+    return array.T if tensor.entries[0].transpose else array[: tensor.shape[0]]
 
 
-def gather(param, layer: int | None) -> np.ndarray:
-    """A parameter, or one layer of a stacked one, whole on this host, wherever its parts are."""
+def gather(param, places: tuple[int, ...] = ()) -> np.ndarray:
+    """A parameter, or its part at ``places`` (layer, expert), whole on this host, wherever its parts are."""
     if isinstance(param, np.ndarray):
-        return param if layer is None else param[layer]
+        return param[places]
     devices = param.sharding.device_set
     if len(devices) > 1:
         everywhere = NamedSharding(param.sharding.mesh, PartitionSpec())
-        gathered = _make_gather(everywhere)(param, 0 if layer is None else layer, layer is not None)
-        return np.asarray(gathered.addressable_data(0))
-    if layer is None or next(iter(devices)).platform == "cpu":  # the host's own memory is not copied
-        return np.asarray(param) if layer is None else np.asarray(param)[layer]
-    return np.asarray(param[layer])
+        return np.asarray(_make_gather(everywhere)(param, places).addressable_data(0))
+    if not places or next(iter(devices)).platform == "cpu":  # the host's own memory is not copied
+        return np.asarray(param)[places]
+    return np.asarray(param[places])
 
 
 @functools.cache
 def _make_gather(sharding: NamedSharding):
-    """(stacked or single parameter, layer, is it stacked) -> the array on every device."""
-    pick = lambda param, layer, stacked: param[layer] if stacked else param
-    return jax.jit(pick, static_argnums=2, out_shardings=sharding)
+    """(parameter, places) -> that part of it on every device."""
+    return jax.jit(lambda param, places: param[places], out_shardings=sharding)
 
 
 def _choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[str, np.dtype]:

@@ -15,8 +15,9 @@ class FileTensor:
     """One tensor of a folder: where it goes in the tree and the shape it must have in the file."""
 
     name: str  # in the file
-    entry: TensorName
+    entries: tuple[TensorName, ...]  # one, or all that the tensor holds in turns, in their order
     layer: int | None  # index into the stacked parameter
+    expert: int | None  # index into one layer of it
     shape: tuple[int, ...]  # in the file: [out, in] for linear layers, the vocabulary without padding
 
 
@@ -43,23 +44,32 @@ def list_entries(config: ModelConfig, family: Family) -> list[tuple[TensorName, 
 
 def list_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
     """Every tensor of the folder of such a model, layer by layer as Hugging Face orders its modules."""
-    entries = list_entries(config, family)
-    make = lambda entry, spec, layer: FileTensor(
-        entry.name.format(layer) if entry.per_layer else entry.name, entry, layer, file_shape(entry, spec, config)
-    )
-    first = next((i for i, (entry, _) in enumerate(entries) if entry.per_layer), len(entries))
-    before = [make(entry, spec, None) for entry, spec in entries[:first] if not entry.per_layer]
-    after = [make(entry, spec, None) for entry, spec in entries[first:] if not entry.per_layer]
-    stacked = [(entry, spec) for entry, spec in entries if entry.per_layer]
-    layers = [make(entry, spec, layer) for layer in range(config.num_layers) for entry, spec in stacked]
-    return before + layers + after
+    groups: dict[str, list[tuple[TensorName, ParamSpec]]] = {}
+    for entry, spec in list_entries(config, family):
+        groups.setdefault(entry.name, []).append((entry, spec))
+
+    def make(name: str, layer: int | None = None, expert: int | None = None) -> FileTensor:
+        entries = tuple(entry for entry, _ in groups[name])
+        places = [i for i in (layer, expert) if i is not None]
+        return FileTensor(name.format(*places), entries, layer, expert, file_shape(*groups[name][0], config))
+
+    names = list(groups)
+    first = next((i for i, name in enumerate(names) if groups[name][0][0].per_layer), len(names))
+    stacked = [name for name in names if groups[name][0][0].per_layer]
+    tensors = [make(name) for name in names[:first]]
+    for layer in range(config.num_layers):
+        for name in stacked:
+            experts = range(config.moe.num_experts) if groups[name][0][0].per_expert else (None,)
+            tensors += [make(name, layer, expert) for expert in experts]
+    return tensors + [make(name) for name in names[first:] if name not in stacked]
 
 
 def file_shape(entry: TensorName, spec: ParamSpec, config: ModelConfig) -> tuple[int, ...]:
-    """Shape in the file of one layer of a parameter."""
-    shape = spec.shape[1:] if entry.per_layer else spec.shape
-    axes = spec.axes[1:] if entry.per_layer else spec.axes
+    """Shape in the file of one layer (of one expert) of a parameter, and of those that share the tensor with it."""
+    stacked = entry.per_layer + entry.per_expert
+    shape, axes = spec.shape[stacked:], spec.axes[stacked:]
     shape = tuple(config.vocab_size if axis == "vocab" else size for axis, size in zip(axes, shape, strict=True))
+    shape = (*shape[:-1], shape[-1] * entry.parts)
     return shape[::-1] if entry.transpose else shape
 
 

@@ -40,7 +40,7 @@ def _norm(config: ModelConfig, *shape: int) -> dict:
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the base model, without adapters."""
     c, num_layers = config, config.num_layers
-    layers = {"attention": _attention_specs(c), "mlp": _mlp_specs(c)}
+    layers = {"attention": _attention_specs(c)} | ({"moe": _moe_specs(c)} if c.moe else {"mlp": _mlp_specs(c)})
     if c.pre_norms:
         layers |= {name: _norm(c, num_layers, c.embed_size) for name in ("attention_norm", "mlp_norm")}
     if c.post_norms:
@@ -74,23 +74,42 @@ def _mlp_specs(c: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _moe_specs(c: ModelConfig) -> dict[str, Any]:
+    moe, linears = c.moe, {}
+    inside, outside = ("embed", c.embed_size), ("mlp", moe.mlp_size)
+    for name, (axis_in, size_in), (axis_out, size_out) in (
+        ("gate", inside, outside),
+        ("up", inside, outside),
+        ("down", outside, inside),
+    ):
+        shape, axes = (c.num_layers, moe.num_experts), ("layers", "experts")
+        linears[name] = {"kernel": ParamSpec((*shape, size_in, size_out), (*axes, axis_in, axis_out))}
+        if moe.expert_bias:
+            linears[name]["bias"] = ParamSpec((*shape, size_out), (*axes, axis_out), "zeros")
+    router = {"kernel": ParamSpec((c.num_layers, c.embed_size, moe.num_experts), ("layers", "embed", None))}
+    if moe.router_bias:
+        router["bias"] = ParamSpec((c.num_layers, moe.num_experts), ("layers", None), "zeros")
+    return {"router": router} | linears
+
+
 def lora_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the adapters of ``config.lora``, shaped like the linear layers they stand beside."""
     assert isinstance(config.lora, LoraConfig)
     rank, targets = config.lora.rank, config.lora.targets
 
     def adapters(kernel: ParamSpec) -> dict:
-        num_layers, size_in, size_out = kernel.shape
-        _, axis_in, axis_out = kernel.axes
+        *stack, size_in, size_out = kernel.shape  # layers, and experts where there are some
+        *axes, axis_in, axis_out = kernel.axes
         return {
-            "lora_a": ParamSpec((num_layers, size_in, rank), ("layers", axis_in, None), "lora_a"),
-            "lora_b": ParamSpec((num_layers, rank, size_out), ("layers", None, axis_out), "zeros"),
+            "lora_a": ParamSpec((*stack, size_in, rank), (*axes, axis_in, None), "lora_a"),
+            "lora_b": ParamSpec((*stack, rank, size_out), (*axes, None, axis_out), "zeros"),
         }
 
     layers = param_specs(config)["layers"]
     found = {
         part: {name: adapters(linear["kernel"]) for name, linear in layers[part].items() if name in targets}
-        for part in ("attention", "mlp")
+        for part in ("attention", "mlp", "moe")
+        if part in layers
     }
     return {"layers": {part: linears for part, linears in found.items() if linears}}
 
@@ -177,7 +196,7 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     assert config.lora is not None
     kernel = params["kernel"]
     a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
-    delta = config.lora.scale * jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+    delta = config.lora.scale * jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
     merged = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b")}
     return merged | {"kernel": (kernel.astype(jnp.float32) + delta).astype(dtype or kernel.dtype)}
 

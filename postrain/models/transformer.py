@@ -13,6 +13,7 @@ import numpy as np
 from postrain.models.attention import attention, cached_attention, soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
+from postrain.models.moe import moe_mlp
 from postrain.models.params import merge_lora
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain
@@ -61,12 +62,22 @@ def _attend(x_BTD, p, config, rotations, attend):
     return x_BTD + (rms_norm(out, p["post_attention_norm"], config) if config.post_norms else out)
 
 
-def _feed_forward(x_BTD, p, config):
+def _feed_forward(x_BTD, p, config, mask, routing=None):
+    """The MLP sublayer, or the experts'; and the experts' routing, None without experts."""
     h = rms_norm(x_BTD, p["mlp_norm"], config) if config.pre_norms else x_BTD
-    gate = ACTIVATIONS[config.activation](linear(h, p["mlp"]["gate"], config))
-    hidden = constrain(gate * linear(h, p["mlp"]["up"], config), ("batch", "sequence", "mlp"))
-    out = linear(hidden, p["mlp"]["down"], config)
-    return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out)
+    if config.moe is None:
+        out, routed = _mlp(h, p["mlp"], config), None
+    else:
+        scale = config.lora.scale if config.lora else 1.0
+        options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_scale": scale}
+        out, routed = moe_mlp(h, p["moe"], config.moe, **options)
+    return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out), routed
+
+
+def _mlp(x_BTD, p, config):
+    gate = ACTIVATIONS[config.activation](linear(x_BTD, p["gate"], config))
+    hidden = constrain(gate * linear(x_BTD, p["up"], config), ("batch", "sequence", "mlp"))
+    return linear(hidden, p["down"], config)
 
 
 def _rotations_by_layer(config: ModelConfig, positions):
@@ -112,11 +123,19 @@ def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, posit
 
     ``segment_ids_BT`` keep packed documents apart (0 = padding), ``positions_BT`` restart with each document.
     """
+    return compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT)[0]
+
+
+def compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT, routing_LBTk=None):
+    """``compute_hidden``, and the ``MoeAux`` of every layer, leaves stacked on a leading L; None without experts.
+
+    ``routing_LBTk``: the ``expert_ids`` of another run, to send each token to the same experts again.
+    """
     x_BTD = constrain(embed(params, config, tokens_BT), ("batch", "sequence", "embed_act"))
     rotations_of = _rotations_by_layer(config, positions_BT)
 
     def layer(x_BTD, inputs):
-        p, window = inputs  # the pattern of windows is data: one program for every layer, however they alternate
+        p, window, routing = inputs  # the pattern of windows is data: one program, however the layers alternate
 
         def attend(q, k, v):
             return attention(
@@ -134,10 +153,12 @@ def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, posit
             )
 
         x_BTD = _attend(x_BTD, p, config, rotations_of(window), attend)
-        return constrain(_feed_forward(x_BTD, p, config), ("batch", "sequence", "embed_act")), None
+        x_BTD, routed = _feed_forward(x_BTD, p, config, segment_ids_BT > 0, routing)
+        return constrain(x_BTD, ("batch", "sequence", "embed_act")), routed
 
-    x_BTD, _ = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, (params["layers"], _windows(config)))
-    return rms_norm(x_BTD, params["final_norm"], config)
+    inputs = params["layers"], _windows(config), routing_LBTk
+    x_BTD, routed = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, inputs)
+    return rms_norm(x_BTD, params["final_norm"], config), routed
 
 
 def split_layers(params: dict, config: ModelConfig) -> dict:
@@ -182,7 +203,8 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
                 scale=config.attention_scale,
             )
 
-        x_BSD = _feed_forward(_attend(x_BSD, p, config, rotations_of(window), attend), p, config)
+        x_BSD = _attend(x_BSD, p, config, rotations_of(window), attend)
+        x_BSD, _ = _feed_forward(x_BSD, p, config, positions_BS >= 0)
         return x_BSD, k_cache, v_cache
 
     def scan_layer(carry, inputs):  # the cache is carried, not scanned over, so that it is written in place
