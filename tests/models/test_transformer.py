@@ -10,7 +10,7 @@ from odd_config import ODD_CONFIG
 
 from postrain.models import transformer
 from postrain.models.cache import init_cache
-from postrain.models.config import LoraConfig, RopeConfig
+from postrain.models.config import LoraConfig, MoeConfig, RopeConfig
 from postrain.models.params import init_lora, init_params, merge_lora, merge_params, num_params, param_specs, shapes_of
 from postrain.objectives.sft import make_sft_loss
 from postrain.types import Batch
@@ -40,7 +40,13 @@ PATTERNED = dataclasses.replace(
     activation="gelu_tanh",
     init_std=0.1,
 )
-CONFIGS = {"plain": CONFIG, "patterned": PATTERNED}
+EXPERTS = dataclasses.replace(
+    ODD_CONFIG,
+    moe=MoeConfig(5, 2, mlp_size=20, router="topk_softmax", router_bias=True, expert_bias=True),
+    activation="clamped_swiglu",
+    init_std=0.1,
+)
+CONFIGS = {"plain": CONFIG, "patterned": PATTERNED, "experts": EXPERTS}
 LENGTHS = [7, 31, 1, 12, 26]
 
 
@@ -133,8 +139,9 @@ def test_rematerialisation_changes_memory_and_not_the_result(model, remat):
     assert_same(compute_loss_and_gradients(params, batch, dataclasses.replace(config, remat=remat)), expected, 1e-6)
 
 
-def test_adapters_change_nothing_at_the_start_and_merge_exactly(params):
-    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=3, alpha=7.0, targets=("q", "v", "down")))
+def test_adapters_change_nothing_at_the_start_and_merge_exactly(model):
+    base, params = model
+    config = dataclasses.replace(base, lora=LoraConfig(rank=3, alpha=7.0, targets=("q", "v", "down")))
     batch = make_batch([[0, 1], [4, 3]], make_documents(), 60)
     run = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions)
     adapters = init_lora(config, jax.random.key(1))
@@ -146,7 +153,8 @@ def test_adapters_change_nothing_at_the_start_and_merge_exactly(params):
     np.testing.assert_allclose(run(both), run(merged), atol=2e-5)
     assert np.abs(run(both) - run(params)).max() > 0.1
     targets = {"q", "v", "down"}
-    assert set(adapters["layers"]["attention"]) | set(adapters["layers"]["mlp"]) == targets
+    layers = adapters["layers"]
+    assert set(layers["attention"]) | set(layers["moe" if config.moe else "mlp"]) == targets
 
 
 def test_a_merge_keeps_the_kernels_dtype_or_takes_another(params):
