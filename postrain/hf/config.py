@@ -137,13 +137,19 @@ def parse_dtype(name: str, where: str) -> np.dtype:
 
 
 def write_config(folder: pathlib.Path, source_folder: str | os.PathLike, dtype: str | None = None) -> None:
-    """Copies config.json of ``source_folder`` as it is but for the dtype, when ``dtype`` names another."""
+    """Copies config.json of ``source_folder`` as it is but for the dtype, when ``dtype`` names another.
+
+    Weights are never written quantised, so a ``quantization_config`` stays behind.
+    """
     raw = read_json(config_file(source_folder))
-    if dtype is None:
+    quantized = raw.pop("quantization_config", None)
+    if dtype is None and quantized is None:
         (folder / CONFIG_FILE).write_bytes(config_file(source_folder).read_bytes())
         return
     keys = [key for key in DTYPE_KEYS if key in raw] or [DTYPE_KEYS[0]]
-    text = json.dumps(raw | dict.fromkeys(keys, dtype), indent=2, ensure_ascii=False)
+    if dtype is not None:
+        raw |= dict.fromkeys(keys, dtype)
+    text = json.dumps(raw, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -165,6 +171,13 @@ def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
         raise UserError(
             f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: this library cannot know whether "
             "that changes the maths; delete from a copy of config.json what does not"
+        )
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in (None, "mxfp4") or (quantization is not None and method is None):
+        raise UserError(
+            f"{where}: quantization_config.quant_method is {_short(method)}: of quantised weights, mxfp4 can be read; "
+            "take the folder with the unquantised weights"
         )
     for key, neutral in NEUTRAL_VALUES.items():
         if key not in family.defaults and key in raw and raw[key] not in neutral:

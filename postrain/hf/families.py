@@ -245,7 +245,7 @@ FAMILIES = {
         {"attention_bias": True, "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}
         | {"sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5}
         | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE}
-        | {"layer_types": None, "quantization_config": None},
+        | {"layer_types": None, "experts_per_token": None, "initial_context_length": None},
         GPT_OSS_TENSORS,
     ),
     "Olmo2ForCausalLM": Family(
@@ -263,7 +263,7 @@ FAMILIES = {
 USED_KEYS = frozenset(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings hidden_act "
-    "initializer_range rope_theta rope_scaling rope_parameters".split()
+    "quantization_config initializer_range rope_theta rope_scaling rope_parameters".split()
 )
 # Change nothing in the logits: token ids, dtypes, remarks of the software that wrote the file, generation.
 HARMLESS_KEYS = frozenset(
@@ -299,7 +299,6 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "embedding_multiplier": (None, 1),
     "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1),
-    "quantization_config": (None,),
     "auto_map": (None,),
     "decoder_sparse_step": (None, 1),
     "mlp_only_layers": (None, []),

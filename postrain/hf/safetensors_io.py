@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from postrain.errors import UserError
+from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor, packed_names
 
 ONE_FILE = "model.safetensors"
 INDEX_FILE = f"{ONE_FILE}.index.json"
@@ -28,6 +29,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+MXFP4 = "MXFP4"  # no dtype of safetensors: blocks and scales that are read as one tensor
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -56,6 +58,7 @@ class TensorFiles:
         self.folder = pathlib.Path(folder)
         self.infos: dict[str, TensorInfo] = {}
         self._maps: dict[pathlib.Path, mmap.mmap] = {}
+        self._packed: dict[str, tuple[TensorInfo, TensorInfo]] = {}
         index = self.folder / f"{one_file}.index.json"
         if index.exists():
             self._open_sharded(index)
@@ -63,6 +66,14 @@ class TensorFiles:
             self.infos = read_header(self.folder / one_file)
         else:
             raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {_other_weights(self.folder)}")
+
+        for name in packed_names(self.infos):
+            blocks, scales = (self.infos.pop(name + suffix) for suffix in SUFFIXES)
+            experts, size_out, groups = scales.shape
+            if (blocks.dtype, scales.dtype) != ("U8", "U8") or blocks.shape != (*scales.shape, 16):
+                raise UserError(f"{blocks.file}: {name}_blocks and {name}_scales are not MXFP4: download it again")
+            self._packed[name] = blocks, scales
+            self.infos[name] = TensorInfo(blocks.file, MXFP4, (experts, groups * GROUP, size_out), blocks.offset)
 
     def _open_sharded(self, index: pathlib.Path) -> None:
         weight_map = read_json(index).get("weight_map")
@@ -80,18 +91,22 @@ class TensorFiles:
                 raise UserError(f"{index}: has no entry for tensors of {file}: {_some(unlisted)}: download it again")
             self.infos |= found
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray | Mxfp4Tensor:
         """The tensor as a read-only array over the file: only what is then sliced or copied is read."""
+        if name in self._packed:
+            return Mxfp4Tensor(*(self._map(info, np.dtype(np.uint8)) for info in self._packed[name]))
         info = self.infos[name]
         if info.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise UserError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {known}: dequantise it first")
+        return self._map(info, DTYPES[info.dtype])
+
+    def _map(self, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
         if info.file not in self._maps:
             with open(info.file, "rb") as file:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.prod(info.shape, dtype=np.int64))
-        flat = np.frombuffer(self._maps[info.file], DTYPES[info.dtype], count, info.offset)
-        return flat.reshape(info.shape)
+        return np.frombuffer(self._maps[info.file], dtype, count, info.offset).reshape(info.shape)
 
 
 def read_json(file: pathlib.Path) -> dict:

@@ -133,7 +133,8 @@ def _choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict
     folder = pathlib.Path(source_folder)
     weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
     infos = TensorFiles(folder).infos if weights else {}
-    return {t.name: DTYPES[infos[t.name].dtype] if t.name in infos else stated for t in tensors}
+    known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
+    return {t.name: known.get(t.name, stated) for t in tensors}  # what was packed is written in the stated dtype
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
