@@ -46,6 +46,29 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in the place of the MLP, see postrain.models.moe.
+
+    ``router``: "softmax_topk" (softmax over all experts, then the k largest; ``norm_topk``: divided by their sum) or
+    "topk_softmax" (the k largest logits, then softmax over those).
+    """
+
+    num_experts: int  # E
+    experts_per_token: int  # k
+    mlp_size: int  # F, hidden units of one expert
+    router: str = "softmax_topk"
+    norm_topk: bool = True
+    router_bias: bool = False
+    expert_bias: bool = False
+    swiglu_alpha: float = 1.702  # of the activation "clamped_swiglu"
+    swiglu_limit: float = 7.0
+    load_balance_coef: float = 0.0  # weights of the router losses in the training loss
+    z_coef: float = 0.0
+    load_balance_over: str = "batch"  # tokens that are to be balanced: of a micro-"batch", or of each "row" of it
+    backend: str = "auto"  # of the grouped matrix products: "ragged_dot" or "blocks"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer. Sizes are counts; ``vocab_size`` is the tokenizer's side of it."""
 
@@ -59,7 +82,8 @@ class ModelConfig:
     max_positions: int = 4096  # what the model was made for; longer documents and prompts are warned of
     norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    activation: str = "silu"  # of the gate
+    moe: MoeConfig | None = None  # experts in the place of the MLP; ``mlp_size`` is not used then
+    activation: str = "silu"  # of the gate: "silu", "gelu_tanh"; of experts also "clamped_swiglu"
     qk_norm: str = "none"  # RMSNorm of queries and keys: "none", over the H of each "head", or over "all" heads
     pre_norms: bool = True  # RMSNorm of what goes into attention and MLP
     post_norms: bool = False  # RMSNorm of what comes out of them, before it joins the residual stream

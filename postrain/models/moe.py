@@ -1,0 +1,331 @@
+"""Mixture of experts: a router sends every token to k of E gated MLPs and adds up what they give.
+
+The assignments of tokens to experts are sorted by expert, and each expert multiplies its own run of rows
+(postrain.models.grouped_dot): the work is that of the k experts a token uses. There is no capacity and no token is
+dropped. Padding is assigned to no expert.
+
+Under a mesh every device computes its own rows with its own experts (mesh axis ``expert``) and its own hidden units
+(``tensor``), and the partial outputs are added up. Where the rows are split over ``expert`` too, XLA gathers them
+before and scatters the sum after: with k experts a token nearly every device of the axis needs every token, so an
+all-to-all would move as much, and would need buffers for the worst case or drop tokens.
+
+Legend: B rows, T positions, N = B * T tokens, D embed_size, E experts, k experts per token, M = N * k assignments,
+F hidden units of one expert, I and O the sizes in and out of any expert kernel, r LoRA rank.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from postrain.models.config import MoeConfig
+from postrain.models.grouped_dot import grouped_dot, select_backend
+from postrain.sharding import BATCH_AXES, named_shardings
+
+ROUTERS = ("softmax_topk", "topk_softmax")
+HIGHEST = jax.lax.Precision.HIGHEST
+
+_EXPERT_IN = {
+    "kernel": ("experts", "embed", "mlp"),
+    "bias": ("experts", "mlp"),
+    "lora_a": ("experts", "embed", None),
+    "lora_b": ("experts", None, "mlp"),
+}
+_EXPERT_OUT = {
+    "kernel": ("experts", "mlp", "embed"),
+    "bias": ("experts", "embed"),
+    "lora_a": ("experts", "mlp", None),
+    "lora_b": ("experts", None, "embed"),
+}
+# Logical axes of every leaf that the layer may have, without the leading axis of layers.
+LOGICAL_AXES = {
+    "router": {"kernel": ("embed", None), "bias": (None,)},
+    "gate": _EXPERT_IN,
+    "up": _EXPERT_IN,
+    "down": _EXPERT_OUT,
+}
+
+
+@flax.struct.dataclass
+class MoeAux:
+    """The routing of one layer, and sums over its real tokens from which the router losses follow.
+
+    Every sum adds up over micro-batches (``jax.tree.map(jnp.add, ...)``); stacked over layers all leaves get a
+    leading axis, which the functions below understand.
+    """
+
+    expert_ids: jax.Array  # int32 [B, T, k], best first; -1 where there is padding
+    expert_weights: jax.Array  # float32 [B, T, k], 0 where there is padding
+    expert_counts: jax.Array  # float32 [E]: tokens sent to each expert
+    prob_sums: jax.Array  # float32 [E]: sum over tokens of softmax(logits)
+    row_balance_sum: jax.Array  # float32: sum over rows of (tokens of the row) * (load balance of the row)
+    z_sum: jax.Array  # float32: sum over tokens of logsumexp(logits)^2
+    num_tokens: jax.Array  # float32
+
+    def without_routing(self) -> "MoeAux":
+        """The sums alone: what to add up over micro-batches."""
+        return self.replace(expert_ids=None, expert_weights=None)
+
+
+# Router.
+
+
+def route(x_ND, p_router: dict, config: MoeConfig, routing_Nk=None):
+    """``expert_ids`` int32 [N, k], best first, ``weights`` float32 [N, k] of their outputs, ``logits`` float32 [N, E].
+
+    In float32 at full precision whatever the compute dtype: experts that are chosen by rounding differ between
+    trainer and sampler. Equal scores go to the lowest expert first (``torch.topk`` promises no order there).
+    ``routing_Nk``: experts to take instead (replay); the weights are those of the present router at those
+    experts. A token with an id outside 0..E-1 chooses for itself.
+    """
+    if config.router not in ROUTERS:
+        raise ValueError(f"router {config.router!r} is none of {', '.join(ROUTERS)}")
+    logits = jnp.dot(x_ND.astype(jnp.float32), p_router["kernel"].astype(jnp.float32), precision=HIGHEST)
+    if "bias" in p_router:
+        logits = logits + p_router["bias"].astype(jnp.float32)
+    scores = jax.nn.softmax(logits, axis=-1) if config.router == "softmax_topk" else logits
+    _, expert_ids = jax.lax.top_k(scores, config.experts_per_token)
+    if routing_Nk is not None:
+        recorded = ((routing_Nk >= 0) & (routing_Nk < config.num_experts)).all(-1, keepdims=True)
+        expert_ids = jnp.where(recorded, routing_Nk, expert_ids)
+    weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
+    if config.router == "topk_softmax":
+        weights = jax.nn.softmax(weights, axis=-1)
+    elif config.norm_topk:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return expert_ids.astype(jnp.int32), weights, logits
+
+
+# Router losses.
+
+
+def load_balance_loss(aux: MoeAux, *, pool_layers: bool = False) -> jax.Array:
+    """E * sum_e (share of tokens sent to e) * (mean probability of e): k when balanced, up to E when not.
+
+    Switch Transformer (Fedus et al. 2021, arXiv:2101.03961), equations 4 to 6, with top-k shares that sum to k.
+    The mean over layers; ``pool_layers``: of the shares of all layers together, which is what transformers'
+    ``load_balancing_loss_func`` computes, and which lets one layer's imbalance hide another's.
+    """
+    counts, probs, num_tokens = aux.expert_counts, aux.prob_sums, aux.num_tokens
+    if pool_layers and num_tokens.ndim:
+        counts, probs, num_tokens = counts.sum(0), probs.sum(0), num_tokens.sum(0)
+    return _balance(counts, probs, jnp.maximum(num_tokens, 1) ** 2).mean()
+
+
+def _balance(counts, probs, divisor):
+    return counts.shape[-1] * (counts * probs).sum(-1) / divisor
+
+
+def z_loss(aux: MoeAux) -> jax.Array:
+    """Mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, Zoph et al. 2022, arXiv:2202.08906, equation 5)."""
+    return (aux.z_sum / jnp.maximum(aux.num_tokens, 1)).mean()
+
+
+def router_loss_sum(aux: MoeAux, config: MoeConfig) -> jax.Array:
+    """Coefficients times router losses, summed over the real tokens and averaged over layers: for the loss sum.
+
+    The z term is a sum over tokens, so micro-batches add up to the whole batch. The load balance is a product of
+    two means: with ``load_balance_over="row"`` the shares are those of each row, which no split into micro-batches
+    or devices cuts, and it adds up too; with "batch" they are those of a micro-batch (all its devices together),
+    as everybody else computes them, and the sum over micro-batches depends on the split. The metric never does:
+    add up the sums and call ``load_balance_loss`` once.
+    """
+    num_tokens = jnp.maximum(aux.num_tokens, 1)
+    by_batch = _balance(aux.expert_counts, aux.prob_sums, num_tokens)
+    balance = {"batch": by_batch, "row": aux.row_balance_sum}[config.load_balance_over]
+    return (config.load_balance_coef * balance + config.z_coef * aux.z_sum).mean()
+
+
+def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence) -> MoeAux:
+    """From this device's tokens ([N, ...]) to the sums over all of them."""
+    (batch, length), num_experts = mask_BT.shape, logits.shape[-1]
+    per_token = lambda x: x.reshape(batch, length, -1)
+    mask = mask_BT.astype(jnp.float32)
+    chosen = (expert_ids[:, :, None] == jnp.arange(num_experts)).sum(1)
+    over_sequence = lambda x: jax.lax.psum(x, axes_sequence) if axes_sequence else x
+    counts_BE = over_sequence((per_token(chosen) * mask[:, :, None]).sum(1))
+    probs_BE = over_sequence((per_token(jax.nn.softmax(logits, axis=-1)) * mask[:, :, None]).sum(1))
+    tokens_B = over_sequence(mask.sum(1))
+    z_B = over_sequence((per_token(jax.nn.logsumexp(logits, axis=-1))[:, :, 0] ** 2 * mask).sum(1))
+    balance_B = _balance(counts_BE, probs_BE, jnp.maximum(tokens_B, 1))
+    sums = [x.sum(0) for x in (counts_BE, probs_BE, balance_B, z_B, tokens_B)]
+    ids, weights = (jnp.where(mask_BT[:, :, None], per_token(x), no) for x, no in ((expert_ids, -1), (weights, 0)))
+    return MoeAux(ids, weights, *(jax.lax.psum(sums, axes_rows) if axes_rows else sums))
+
+
+# Assignments in the order of their experts. Taking rows there and back are each other's transpose; told so, backward
+# gathers too, where it would otherwise scatter-add.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch(x_NI, order_M, places_M, k):
+    """The row of each assignment's token, [M, I]; ``order_M`` are the assignments by expert."""
+    return x_NI[order_M // k]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(rows_MI, order_M, places_M, k):
+    """Sum over the k assignments of each token, [N, I]; ``places_M`` says where each assignment went."""
+    return rows_MI[places_M].reshape(-1, k, rows_MI.shape[-1]).sum(1, dtype=jnp.float32).astype(rows_MI.dtype)
+
+
+_dispatch.defvjp(
+    lambda x_NI, order_M, places_M, k: (_dispatch(x_NI, order_M, places_M, k), (order_M, places_M)),
+    lambda k, residuals, grad_MI: (_combine(grad_MI, *residuals, k), None, None),
+)
+_combine.defvjp(
+    lambda rows_MI, order_M, places_M, k: (_combine(rows_MI, order_M, places_M, k), (order_M, places_M)),
+    lambda k, residuals, grad_NI: (_dispatch(grad_NI, *residuals, k), None, None),
+)
+
+
+# The layer.
+
+
+class _Layout(NamedTuple):
+    """Mesh axes that split what this device holds; empty: held whole."""
+
+    rows: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ()
+    specs: Any = None  # PartitionSpec of every parameter
+
+
+def moe_mlp(
+    x_BTD, p: dict, config: MoeConfig, *, activation="silu", mask_BT=None, routing=None, lora_scale=1.0
+) -> tuple[jax.Array, MoeAux]:
+    """Output of the layer, [B, T, D] in x's dtype (0 where there is padding), and its routing and sums.
+
+    ``p``: the leaves of LOGICAL_AXES that the layer has; router.kernel [D, E] (bias [E]), gate and up.kernel
+    [E, D, F] (bias [E, F]), down.kernel [E, F, D] (bias [E, D]), beside any expert kernel lora_a [E, I, r] and
+    lora_b [E, r, O], whose product counts ``lora_scale`` times. ``activation``: "silu" (silu(gate) * up),
+    "gelu_tanh", or "clamped_swiglu". ``mask_BT``: 0 for padding, which costs no expert work and counts in no
+    loss. ``routing``: int32 [B, T, k], the ``expert_ids`` of an earlier call: the same experts again, see ``route``.
+    """
+    batch, length, _ = x_BTD.shape
+    mask_BT = jnp.ones((batch, length), bool) if mask_BT is None else mask_BT != 0
+    routing = jnp.full((batch, length, config.experts_per_token), -1, jnp.int32) if routing is None else routing
+    body = functools.partial(_moe, config=config, activation=activation, lora_scale=lora_scale)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        y_BTD, aux = body(x_BTD, p, mask_BT, routing, _Layout())
+        return y_BTD[0], aux
+    layout = _make_layout(p, batch, length, mesh)
+    tokens = layout.rows or None, layout.sequence or None
+    parts = (*layout.experts, *layout.mlp) or None
+    # The partial outputs leave side by side, to be added up outside: backward then needs no sum over devices there.
+    aux_specs = MoeAux(P(*tokens), P(*tokens), P(), P(), P(), P(), P())
+    y_PBTD, aux = jax.shard_map(
+        functools.partial(body, layout=layout),
+        mesh=mesh,
+        in_specs=(P(*tokens), layout.specs, P(*tokens), P(*tokens)),
+        out_specs=(P(parts, *tokens), aux_specs),
+        check_vma=False,
+    )(x_BTD, p, mask_BT, routing)
+    return jax.lax.reduce_sum(y_PBTD, axes=(0,)), aux
+
+
+def _make_layout(p, batch: int, length: int, mesh) -> _Layout:
+    """Parameters as postrain.sharding lays them out; tokens over the batch axes that hold no experts or units."""
+    names = {name: {leaf: LOGICAL_AXES[name][leaf] for leaf in leaves} for name, leaves in p.items()}
+    split = lambda axes: tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[a] > 1)
+    specs = jax.tree.map(lambda s: P(*(split(axes) or None for axes in s.spec)), named_shardings(names, mesh, p))
+    experts, _, mlp = (split(axes) for axes in (*specs["gate"]["kernel"], None, None, None)[:3])
+    rows = sequence = ()
+    for axis in split(BATCH_AXES):
+        if axis not in experts + mlp and batch % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
+            rows += (axis,)
+    if "sequence" not in experts + mlp and length % mesh.shape["sequence"] == 0:
+        sequence = split("sequence")
+    return _Layout(rows, sequence, experts, mlp, specs)
+
+
+def _gather_params(p, layout: _Layout):
+    """All of what is split over other axes than experts and hidden units; backward scatters the gradient's sum."""
+    if layout.specs is None:
+        return p
+
+    def gather(path, w, spec):
+        names = LOGICAL_AXES[path[0].key][path[1].key]
+        for i, axes in enumerate(spec):
+            if axes and names[i] not in ("experts", "mlp"):
+                w = jax.lax.all_gather(w, axes, axis=i, tiled=True)
+        return w
+
+    return jax.tree_util.tree_map_with_path(gather, p, layout.specs)
+
+
+def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, activation: str, lora_scale: float):
+    """What one device does: its tokens, its experts, its hidden units. The output has a leading axis of 1."""
+    batch, length, size = x_BTD.shape
+    experts = {name: _cast_expert(p[name], x_BTD.dtype, lora_scale) for name in ("gate", "up", "down")}
+    p = _gather_params({"router": p["router"]} | experts, layout)
+    x_ND = x_BTD.reshape(-1, size)
+    expert_ids, weights, logits = route(x_ND, p["router"], config, routing_BTk.reshape(x_ND.shape[0], -1))
+    num_local = p["gate"]["kernel"].shape[0]
+    first = jax.lax.axis_index(layout.experts) * num_local if layout.experts else 0
+    # num_local stands for experts of other devices and for padding: sorted last, multiplied with nothing.
+    mine = (expert_ids >= first) & (expert_ids < first + num_local) & mask_BT.reshape(-1, 1)
+    local_ids = jnp.where(mine, expert_ids - first, num_local)
+    y_ND = _run_experts(x_ND, local_ids, weights, p, config, activation)
+    if "bias" in p["down"]:
+        shares_NE = jnp.einsum("nk,nke->ne", weights, jax.nn.one_hot(local_ids, num_local), precision=HIGHEST)
+        if layout.mlp:  # once, not with every part of the hidden units
+            shares_NE = jnp.where(jax.lax.axis_index(layout.mlp) == 0, shares_NE, 0)
+        y_ND = y_ND + jnp.dot(shares_NE, p["down"]["bias"], precision=HIGHEST).astype(y_ND.dtype)
+    aux = _compute_aux(expert_ids, weights, logits, mask_BT, layout.rows, layout.sequence)
+    return y_ND.reshape(1, batch, length, size), aux
+
+
+def _cast_expert(p: dict, dtype, lora_scale: float) -> dict:
+    """Matrices in the compute dtype before devices exchange them; biases stay float32."""
+    scaled = p | ({"lora_b": p["lora_b"] * lora_scale} if "lora_b" in p else {})
+    return {name: w.astype(jnp.float32 if name == "bias" else dtype) for name, w in scaled.items()}
+
+
+def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activation: str):
+    """Weighted sum over each token's local experts, [N, D], without the bias of the last product."""
+    k, num_local = local_ids_Nk.shape[1], p["gate"]["kernel"].shape[0]
+    backend = select_backend(config.backend)
+    order_M = jnp.argsort(local_ids_Nk.reshape(-1), stable=True).astype(jnp.int32)
+    places_M = jnp.argsort(order_M).astype(jnp.int32)
+    ids_M = local_ids_Nk.reshape(-1)[order_M]
+    ends_E = jnp.searchsorted(ids_M, jnp.arange(num_local, dtype=jnp.int32), side="right").astype(jnp.int32)
+    group_sizes = jnp.diff(ends_E, prepend=0)
+    linear = functools.partial(_expert_linear, group_sizes=group_sizes, ids_M=ids_M, backend=backend)
+
+    x_MD = _dispatch(x_ND, order_M, places_M, k)
+    hidden_MF = gated_activation(linear(x_MD, p["gate"]), linear(x_MD, p["up"]), activation, config)
+    # Weighted here rather than after the last product, whose output backward then does not need.
+    weights_M1 = _dispatch(weights_Nk.reshape(-1, 1), order_M, places_M, 1)
+    hidden_MF = (hidden_MF * weights_M1).astype(x_ND.dtype)
+    y_MD = linear(hidden_MF, {name: w for name, w in p["down"].items() if name != "bias"})
+    return _combine(y_MD, order_M, places_M, k)
+
+
+def _expert_linear(x_MI, p, *, group_sizes, ids_M, backend):
+    """Kernel, adapter and bias of each row's expert: [M, O]."""
+    y = grouped_dot(x_MI, p["kernel"], group_sizes, backend)
+    if "lora_a" in p:
+        y = y + grouped_dot(grouped_dot(x_MI, p["lora_a"], group_sizes, backend), p["lora_b"], group_sizes, backend)
+    if "bias" in p:
+        # A product with ones and zeros, exact at full precision, so that its gradient is a product and no scatter.
+        rows = jnp.dot(jax.nn.one_hot(ids_M, group_sizes.size), p["bias"], precision=HIGHEST)
+        y = y + rows.astype(y.dtype)
+    return y
+
+
+def gated_activation(gate, up, activation: str, config: MoeConfig):
+    """silu(gate) * up; gelu_tanh(gate) * up; or gpt-oss's gate * sigmoid(alpha * gate) * (up + 1), both clamped."""
+    if activation == "clamped_swiglu":
+        gate = jnp.minimum(gate, config.swiglu_limit)
+        up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
+        return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
+    if activation not in ("silu", "gelu_tanh"):
+        raise ValueError(f"activation {activation!r} is none of silu, gelu_tanh, clamped_swiglu")
+    return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
