@@ -23,7 +23,7 @@ BACKENDS = ("ragged_dot", "blocks")
 def select_backend(name: str) -> str:
     """The back end that a config asks for; "auto" goes by the platform that this process runs on.
 
-    Whoever compiles for other hardware names the back end. Raises ValueError for a name that is none.
+    Raises ValueError for a name that is none.
     """
     if name == "auto":
         return "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
@@ -71,10 +71,11 @@ def _rows_times_groups(x_MI, w_GIO, group_sizes_G, backend, *, transpose: bool):
 
 
 def _block_size(num_rows: int, num_groups: int) -> int:
-    """Rows of a block: about those of an average group, so that little of a block is another group's."""
+    """Rows of a block, a power of two: at most half of an average group, so that little of a block is of another."""
     # On CPU more than 128 rows gain nothing; an accelerator is to have fewer and larger products to start.
-    largest = 128 if jax.default_backend() == "cpu" else 512
-    return min(largest, max(8, 1 << (num_rows // num_groups).bit_length() - 1))
+    smallest, largest = 8, 128 if jax.default_backend() == "cpu" else 512
+    half = num_rows // (2 * num_groups)
+    return min(largest, max(smallest, 1 << max(half.bit_length() - 1, 0)))
 
 
 def _block_starts(group_sizes_G, block: int, num_rows: int):

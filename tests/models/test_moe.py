@@ -208,6 +208,14 @@ def test_grouped_dot_of_ragged_groups(backend, group_sizes):
         np.testing.assert_allclose(kernel, dw, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_fewer_assignments_than_experts(tokens):
+    """A step of generation."""
+    config = MoeConfig(num_experts=32, experts_per_token=4, mlp_size=F)
+    x, p = make_inputs(tokens, 1), make_params(config)
+    assert_close(run_moe(x, p, config)[0], dense_moe(x, p, config), 1e-5)
+
+
 def test_backends_are_named():
     assert select_backend("auto") == "blocks"  # tests run on CPU
     assert [select_backend(name) for name in BACKENDS] == list(BACKENDS)
