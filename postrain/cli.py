@@ -1,4 +1,4 @@
-"""The command line: ``postrain train | preview | export | import | generate | verify``.
+"""The command line: ``postrain train | preview | plan | export | import | generate | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Anything heavy is
 imported by the command that needs it, so that ``--help`` and a wrong key answer at once.
@@ -7,6 +7,8 @@ imported by the command that needs it, so that ``--help`` and a wrong key answer
 import argparse
 import dataclasses
 import errno
+import glob
+import importlib.util
 import json
 import os
 import sys
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.unraisablehook = report_main_thread_only
+    if has_compilers_only():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         rest, overrides = split_overrides(argv)
         args = make_parser().parse_args(rest)
@@ -46,6 +50,16 @@ def main(argv: list[str] | None = None) -> int:
         if known is None:
             raise
         return _fail(known, 1)
+
+
+def has_compilers_only() -> bool:
+    """Whether JAX's TPU and GPU plugins are here to compile (`postrain plan`) on a machine that has neither.
+
+    JAX would try both, and write pages about what it does not find.
+    """
+    devices = ("/dev/nvidia*", "/dev/dxg", "/dev/accel*", "/dev/vfio/*")
+    plugins = ("libtpu", "jax_cuda13_plugin")
+    return all(importlib.util.find_spec(name) for name in plugins) and not any(glob.glob(path) for path in devices)
 
 
 def report_main_thread_only(unraisable) -> None:
@@ -127,6 +141,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
     command.add_argument("--html", metavar="FILE", help="also write the same as a page")
 
+    command = add("plan", run_plan, "compile a config's step for hardware that need not be there", config=True)
+    command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
     command.add_argument("--workdir", required=True)
     command.add_argument("--output", required=True, metavar="DIR")
@@ -184,6 +202,18 @@ def run_preview(args, overrides) -> None:
     from postrain.data.preview import preview
 
     print(preview(with_local_model(config), html_path=args.html, rows=args.rows))
+
+
+def run_plan(args, overrides) -> int:
+    from postrain.config_file import load_config
+
+    config = load_config(args.config, {"data.train": "unread", **overrides})  # no row is read
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators of this machine stay untouched
+    from postrain.recipes import plan
+
+    report = plan(config, args.target)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
+    return 0 if report.fits else _fail(report.describe_misfit(), 1)
 
 
 def with_local_model(config):

@@ -164,6 +164,15 @@ def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     }
 
 
+def current_platform() -> str:
+    """ "cpu", "gpu" or "tpu": what is being traced for, which need not be what this process runs on (`postrain plan`).
+
+    The mesh that the train step (or ``jax.set_mesh``) sets knows its devices; without one, the default back end.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """Pin an activation by logical names, one for each dimension, e.g. ``("batch", "sequence", "mlp")``.
 

@@ -2,21 +2,23 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from postrain.config import Config, DataConfig
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
+from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.params import axes_of, init_lora, lora_specs, shapes_of
+from postrain.models.params import axes_of, init_lora, lora_specs, param_specs, shapes_of
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
-from postrain.types import Batch
+from postrain.types import Batch, TrainState
 
 
 class Model(NamedTuple):
@@ -27,24 +29,25 @@ class Model(NamedTuple):
     frozen: Any
 
 
+class Step(NamedTuple):
+    """What a recipe's ``make_step`` makes of a config and a model, which may be abstract."""
+
+    optimizer: optax.GradientTransformation
+    loss_fn: Callable
+    state: TrainState  # as jax.ShapeDtypeStruct, with shardings
+    batch: Batch  # likewise
+    train_step: Any  # jitted (state, batch) -> (state, metrics)
+
+
 def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     """The model of ``folder`` with what ``config.model`` says about adapters and arithmetic, laid out over ``mesh``.
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
     dtype, and the adapters start from ``train.seed``. Raises UserError as load_pretrained does.
     """
-    section = config.model
-    dtype = choose_compute_dtype(section.compute_dtype)
-    lora = section.lora
+    lora, dtype = config.model.lora, choose_compute_dtype(config.model.compute_dtype, mesh)
     model_config, base = load_pretrained(folder, mesh=mesh, dtype=dtype if lora.rank else "float32")
-    model_config = dataclasses.replace(
-        model_config,
-        compute_dtype=dtype,
-        remat=section.remat,
-        attention=section.attention,
-        attention_chunk=section.attention_chunk,
-        lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
-    )
+    model_config = configure(model_config, config, mesh)
     if not lora.rank:
         return Model(model_config, base, {})
     specs = lora_specs(model_config)
@@ -53,11 +56,44 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     return Model(model_config, start(jax.random.key(config.train.seed)), base)
 
 
-def choose_compute_dtype(name: str) -> str:
-    """ "auto" is bfloat16 on accelerators; on a CPU it gains nothing."""
+def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
+    """What ``load_model`` would give, as ``jax.ShapeDtypeStruct`` with shardings: config.json is read, no weights.
+
+    The devices of ``mesh`` need not exist.
+    """
+    model_config = configure(read_config(folder), config, mesh)
+
+    def describe(specs, dtype):
+        shapes = shapes_of(specs, dtype)
+        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        return jax.tree.map(place, shapes, named_shardings(axes_of(specs), mesh, shapes))
+
+    base = param_specs(model_config)
+    if model_config.lora is None:
+        return Model(model_config, describe(base, jnp.float32), {})
+    adapters = describe(lora_specs(model_config), jnp.float32)
+    return Model(model_config, adapters, describe(base, model_config.compute_dtype))
+
+
+def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelConfig:
+    """The model of a folder, computed as ``config.model`` says, with its adapters."""
+    section, lora = config.model, config.model.lora
+    return dataclasses.replace(
+        model_config,
+        compute_dtype=choose_compute_dtype(section.compute_dtype, mesh),
+        remat=section.remat,
+        attention=section.attention,
+        attention_chunk=section.attention_chunk,
+        lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+    )
+
+
+def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:
+    """ "auto" is bfloat16 on accelerators; on a CPU it gains nothing. Without a mesh: on what this process has."""
     if name != "auto":
         return name
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def check_token_ids(examples: Sequence[Rendered], config: ModelConfig) -> None:

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from postrain.sharding import current_platform
+
 BACKENDS = ("chunked",)
 MASKED = -1e30  # not -inf: a block that is masked whole for a query must give exp(MASKED - max) = 0, not NaN
 
@@ -130,7 +132,7 @@ def _chunked(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, *, softcap: float, scal
     sinks_KG = None if sinks_N is None else sinks_N.reshape(num_kv, num_heads // num_kv)
     # One row at a time on CPU, where a loop costs nothing and each row skips its own blocks; all rows
     # together on accelerators, which need the width.
-    rows = 1 if jax.default_backend() == "cpu" else batch
+    rows = 1 if current_platform() == "cpu" else batch
     out = _flash(q, k, v, starts_BT, sinks_KG, _Static(softcap, chunk, rows))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, length + padding, num_heads, head_dim)
     return out[:, :length]

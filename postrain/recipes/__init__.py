@@ -1,11 +1,13 @@
-"""One file per method, each a loop that reads from top to bottom. ``train`` runs the one that a config names."""
+"""One file per method, each a loop that reads from top to bottom. ``train`` runs the one that a config names,
+``plan`` compiles its step for hardware that need not be there."""
 
 import importlib
 import os
 from typing import Any
 
+from postrain.compute.plan import PlanReport, make_plan
 from postrain.compute.workdir import open_workdir
-from postrain.config import Config, check_paths, resolve, to_dict
+from postrain.config import Config, check_model_path, check_paths, resolve, to_dict
 from postrain.config_file import load_config
 
 
@@ -30,3 +32,15 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
     with open_workdir(workdir) as folder:
         return recipe.train(config, folder)
+
+
+def plan(config: Config, target: str) -> PlanReport:
+    """What a step of ``config`` needs of ``target``, such as "v5e:4x4", "h100:1x8" or "cpu:8"; nothing is run.
+
+    Best in a process of its own: devices of the CPU are set up before JAX starts, and JAX's cache of compiled programs
+    is switched off. Raises UserError: a config, mesh or batch that cannot be, a target that does not exist, a
+    compiler that is not installed.
+    """
+    check_model_path(config.model.path)
+    recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
+    return make_plan(config, target, recipe.make_step)

@@ -14,8 +14,9 @@ import os
 import time
 
 import jax
+from jax.sharding import Mesh
 
-from postrain.compute.build import abstract_batch, check_token_ids, load_model
+from postrain.compute.build import Model, Step, abstract_batch, check_token_ids, load_model
 from postrain.compute.checkpoint import Checkpointer
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
@@ -74,32 +75,13 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
-    optimizer, schedule = make_optimizer(config.optimizer, total_steps)
-    average = config.optimizer.ema_decay > 0
-    abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
-    loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden(params, model.config, *rows),
-        lambda params: unembedding(params, model.config),
-        vocab_size=model.config.vocab_size,
-        softcap=model.config.logits_softcap,
-        chunk=config.model.loss_chunk,
-    )
-    train_step = make_train_step(
-        loss_fn,
-        optimizer,
-        micro_batches=config.train.micro_batches,
-        mesh=mesh,
-        state_shardings=shardings_of(abstract),
-        max_grad_norm=config.optimizer.max_grad_norm,
-        ema_decay=config.optimizer.ema_decay,
-        schedule=schedule,
-    )
+    optimizer, loss_fn, abstract, abstract_rows, train_step = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
     for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
         if warning:
             say(warning)
-    train_step = train_step.lower(abstract, abstract_batch(config.data, mesh)).compile()
+    train_step = train_step.lower(abstract, abstract_rows).compile()
     say(format_memory(train_step), flush=True)
 
     # The state: where the newest checkpoint left it, or new.
@@ -115,7 +97,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             say(f"goes on from step {first_step}{describe_changes(restored.config, to_dict(config))}")
         else:
             rng = jax.random.key(config.train.seed)
-            state = init_train_state(model.params, model.frozen, optimizer, rng, mesh=mesh, ema=average)
+            state = init_train_state(
+                model.params, model.frozen, optimizer, rng, mesh=mesh, ema=abstract.ema is not None
+            )
         model = model._replace(params=None)  # the state has taken them over
         if lead:
             save_config(workdir, config)
@@ -179,6 +163,31 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}")
     say(f"{workdir / 'report.html'} shows the run" + ("" if form == "none" else f", {workdir / 'export'} is the model"))
     return metrics
+
+
+def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Step:
+    """The loss, the optimizer and the jitted update of this recipe; ``model`` may be abstract (`postrain plan`)."""
+    optimizer, schedule = make_optimizer(config.optimizer, total_steps)
+    average = config.optimizer.ema_decay > 0
+    abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
+    loss_fn = make_sft_loss(
+        lambda params, *rows: compute_hidden(params, model.config, *rows),
+        lambda params: unembedding(params, model.config),
+        vocab_size=model.config.vocab_size,
+        softcap=model.config.logits_softcap,
+        chunk=config.model.loss_chunk,
+    )
+    train_step = make_train_step(
+        loss_fn,
+        optimizer,
+        micro_batches=config.train.micro_batches,
+        mesh=mesh,
+        state_shardings=shardings_of(abstract),
+        max_grad_norm=config.optimizer.max_grad_norm,
+        ema_decay=config.optimizer.ema_decay,
+        schedule=schedule,
+    )
+    return Step(optimizer, loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
 
 
 def is_due(step: int, every: int) -> bool:
