@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from postrain.sharding import current_platform
+
 BACKENDS = ("ragged_dot", "blocks")
 
 
 def select_backend(name: str) -> str:
-    """The back end that a config asks for; "auto" goes by the platform that this process runs on.
+    """The back end that a config asks for; "auto" goes by the platform of the devices that the program is for.
 
     Raises ValueError for a name that is none.
     """
     if name == "auto":
-        return "ragged_dot" if jax.default_backend() == "tpu" else "blocks"
+        return "ragged_dot" if current_platform() == "tpu" else "blocks"
     if name not in BACKENDS:
         raise ValueError(f"grouped_dot back end {name!r} is none of auto, {', '.join(BACKENDS)}")
     return name
@@ -73,7 +75,7 @@ def _rows_times_groups(x_MI, w_GIO, group_sizes_G, backend, *, transpose: bool):
 def _block_size(num_rows: int, num_groups: int) -> int:
     """Rows of a block, a power of two: at most half of an average group, so that little of a block is of another."""
     # On CPU more than 128 rows gain nothing; an accelerator is to have fewer and larger products to start.
-    smallest, largest = 8, 128 if jax.default_backend() == "cpu" else 512
+    smallest, largest = 8, 128 if current_platform() == "cpu" else 512
     half = num_rows // (2 * num_groups)
     return min(largest, max(smallest, 1 << max(half.bit_length() - 1, 0)))
 
