@@ -39,11 +39,13 @@ def advise(program, memory: dict[str, int], target: Target, weigh: Callable[[Con
 
 def list_changes(program, memory: dict[str, int], usable: int) -> Iterator[tuple[dict[str, Any], Config]]:
     """Ever longer lists of changed keys, with the config that they give."""
-    config = program.config
+    config, mesh = program.config, program.mesh
+    rows = config.data.batch_size // num_row_shards(mesh)
     steps: list[dict[str, Any]] = []
-    if program.mesh.shape["data"] > 1:
+    if mesh.shape["data"] > 1:
         steps.append({"mesh.data": 1, "mesh.fsdp": -1})
-    steps += [{"train.micro_batches": count} for count in list_micro_batches(program, memory, usable)]
+    for count in list_micro_batches(config.train.micro_batches, rows, memory, usable):
+        steps.append({"train.micro_batches": count})
     if config.model.remat != "full":
         steps.append({"model.remat": "full"})
     if program.model.config.lora is None:
@@ -59,9 +61,11 @@ def list_changes(program, memory: dict[str, int], usable: int) -> Iterator[tuple
         yield change, replace_keys(config, change)
 
 
-def list_micro_batches(program, memory: dict[str, int], usable: int) -> list[int]:
-    """The number that should be enough, as activations shrink with the rows of a micro-batch, and the largest."""
-    now, rows = program.config.train.micro_batches, program.config.data.batch_size // num_row_shards(program.mesh)
+def list_micro_batches(now: int, rows: int, memory: dict[str, int], usable: int) -> list[int]:
+    """Numbers to try in place of ``now`` for the ``rows`` that a device has in a step.
+
+    The one that should be enough, as activations shrink with the rows of a micro-batch, and the largest.
+    """
     room = usable - (memory["total"] - memory["activations"])
     wanted = now * memory["activations"] / room * MARGIN if room > 0 else rows
     counts = [count for count in range(now + 1, rows + 1) if rows % count == 0]

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 from jax.experimental import topologies
 
-from postrain.compute.flops import PEAK_FLOPS
+from postrain.compute.flops import PEAK_FLOPS, simplify_kind
 from postrain.errors import UserError
 
 GIB = 2**30
@@ -31,7 +31,7 @@ class Chip:
     """One device. Bandwidths in bytes per second; of the links in one direction, all links of the chip together."""
 
     platform: str
-    kind: str  # its row in PEAK_FLOPS
+    kind: str  # as JAX calls it
     memory: int  # bytes of device memory that programs may have, before what JAX leaves free
     memory_bandwidth: float
     link_bandwidth: float  # to the chips of its slice or node
@@ -41,21 +41,19 @@ class Chip:
     network_bandwidth: float = 0.0  # of a GPU to other nodes
 
 
-# TPU: memory is what libtpu lets a program have (it says so when it refuses one), the rest is from Google's pages
+# TPU: memory is what libtpu lets a program have (it says so when it refuses one), the rest is from Google's pages.
 # "Bidirectional inter-chip interconnect bandwidth" there is twice what is sent in one direction.
 # GPU: NVIDIA's data sheets; half of NVLink's 900 GB/s goes out; a DGX has one 400 Gb/s adapter per GPU.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _TPU = "cloud.google.com/tpu/docs/"
 CHIPS = {
-    "v5e": Chip("tpu", "TPU v5e", int(15.75 * GIB), 819e9, 200e9, _TPU + "v5e", _FLAT),
-    "v5p": Chip("tpu", "TPU v5p", int(95.74 * GIB), 2765e9, 600e9, _TPU + "v5p"),
-    "v6e": Chip("tpu", "TPU v6e", int(31.25 * GIB), 1638e9, 400e9, _TPU + "v6e", _FLAT),
+    "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), 819e9, 200e9, _TPU + "v5e", _FLAT),
+    "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), 2765e9, 600e9, _TPU + "v5p"),
+    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), 1638e9, 400e9, _TPU + "v6e", _FLAT),
     "h100": Chip(
-        "gpu", "H100", 84_942_979_072, 3.35e12, 450e9, "NVIDIA H100 SXM data sheet", node_size=8, network_bandwidth=50e9
+        "gpu", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 450e9, "NVIDIA H100 SXM data sheet", (), 8, 50e9
     ),
-    "h200": Chip(
-        "gpu", "H200", 150_754_820_096, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet", node_size=8, network_bandwidth=50e9
-    ),
+    "h200": Chip("gpu", "NVIDIA H200", 150_754_820_096, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet", (), 8, 50e9),
 }
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:1x8, h200:2x8, cpu:8"
 
@@ -69,7 +67,7 @@ _HOPPER = """gpu_device_info {{
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
   l2_cache_size: 52428800 memory_bandwidth: {bandwidth} device_memory_size: {memory}
 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "NVIDIA {kind} HBM3"
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} device_description_str: "{kind}"
 """
 
 
@@ -91,7 +89,7 @@ class Target:
     @property
     def peak_flops(self) -> float | None:
         """Dense bfloat16 operations per second of one device."""
-        return PEAK_FLOPS[self.chip.kind] if self.chip else None
+        return PEAK_FLOPS[simplify_kind(self.chip.kind)] if self.chip else None
 
 
 def open_target(name: str) -> Target:

@@ -13,9 +13,11 @@ from postrain.compute.flops import (
     count_flops,
     format_count,
     format_formula,
+    num_adapter_params,
+    num_linear_params,
     peak_flops,
 )
-from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.params import init_lora, init_params, merge_params
 from postrain.models.transformer import compute_hidden, unembedding
 from postrain.objectives.sft import make_sft_loss
@@ -136,3 +138,12 @@ def test_unknown_accelerator_has_no_mfu_and_cpu_devices_share_their_cores():
     perf = compute_perf(CONFIG, stats, 2.0, cpu, num_hosts=3)
     assert perf["perf/tokens_per_second"] == 1500
     np.testing.assert_allclose(perf["perf/mfu"], sum(count_flops(CONFIG, stats).values()) / 2 / peak_flops(cpu))
+
+
+def test_of_experts_those_that_a_token_meets_count():
+    moe = MoeConfig(num_experts=8, experts_per_token=2, mlp_size=96)
+    config = dataclasses.replace(CONFIG, moe=moe)
+    attention = 128 * 4 * 32 * 2 + 128 * 2 * 32 * 2
+    assert num_linear_params(config) == attention + 128 * 8 + 2 * 3 * 128 * 96
+    config = dataclasses.replace(config, lora=LoraConfig(4, targets=("q", "down")))
+    assert num_adapter_params(config) == 4 * (128 + 4 * 32) + 2 * 4 * (96 + 128)
