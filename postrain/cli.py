@@ -209,6 +209,7 @@ def run_plan(args, overrides) -> int:
 
     config = load_config(args.config, {"data.train": "unread", **overrides})  # no row is read
     os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators of this machine stay untouched
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the report says that a step is too large
     from postrain.recipes import plan
 
     report = plan(config, args.target)
