@@ -3,10 +3,8 @@
 python tests/benchmarks/compile.py --rounds 3 [--write]
 """
 
-import argparse
 import dataclasses
 import os
-import pathlib
 import statistics
 import time
 
@@ -15,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import workloads
+from runner import make_parser, show
 
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state, make_train_step
@@ -76,10 +75,7 @@ def loss_temporaries() -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the figures into docs/benchmarks.md")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     load = workloads.Load()
     seconds = {depth: [] for depth in DEPTHS}
@@ -101,9 +97,7 @@ def main() -> None:
             f"GiB against {naive / 2**30:.2f} GiB of the naive one: **{chunked / naive:.3f}x** (`memory_analysis()`).",
         ]
     )
-    print(text)
-    if arguments.write:
-        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "compile", text)
+    show("compile", text, arguments.write)
 
 
 if __name__ == "__main__":
