@@ -96,6 +96,24 @@ def test_mistakes_are_one_line_and_code_2(capsys, words, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"architectures": ["LlamaForCausalLM"]}',
+            "expected the workdir of a run, found a config.json of something else",
+        ),
+        ("[1]", "expected the workdir of a run"),
+        ("{", "it cannot be read as JSON"),
+    ],
+)
+def test_export_of_what_is_no_run(capsys, tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    code, error = errors_of(capsys, "export", f"--workdir={tmp_path}", f"--output={tmp_path / 'out'}")
+    assert code == 2 and words in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("data.sequence_length", "99999999999", "config key 'data.sequence_length' must be at most"),

@@ -114,7 +114,13 @@ def read_config(workdir: pathlib.Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run in it, expected {path}")
-    return resolve(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: the config of a run, but it cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or not {"model", "data", "optimizer"} <= set(values):
+        raise UserError(f"{workdir}: expected the workdir of a run, found a {path.name} of something else")
+    return resolve(values)
 
 
 def describe_changes(old: dict, new: dict) -> str:

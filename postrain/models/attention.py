@@ -72,9 +72,7 @@ def _sharded(q_BTNH, k_BTKH, v_BTKH, starts_BT, chunk, mesh):
     heads = "tensor" if ways > 1 else None
     spec = P(rows, None, heads, None)
     body = functools.partial(_chunked, chunk=chunk)
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(spec, spec, spec, P(rows, None)), out_specs=spec, check_vma=False
-    )
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(spec, spec, spec, P(rows, None)), out_specs=spec, check_vma=False)
     return mapped(q_BTNH, k_BTKH, v_BTKH, starts_BT)
 
 
