@@ -172,5 +172,5 @@ def summarize(lines: dict[str, list[dict]]) -> str:
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
-    parser.add_argument("--micro-batches", type=int, default=1, help="parts of an update on postrain's side")
+    parser.add_argument("--micro-batches", type=int, default=2, help="parts of an update on postrain's side")
     run_in_turns(parser, "sft", SIDES, run_side, summarize)
