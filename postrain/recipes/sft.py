@@ -169,7 +169,10 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
     form = config.export.format
     if form != "none":
-        export_state(workdir / "export", state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
+        place = workdir / "export"
+        note = export_state(place, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
+        if note:
+            say(note)
     metrics = last_values(workdir)
     if lead:
         row = render_tokens_html(train_set.examples[0], tokenizer)
