@@ -24,6 +24,8 @@ from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams
 from postrain.sharding import make_mesh
 
+GENERATED = "generated"  # the key of an answered line that holds its answer
+
 
 class ChatModel(NamedTuple):
     """All that is needed to answer."""
@@ -205,12 +207,13 @@ def answer_file(
     """Answers every line of a JSONL file; returns how many.
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
-    what is to be answered anew. The same lines with ``completion`` and ``finished`` added go to ``output``,
-    which appears when all are there, or to the terminal. ``model``, where it is a folder, is loaded after the two
-    files have been looked at.
+    what is to be answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added and nothing of
+    its own changed, go to ``output``, which appears when all are there, or to the terminal. ``model``, where it is a
+    folder, is loaded after the two files have been looked at.
 
     Raises:
-        UserError: naming the line that is no such row; naming ``output`` where it cannot be written, or is ``source``.
+        UserError: naming the line that is no such row, or has a ``generated`` of its own; naming ``output`` where it
+            cannot be written, or is ``source``.
     """
     if output is not None:
         _check_output(source, output)
@@ -222,7 +225,7 @@ def answer_file(
     ids = [_encode_row(model.tokenizer, row, ref, system, how) for row, ref in rows]
     answers = answer_ids(model, ids, sampling, batch_size)
     lines = [
-        json.dumps({**row, "completion": answer.text, "finished": answer.finished}, ensure_ascii=False)
+        json.dumps({**row, GENERATED: answer._asdict()}, ensure_ascii=False)
         for (row, _), answer in zip(rows, answers, strict=True)
     ]
     if output is None:
@@ -243,6 +246,8 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
         ref = RowRef(path.stem, str(path), number)
         if not {"prompt", "messages"} & set(row):
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
+        if GENERATED in row:
+            raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
         yield row, ref
 
 

@@ -377,7 +377,8 @@ def test_an_answer_that_was_cut_away_is_not_counted(tmp_path):
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.role == 'assistant' %}"
         "{{ '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
     )
     row = chat("q", "a")
     long = {"messages": row["messages"] + chat("word " * 40, "b")["messages"]}

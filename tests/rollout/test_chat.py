@@ -1,5 +1,6 @@
 """Text in and out: streaming adds up to the whole, prompts are rendered as rows are."""
 
+import json
 import os
 import shutil
 
@@ -94,6 +95,27 @@ def test_an_output_without_a_name_and_an_input_that_is_not_there(tmp_path, capsy
     assert "--output is empty" in capsys.readouterr().err
     assert generate_to(tmp_path, tmp_path / "out.jsonl", source="none.jsonl") == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
+
+
+def test_an_answer_overwrites_nothing_of_its_row(model, tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    rows = [
+        {"prompt": "hi", "completion": "hello", "finished": "2026", "text": 1, "id": None},
+        {"messages": messages, "tools": [], "completion": "x"},
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert answer_file(model, str(source), str(output), SamplingParams(max_new_tokens=2)) == 2
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = generate(model, ["hi"], max_new_tokens=2)[0]
+    finished = answers[0]["generated"]["finished"]
+    assert isinstance(finished, bool)
+    assert answers == [row | {"generated": {"text": expected, "finished": finished}} for row in rows]
+    # Answered once more, the first answers would be lost: that is refused before the model is loaded.
+    with pytest.raises(
+        UserError, match=r"out\.jsonl:1: has a key 'generated' already, which the answer goes to: rename"
+    ):
+        answer_file("no such folder", str(output), None, SamplingParams(max_new_tokens=2))
 
 
 def test_answers_that_cannot_be_given_leave_the_old_ones(model, tmp_path):
