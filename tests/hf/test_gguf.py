@@ -336,7 +336,7 @@ def nested_field(depth):
 
 def test_arrays_in_arrays(tmp_path):
     for depth in (5, 10_000):
-        assert "damaged, arrays nested more than 4 deep at byte" in refuse(tmp_path, nested_field(depth))
+        assert "damaged, lists nested more than 4 deep at byte" in refuse(tmp_path, nested_field(depth))
     assert "nested" not in refuse(tmp_path, nested_field(4).ljust(256, b"\0"))
 
 
