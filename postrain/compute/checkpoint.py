@@ -8,7 +8,6 @@ folder that has changed since is refused.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -24,7 +23,6 @@ from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_
 from postrain.config import CheckpointConfig
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
-from postrain.models.config import LoraConfig
 from postrain.nested import flatten
 from postrain.types import TrainState
 
@@ -319,37 +317,3 @@ def _refuse(what: str, changes: list[str], advice: str) -> None:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         shown = ", ".join(changes[:3]) + more
         raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")
-
-
-def fingerprint_model(folder, lora: LoraConfig | None = None) -> dict[str, Any]:
-    """Of the model that a run starts from and the adapters that it trains, so that a resume can name what changed.
-
-    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha`` and what config.json says do not.
-    """
-    adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
-    config = pathlib.Path(folder) / "config.json"
-    described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
-    return {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
-
-
-def fingerprint_folder(folder, *, samples: int = 16, sample_bytes: int = 1 << 16) -> dict[str, Any]:
-    """``{file: {bytes, sha256}}`` for the safetensors files of a model folder; where the folder is does not matter.
-
-    The hash is over each file's header (names, dtypes, shapes, offsets) and ``samples`` evenly spaced blocks of
-    ``sample_bytes``: another fine-tune changes all of them, and a 100 GB model still takes milliseconds.
-    """
-    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.path={folder}: expected *.safetensors files, found none: give a Hugging Face folder")
-    fingerprint = {}
-    for path in files:
-        digest, size = hashlib.sha256(), path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            digest.update(file.read(min(header_bytes, size)))
-            for i in range(samples):
-                file.seek(max(header_bytes, header_bytes + (size - header_bytes - sample_bytes) * i // (samples - 1)))
-                digest.update(file.read(sample_bytes))
-        fingerprint[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
-    return fingerprint

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model, load_model
-from postrain.compute.checkpoint import Checkpointer, fingerprint_model
+from postrain.compute.checkpoint import Checkpointer
 from postrain.compute.export_check import (
     check_logits,
     choose_load_dtype,
@@ -23,6 +23,7 @@ from postrain.compute.export_check import (
     find_dtypes,
     round_params,
 )
+from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config

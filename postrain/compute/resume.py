@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 
-from postrain.compute.checkpoint import fingerprint_model
+from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
 from postrain.data.fingerprint import compare_fingerprints, make_fingerprint
