@@ -192,14 +192,15 @@ class Checkpointer:
         self,
         abstract_state: TrainState,
         *,
-        fingerprint: dict,
+        fingerprint: dict | None,
         base_fingerprint: dict | None = None,
         step: int | None = None,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
-        mesh it was saved from. A damaged checkpoint is reported, moved aside, and the one before it taken.
+        mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
         when there were checkpoints and none can be read: a run never starts anew over them.
@@ -216,8 +217,9 @@ class Checkpointer:
                 self._set_aside(candidate, error)
                 continue
             where = self._folder / str(candidate)
-            changes = compare_fingerprints(run["fingerprint"], fingerprint)
-            _refuse(f"{where}: the data pipeline", changes, "another workdir")
+            if fingerprint is not None:
+                changes = compare_fingerprints(run["fingerprint"], fingerprint)
+                _refuse(f"{where}: the data pipeline", changes, "another workdir")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
@@ -243,6 +245,12 @@ class Checkpointer:
         Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
         """
         path, cause = self._folder / str(step), describe_cause(error)
+        if self._read_only and not path.exists():
+            self._orbax.reload()
+            raise UserError(
+                f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
+                f"{self.steps()}, or have it keep more (checkpoint.keep)"
+            ) from error
         if not is_damaged(path, error):
             advice = "free some memory" if is_out_of_memory(error) else "see to the disk and its permissions"
             message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"

@@ -4,7 +4,6 @@ What is written is read back and must give the logits of the weights in memory b
 """
 
 import functools
-import json
 import os
 import pathlib
 from typing import NamedTuple
@@ -167,9 +166,8 @@ def export_workdir(
         step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
-        saved = json.loads((workdir / "checkpoints" / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
         restored = checkpointer.restore(
-            abstract, fingerprint=saved["fingerprint"], base_fingerprint=fingerprint_base(model, folder), step=step
+            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder), step=step
         )
     state = restored.state.replace(frozen=model.frozen)
     model = model._replace(params=None)  # where the run started: not needed, and as large as the state

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,33 @@ def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tm
     with pytest.raises(UserError, match="no finished checkpoint in it"):
         Checkpointer(tmp_path / "none", CheckpointConfig(), read_only=True)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("part", ["run", "state"])
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_said(tmp_path, monkeypatch, part):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        checkpointer.save(2, make_state(), **RUN)
+    with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
+        load = checkpointer._orbax.load_checkpointables
+
+        def delete_first(step, items):
+            if part in items:
+                shutil.rmtree(tmp_path / str(step), ignore_errors=True)
+            return load(step, items)
+
+        monkeypatch.setattr(checkpointer._orbax, "load_checkpointables", delete_first)
+        with pytest.raises(UserError, match=r"/1: was deleted meanwhile .* another of steps \[2\]") as caught:
+            checkpointer.restore(abstract(), fingerprint=None, step=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_fingerprint_the_pipeline_is_not_compared(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        assert checkpointer.restore(abstract(), fingerprint=None).data_position == RUN["data_position"]
+        with pytest.raises(UserError, match="the data pipeline"):
+            checkpointer.restore(abstract(), fingerprint={})
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
+from postrain.compute.export import export_workdir
 from postrain.errors import UserError
 
 
@@ -124,6 +126,17 @@ def test_export_of_a_workdir_is_the_export_of_the_run(finished, inputs, tmp_path
     else:
         found = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert (found["r"], found["peft_type"]) == (4, "LORA")
+
+
+@pytest.mark.parametrize("damage", ["{", None])
+def test_export_of_a_damaged_checkpoint_is_one_line(finished, tmp_path, damage):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    newest = workdir / "checkpoints" / "6" / "run" / "data.json"
+    newest.write_text(damage) if damage else newest.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/6: is damaged .* take another of steps \[4, 6\]") as caught:
+        export_workdir(workdir, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert export_workdir(workdir, tmp_path / "out", step=4).startswith("wrote step 4")
 
 
 def test_full_fine_tuning_is_one_key(inputs, tmp_path):
