@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from postrain.compute.build import choose_compute_dtype
 from postrain.config import MeshConfig
 from postrain.data.rendering import render_prompt
-from postrain.data.schema import RowRef, parse_messages, parse_tools
+from postrain.data.schema import RowRef, check_keys, parse_messages, parse_tools
 from postrain.data.template import REASONING_SWITCHES
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
@@ -111,6 +111,8 @@ def encode_prompt(
     if raw:
         if not isinstance(prompt, str):
             raise UserError("raw prompts are plain text, found messages: leave out --raw")
+        if system or tools:
+            raise UserError("raw prompts are fed as they are, without a system message or tools: leave out --raw")
         return [*tokenizer.prefix_ids, *tokenizer.encode_text(prompt)]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
@@ -248,6 +250,7 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
         if GENERATED in row:
             raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
+        check_keys(row, "prompt_completion" if "prompt" in row else "messages", ref)
         yield row, ref
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -175,3 +176,24 @@ def test_a_switch_that_is_not_there(model, switched):
         encode_prompt(model.tokenizer, "hi", thinking=False)
     with pytest.raises(UserError, match="raw prompts leave out"):
         encode_prompt(load_tokenizer(switched), "hi", raw=True, thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "hi", "functions": [{"name": "f"}]}, "'functions' is not read: it is the old form of 'tools'"),
+        ({"messages": [{"role": "user", "content": "hi"}], "system": "x"}, "'system' is not read"),
+        ({"prompt": "hi", "tool": [{"name": "f"}]}, "did you mean 'tools'?"),
+    ],
+)
+def test_a_row_whose_keys_would_be_dropped_is_not_answered(tmp_path, row, message):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "hi", "id": 1}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{source}:2: ") + ".*" + re.escape(message)):
+        answer_file("no such folder", str(source), None, SamplingParams())
+
+
+def test_raw_prompts_take_neither_system_message_nor_tools(model):
+    for options in ({"system": "x"}, {"tools": [{"name": "f"}]}):
+        with pytest.raises(UserError, match="raw prompts are fed as they are"):
+            encode_prompt(model.tokenizer, "hi", raw=True, **options)
