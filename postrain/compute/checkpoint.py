@@ -40,6 +40,7 @@ class Restored:
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved, as the run that saved it had it
     metrics: dict[str, Any]
+    eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
 
 
 class Checkpointer:
@@ -109,11 +110,13 @@ class Checkpointer:
         config: dict,
         fingerprint: dict,
         base_fingerprint: dict | None = None,
+        eval_fingerprint: dict | None = None,
         metrics: dict | None = None,
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
 
-        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model.
+        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
+        ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
         ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
         be another one when the run goes on, so all are kept. Raises UserError when the previous save failed.
         """
@@ -127,6 +130,7 @@ class Checkpointer:
             "config": config,
             "fingerprint": fingerprint,
             "base_fingerprint": base_fingerprint,
+            "eval_fingerprint": eval_fingerprint,
             "metrics": metrics,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
@@ -228,7 +232,8 @@ class Checkpointer:
             except Exception as error:
                 self._set_aside(candidate, error)
                 continue
-            return Restored(candidate, state, run["data_position"], run["config"], run["metrics"])
+            told = {key: run[key] for key in ("data_position", "config", "metrics")}
+            return Restored(candidate, state, **told, eval_fingerprint=run.get("eval_fingerprint"))
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(

@@ -106,12 +106,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder)}
+        held_out = eval_set.fingerprint if eval_set else None
         restored = checkpointer.restore(abstract, **prints)
         first_step = restored.step if restored else 0
         if restored:
             state = restored.state.replace(frozen=model.frozen)
             batches.set_state(restored.data_position)
-            say(f"goes on from step {first_step}{describe_changes(restored.config, to_dict(config))}")
+            changes = describe_changes(restored.config, to_dict(config), restored.eval_fingerprint, held_out)
+            say(f"goes on from step {first_step}{changes}")
         else:
             rng = jax.random.key(config.train.seed)
             state = init_train_state(model.params, model.frozen, optimizer, rng, mesh=mesh, ema=average)
@@ -157,8 +159,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             if line:
                 writer.write(step, line)
             if last or stop.number or is_due(step, config.checkpoint.every):
-                position = batches.get_state()
-                checkpointer.save(step, state, data_position=position, config=to_dict(config), metrics=line, **prints)
+                told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out}
+                checkpointer.save(step, state, data_position=batches.get_state(), **prints, **told)
             if stop.number and not last:
                 checkpointer.wait()
                 progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")

@@ -185,10 +185,33 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_kept_checkpoint_exported_m
 
 def test_other_held_out_rows_are_told(inputs):
     old = to_dict(resolve(make_values(inputs)))
-    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval={"every": 3})))
-    assert describe_changes(old, new).startswith(
-        "; changed since: data.eval ["
-    ) and "eval.every" not in describe_changes(old, new)
+    unseen = {"every": 3, "before": False, "batch_size": 2}
+    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval=unseen)))
+    assert describe_changes(old, new).startswith("; changed since: data.eval [")
+    assert not any(f"eval.{key} " in describe_changes(old, new) for key in unseen)
+
+
+def test_whatever_changes_what_an_evaluation_measures_is_told(inputs):
+    old = make_values(inputs, eval={"generate_rows": 3, "loss_rows": 0, "max_new_tokens": 8})
+    measured = {"generate_rows": 2, "loss_rows": 4, "max_new_tokens": 16, "metrics": ["exact_match"]}
+    for key, value in measured.items():
+        new = make_values(inputs, eval={key: value})
+        line = describe_changes(to_dict(resolve(old)), to_dict(resolve(new)))
+        assert line.startswith(f"; changed since: eval.{key} ") and line.endswith(f"-> {value!r}"), line
+
+
+def test_other_content_of_the_held_out_file_is_told(inputs, tmp_path, capsys):
+    rows = write_rows(tmp_path / "eval.jsonl", 6, first=40)
+    sections = {"data": {"eval": str(rows)}, "eval": {"generate_rows": 0}, "export": {"format": "none"}}
+    postrain.train(make_values(inputs, train={"steps": 1}, **sections), tmp_path / "run")
+    for first in (40, 50):
+        write_rows(rows, 6, first=first)
+        values = make_values(inputs, train={"steps": 2 if first == 40 else 3}, **sections)
+        capsys.readouterr()
+        postrain.train(values, tmp_path / "run")
+        printed = capsys.readouterr().out
+        told = "held out: source 'eval': file eval.jsonl has other content: was" in printed
+        assert "; changed since: train.steps" in printed and told == (first == 50), printed
 
 
 def test_what_else_changed_is_told(inputs, tmp_path, capsys):
@@ -196,5 +219,5 @@ def test_what_else_changed_is_told(inputs, tmp_path, capsys):
     capsys.readouterr()
     values = make_values(inputs, train={"steps": 3}, eval={"generate_rows": 1}, optimizer={"learning_rate": 2e-2})
     postrain.train(values, tmp_path)
-    line = "goes on from step 2; changed since: optimizer.learning_rate 0.01 -> 0.02, train.steps 2 -> 3\n"
-    assert line in capsys.readouterr().out
+    changed = "optimizer.learning_rate 0.01 -> 0.02, train.steps 2 -> 3, eval.generate_rows 0 -> 1"
+    assert f"goes on from step 2; changed since: {changed}\n" in capsys.readouterr().out
