@@ -48,6 +48,21 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
         )
 
 
+def check_length(checkpoints: pathlib.Path, total_steps: int) -> None:
+    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps`` updates.
+
+    Neither end would be what was asked for: the model of an earlier step cannot be made from this one, and this one
+    is of another length of training.
+    """
+    place, _ = _read_newest(checkpoints)
+    if place is not None and int(place.name) > total_steps:
+        raise UserError(
+            f"{place}: the run already is at step {place.name}, past the {total_steps} that train.steps (or "
+            "train.epochs) asks for: ask for at least as many, take the model of a checkpoint with `postrain export "
+            "--step`, or use another workdir"
+        )
+
+
 def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple[None, None]:
     """The newest checkpoint that can be read and what it says of its run. Damaged ones are for restore to report."""
     steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]

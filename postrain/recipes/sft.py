@@ -22,7 +22,7 @@ from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
 from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
-from postrain.compute.resume import check_resume
+from postrain.compute.resume import check_length, check_resume
 from postrain.compute.signals import catch_stop_signals
 from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
 from postrain.compute.summary import (
@@ -70,6 +70,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     process, processes = data_process(mesh)
     batches = make_train_iterator(train_set, config.data, process_index=process, process_count=processes)
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
+    check_length(workdir / "checkpoints", total_steps)
 
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)

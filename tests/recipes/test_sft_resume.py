@@ -149,6 +149,17 @@ def test_files_of_a_glob_are_compared_one_by_one(inputs, tmp_path):
     assert "part0" not in str(caught.value) and "part2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [{"steps": 3}, {"steps": 0, "epochs": 0.1}])
+def test_fewer_steps_than_were_done_are_refused(inputs, finished, length, capsys):
+    """The export would be of a model that nobody asked for, under a config that does not tell."""
+    workdir, _ = finished
+    before = read_folder(workdir)
+    with pytest.raises(UserError, match=r"checkpoints/6: the run already is at step 6, past the \d that") as caught:
+        postrain.train(make_values(inputs, train=length), workdir)
+    assert "\n" not in str(caught.value) and "done" not in capsys.readouterr().out
+    assert read_folder(workdir) == before
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
