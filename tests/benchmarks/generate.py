@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import workloads
-from runner import describe_versions, find_versions, make_parser, run_in_turns
+from runner import Bar, describe_versions, find_versions, make_parser, run_in_turns
 
 ROWS, PROMPT, NEW = 16, 32, 128
 WARM_UP, REPEATS = 1, 5
@@ -79,7 +79,7 @@ def run_side(arguments) -> None:
     )
 
 
-def summarize(lines: dict[str, list[dict]]) -> str:
+def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
     rates = {
         side: {way: [run["tokens_per_second"][way] for run in runs] for way in WAYS} for side, runs in lines.items()
     }
@@ -98,7 +98,7 @@ def summarize(lines: dict[str, list[dict]]) -> str:
     ratios = ", ".join(f"{way} **{median['postrain'][way] / median['transformers'][way]:.2f}x**" for way in WAYS)
     rounds = f"{len(lines['postrain'])} interleaved rounds"
     table += ["", f"postrain / transformers: {ratios}; {rounds}. {describe_versions(lines)}"]
-    return "\n".join(table)
+    return "\n".join(table), []
 
 
 if __name__ == "__main__":

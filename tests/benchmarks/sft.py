@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import workloads
-from runner import describe_versions, find_versions, make_parser, run_in_turns
+from runner import Bar, describe_versions, find_versions, make_parser, run_in_turns
 
 ROWS, LENGTH, LEARNING_RATE = 8, 1024, 1e-3
 SIDES = {"postrain": 12, "trl_packed": 5, "trl_padded": 10}  # updates of a run
@@ -149,7 +149,7 @@ def run_side(arguments) -> None:
     )
 
 
-def summarize(lines: dict[str, list[dict]]) -> str:
+def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
     median = lambda side, key: statistics.median(run[key] for run in lines[side])
     heads = ("", "useful tokens/s (median)", "lowest - highest", "seconds a step", "micro-batches")
     heads += ("peak memory, GiB", "CPU taken by others")
@@ -167,7 +167,14 @@ def summarize(lines: dict[str, list[dict]]) -> str:
         f"postrain / TRL packed: **{ratios['trl_packed']:.2f}x**, postrain / TRL padded: "
         f"{ratios['trl_padded']:.2f}x; {len(lines['postrain'])} interleaved rounds. {describe_versions(lines)}",
     ]
-    return "\n".join(table)
+    peak = {side: max(run["peak_rss_gib"] for run in runs) for side, runs in lines.items()}
+    bars = [Bar("useful tokens/s over TRL packed", ratios["trl_packed"], ">=", 2.5, "{:.2f}x")]
+    bars += [
+        Bar(f"peak memory below {side}'s", peak["postrain"], "<", peak[side], "{:.2f} GiB")
+        for side in SIDES
+        if side != "postrain"
+    ]
+    return "\n".join(table), bars
 
 
 if __name__ == "__main__":
