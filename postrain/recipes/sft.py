@@ -38,7 +38,7 @@ from postrain.data.pipeline import describe_rows, load_examples, make_train_iter
 from postrain.data.preview import render_tokens_html
 from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
-from postrain.hf.folders import check_replaceable
+from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.models.transformer import compute_hidden, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -56,6 +56,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     started = time.monotonic()
     workdir, mesh = make_workdir(workdir), make_mesh(config.mesh)
     folder = locate_model(config.model.path)
+    clear_leftovers(workdir / "export")  # of a run that was killed while it exported
     if config.export.format != "none":
         check_replaceable(workdir / "export")  # what cannot be written at the end is said at the start
     lead = jax.process_index() == 0
