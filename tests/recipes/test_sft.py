@@ -12,7 +12,9 @@ from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
 from postrain.compute.export import export_workdir
+from postrain.compute.step import count_compilations
 from postrain.errors import UserError
+from postrain.recipes import sft
 
 
 def test_the_workdir_holds_everything(finished):
@@ -127,6 +129,47 @@ def test_export_of_a_workdir_is_the_export_of_the_run(finished, inputs, tmp_path
     else:
         found = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert (found["r"], found["peft_type"]) == (4, "LORA")
+
+
+def test_the_exported_adapter_gives_our_logits_in_peft(finished, inputs, tmp_path):
+    """As a user takes it away: the run's adapter, loaded by peft onto the model that the run started from."""
+    import peft
+    import torch
+
+    workdir, _ = finished
+    export_workdir(workdir, tmp_path / "adapter", "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 301, 40)
+    with torch.no_grad():
+        untrained = base(torch.tensor(tokens)[None]).logits[0].numpy()
+        theirs = (
+            peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.tensor(tokens)[None]).logits[0].numpy()
+        )
+    config, params = postrain.load_pretrained(workdir / "export")
+    ours = np.asarray(postrain.logits(params, config, tokens))
+    assert np.abs(ours - theirs).max() <= 1e-4 < 1e-1 < np.abs(untrained - theirs).max()
+
+
+def test_nothing_compiles_after_the_second_step(inputs, tmp_path, monkeypatch):
+    """In the loop itself: evaluations with generation and checkpoints at steps 2, 4 and 6, and none before step 1."""
+    started, ended = [], {}
+    with count_compilations() as compiled:
+        place, write = sft.make_global_batch, sft.MetricsWriter.write
+        # Called at the start of every step; evaluations place batches with a function of their own name.
+        monkeypatch.setattr(sft, "make_global_batch", lambda *rest: started.append(len(compiled)) or place(*rest))
+
+        def note(writer, step, line):
+            ended[step] = len(compiled)
+            return write(writer, step, line)
+
+        monkeypatch.setattr(sft.MetricsWriter, "write", note)
+        keep = {"every": 2, "asynchronous": False}
+        values = make_values(inputs, eval={"before": False}, export={"format": "none"}, checkpoint=keep)
+        values["optimizer"]["ema_decay"] = 0.9
+        postrain.train(values, tmp_path / "run")
+    assert len(started) == 6 and list(ended) == [1, 2, 3, 4, 5, 6]
+    assert started[0] > 0 and ended[2] > started[1], "the first evaluation compiles: the counter counts"
+    assert ended[6] == started[2], f"{ended[6] - started[2]} programs were compiled in steps 3 to 6"
 
 
 @pytest.mark.parametrize("damage", ["{", None])
