@@ -1,21 +1,29 @@
 """Killed at any instant and started again, a run ends in the same bytes; a changed one is refused or told."""
 
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config, write_rows
 
 import postrain
-from postrain.compute.export import export_workdir
+from postrain.compute.build import load_model
+from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.export import export_workdir, fingerprint_base
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import describe_changes, lock_workdir
-from postrain.config import resolve, to_dict
+from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
 from postrain.recipes import sft
+from postrain.sharding import make_mesh
 
 STEPS = 40
 
@@ -70,6 +78,54 @@ def test_killed_twice_it_ends_in_the_same_bytes(inputs, uninterrupted, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "goes on from step" in result.stdout
     assert_same_run(workdir, uninterrupted)
+
+
+def read_state(workdir, values):
+    """Path -> dtype, shape and bytes of everything in the newest checkpoint's train state."""
+    config, mesh = resolve(values), make_mesh(MeshConfig())
+    folder = config.model.path
+    model, (optimizer, _) = load_model(config, folder, mesh), make_optimizer(config.optimizer, 1)
+    abstract = abstract_train_state(model.params, {}, optimizer, mesh=mesh, ema=True)
+    with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
+        restored = checkpointer.restore(abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder))
+    state = restored.state.replace(rng=jax.random.key_data(restored.state.rng))
+    leaves = {
+        jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return restored.step, restored.data_position, leaves
+
+
+def test_full_training_killed_in_a_save_and_in_the_export_ends_in_the_same_state(inputs, tmp_path):
+    values = values_of(inputs, train={"steps": 8}, eval={"every": 4}, model={"lora": {"rank": 0}})
+    reference, workdir, config = tmp_path / "reference", tmp_path / "run", write_config(tmp_path / "c.py", values)
+    postrain.train(values, reference)
+    script = [sys.executable, pathlib.Path(__file__).with_name("killed_run.py"), config, workdir]
+
+    def run_until(instant):
+        result = subprocess.run([*script, instant], capture_output=True, text=True, env=os.environ, timeout=240)
+        assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
+        return result.stdout, sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+    assert run_until("saving:6")[1] == ["3", "6.orbax-checkpoint-tmp"]
+    printed, left = run_until("exporting")
+    assert "6.orbax-checkpoint-tmp: an unfinished save, removed" in printed and "goes on from step 3\n" in printed
+    assert left == ["6", "8"]
+    assert [path.name for path in workdir.glob(".export*")] == [".export.unchecked"]
+    size = sum(path.stat().st_size for path in workdir.glob(".export*/**/*.safetensors"))
+    assert size > 100_000 and not (workdir / "export").exists(), "the model is written and not yet in its place"
+    result = run_cli("train", f"--config={config}", f"--workdir={workdir}", "--config.export.format=none")
+    assert result.returncode == 0, result.stderr
+    assert list(workdir.glob(".*")) == [], "a run that exports nothing clears the place too"
+    run_until("exporting")
+    result = run_cli("train", f"--config={config}", f"--workdir={workdir}")
+    assert result.returncode == 0 and "goes on from step 8\n" in result.stdout, result.stderr
+    assert list(workdir.glob(".*")) == []
+    assert_same_run(workdir, reference)
+    found, expected = read_state(workdir, values), read_state(reference, values)
+    assert found == expected
+    paths = " ".join(found[2])
+    assert found[0] == 8 and all(part in paths for part in (".params", ".opt_state", ".mu", ".nu", ".ema", ".rng"))
 
 
 def test_sigterm_saves_and_says_how_to_go_on(inputs, uninterrupted, tmp_path):
