@@ -327,6 +327,19 @@ def test_an_endless_list_is_not_followed(whole, tmp_path):
     assert "end inside the header" in line
 
 
+def nested_field(depth):
+    """A whole GGUF of one field: lists in lists, ``depth`` of them, the innermost of one byte."""
+    name, array = b"deep", struct.pack("<IQ", 9, 1)
+    value = struct.pack("<I", 9) + array * (depth - 1) + struct.pack("<IQB", 0, 1, 7)
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(name)) + name + value
+
+
+def test_lists_in_lists(tmp_path):
+    for depth in (5, 10_000):
+        assert "damaged, lists nested more than 4 deep at byte" in refuse(tmp_path, nested_field(depth))
+    assert "nested" not in refuse(tmp_path, nested_field(4).ljust(256, b"\0"))
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
