@@ -171,7 +171,7 @@ def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
     peak = {side: max(run["peak_rss_gib"] for run in runs) for side, runs in lines.items()}
     bars = [Bar("useful tokens/s over TRL packed", ratios["trl_packed"], ">=", 2.5, "{:.2f}x")]
     bars += [
-        Bar(f"peak memory below {side}'s", peak["postrain"], "<", peak[side], "{:.2f} GiB")
+        Bar(f"peak memory beside {side}'s", peak["postrain"], "<", peak[side], "{:.2f} GiB")
         for side in SIDES
         if side != "postrain"
     ]
