@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.models.config import ModelConfig
-from postrain.models.params import lora_specs, num_params, param_specs, shapes_of
+from postrain.models.params import lora_specs, param_specs, shapes_of
 
 # Dense bfloat16 peak of one JAX device, from the vendors' data sheets, by device kind without vendor and memory.
 PEAK_FLOPS = {
@@ -84,16 +84,31 @@ def count_flops(config: ModelConfig, stats: BatchStats) -> dict[str, float]:
     attention_size = config.num_heads * config.head_dim * config.num_layers
     return {
         "linear": 2.0 * passes * num_linear_params(config) * stats.tokens,
-        "adapters": 2.0 * 3 * (num_params(shapes_of(lora_specs(config))) if config.lora else 0) * stats.tokens,
+        "adapters": 2.0 * 3 * num_adapter_params(config) * stats.tokens,
         "attention": 2.0 * 3 * 2 * attention_size * stats.attention_pairs,  # scores and values, each with two gradients
         "unembedding": 2.0 * passes * config.embed_size * config.vocab_size * stats.trained_tokens,
     }
 
 
 def num_linear_params(config: ModelConfig) -> int:
-    """Scalars in the matrices of all layers (not embeddings, norms, biases, adapters)."""
-    leaves = jax.tree_util.tree_leaves_with_path(shapes_of(param_specs(config)["layers"]))
-    return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
+    """Scalars in the matrices of all layers that a token meets: not embeddings, norms, biases, adapters, and of the
+    experts those that it is routed to."""
+    return _count_met(config, param_specs(config)["layers"], ("kernel",))
+
+
+def num_adapter_params(config: ModelConfig) -> int:
+    """Scalars in the adapters that a token meets, likewise."""
+    return _count_met(config, lora_specs(config)["layers"], ("lora_a", "lora_b")) if config.lora else 0
+
+
+def _count_met(config: ModelConfig, specs: dict, names: tuple[str, ...]) -> int:
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(specs)):
+        keys = [part.key for part in path]
+        if keys[-1] in names:
+            routed = config.moe is not None and keys[0] == "moe" and keys[1] != "router"
+            total += leaf.size * config.moe.experts_per_token // config.moe.num_experts if routed else leaf.size
+    return total
 
 
 def format_formula(config: ModelConfig) -> str:

@@ -39,6 +39,7 @@ from postrain.data.preview import render_tokens_html
 from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
+from postrain.hf.peft import check_targets
 from postrain.models.transformer import compute_hidden, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -75,6 +76,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)
+    if config.export.format == "adapter":
+        check_targets(model.config)
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
     optimizer, schedule = make_optimizer(config.optimizer, total_steps)
     average = config.optimizer.ema_decay > 0
