@@ -18,7 +18,7 @@ from postrain.errors import UserError
 from postrain.hf.config import read_family
 from postrain.hf.load import make_reader, open_checked, place
 from postrain.hf.safetensors_io import DTYPES, TensorFiles
-from postrain.hf.tree import flatten, list_entries, unflatten
+from postrain.hf.tree import flatten, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.sharding import num_row_shards, replicated
@@ -64,12 +64,13 @@ def check_logits(found: np.ndarray, expected: np.ndarray, name: str, what: str, 
 
 
 def find_dtypes(folder: str | os.PathLike, config: ModelConfig) -> Dtypes:
-    """Those of the tensors of a Hugging Face folder."""
+    """Those of the tensors of a Hugging Face folder; the experts of a layer are taken to have one."""
     infos, found = TensorFiles(folder).infos, {}
-    for entry, spec in list_entries(config, read_family(folder)):
-        layers = range(spec.shape[0]) if entry.per_layer else (0,)
-        found[entry.param] = tuple(DTYPES[infos[entry.name.format(layer)].dtype] for layer in layers)
-    return found
+    for tensor in list_tensors(config, read_family(folder)):
+        if not tensor.expert:
+            for entry in tensor.entries:
+                found.setdefault(entry.param, []).append(DTYPES[infos[tensor.name].dtype])
+    return {param: tuple(dtypes) for param, dtypes in found.items()}
 
 
 def choose_load_dtype(dtypes: Dtypes) -> str:
