@@ -169,9 +169,12 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one user message; streamed to the terminal")
     what.add_argument("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...} or {"messages": [...]}')
-    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: the lines with their completion added")
+    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: the lines, 'generated' added to each")
     command.add_argument("--system", default="", help="a system message")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
+    command.add_argument(
+        "--thinking", choices=("on", "off"), help="reasoning, where the chat template switches it (default: its own)"
+    )
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0, help="0: off")
@@ -255,12 +258,14 @@ def run_generate(args, overrides) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
+    thinking = {"on": True, "off": False}.get(args.thinking)
+    prompt = {"system": args.system, "raw": args.raw, "thinking": thinking}
     check_model_path(args.model, "--model")
     if args.input is not None:
-        count = answer_file(args.model, args.input, args.output, sampling, args.system, args.raw, args.batch_size)
-        print(f"{count} completion{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
+        count = answer_file(args.model, args.input, args.output, sampling, batch_size=args.batch_size, **prompt)
+        print(f"{count} answer{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
     else:
-        answer_prompt(load_chat_model(args.model), args.prompt, sampling, args.system, args.raw, write=_write_now)
+        answer_prompt(load_chat_model(args.model), args.prompt, sampling, write=_write_now, **prompt)
         print()
 
 

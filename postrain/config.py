@@ -323,6 +323,15 @@ def _check_best(config: Config) -> None:
     answered = config.eval.metrics if config.eval.generate_rows else ()
     if metric.startswith("eval/") and name in scored and name not in answered:
         raise UserError(f"{where} needs 'eval.generate_rows' above 0 and {name!r} in 'eval.metrics'")
+    key, every = "train.log_every", config.train.log_every
+    if metric.startswith("eval/"):
+        key, every = "eval.every", config.eval.every
+    saved = config.checkpoint.every  # 0: the only checkpoint is the last, which is always measured
+    if saved and (every == 0 or saved % every):
+        raise UserError(
+            f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
+            f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
+        )
 
 
 HOW_TO_GET_A_MODEL = (

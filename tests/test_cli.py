@@ -111,6 +111,24 @@ def test_mistakes_are_one_line_and_code_2(capsys, words, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"architectures": ["LlamaForCausalLM"]}',
+            "expected the workdir of a run, found a config.json of something else",
+        ),
+        ("[1]", "expected the workdir of a run"),
+        ("{", "it cannot be read as JSON"),
+    ],
+)
+def test_export_of_what_is_no_run(capsys, tmp_path, content, words):
+    (tmp_path / "config.json").write_text(content)
+    code, error = errors_of(capsys, "export", f"--workdir={tmp_path}", f"--output={tmp_path / 'out'}")
+    assert code == 2 and words in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("data.sequence_length", "99999999999", "config key 'data.sequence_length' must be at most"),
@@ -183,8 +201,8 @@ def test_generate_answers_a_file(model, tmp_path, capsys):
     code = cli.main(["generate", f"--model={model}", f"--input={source}", f"--output={output}", "--max-new-tokens=4"])
     assert code == 0
     answers = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [{k: v for k, v in a.items() if k in r} for a, r in zip(answers, rows, strict=True)] == rows
-    assert answers[0]["completion"] == answers[1]["completion"]
+    assert [{k: v for k, v in answer.items() if k != "generated"} for answer in answers] == rows
+    assert answers[0]["generated"] == answers[1]["generated"]
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
 
 
@@ -210,7 +228,7 @@ def test_generate_streams_what_it_returns(model, capsys):
     source = model.parent / "one.jsonl"
     source.write_text('{"prompt": "hi"}\n')
     assert cli.main(["generate", f"--model={model}", f"--input={source}", "--max-new-tokens=6"]) == 0
-    assert json.loads(capsys.readouterr().out)["completion"] + "\n" == streamed
+    assert json.loads(capsys.readouterr().out)["generated"]["text"] + "\n" == streamed
 
 
 def test_a_closed_pipe_ends_it_without_a_word(tmp_path):

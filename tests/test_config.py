@@ -175,10 +175,36 @@ def test_the_best_may_be_by_scores_that_the_run_has():
     values = MINIMAL | {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}
     values["checkpoint"] = {"keep_best": 1, "metric": "eval/exact_match", "mode": "max"}
     assert "needs 'eval.generate_rows' above 0" in error_of(values)
-    assert resolve(values | {"eval": {"generate_rows": 2}}).checkpoint.keep_best == 1
+    assert resolve(values | {"eval": {"generate_rows": 2}}).checkpoint.keep_best == 1  # saved at the end only
     assert "'exact_match' in 'eval.metrics'" in error_of(
         values | {"eval": {"generate_rows": 2, "metrics": ["valid_json"]}}
     )
+
+
+@pytest.mark.parametrize(
+    ("metric", "saved", "evaluated", "logged", "words"),
+    [
+        ("eval/loss", 200, 100, 7, ""),
+        ("eval/loss", 0, 0, 1, ""),
+        ("eval/loss", 0, 300, 1, ""),
+        ("eval/loss", 200, 300, 1, "every 'eval.every' = 300 steps, so checkpoints saved every 'checkpoint.every' ="),
+        ("eval/loss", 200, 0, 1, "every 'eval.every' = 0 steps (at the end only), so checkpoints saved every"),
+        ("train/loss", 200, 0, 10, ""),
+        ("train/loss", 200, 0, 30, "every 'train.log_every' = 30 steps, so checkpoints saved every"),
+        ("train/loss", 0, 0, 30, ""),
+    ],
+)
+def test_the_best_are_chosen_among_checkpoints_that_were_measured(metric, saved, evaluated, logged, words):
+    values = MINIMAL | {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+    values |= {"eval": {"every": evaluated}, "train": {"log_every": logged}}
+    values["checkpoint"] = {"keep_best": 1, "metric": metric, "every": saved}
+    if words:
+        error = error_of(values)
+        assert words in error and f"'checkpoint.metric' = {metric!r}" in error, error
+    else:
+        assert resolve(values).checkpoint.keep_best == 1
+    values["checkpoint"]["keep_best"] = 0
+    resolve(values)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ folder that has changed since is refused.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -24,7 +23,6 @@ from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_
 from postrain.config import CheckpointConfig
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
-from postrain.models.config import LoraConfig
 from postrain.nested import flatten
 from postrain.types import TrainState
 
@@ -42,6 +40,7 @@ class Restored:
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved, as the run that saved it had it
     metrics: dict[str, Any]
+    eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
 
 
 class Checkpointer:
@@ -111,11 +110,13 @@ class Checkpointer:
         config: dict,
         fingerprint: dict,
         base_fingerprint: dict | None = None,
+        eval_fingerprint: dict | None = None,
         metrics: dict | None = None,
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
 
-        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model.
+        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
+        ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
         ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
         be another one when the run goes on, so all are kept. Raises UserError when the previous save failed.
         """
@@ -129,6 +130,7 @@ class Checkpointer:
             "config": config,
             "fingerprint": fingerprint,
             "base_fingerprint": base_fingerprint,
+            "eval_fingerprint": eval_fingerprint,
             "metrics": metrics,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
@@ -194,14 +196,15 @@ class Checkpointer:
         self,
         abstract_state: TrainState,
         *,
-        fingerprint: dict,
+        fingerprint: dict | None,
         base_fingerprint: dict | None = None,
         step: int | None = None,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
-        mesh it was saved from. A damaged checkpoint is reported, moved aside, and the one before it taken.
+        mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
         when there were checkpoints and none can be read: a run never starts anew over them.
@@ -218,8 +221,9 @@ class Checkpointer:
                 self._set_aside(candidate, error)
                 continue
             where = self._folder / str(candidate)
-            changes = compare_fingerprints(run["fingerprint"], fingerprint)
-            _refuse(f"{where}: the data pipeline", changes, "another workdir")
+            if fingerprint is not None:
+                changes = compare_fingerprints(run["fingerprint"], fingerprint)
+                _refuse(f"{where}: the data pipeline", changes, "another workdir")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
@@ -228,7 +232,8 @@ class Checkpointer:
             except Exception as error:
                 self._set_aside(candidate, error)
                 continue
-            return Restored(candidate, state, run["data_position"], run["config"], run["metrics"])
+            told = {key: run[key] for key in ("data_position", "config", "metrics")}
+            return Restored(candidate, state, **told, eval_fingerprint=run.get("eval_fingerprint"))
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(
@@ -245,6 +250,12 @@ class Checkpointer:
         Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
         """
         path, cause = self._folder / str(step), describe_cause(error)
+        if self._read_only and not path.exists():
+            self._orbax.reload()
+            raise UserError(
+                f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
+                f"{self.steps()}, or have it keep more (checkpoint.keep)"
+            ) from error
         if not is_damaged(path, error):
             advice = "free some memory" if is_out_of_memory(error) else "see to the disk and its permissions"
             message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"
@@ -319,37 +330,3 @@ def _refuse(what: str, changes: list[str], advice: str) -> None:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         shown = ", ".join(changes[:3]) + more
         raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")
-
-
-def fingerprint_model(folder, lora: LoraConfig | None = None) -> dict[str, Any]:
-    """Of the model that a run starts from and the adapters that it trains, so that a resume can name what changed.
-
-    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha`` and what config.json says do not.
-    """
-    adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
-    config = pathlib.Path(folder) / "config.json"
-    described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
-    return {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
-
-
-def fingerprint_folder(folder, *, samples: int = 16, sample_bytes: int = 1 << 16) -> dict[str, Any]:
-    """``{file: {bytes, sha256}}`` for the safetensors files of a model folder; where the folder is does not matter.
-
-    The hash is over each file's header (names, dtypes, shapes, offsets) and ``samples`` evenly spaced blocks of
-    ``sample_bytes``: another fine-tune changes all of them, and a 100 GB model still takes milliseconds.
-    """
-    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.path={folder}: expected *.safetensors files, found none: give a Hugging Face folder")
-    fingerprint = {}
-    for path in files:
-        digest, size = hashlib.sha256(), path.stat().st_size
-        with path.open("rb") as file:
-            header_bytes = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            digest.update(file.read(min(header_bytes, size)))
-            for i in range(samples):
-                file.seek(max(header_bytes, header_bytes + (size - header_bytes - sample_bytes) * i // (samples - 1)))
-                digest.update(file.read(sample_bytes))
-        fingerprint[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
-    return fingerprint

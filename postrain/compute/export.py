@@ -4,19 +4,25 @@ What is written is read back and must give the logits of the weights in memory b
 """
 
 import functools
-import json
 import os
 import pathlib
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model, load_model
-from postrain.compute.checkpoint import Checkpointer, fingerprint_model
-from postrain.compute.export_check import check_logits, compute_probe_logits, find_dtypes
+from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.export_check import (
+    check_logits,
+    choose_load_dtype,
+    compute_probe_logits,
+    describe_rounding,
+    find_dtypes,
+    round_params,
+)
+from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
@@ -44,8 +50,10 @@ def export_state(
     source_folder: str | os.PathLike,
     tokenizer: Tokenizer,
     format: str | None = None,
-) -> None:
+) -> str:
     """Writes the trained model, the moving average where the run keeps one, with the tokenizer of the run.
+
+    Returns a line that says how much of the training the dtype of the files keeps, "" where it keeps all.
 
     ``format``: "merged", a Hugging Face folder with adapters added into their matrices, or "adapter", a PEFT folder;
     None: ``config.export.format``. ``source_folder`` is what the model was loaded from. Every process must call it.
@@ -55,20 +63,21 @@ def export_state(
     if os.path.realpath(folder) == os.path.realpath(source_folder):
         raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
-    run = _Run(config, model.config, mesh, source_folder, tokenizer)
+    run = _Run(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
-        found, expected, dtype = write(staged, params, state.frozen, run)
-        check_logits(found, expected, dtype, os.fspath(folder))
+        note = write(staged, params, state.frozen, run)
         if jax.process_count() > 1:  # not moved before every process has read it
             multihost_utils.sync_global_devices("export checked")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export in place")
+    return note
 
 
 class _Run(NamedTuple):
     """What an export needs besides the weights."""
 
+    name: str  # in errors
     config: Config
     model_config: ModelConfig
     mesh: Mesh
@@ -76,8 +85,8 @@ class _Run(NamedTuple):
     tokenizer: Tokenizer
 
 
-def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> tuple[np.ndarray, np.ndarray, str]:
-    """Writes the PEFT folder. Returns logits of what it holds, of the weights in memory, and the dtype it holds."""
+def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> str:
+    """Writes the PEFT folder and checks it; float32, so there is nothing to tell."""
     # The base is the same on both sides: only the adapter can tell them apart.
     expected = compute_probe_logits(merge_params(params, frozen), run.model_config, run.mesh)
     save_adapter(
@@ -89,25 +98,35 @@ def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> tuple[np.
         tokenizer=run.tokenizer,
     )
     config, adapter = load_adapter(staged, run.model_config, mesh=run.mesh)
-    return compute_probe_logits(merge_params(adapter, frozen), config, run.mesh), expected, "float32"
+    found = compute_probe_logits(merge_params(adapter, frozen), config, run.mesh)
+    check_logits(found, expected, run.name, "the files'", "the trained model")
+    return ""
 
 
-def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> tuple[np.ndarray, np.ndarray, str]:
-    """Writes the Hugging Face folder. Returns as _write_adapter does."""
-    base = frozen
+def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> str:
+    """Writes the Hugging Face folder and checks it. Returns what there is to tell of its rounding."""
+    base, source = frozen, run.source_folder
     if run.model_config.lora is not None:
         # The base that trained is rounded to the compute dtype, which must not reach the export.
-        _, base = load_pretrained(run.source_folder, mesh=run.mesh, dtype="float32")
+        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32")
     tree = merge_params(params, base)
-    expected = compute_probe_logits(tree, run.model_config, run.mesh)  # adapters not merged yet: the merge is checked
     if run.model_config.lora is not None:
+        expected = compute_probe_logits(tree, run.model_config, run.mesh)
         tree = _merge(base, params, run.model_config)
-    dtype, source = run.config.export.dtype, run.source_folder
-    save_pretrained(staged, tree, run.model_config, source_folder=source, dtype=dtype, tokenizer=run.tokenizer)
-    del base, tree
-    dtypes = find_dtypes(staged)
-    config, loaded = load_pretrained(staged, mesh=run.mesh, dtype=dtypes[0] if len(dtypes) == 1 else "float32")
-    return compute_probe_logits(loaded, config, run.mesh), expected, dtypes[-1]
+        found = compute_probe_logits(tree, run.model_config, run.mesh)
+        check_logits(found, expected, run.name, "the merged weights'", "the base with its adapters")
+    save_pretrained(
+        staged, tree, run.model_config, source_folder=source, dtype=run.config.export.dtype, tokenizer=run.tokenizer
+    )
+    dtypes = find_dtypes(staged, run.model_config)
+    note = describe_rounding(tree, source, dtypes, run.model_config, run.mesh)
+    tree, base = round_params(tree, dtypes), None
+    expected = compute_probe_logits(tree, run.model_config, run.mesh)
+    del tree
+    config, loaded = load_pretrained(staged, mesh=run.mesh, dtype=choose_load_dtype(dtypes))
+    found = compute_probe_logits(loaded, config, run.mesh)
+    check_logits(found, expected, run.name, "the files'", "the trained weights")
+    return note
 
 
 def _merge(base: dict, adapters: dict, config: ModelConfig) -> dict:
@@ -147,14 +166,15 @@ def export_workdir(
         step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
-        saved = json.loads((workdir / "checkpoints" / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
         restored = checkpointer.restore(
-            abstract, fingerprint=saved["fingerprint"], base_fingerprint=fingerprint_base(model, folder), step=step
+            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder), step=step
         )
     state = restored.state.replace(frozen=model.frozen)
     model = model._replace(params=None)  # where the run started: not needed, and as large as the state
-    export_state(output, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer, format=format)
-    return f"wrote step {step} of {workdir} to {output} ({format})"
+    note = export_state(
+        output, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer, format=format
+    )
+    return f"wrote step {step} of {workdir} to {output} ({format})" + (f"\n{note}" if note else "")
 
 
 def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:

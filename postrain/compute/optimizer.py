@@ -27,8 +27,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     Names: "adamw"; "lion" (Chen et al. 2023, arXiv:2302.06675); "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
-    for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up or final decay that is longer
-    than the run is cut to it (``describe_cut`` says so). Raises UserError when the run has no updates.
+    for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up that is longer than the run is
+    cut to it, a final decay to what the warm-up leaves (``describe_cut`` says so). Raises UserError when the run has
+    no updates.
     """
     if total_steps < 1:
         raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
@@ -55,7 +56,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     decay; Hu et al. 2024, arXiv:2404.06395) stays at the peak until the last ``decay_steps``.
     """
     warmup = min(config.warmup_steps, total_steps)
-    decay = min(config.decay_steps or max(total_steps // 10, 1), total_steps)
+    # The decay has what the warm-up leaves: both at once would never reach the peak.
+    decay = min(config.decay_steps or max(total_steps // 10, 1), total_steps - warmup)
     start = total_steps - decay if config.schedule == "wsd" else warmup
     shape = SCHEDULES[config.schedule]
 
@@ -70,14 +72,15 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
 
 def describe_cut(config: OptimizerConfig, total_steps: int) -> str:
     """A warning where the schedule asks for more steps than the run has, else ""; one line."""
-    asked = {"warmup_steps": config.warmup_steps}
-    if config.schedule == "wsd":
-        asked["decay_steps"] = config.decay_steps
-    cut = [f"optimizer.{key} = {steps:,}" for key, steps in asked.items() if steps > total_steps]
-    if not cut:
-        return ""
-    length = f"{total_steps:,} step{'s' * (total_steps != 1)}"
-    return f"warning     {' and '.join(cut)}: longer than the run, cut to its {length}"
+    count = lambda steps: f"{steps:,} step{'s' * (steps != 1)}"
+    left, cut = max(total_steps - config.warmup_steps, 0), []
+    if config.warmup_steps > total_steps:
+        told = f"longer than the run, cut to its {count(total_steps)}"
+        cut.append(f"optimizer.warmup_steps = {config.warmup_steps:,}: {told}")
+    if config.schedule == "wsd" and config.decay_steps > left:
+        what = "run" if left == total_steps else "part of the run that the warm-up leaves"
+        cut.append(f"optimizer.decay_steps = {config.decay_steps:,}: longer than the {what}, cut to its {count(left)}")
+    return f"warning     {'; '.join(cut)}" if cut else ""
 
 
 SCHEDULES = {

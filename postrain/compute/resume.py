@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 
-from postrain.compute.checkpoint import fingerprint_model
+from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
 from postrain.data.fingerprint import compare_fingerprints, make_fingerprint
@@ -45,6 +45,21 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
         raise UserError(
             f"{place}: the run cannot go on from here, since what it stands on has changed: "
             f"{'; '.join(changes[:_SHOWN])}{more}: change it back, or use another workdir"
+        )
+
+
+def check_length(checkpoints: pathlib.Path, total_steps: int) -> None:
+    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps`` updates.
+
+    Neither end would be what was asked for: the model of an earlier step cannot be made from this one, and this one
+    is of another length of training.
+    """
+    place, _ = _read_newest(checkpoints)
+    if place is not None and int(place.name) > total_steps:
+        raise UserError(
+            f"{place}: the run already is at step {place.name}, past the {total_steps} that train.steps (or "
+            "train.epochs) asks for: ask for at least as many, take the model of a checkpoint with `postrain export "
+            "--step`, or use another workdir"
         )
 
 

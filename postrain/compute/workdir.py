@@ -13,14 +13,16 @@ import jax
 
 from postrain.compute.metrics import read_metrics
 from postrain.config import Config, resolve, to_dict
+from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
 from postrain.files import write_whole
 from postrain.nested import flatten
 
 # Keys that may change between a checkpoint and the run that goes on from it without a word: they decide how
-# the work is done or what is shown of it, not its result. ``data.eval`` is not among them: it changes no update, but
-# evaluations before and after it (and the best checkpoints, ranked by them) are of different rows.
-HARMLESS = ("mesh.", "trackers.", "checkpoint.", "eval.", "export.", "train.log_every", "train.micro_batches")
+# the work is done or what is shown of it, not its result. Neither ``data.eval`` nor what is measured on it is among
+# them: they change no update, but evaluations before and after (and the best checkpoints, ranked by them) differ.
+HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
+HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -114,17 +116,28 @@ def read_config(workdir: pathlib.Path) -> Config:
     path = workdir / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir}: no run in it, expected {path}")
-    return resolve(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: the config of a run, but it cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or not {"model", "data", "optimizer"} <= set(values):
+        raise UserError(f"{workdir}: expected the workdir of a run, found a {path.name} of something else")
+    return resolve(values)
 
 
-def describe_changes(old: dict, new: dict) -> str:
-    """What of the config is another than in the checkpoint and changes the run's result, to be printed."""
+def describe_changes(old: dict, new: dict, old_held_out: dict | None = None, held_out: dict | None = None) -> str:
+    """What is another than in the checkpoint and changes the run's result or its evaluations, to be printed.
+
+    ``old`` and ``new`` are resolved configs, ``held_out`` fingerprints of the held-out rows (None: there are none).
+    """
     before, after = flatten(old), flatten(new)
     changed = [
         f"{key} {before.get(key)!r} -> {after.get(key)!r}"
         for key in after
         if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
     ]
+    if old_held_out and held_out:
+        changed += [f"held out: {change}" for change in compare_fingerprints(old_held_out, held_out)]
     return f"; changed since: {', '.join(changed)}" if changed else ""
 
 

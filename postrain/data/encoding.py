@@ -45,14 +45,16 @@ class Encoded:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoding):
         self.text, self.spans = sequence.text, sequence.spans
+        self.asked = sequence.asked or ("",) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
         self._ids = list(encoding.ids)
         self._starts = [start for start, _ in encoding.offsets]
 
-    def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
+        The third is ``Sequence.asked`` of its spans, or nothing where all of them are empty.
 
-        One pair for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
+        One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
         the ids are no longer those that serving would encode for a later prompt.
 
         Raises:
@@ -60,20 +62,20 @@ class Encoded:
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span in self.spans:
+        for span, asked in zip(self.spans, self.asked, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
-            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last))
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, asked))
         groups = [[cut] for cut in apart]
         groups += [whole] if whole else []
         groups.sort(key=lambda group: group[0][1])
         return [self._finish(group, prefix, suffix) for group in groups]
 
-    def _finish(self, group, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        ids, _, end = group[-1]  # only the last of a group may be cut; the others' places are the same in its ids
+    def _finish(self, group, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        ids, _, end, _ = group[-1]  # only the last of a group may be cut; the others' places are the same in its ids
         ids = prefix + self.true_ids(ids[:end]) + suffix
         mask = np.zeros(len(ids), bool)
-        for _, first, last in group:
+        for _, first, last, _ in group:
             mask[first + len(prefix) : last + len(prefix)] = True
             stop = ids[last + len(prefix) - 1]
             if not suffix and stop not in self.tokenizer.stop_ids:
@@ -82,7 +84,8 @@ class Encoded:
         mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
         if not mask.any():
             raise Refusal("it has no token to train on")
-        return np.asarray(ids, np.int32), mask
+        asked = tuple(asked for *_, asked in group)
+        return np.asarray(ids, np.int32), mask, asked if any(asked) else ()
 
     def _cut(self, begin: int, end: int) -> tuple[list[int], int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
@@ -180,7 +183,7 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
         shifts.append(length - done)
     out.append(sequence.text[done:])
     move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
-    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans))
+    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.asked)
 
 
 @functools.lru_cache(maxsize=16)

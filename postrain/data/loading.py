@@ -5,6 +5,7 @@ kept (as one document, or split into several), it is bad (``data.on_bad_row``), 
 (``data.too_long``).
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -74,7 +75,8 @@ def load_examples(
     finally:  # also when the run stops: the reasons are what its user needs then
         if rejected_path is not None:
             _write_rejected(pathlib.Path(rejected_path), loaders)
-    report = DataReport([loader.report for loader in loaders], config.sequence_length)
+    asked = collections.Counter(how for example in examples for how in example.asked if how)
+    report = DataReport([loader.report for loader in loaders], config.sequence_length, asked=dict(asked))
     if not examples:
         raise UserError(_describe_empty(report, config))
     files = [(loader.report.name, list(loader.files)) for loader in loaders]
@@ -158,7 +160,8 @@ class _SourceLoader:
                 report.too_long += 1
                 return None
             tokens, loss_mask = document.tokens[:limit], document.loss_mask[:limit]
-            document = Rendered(tokens, loss_mask, document.ref, truncated=True)
+            answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
+            document = Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers])
         if not document.loss_mask[1:].any():
             report.untrained += 1
             return None

@@ -133,7 +133,8 @@ def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Ren
     for key, example_set in sets.items():
         header, *lines = example_set.report.table()
         body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
-        body.append(f"<p>{html.escape(example_set.report.describe_packing())}</p>")
+        lines = [example_set.report.describe_packing(), *example_set.report.describe_asking()]
+        body += [f"<p>{html.escape(line)}</p>" for line in lines]
         bins = _histogram(example_set)
         most = max(number for _, number in bins)
         plot = "".join(

@@ -43,12 +43,15 @@ class Rendered:
         Never true at ``t = 0``, which nothing predicts, and true somewhere.
       ref: the row that it comes from.
       truncated: its end was cut off (``data.too_long``), and with it at least part of its last answer.
+      asked: for each answer the switch of the template that its prompt was rendered with, as "enable_thinking=False",
+        where that differs from the default prompt, else ""; nothing at all where that is so of all.
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     ref: RowRef
     truncated: bool = False
+    asked: tuple[str, ...] = ()
 
 
 def render(
@@ -162,6 +165,10 @@ def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadR
             continue
         mine = [next(encoded) for _ in plan]
         try:
-            yield [Rendered(*pair, ref) for e in mine for pair in e.sequences(prefix, suffix)]
+            yield [
+                Rendered(tokens, mask, ref, asked=asked)
+                for e in mine
+                for tokens, mask, asked in e.sequences(prefix, suffix)
+            ]
         except Refusal as e:
             yield BadRow(ref, str(e), e.advice)

@@ -52,12 +52,15 @@ class DataReport:
       sequence_length: slots of a row.
       packed_rows: rows of the first epoch.
       used_slots: slots of these that hold a document; the rest is padding.
+      asked: answers by the switch of the chat template that their prompts were rendered with, as
+        "enable_thinking=False", where such a prompt differs from the template's default.
     """
 
     sources: list[SourceReport]
     sequence_length: int = 0
     packed_rows: int = 0
     used_slots: int = 0
+    asked: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> SourceReport:
@@ -95,7 +98,15 @@ class DataReport:
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in cells
         ]
-        return "\n".join([*lines, self.describe_packing()])
+        return "\n".join([*lines, self.describe_packing(), *self.describe_asking()])
+
+    def describe_asking(self) -> list[str]:
+        """A line for each switch of the chat template that answers were trained after: serving must set it too."""
+        return [
+            f"{count(number, 'answer')} trained after {how}: serve with it "
+            f"(postrain generate --thinking {'off' if how.endswith('False') else 'on'})"
+            for how, number in self.asked.items()
+        ]
 
     def describe_packing(self) -> str:
         """One line: rows, their length, and how much of them is used."""

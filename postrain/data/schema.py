@@ -1,6 +1,6 @@
 """Rows of a source -> checked, normalised conversations, prompt/completion pairs or plain text.
 
-Three kinds of row (other top-level keys are ignored):
+Three kinds of row (other top-level keys are ignored, unless they would have to change the prompt, see ``check_keys``):
 
 * ``{"messages": [...], "tools": [...]}``: OpenAI-style messages with the roles system, developer, user,
   assistant and tool; ``tool_calls`` with arguments as an object or as a JSON string; ``reasoning_content``
@@ -14,6 +14,7 @@ What comes out is plain: ``content`` is always a string, arguments are objects, 
 
 import dataclasses
 import difflib
+import functools
 import json
 from typing import Any
 
@@ -22,6 +23,16 @@ from postrain.errors import UserError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 KIND_KEYS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
 KINDS = tuple(KIND_KEYS)
+# What a row of each kind is made of, and keys under which other formats change the prompt: here they would be dropped.
+READ_KEYS = {kind: (*keys, "tools") if kind != "text" else keys for kind, keys in KIND_KEYS.items()}
+_SYSTEM = "a system message is the first of the messages, with the role 'system'"
+FOREIGN_KEYS = {
+    "functions": "it is the old form of 'tools': write it so",
+    "system": _SYSTEM,
+    "system_prompt": _SYSTEM,
+    "system_message": _SYSTEM,
+    "chat_template_kwargs": "reasoning is switched on by an answer's reasoning_content, and off where it has none",
+}
 # Keys of a message that mean something here or are part of the OpenAI format; the rest is ignored, unless
 # it looks like one of these misspelt.
 MESSAGE_KEYS = frozenset(
@@ -102,6 +113,7 @@ def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
     if not isinstance(raw, dict):
         raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
     kind = row_kind(raw) if kind == "auto" else kind
+    check_keys(raw, kind, ref)
     if kind == "text":
         text = _string(raw.get("text"), "text", ref)
         if not text.strip():
@@ -113,6 +125,31 @@ def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
         messages = _parse_messages(raw.get("messages"), "messages", ref)
         return _conversation(messages, raw.get("tools"), ref)
     raise BadRow(ref, "expected the keys 'messages', or 'prompt' and 'completion', or 'text'; found " + _names(raw))
+
+
+def check_keys(raw: dict, kind: str, ref: RowRef) -> None:
+    """Raises BadRow for a key that would have to change what the model is given, and that nothing here reads.
+
+    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or what looks like a key that a row of this
+    kind (of any, where it has none) could have and has not. Other keys are the user's own.
+    """
+    read = READ_KEYS.get(kind) or tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
+    for key, value in raw.items():
+        if key in read or value is None or value in ("", [], {}):  # of a table, where every row has every column
+            continue
+        if key in FOREIGN_KEYS and kind != "text":
+            raise BadRow(ref, f"{key!r} is not read: {FOREIGN_KEYS[key]}")
+        near = _find_near_key(str(key), read)
+        if near and not raw.get(near):
+            raise BadRow(ref, f"unknown key {key!r}; did you mean {near!r}?")
+
+
+@functools.lru_cache(maxsize=1024)
+def _find_near_key(key: str, known: tuple[str, ...]) -> str:
+    """The known key that ``key`` is a misspelling of, or empty; ``prompt_id`` is a name made with one, and none."""
+    if set(key.split("_")) & set(known):
+        return ""
+    return next(iter(difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.85)), "")
 
 
 def row_kind(raw: dict) -> str:
@@ -130,6 +167,10 @@ def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCom
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise BadRow(ref, "'completion' is empty")
+        if raw.get("tools"):
+            raise BadRow(
+                ref, "two strings are plain text, which has no 'tools': write the prompt as a list of messages"
+            )
         return PromptCompletion(_string(prompt, "prompt", ref), _string(completion, "completion", ref), ref)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]

@@ -78,6 +78,7 @@ class ChatTemplate:
         self.source = source
         self.origin = origin
         self._special_tokens = special_tokens
+        self._changing: dict[tuple, bool] = {}  # of changes_prompt
         try:
             self._template = _environment().from_string(source)
             tree = _environment().parse(source)
@@ -149,9 +150,17 @@ class ChatTemplate:
         shown = self._probe([{"role": "user", "content": "x"}], _PROBE_TOOLS)
         return shown is not None and _PROBE_TOOLS[0]["function"]["name"] in shown
 
-    def _probe(self, messages: list[dict], tools: list[dict]) -> str | None:
+    def changes_prompt(self, **variables) -> bool:
+        """Whether a generation prompt with these switches differs from the default one."""
+        key = tuple(variables.items())
+        if key not in self._changing:
+            texts = [self._probe([{"role": "user", "content": "x"}], None, True, **v) for v in ({}, variables)]
+            self._changing[key] = None in texts or texts[0] != texts[1]
+        return self._changing[key]
+
+    def _probe(self, messages: list[dict], tools: list[dict] | None, prompt: bool = False, **variables) -> str | None:
         try:
-            return self.render(messages, tools, template_date="2024-07-26", add_generation_prompt=False)
+            return self.render(messages, tools, template_date="2024-07-26", add_generation_prompt=prompt, **variables)
         except TemplateRefusal:
             return None
 

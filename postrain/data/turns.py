@@ -51,10 +51,17 @@ class Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One training sequence as text, with marks. ``spans``: character ranges that the model must produce."""
+    """One training sequence as text, with marks.
+
+    Attributes:
+      spans: character ranges that the model must produce.
+      asked: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
+        where it does not. Or nothing at all, where none does.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    asked: tuple[str, ...] = ()
 
 
 def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
@@ -71,15 +78,16 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         if message["role"] != "assistant" or message.get("train") is False:
             continue
         try:
-            prompt, continuation = renderer.turn(k)
+            prompt, continuation, asked = renderer.turn(k)
         except Refusal as e:
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
         if sequences and prompt.startswith(reached):
-            sequences[-1] = Sequence(prompt + continuation, (*sequences[-1].spans, span))
+            before = sequences.pop()
+            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.asked, asked)))
         else:
-            sequences.append(Sequence(prompt + continuation, (span,)))
+            sequences.append(Sequence(prompt + continuation, (span,), (asked,)))
         reached = prompt + continuation
     return sequences
 
@@ -119,8 +127,8 @@ class Renderer:
             raise Refusal(f"the chat template refuses this conversation: {e}") from None
         return text
 
-    def turn(self, k: int) -> tuple[str, str]:
-        """Prompt and continuation of assistant message k, with marks.
+    def turn(self, k: int) -> tuple[str, str, str]:
+        """Prompt and continuation of assistant message k, with marks, and how the prompt was asked for (Sequence).
 
         Raises:
           Refusal: no generation prompt of the template leads to a faithful continuation.
@@ -128,11 +136,16 @@ class Renderer:
         refusal = None
         for variables in self.generation_prompts(k):
             try:
-                return self._turn(k, variables)
+                return *self._turn(k, variables), self._describe_asking(variables)
             except Refusal as e:
                 # The default prompt's reason is the one to show; it is among those tried.
                 refusal = e if refusal is None or not variables else refusal
         raise refusal
+
+    def _describe_asking(self, variables: dict) -> str:
+        if not variables or not self.template.changes_prompt(**variables):
+            return ""
+        return ", ".join(f"{name}={value}" for name, value in variables.items())
 
     def generation_prompts(self, k: int) -> list[dict]:
         """Template variables to try, best first, by whether the message reasons."""

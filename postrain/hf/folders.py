@@ -1,11 +1,11 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import fnmatch
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 
 from postrain.errors import UserError
@@ -14,6 +14,8 @@ from postrain.hf.side_files import SIDE_FILES, SIDE_FOLDERS
 # What marks a folder as a model's or an adapter's, which a new export may replace.
 MODEL_MARKS = ("config.json", "adapter_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+PARTIAL, UNCHECKED = ".partial", ".unchecked"  # ends of the names of folders on their way
+NEW, OLD = "new", "old"  # in one of them: what takes the folder's name when it is whole, what had it before
 
 
 @contextlib.contextmanager
@@ -22,27 +24,21 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     An older model folder of that name is replaced then (see check_replaceable). On any exception, the temporary
     folder is deleted and what stood at ``folder`` before stands there still. Raises UserError when ``folder`` is a
-    file, or a folder that holds anything but a model, and when writing fails (a full disk, a read-only place).
+    file, or a folder that holds anything but a model, when another process is writing it, and when writing fails (a
+    full disk, a read-only place).
     """
     folder = pathlib.Path(os.path.abspath(folder))
     check_replaceable(folder)
-    temporary = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        yield temporary
-        # mkdtemp is private by design; a model folder gets what mkdir would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        _swap(temporary, folder)
+        with _hold(folder, PARTIAL) as place:
+            temporary = place / NEW
+            temporary.mkdir()
+            yield temporary
+            _swap(temporary, folder, place)
     except OSError as error:
         reason = error.strerror or error
         advice = "free space or choose another place"
         raise UserError(f"{folder}: could not be written ({reason}), nothing was left: {advice}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -54,17 +50,69 @@ def staged_folder(folder: str | os.PathLike, *, lead: bool = True) -> Iterator[p
     """
     folder = pathlib.Path(os.path.abspath(folder))
     check_replaceable(folder)
-    staged = folder.parent / f".{folder.name}.unchecked"
+    if not lead:
+        yield _place(folder, UNCHECKED) / NEW
+        return
     try:
-        yield staged
-        if lead:
+        with _hold(folder, UNCHECKED) as place:
+            yield place / NEW
+            _swap(place / NEW, folder, place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: could not be written ({reason}): choose another place") from error
+
+
+def clear_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what processes that were killed while they wrote ``folder`` have left; what one is writing stays.
+
+    Where such a process had just moved the model that it was going to replace, that is put back.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    for suffix in (PARTIAL, UNCHECKED):
+        if _place(folder, suffix).is_dir():
+            with contextlib.suppress(OSError, UserError), _hold(folder, suffix):
+                pass
+
+
+def _place(folder: pathlib.Path, suffix: str) -> pathlib.Path:
+    return folder.parent / f".{folder.name}{suffix}"
+
+
+@contextlib.contextmanager
+def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
+    """An empty hidden folder beside ``folder``, locked, and removed when the block ends, however it does.
+
+    Its name is fixed, so that the next one finds what a killed process left; whose lock the system has released.
+    Raises UserError when another process holds it, and OSError.
+    """
+    place = _place(folder, suffix)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        place.mkdir(exist_ok=True)
+        lock = os.open(place, os.O_RDONLY)
+        try:
             try:
-                _swap(staged, folder)
-            except OSError as error:
-                raise UserError(f"{folder}: could not be written ({error.strerror}): choose another place") from error
-    finally:
-        if lead:
-            shutil.rmtree(staged, ignore_errors=True)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                advice = "wait for it, or choose another place"
+                raise UserError(f"{folder}: another process is writing it: {advice}") from error
+            except OSError:  # some network file systems know no locks; better to write than to refuse them
+                pass
+            # One that ended between our open and our lock has removed it: what we hold then keeps nobody out.
+            if not place.exists() or not os.path.samestat(os.fstat(lock), place.stat()):
+                continue
+            _put_back(folder, place)
+            for left in place.iterdir():
+                shutil.rmtree(left)
+            try:
+                yield place
+            finally:
+                with contextlib.suppress(OSError):  # what cannot be put back is not deleted
+                    _put_back(folder, place)
+                    shutil.rmtree(place, ignore_errors=True)
+            return
+        finally:
+            os.close(lock)
 
 
 def check_replaceable(folder: str | os.PathLike) -> None:
@@ -89,18 +137,13 @@ def _is_weights(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
-def _swap(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """``new`` takes the name ``folder``; what had it is deleted afterwards."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-    try:
-        folder.rename(old / folder.name)
-        try:
-            new.rename(folder)
-        except OSError:
-            (old / folder.name).rename(folder)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+def _swap(new: pathlib.Path, folder: pathlib.Path, place: pathlib.Path) -> None:
+    """``new`` takes the name ``folder``; what had it goes to ``place``, from where ``_put_back`` would fetch it."""
+    if folder.exists():
+        folder.rename(place / OLD)
+    new.rename(folder)
+
+
+def _put_back(folder: pathlib.Path, place: pathlib.Path) -> None:
+    if (place / OLD).exists() and not folder.exists():
+        (place / OLD).rename(folder)

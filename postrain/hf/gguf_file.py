@@ -19,6 +19,7 @@ from postrain.errors import UserError
 
 VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4  # of ggml
+MAX_NESTING = 4  # lists in lists; no writer known goes beyond 1
 # Bytes of a value by its type in the file; strings and arrays say their own length.
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 UINT32, STRING, ARRAY = 4, 8, 9
@@ -103,15 +104,17 @@ class _Header:
             self._damaged(f"a tensor of shape {shape} in blocks of {block}")
         return offset + math.prod(shape) // block * num_bytes
 
-    def _skip_values(self, kind: int, count: int) -> None:
+    def _skip_values(self, kind: int, count: int, nesting: int = 0) -> None:
         if kind in WIDTHS:
             self._skip(count * WIDTHS[kind])
         elif kind == STRING:
             for _ in range(count):
                 self._text()
         elif kind == ARRAY:
+            if nesting == MAX_NESTING:
+                self._damaged(f"lists nested more than {MAX_NESTING} deep")
             for _ in range(count):
-                self._skip_values(self._number("I"), self._number("Q"))
+                self._skip_values(self._number("I"), self._number("Q"), nesting + 1)
         else:
             self._damaged(f"a value of type {kind}")
 

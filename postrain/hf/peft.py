@@ -70,6 +70,7 @@ def save_adapter(
     ``tokenizer``, what the adapter was trained with. Raises UserError when the folder cannot be written.
     """
     _check_adapter(adapter_params, config)
+    check_targets(config)
     leaves = flatten(adapter_params)
     tensors = {name: entry for name, entry in _adapter_tensors(config, read_family(base_folder).tensors)}
 
@@ -125,6 +126,15 @@ def load_adapter(
         return read
 
     return config, unflatten({path: place(make_reader(path), spec, mesh) for path, spec in specs.items()})
+
+
+def check_targets(config: ModelConfig) -> None:
+    """Raises UserError when the adapters of ``config`` stand where PEFT's format has no place for them."""
+    if config.moe and (experts := sorted({"gate", "up", "down"} & set(config.lora.targets))):
+        raise UserError(
+            f"config key 'model.lora.targets': PEFT's format has no adapters of experts, found {', '.join(experts)}: "
+            "leave them out, or export with export.format=merged"
+        )
 
 
 def _check_adapter(adapter_params: dict, config: ModelConfig) -> None:

@@ -23,7 +23,7 @@ from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
 from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
-from postrain.compute.resume import check_resume
+from postrain.compute.resume import check_length, check_resume
 from postrain.compute.signals import catch_stop_signals
 from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
 from postrain.compute.summary import (
@@ -39,7 +39,8 @@ from postrain.data.pipeline import describe_rows, load_examples, make_train_iter
 from postrain.data.preview import render_tokens_html
 from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
-from postrain.hf.folders import check_replaceable
+from postrain.hf.folders import check_replaceable, clear_leftovers
+from postrain.hf.peft import check_targets
 from postrain.models.transformer import compute_hidden, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -57,6 +58,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     started = time.monotonic()
     workdir, mesh = make_workdir(workdir), make_mesh(config.mesh)
     folder = locate_model(config.model.path)
+    clear_leftovers(workdir / "export")  # of a run that was killed while it exported
     if config.export.format != "none":
         check_replaceable(workdir / "export")  # what cannot be written at the end is said at the start
     lead = jax.process_index() == 0
@@ -71,9 +73,12 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     process, processes = data_process(mesh)
     batches = make_train_iterator(train_set, config.data, process_index=process, process_count=processes)
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
+    check_length(workdir / "checkpoints", total_steps)
 
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)
+    if config.export.format == "adapter":
+        check_targets(model.config)
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
     optimizer, loss_fn, abstract, abstract_rows, train_step = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))
@@ -89,12 +94,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder)}
+        held_out = eval_set.fingerprint if eval_set else None
         restored = checkpointer.restore(abstract, **prints)
         first_step = restored.step if restored else 0
         if restored:
             state = restored.state.replace(frozen=model.frozen)
             batches.set_state(restored.data_position)
-            say(f"goes on from step {first_step}{describe_changes(restored.config, to_dict(config))}")
+            changes = describe_changes(restored.config, to_dict(config), restored.eval_fingerprint, held_out)
+            say(f"goes on from step {first_step}{changes}")
         else:
             rng = jax.random.key(config.train.seed)
             state = init_train_state(
@@ -142,8 +149,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             if line:
                 writer.write(step, line)
             if last or stop.number or is_due(step, config.checkpoint.every):
-                position = batches.get_state()
-                checkpointer.save(step, state, data_position=position, config=to_dict(config), metrics=line, **prints)
+                told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out}
+                checkpointer.save(step, state, data_position=batches.get_state(), **prints, **told)
             if stop.number and not last:
                 checkpointer.wait()
                 progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
@@ -154,7 +161,10 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
     form = config.export.format
     if form != "none":
-        export_state(workdir / "export", state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
+        place = workdir / "export"
+        note = export_state(place, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
+        if note:
+            say(note)
     metrics = last_values(workdir)
     if lead:
         row = render_tokens_html(train_set.examples[0], tokenizer)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from postrain.compute.build import choose_compute_dtype
 from postrain.config import MeshConfig
 from postrain.data.rendering import render_prompt
-from postrain.data.schema import RowRef, parse_messages, parse_tools
+from postrain.data.schema import RowRef, check_keys, parse_messages, parse_tools
+from postrain.data.template import REASONING_SWITCHES
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
@@ -22,6 +23,8 @@ from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams
 from postrain.sharding import make_mesh
+
+GENERATED = "generated"  # the key of an answered line that holds its answer
 
 
 class ChatModel(NamedTuple):
@@ -58,6 +61,7 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     system: str = "",
+    thinking: bool | None = None,
     batch_size: int = 32,
 ) -> list[str]:
     """Answers to prompts.
@@ -68,6 +72,8 @@ def generate(
         max_new_tokens: an answer is cut there.
         temperature, top_p, top_k, seed: how tokens are drawn; temperature 0 takes the most probable one.
         system: a system message for prompts that are strings.
+        thinking: whether to reason first, for chat templates with a switch for that; None is the template's default.
+            A run says which one its answers were trained with.
         batch_size: prompts generated together.
 
     Returns:
@@ -78,7 +84,7 @@ def generate(
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens, seed=seed
     )
-    ids = [encode_prompt(model.tokenizer, prompt, system) for prompt in prompts]
+    ids = [encode_prompt(model.tokenizer, prompt, system, thinking=thinking) for prompt in prompts]
     return [answer.text for answer in answer_ids(model, ids, sampling, batch_size)]
 
 
@@ -87,16 +93,40 @@ def _as_chat_model(model: ChatModel | tuple | str | os.PathLike) -> ChatModel:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str | Sequence[dict], system: str = "", *, tools=None, raw: bool = False
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[dict],
+    system: str = "",
+    *,
+    tools=None,
+    raw: bool = False,
+    thinking: bool | None = None,
 ) -> list[int]:
-    """Token ids that the model is fed before it answers. ``raw``: plain text to be continued."""
+    """Token ids that the model is fed before it answers.
+
+    ``raw``: plain text to be continued. ``thinking``: the template's switch for reasoning; None is its default.
+    Raises UserError where the prompt cannot be rendered, or the template has no such switch.
+    """
+    if thinking is not None:
+        _check_switch(tokenizer, raw)
     if raw:
         if not isinstance(prompt, str):
             raise UserError("raw prompts are plain text, found messages: leave out --raw")
+        if system or tools:
+            raise UserError("raw prompts are fed as they are, without a system message or tools: leave out --raw")
         return [*tokenizer.prefix_ids, *tokenizer.encode_text(prompt)]
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return [int(i) for i in render_prompt(list(prompt), tokenizer, tools=tools, default_system=system)]
+    ids = render_prompt(list(prompt), tokenizer, tools=tools, default_system=system, thinking=thinking)
+    return [int(i) for i in ids]
+
+
+def _check_switch(tokenizer: Tokenizer, raw: bool) -> None:
+    if raw:
+        raise UserError("thinking is switched by the chat template, which raw prompts leave out: leave out --thinking")
+    template = tokenizer.require_template()
+    if not template.switches:
+        names = " nor ".join(REASONING_SWITCHES)
+        raise UserError(f"the chat template of {template.origin} reads neither {names}: leave out --thinking")
 
 
 def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_size: int = 32) -> list[Answer]:
@@ -126,6 +156,7 @@ def answer_prompt(
     sampling: SamplingParams,
     system: str = "",
     raw: bool = False,
+    thinking: bool | None = None,
     write: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Answers one prompt; ``write`` is given the text piece by piece as it comes."""
@@ -136,7 +167,7 @@ def answer_prompt(
         if token not in stops:
             write(stream.push(token))
 
-    ids = encode_prompt(model.tokenizer, prompt, system, raw=raw)
+    ids = encode_prompt(model.tokenizer, prompt, system, raw=raw, thinking=thinking)
     sampling = with_stops(sampling, model.tokenizer)
     [completion] = sampler.generate(model.params, model.config, [ids], sampling, on_token=on_token)
     write(stream.end())
@@ -172,17 +203,19 @@ def answer_file(
     sampling: SamplingParams,
     system: str = "",
     raw: bool = False,
+    thinking: bool | None = None,
     batch_size: int = 32,
 ) -> int:
     """Answers every line of a JSONL file; returns how many.
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
-    what is to be answered anew. The same lines with ``completion`` and ``finished`` added go to ``output``,
-    which appears when all are there, or to the terminal. ``model``, where it is a folder, is loaded after the two
-    files have been looked at.
+    what is to be answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added and nothing of
+    its own changed, go to ``output``, which appears when all are there, or to the terminal. ``model``, where it is a
+    folder, is loaded after the two files have been looked at.
 
     Raises:
-        UserError: naming the line that is no such row; naming ``output`` where it cannot be written, or is ``source``.
+        UserError: naming the line that is no such row, or has a ``generated`` of its own; naming ``output`` where it
+            cannot be written, or is ``source``.
     """
     if output is not None:
         _check_output(source, output)
@@ -190,10 +223,11 @@ def answer_file(
     if not rows:
         raise UserError(f"{source} has no rows: give one JSON object a line")
     model = _as_chat_model(model)
-    ids = [_encode_row(model.tokenizer, row, ref, system, raw) for row, ref in rows]
+    how = {"raw": raw, "thinking": thinking}
+    ids = [_encode_row(model.tokenizer, row, ref, system, how) for row, ref in rows]
     answers = answer_ids(model, ids, sampling, batch_size)
     lines = [
-        json.dumps({**row, "completion": answer.text, "finished": answer.finished}, ensure_ascii=False)
+        json.dumps({**row, GENERATED: answer._asdict()}, ensure_ascii=False)
         for (row, _), answer in zip(rows, answers, strict=True)
     ]
     if output is None:
@@ -214,13 +248,16 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
         ref = RowRef(path.stem, str(path), number)
         if not {"prompt", "messages"} & set(row):
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
+        if GENERATED in row:
+            raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
+        check_keys(row, "prompt_completion" if "prompt" in row else "messages", ref)
         yield row, ref
 
 
-def _encode_row(tokenizer: Tokenizer, row: dict, ref: RowRef, system: str, raw: bool) -> list[int]:
+def _encode_row(tokenizer: Tokenizer, row: dict, ref: RowRef, system: str, how: dict) -> list[int]:
     prompt = row.get("prompt", row.get("messages"))
     if not isinstance(prompt, str):
         prompt = parse_messages(prompt, ref)
         if prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
-    return encode_prompt(tokenizer, prompt, system, tools=parse_tools(row.get("tools"), ref), raw=raw)
+    return encode_prompt(tokenizer, prompt, system, tools=parse_tools(row.get("tools"), ref), **how)

@@ -42,6 +42,7 @@ MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be 
 CHUNK = 32  # decode steps per compiled call
 GROWTH = 256  # new tokens that the first cache of a batch has room for
 NOT_FINITE = "expected finite logits for its next token, found NaN: check the weights with `postrain verify`"
+MAX_NEW_TOKENS = 2**24  # more is no model's: a slip of the keyboard
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
@@ -61,7 +62,8 @@ class SamplingParams:
             "temperature": ("at least 0", self.temperature >= 0),
             "top_p": ("above 0 and at most 1", 0 < self.top_p <= 1),
             "top_k": ("at least 0", self.top_k >= 0),
-            "max_new_tokens": ("at least 1", self.max_new_tokens >= 1),
+            "max_new_tokens": (f"1 to {MAX_NEW_TOKENS}", 1 <= self.max_new_tokens <= MAX_NEW_TOKENS),
+            "seed": ("0 to 2**32 - 1", 0 <= self.seed < 2**32),
         }
         for name, (rule, holds) in rules.items():
             if not holds:
@@ -237,7 +239,7 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
     remaining = np.where(np.arange(num_rows) < len(rows), sampling.max_new_tokens, 0).astype(np.int32)
     row_ids = np.zeros(num_rows, np.int32)
     row_ids[: len(rows)] = rows
-    keys = _make_row_keys(np.uint32(sampling.seed % 2**32), row_ids)
+    keys = _make_row_keys(np.uint32(sampling.seed), row_ids)
     steps = 1 if streaming else CHUNK
     stop_ids = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
     stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids

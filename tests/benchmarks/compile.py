@@ -3,10 +3,8 @@
 python tests/benchmarks/compile.py --rounds 3 [--write]
 """
 
-import argparse
 import dataclasses
 import os
-import pathlib
 import statistics
 import time
 
@@ -15,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import workloads
+from runner import Bar, make_parser, show
 
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state, make_train_step
@@ -77,10 +76,7 @@ def loss_temporaries() -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the figures into docs/benchmarks.md")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     load = workloads.Load()
     seconds = {depth: [] for depth in DEPTHS}
@@ -88,23 +84,30 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for depth in DEPTHS:
             seconds[depth].append(compile_seconds(depth))
+    text, bars = summarize(seconds, *loss_temporaries(), load.share())
+    show("compile", text, bars, arguments.write)
+
+
+def summarize(seconds: dict[int, list[float]], chunked: int, naive: int, others: float) -> tuple[str, list[Bar]]:
+    """Seconds by depth, one a turn; bytes of the two losses; the share of the CPU that other processes took."""
     few, many = (statistics.median(seconds[depth]) for depth in DEPTHS)
-    chunked, naive = loss_temporaries()
     text = "\n".join(
         [
             workloads.describe_machine(),
             "",
             f"Compiling the train step takes {few:.2f} s for {DEPTHS[0]} layers and {many:.2f} s for {DEPTHS[1]}: "
-            f"**{many / few:.2f}x** (medians of {arguments.rounds} turns, jax {jax.__version__}; other processes took "
-            f"{load.share():.1%} of the CPU).",
+            f"**{many / few:.2f}x** (medians of {len(seconds[DEPTHS[0]])} turns, jax {jax.__version__}; other "
+            f"processes took {others:.1%} of the CPU).",
             "",
             f"Temporaries of the loss with its gradients at 4,096 tokens, V = 151,936, D = 512: {chunked / 2**30:.2f} "
             f"GiB against {naive / 2**30:.2f} GiB of the naive one: **{chunked / naive:.3f}x** (`memory_analysis()`).",
         ]
     )
-    print(text)
-    if arguments.write:
-        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "compile", text)
+    bars = [
+        Bar(f"compilation of {DEPTHS[1]} layers over {DEPTHS[0]}", many / few, "<=", 1.3, "{:.2f}x"),
+        Bar("temporaries of the loss over the naive one", chunked / naive, "<=", 0.1, "{:.3f}x"),
+    ]
+    return text, bars
 
 
 if __name__ == "__main__":

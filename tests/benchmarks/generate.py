@@ -8,28 +8,18 @@ float32 on CPU. A run generates WARM_UP times unmeasured (compilation), then REP
 choosing tokens: greedy, from the whole distribution, with top-p.
 """
 
-import argparse
-import importlib.metadata
-import json
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
 import numpy as np
 import workloads
+from runner import Bar, describe_versions, find_versions, make_parser, run_in_turns
 
 ROWS, PROMPT, NEW = 16, 32, 128
 WARM_UP, REPEATS = 1, 5
 SIDES = ("postrain", "transformers")
 WAYS = {"greedy": (0.0, 1.0), "sampled": (1.0, 1.0), "top_p": (1.0, 0.9)}  # temperature, top_p
-
-
-def versions(*packages):
-    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def make_postrain(folder: str, prompts: np.ndarray):
@@ -43,7 +33,7 @@ def make_postrain(folder: str, prompts: np.ndarray):
         sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=NEW, seed=seed)
         return sum(len(completion.tokens) for completion in generate(params, config, rows, sampling))
 
-    return run, versions("jax")
+    return run, find_versions("jax")
 
 
 def make_transformers(folder: str, prompts: np.ndarray):
@@ -63,13 +53,13 @@ def make_transformers(folder: str, prompts: np.ndarray):
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **length, **how)
         return out[:, PROMPT:].numel()
 
-    return run, versions("torch", "transformers")
+    return run, find_versions("torch", "transformers")
 
 
-def run_side(side: str, folder: str) -> None:
-    load = workloads.Load()
+def run_side(arguments) -> None:
+    load, side = workloads.Load(), arguments.side
     prompts = workloads.draw_ids(np.random.default_rng(77), ROWS * PROMPT).reshape(ROWS, PROMPT)
-    run, used = (make_postrain if side == "postrain" else make_transformers)(folder, prompts)
+    run, used = (make_postrain if side == "postrain" else make_transformers)(arguments.model, prompts)
     rates = {}
     for way, options in WAYS.items():
         seconds = []
@@ -89,55 +79,27 @@ def run_side(side: str, folder: str) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the medians into docs/benchmarks.md")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        return run_side(arguments.side, arguments.model)
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        workloads.write_tiny_model(folder)
-        for _ in range(arguments.rounds):
-            for side in SIDES:
-                command = [sys.executable, __file__, "--side", side, "--model", folder]
-                environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-                output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-                runs.append(json.loads(output.splitlines()[-1]))
-                print(json.dumps(runs[-1]), flush=True)
-    table = summarize(runs)
-    print(table)
-    if arguments.write:
-        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "generate", table)
-
-
-def summarize(runs: list[dict]) -> str:
-    sides = {side: [run for run in runs if run["side"] == side] for side in SIDES}
+def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
     rates = {
-        side: {way: [run["tokens_per_second"][way] for run in of_side] for way in WAYS}
-        for side, of_side in sides.items()
+        side: {way: [run["tokens_per_second"][way] for run in runs] for way in WAYS} for side, runs in lines.items()
     }
-    lines = [
+    table = [
         workloads.describe_machine(),
         "",
         "| tokens/s: median (lowest - highest) | " + " | ".join(WAYS) + " | peak memory, GiB | CPU taken by others |",
         "|---|" + "---|" * (len(WAYS) + 2),
     ]
-    for side, of_side in sides.items():
+    for side, runs in lines.items():
         cells = [f"{statistics.median(r):.0f} ({min(r):.0f} - {max(r):.0f})" for r in rates[side].values()]
-        memory = max(run["peak_rss_gib"] for run in of_side)
-        others = max(run["others_cpu_share"] for run in of_side)
-        lines.append(f"| {side} | {' | '.join(cells)} | {memory:.2f} | {others:.1%} |")
+        memory = max(run["peak_rss_gib"] for run in runs)
+        others = max(run["others_cpu_share"] for run in runs)
+        table.append(f"| {side} | {' | '.join(cells)} | {memory:.2f} | {others:.1%} |")
     median = {side: {way: statistics.median(r) for way, r in of_side.items()} for side, of_side in rates.items()}
     ratios = ", ".join(f"{way} **{median['postrain'][way] / median['transformers'][way]:.2f}x**" for way in WAYS)
-    used = {name: number for run in runs for name, number in run["versions"].items()}
-    packages = ", ".join(f"{name} {number}" for name, number in sorted(used.items()))
-    lines += ["", f"postrain / transformers: {ratios}; {len(sides['postrain'])} interleaved rounds. {packages}."]
-    return "\n".join(lines)
+    rounds = f"{len(lines['postrain'])} interleaved rounds"
+    table += ["", f"postrain / transformers: {ratios}; {rounds}. {describe_versions(lines)}"]
+    return "\n".join(table), []
 
 
 if __name__ == "__main__":
-    main()
+    run_in_turns(make_parser(__doc__), "generate", SIDES, run_side, summarize)

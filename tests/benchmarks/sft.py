@@ -5,32 +5,23 @@
 
 Each run is a process of its own; the sides take turns. A useful token is a token of a document, not padding.
 float32 on CPU, AdamW, 8 rows of up to 1,024 tokens an update. TRL's best packed setting computes one packed row
-at a time; its default pads 8 documents to the longest.
+at a time; its default pads 8 documents to the longest. ``--micro-batches`` splits postrain's update.
 """
 
-import argparse
-import importlib.metadata
-import json
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 
 import workloads
+from runner import Bar, describe_versions, find_versions, make_parser, run_in_turns
 
 ROWS, LENGTH, LEARNING_RATE = 8, 1024, 1e-3
 SIDES = {"postrain": 12, "trl_packed": 5, "trl_padded": 10}  # updates of a run
 WARM_UP = 2
 
 
-def versions(*packages):
-    return {name: importlib.metadata.version(name) for name in packages}
-
-
-def run_postrain(folder: str, steps: int) -> dict:
+def run_postrain(folder: str, steps: int, micro_batches: int) -> dict:
     import jax
     import numpy as np
 
@@ -57,7 +48,7 @@ def run_postrain(folder: str, steps: int) -> dict:
         chunk=1024,
     )
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps)
-    train_step = make_train_step(loss_fn, optimizer)
+    train_step = make_train_step(loss_fn, optimizer, micro_batches=micro_batches)
     state = init_train_state(params, {}, optimizer, jax.random.key(0))
     data_config = DataConfig(sequence_length=LENGTH, batch_size=ROWS)
     batches = make_train_iterator(ExampleSet(examples, DataReport([]), {}), data_config)
@@ -70,7 +61,8 @@ def run_postrain(folder: str, steps: int) -> dict:
         losses.append(float(metrics["train/loss"]))
         seconds.append(time.perf_counter() - start)
         tokens.append(sum(len(examples[i].tokens) for i in np.unique(row_ids[row_ids >= 0])))
-    return {"tokens": tokens, "seconds": seconds, "losses": losses, "versions": versions("jax", "optax", "grain")}
+    used = find_versions("jax", "optax", "grain")
+    return {"tokens": tokens, "seconds": seconds, "losses": losses, "micro_batches": micro_batches, "versions": used}
 
 
 def run_trl(folder: str, steps: int, packing: bool) -> dict:
@@ -128,16 +120,26 @@ def run_trl(folder: str, steps: int, packing: bool) -> dict:
     tokens = [sum(len(ids) for ids in taken[i * ROWS : (i + 1) * ROWS]) for i in range(steps)]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     seconds = [end - begin for begin, end in zip(begins, ends, strict=True)]
-    used = versions("trl", "transformers", "torch")
-    return {"tokens": tokens, "seconds": seconds, "losses": losses, "versions": used}
+    used = find_versions("trl", "transformers", "torch")
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "losses": losses,
+        "micro_batches": arguments.gradient_accumulation_steps,
+        "versions": used,
+    }
 
 
-def run_side(side: str, folder: str) -> None:
-    load, steps = workloads.Load(), SIDES[side]
-    result = run_postrain(folder, steps) if side == "postrain" else run_trl(folder, steps, side == "trl_packed")
+def run_side(arguments) -> None:
+    load, side = workloads.Load(), arguments.side
+    if side == "postrain":
+        result = run_postrain(arguments.model, SIDES[side], arguments.micro_batches)
+    else:
+        result = run_trl(arguments.model, SIDES[side], packing=side == "trl_packed")
     counted = slice(WARM_UP, None)
     workloads.emit(
         side=side,
+        micro_batches=result["micro_batches"],
         tokens_per_second=round(sum(result["tokens"][counted]) / sum(result["seconds"][counted]), 1),
         median_step_seconds=round(statistics.median(result["seconds"][counted]), 3),
         tokens_per_step=round(statistics.mean(result["tokens"][counted])),
@@ -148,58 +150,35 @@ def run_side(side: str, folder: str) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="write the medians into docs/benchmarks.md")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        return run_side(arguments.side, arguments.model)
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        workloads.write_tiny_model(folder)
-        for _ in range(arguments.rounds):
-            for side in SIDES:
-                command = [sys.executable, __file__, "--side", side, "--model", folder]
-                environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-                output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-                runs.append(json.loads(output.splitlines()[-1]))
-                print(json.dumps(runs[-1]), flush=True)
-    table = summarize(runs)
-    print(table)
-    if arguments.write:
-        workloads.write_section(pathlib.Path(__file__).parents[2] / "docs" / "benchmarks.md", "sft", table)
-
-
-def summarize(runs: list[dict]) -> str:
-    sides = {side: [run for run in runs if run["side"] == side] for side in SIDES}
-    median = lambda side, key: statistics.median(run[key] for run in sides[side])
-    lines = [
-        workloads.describe_machine(),
-        "",
-        "| | useful tokens/s (median) | lowest - highest | seconds a step | peak memory, GiB | CPU taken by others |",
-        "|---|---|---|---|---|---|",
-    ]
-    for side, of_side in sides.items():
-        rates = [run["tokens_per_second"] for run in of_side]
-        lines.append(
+def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
+    median = lambda side, key: statistics.median(run[key] for run in lines[side])
+    heads = ("", "useful tokens/s (median)", "lowest - highest", "seconds a step", "micro-batches")
+    heads += ("peak memory, GiB", "CPU taken by others")
+    table = [workloads.describe_machine(), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for side, runs in lines.items():
+        rates = [run["tokens_per_second"] for run in runs]
+        table.append(
             f"| {side} | {statistics.median(rates):.0f} | {min(rates):.0f} - {max(rates):.0f} "
-            f"| {median(side, 'median_step_seconds'):.2f} | {max(run['peak_rss_gib'] for run in of_side):.2f} "
-            f"| {max(run['others_cpu_share'] for run in of_side):.1%} |"
+            f"| {median(side, 'median_step_seconds'):.2f} | {runs[0]['micro_batches']} "
+            f"| {max(run['peak_rss_gib'] for run in runs):.2f} | {max(run['others_cpu_share'] for run in runs):.1%} |"
         )
     ratios = {side: median("postrain", "tokens_per_second") / median(side, "tokens_per_second") for side in SIDES}
-    used = {name: number for run in runs for name, number in run["versions"].items()}
-    lines += [
+    table += [
         "",
         f"postrain / TRL packed: **{ratios['trl_packed']:.2f}x**, postrain / TRL padded: "
-        f"{ratios['trl_padded']:.2f}x; {len(sides['postrain'])} interleaved rounds. "
-        + ", ".join(f"{name} {number}" for name, number in sorted(used.items()))
-        + ".",
+        f"{ratios['trl_padded']:.2f}x; {len(lines['postrain'])} interleaved rounds. {describe_versions(lines)}",
     ]
-    return "\n".join(lines)
+    peak = {side: max(run["peak_rss_gib"] for run in runs) for side, runs in lines.items()}
+    bars = [Bar("useful tokens/s over TRL packed", ratios["trl_packed"], ">=", 2.5, "{:.2f}x")]
+    bars += [
+        Bar(f"peak memory beside {side}'s", peak["postrain"], "<", peak[side], "{:.2f} GiB")
+        for side in SIDES
+        if side != "postrain"
+    ]
+    return "\n".join(table), bars
 
 
 if __name__ == "__main__":
-    main()
+    parser = make_parser(__doc__)
+    parser.add_argument("--micro-batches", type=int, default=2, help="parts of an update on postrain's side")
+    run_in_turns(parser, "sft", SIDES, run_side, summarize)

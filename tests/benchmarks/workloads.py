@@ -73,7 +73,10 @@ def write_tiny_model(folder) -> None:
 
 
 class Load:
-    """Share of the machine's CPU time that other processes took since this object was made."""
+    """Share of the machine's CPU time that other processes took since this object was made.
+
+    A process that this one started is no other; its time counts once it has ended.
+    """
 
     def __init__(self):
         self._start = self._read()
@@ -85,7 +88,7 @@ class Load:
         idle = ticks[3] + ticks[4]
         times = os.times()
         hertz = os.sysconf("SC_CLK_TCK")
-        return np.array([(sum(ticks) - idle) / hertz, sum(ticks) / hertz, times.user + times.system])
+        return np.array([(sum(ticks) - idle) / hertz, sum(ticks) / hertz, sum(times[:4])])
 
     def share(self) -> float:
         busy, total, mine = self._read() - self._start

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 import safetensors.numpy
 from toy_network import compute_loss, make_batch, make_params
 
-from postrain.compute.checkpoint import Checkpointer, fingerprint_folder, fingerprint_model
+from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.model_fingerprint import fingerprint_folder, fingerprint_model
 from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state, init_train_state, make_train_step
 from postrain.config import CheckpointConfig, OptimizerConfig
@@ -82,26 +84,8 @@ def test_frozen_is_not_saved_and_a_changed_base_is_refused(tmp_path):
         changed = np.array(frozen["embed"]["embedding"])
         changed[7, 3] += 1e-3
         safetensors.numpy.save_file({"embed": changed}, folder / "model.safetensors")
-        with pytest.raises(UserError, match=r"the model .*model.safetensors.sha256"):
+        with pytest.raises(UserError, match=r"the model .*model.safetensors.hash"):
             checkpointer.restore(describe, fingerprint=FINGERPRINT, base_fingerprint=fingerprint_folder(folder))
-
-
-def test_fingerprint_sees_the_header_the_ends_and_the_middle(tmp_path):
-    array = np.zeros(1 << 20, np.float32)
-    seen = set()
-    for position in (None, 0, len(array) // 2 + 5000, len(array) - 1):
-        changed = array.copy()
-        if position is not None:
-            changed[position] = 1
-        safetensors.numpy.save_file({"a": changed}, tmp_path / "model.safetensors")
-        fingerprint = fingerprint_folder(tmp_path, samples=33)
-        assert fingerprint["model.safetensors"]["bytes"] > 4 << 20
-        seen.add(fingerprint["model.safetensors"]["sha256"])
-    safetensors.numpy.save_file({"b": array}, tmp_path / "model.safetensors")
-    assert len(seen | {fingerprint_folder(tmp_path, samples=33)["model.safetensors"]["sha256"]}) == 5
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"expected \*.safetensors files, found none"):
-        fingerprint_folder(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", [2, 4]), ("max", [1, 3])])
@@ -239,6 +223,33 @@ def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tm
     with pytest.raises(UserError, match="no finished checkpoint in it"):
         Checkpointer(tmp_path / "none", CheckpointConfig(), read_only=True)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("part", ["run", "state"])
+def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_said(tmp_path, monkeypatch, part):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        checkpointer.save(2, make_state(), **RUN)
+    with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
+        load = checkpointer._orbax.load_checkpointables
+
+        def delete_first(step, items):
+            if part in items:
+                shutil.rmtree(tmp_path / str(step), ignore_errors=True)
+            return load(step, items)
+
+        monkeypatch.setattr(checkpointer._orbax, "load_checkpointables", delete_first)
+        with pytest.raises(UserError, match=r"/1: was deleted meanwhile .* another of steps \[2\]") as caught:
+            checkpointer.restore(abstract(), fingerprint=None, step=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_fingerprint_the_pipeline_is_not_compared(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(1, make_state(), **RUN)
+        assert checkpointer.restore(abstract(), fingerprint=None).data_position == RUN["data_position"]
+        with pytest.raises(UserError, match="the data pipeline"):
+            checkpointer.restore(abstract(), fingerprint={})
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
 from postrain.compute import export as export_module
 from postrain.compute.build import load_model
 from postrain.compute.export import check_output, export_state, export_workdir
+from postrain.compute.export_check import compute_probe_logits
 from postrain.config import MeshConfig, resolve
 from postrain.data.tokenizer import load_tokenizer
 from postrain.errors import UserError
@@ -151,6 +152,74 @@ def test_an_export_that_computes_something_else_is_not_left(source, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def scale_adapters(run, size):
+    """The run with a second adapter matrix of this spread: its effect on the logits is about in proportion."""
+    config, mesh, model, state = run
+    is_b = lambda path: path[-1].key == "lora_b"
+    small = lambda path, x: size * jax.random.normal(jax.random.key(x.size), x.shape) if is_b(path) else x
+    return config, mesh, model, state.replace(params=jax.tree_util.tree_map_with_path(small, state.params))
+
+
+def test_a_merge_without_effect_is_seen_in_files_that_round_more_than_it_does(tmp_path, monkeypatch):
+    """bfloat16 changes the logits by about as much as this adapter: only before the rounding can they be told apart."""
+    source = make_tiny_model(tmp_path / "source", "llama", dtype="bfloat16")
+    config, mesh, model, state = run = scale_adapters(make_run(source), 3e-4)
+    base = load_pretrained(source)[1]
+    whole = compute_probe_logits(merge_params(state.params, base), model.config, mesh)
+    effect = np.sqrt(np.mean((whole - compute_probe_logits(base, model.config, mesh)) ** 2)) / whole.std()
+    assert 0.01 < effect < 0.05
+    out = export(tmp_path / "out", run, source)
+    assert load_file(out / "model.safetensors")["model.norm.weight"].dtype == "bfloat16"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(export_module, "_merge", drop_merge)
+    with pytest.raises(UserError, match="the merged weights' logits differ from those of the base with its adapters"):
+        export(out, run, source)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_files_of_the_base_are_seen_in_bfloat16(tmp_path, monkeypatch):
+    """The merge is right, what is written is not: by no more than a full fine-tune that rounding changes as much."""
+    source = make_tiny_model(tmp_path / "source", "llama", dtype="bfloat16")
+    run = scale_adapters(make_run(source), 3e-4)
+    save, base = export_module.save_pretrained, load_pretrained(source)[1]
+    wrong = lambda folder, params, *args, **kwargs: save(folder, base, *args, **kwargs)
+    monkeypatch.setattr(export_module, "save_pretrained", wrong)
+    with pytest.raises(UserError, match="the files' logits differ from those of the trained weights"):
+        export(tmp_path / "out", run, source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_several_dtypes_are_compared_in_their_own(tmp_path):
+    source = make_tiny_model(tmp_path / "source", "llama", dtype="bfloat16")
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if ".layers.1." in name]:
+        tensors[name] = tensors[name].astype(np.float32)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    run = make_run(source, rank=0)
+    out = export(tmp_path / "out", run, source)
+    found = load_file(out / "model.safetensors")
+    assert {name: array.dtype for name, array in found.items()} == {n: a.dtype for n, a in tensors.items()}
+
+
+@pytest.mark.parametrize(("size", "advised"), [(1e-5, True), (2e-2, False)])
+def test_how_much_of_an_update_the_rounding_keeps_is_told(tmp_path, size, advised):
+    source = make_tiny_model(tmp_path / "source", "llama", dtype="bfloat16")
+    config, mesh, model, state = make_run(source, rank=0)
+    before = load_pretrained(source)[1]
+    noise = lambda x: (x + size * jax.random.normal(jax.random.key(x.size), x.shape)) * (x != 0)
+    state = state.replace(params=jax.tree.map(noise, before))
+    tokenizer, options = load_tokenizer(source), {"mesh": mesh, "source_folder": source}
+    note = export_state(tmp_path / "out", state, model, config, tokenizer=tokenizer, **options)
+    after = load_pretrained(tmp_path / "out")[1]
+    count = lambda other: sum(jax.tree.leaves(jax.tree.map(lambda a, b: int(np.sum(a != b)), before, other)))
+    changed, kept = count(state.params), count(after)
+    assert 0 < kept < changed and (kept < changed / 2) == advised
+    advice = ": export.dtype=float32 would keep it in all" if advised else ""
+    assert note == f"export      bfloat16 keeps the update in {kept / changed:.1%} of the changed weights{advice}"
+    wide = dataclasses.replace(config, export=dataclasses.replace(config.export, dtype="float32"))
+    assert export_state(tmp_path / "wide", state, model, wide, tokenizer=tokenizer, **options) == ""
+
+
 def test_full_training_is_checked_in_every_dtype(source, tmp_path, monkeypatch):
     for dtype in ("float32", "bfloat16", "float16"):
         run = make_run(source, rank=0, export={"dtype": dtype})
@@ -181,7 +250,7 @@ def test_a_run_is_never_replaced_by_its_export(source, tmp_path):
 def test_the_command_refuses_before_anything_is_loaded(tmp_path):
     workdir = tmp_path / "mine"
     workdir.mkdir()
-    values = {"data": {"train": ["rows.jsonl"]}, "model": {"path": "nowhere"}}
+    values = {"data": {"train": ["rows.jsonl"]}, "model": {"path": "nowhere"}, "optimizer": {}}
     (workdir / "config.json").write_text(json.dumps(values))
     (workdir / "metrics.jsonl").write_text("{}")
     with pytest.raises(UserError, match="contains the run"):

@@ -111,6 +111,20 @@ def test_a_warm_up_or_decay_longer_than_the_run_is_cut_to_it_and_told():
     assert describe_cut(dataclasses.replace(decay, schedule="linear"), 10) == "", "it is of wsd alone"
 
 
+@pytest.mark.parametrize(
+    ("total", "warmup", "decay", "left"), [(20, 10, 20, 10), (20, 19, 20, 1), (20, 20, 5, 0), (100, 95, 0, 5)]
+)
+def test_wsd_reaches_its_peak_whatever_is_asked_of_a_short_run(total, warmup, decay, left):
+    """The default decay of a tenth takes what there is; one that is asked for tells."""
+    config = dataclasses.replace(CONFIG, schedule="wsd", warmup_steps=warmup, decay_steps=decay)
+    found = rates(config, total)
+    assert max(found) == found[warmup - 1] == pytest.approx(config.learning_rate)
+    assert found[warmup:] == pytest.approx([config.learning_rate * (1 - i / left) for i in range(left)], abs=1e-6)
+    line = describe_cut(config, total)
+    asked = f"warning     optimizer.decay_steps = {decay}: longer than the part of the run that the warm-up leaves, "
+    assert line == (f"{asked}cut to its {left} step{'s' * (left != 1)}" if decay else "")
+
+
 def rates(config, total_steps):
     _, schedule = make_optimizer(config, total_steps)
     return [float(schedule(step)) for step in range(total_steps)]

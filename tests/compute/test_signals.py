@@ -20,7 +20,15 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert signal.getsignal(number) == before
 
 
-def test_the_second_interrupt_interrupts():
+@pytest.fixture
+def default_interrupt():
+    """^C as in a terminal: a job in the background starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_interrupt_interrupts(default_interrupt):
     with pytest.raises(KeyboardInterrupt), catch_stop_signals():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

@@ -15,6 +15,7 @@ from pipeline_fixtures import (
     make_tokenizer_folder,
     write_jsonl,
 )
+from rendering_fixtures import CHATML, load_real
 
 from postrain.config import SourceConfig
 from postrain.data.fingerprint import compare_fingerprints
@@ -356,6 +357,34 @@ def test_an_empty_set_is_refused_saying_why(tokenizer, tmp_path):
         _load(tmp_path, [LONG_QUESTION], tokenizer, too_long="truncate")
     with pytest.raises(UserError, match="rows"):
         _load(tmp_path, [], tokenizer)
+
+
+# Answers after a switch of the template
+
+
+def test_a_switch_that_serving_must_set_is_said(tmp_path):
+    tokenizer = load_real("qwen3", "qwen3")
+    rows = [chat("q", "a"), chat("q", "a", reasoning_content="why"), chat("q", "b")]
+    report = _load(tmp_path, rows, tokenizer).report
+    line = "2 answers trained after enable_thinking=False: serve with it (postrain generate --thinking off)"
+    assert str(report).splitlines()[-1] == line and report.asked == {"enable_thinking=False": 2}
+    assert report.describe_asking() == [line]
+    assert _load(tmp_path, rows[1:2], tokenizer).report.describe_asking() == []
+    assert _load(tmp_path, rows[:1], load_real("qwen3", CHATML)).report.describe_asking() == []
+
+
+def test_an_answer_that_was_cut_away_is_not_counted(tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think></think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is false %}{{ '<think></think>' }}{% endif %}{% endif %}"
+    )
+    row = chat("q", "a")
+    long = {"messages": row["messages"] + chat("word " * 40, "b")["messages"]}
+    whole = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=128)
+    cut = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=32, too_long="truncate")
+    assert whole.report.asked == {"enable_thinking=False": 2} and cut.report.asked == {"enable_thinking=False": 1}
 
 
 # The fingerprint

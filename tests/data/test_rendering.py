@@ -435,3 +435,40 @@ def test_data_does_not_import_jax():
     root = pathlib.Path(__file__).resolve().parents[2] / "postrain" / "data"
     for name in ("schema", "sources", "template", "tokenizer", "turns", "encoding", "rendering"):
         assert "jax" not in (root / f"{name}.py").read_text(encoding="utf-8")
+
+
+THOUGHTFUL = {"role": "assistant", "content": "hello", "reasoning_content": "They greet."}
+DEFAULT_OFF = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + (m.reasoning_content or '') + m['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if thinking %}"
+    "{{ 'They' }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "asked"),
+    [
+        ("qwen3", [USER, ANSWER], [("enable_thinking=False",)]),
+        ("qwen3", [USER, ANSWER, USER, ANSWER], [("enable_thinking=False",)] * 2),
+        ("qwen3", [USER, ANSWER, USER, THOUGHTFUL], [("enable_thinking=False",), ()]),
+        (CHATML, [USER, ANSWER, USER, ANSWER], [()]),
+        # A switch that is off unless said otherwise: its prompt is the default one.
+        (DEFAULT_OFF, [USER, ANSWER, USER, THOUGHTFUL], [()]),
+    ],
+)
+def test_answers_say_how_their_prompts_were_asked_for(template, messages, asked):
+    assert [r.asked for r in render_row({"messages": messages}, load_real("qwen3", template))] == asked
+
+
+def test_several_answers_of_a_sequence_each_say_it():
+    """Here the prompt without reasoning leaves nothing behind that the next turn would lack."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m.role == 'assistant' %}"
+        "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}{% endif %}"
+    )
+    messages = [USER, ANSWER, USER, THOUGHTFUL, USER, ANSWER | {"content": "<|im_end|>"}]
+    (rendered,) = render_row({"messages": messages}, load_real("qwen3", template))
+    assert rendered.asked == ("enable_thinking=False", "", "enable_thinking=False")
+    assert len(trained_runs(rendered)) == 3

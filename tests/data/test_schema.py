@@ -10,6 +10,8 @@ from postrain.errors import UserError
 REF = RowRef("train", "rows.jsonl", 12)
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
+CHAT = {"messages": [USER, ANSWER]}
+
 
 def parse(raw, kind="auto"):
     return parse_row(raw, kind, REF)
@@ -123,6 +125,24 @@ BAD = {
         {"messages": [USER, ANSWER], "tools": [{"type": "function"}]},
         "tools[0] must be an object with",
     ),
+    "functions": (CHAT | {"functions": [{"name": "f"}]}, "'functions' is not read: it is the old form of 'tools'"),
+    "system": (CHAT | {"system": "Be brief."}, "'system' is not read: a system message is the first of the messages"),
+    "system of a pair": (
+        {"prompt": "a", "completion": "b", "system_prompt": "x"},
+        "'system_prompt' is not read: a sys",
+    ),
+    "switches": (CHAT | {"chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs' is not read"),
+    "tool": (CHAT | {"tool": [{"name": "f"}]}, "unknown key 'tool'; did you mean 'tools'?"),
+    "Tools": (CHAT | {"Tools": [{"name": "f"}], "tools": None}, "unknown key 'Tools'; did you mean 'tools'?"),
+    "mesages": ({"mesages": [USER, ANSWER]}, "unknown key 'mesages'; did you mean 'messages'?"),
+    "message": ({"message": [USER, ANSWER]}, "unknown key 'message'; did you mean 'messages'?"),
+    "promt": ({"promt": "a", "completion": "b"}, "unknown key 'promt'; did you mean 'prompt'?"),
+    "completions": ({"prompt": "a", "completions": "b"}, "unknown key 'completions'; did you mean 'completion'?"),
+    "texts": ({"texts": "a"}, "unknown key 'texts'; did you mean 'text'?"),
+    "tools of plain text": (
+        {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]},
+        "which has no 'tools': write",
+    ),
     "empty text": ({"text": " \n"}, "'text' is empty"),
     "text a number": ({"text": 5}, "text must be a string; found a number"),
     "empty completion": ({"prompt": "a", "completion": ""}, "'completion' is empty"),
@@ -143,6 +163,34 @@ def test_bad_rows(raw, reason):
     assert str(error.value).startswith("rows.jsonl:12: ") and "\n" not in str(error.value)
     assert reason in str(error.value)
     assert isinstance(error.value, UserError) and error.value.ref == REF
+
+
+def test_keys_of_its_own_are_left_to_the_user():
+    own = {
+        "id": 1,
+        "source": "web",
+        "prompt_id": "7f",
+        "message_id": 3,
+        "num_tools": 2,
+        "tool_choice": "auto",
+        "system": "",
+    }
+    own |= {
+        "text": "also",
+        "prompt": "hi",
+        "functions": None,
+        "tool": [],
+        "title": "x",
+        "test": 1,
+        "context": "y",
+        3: 4,
+    }
+    assert parse(CHAT | own).messages == (USER, ANSWER)
+    assert parse({"messages": [USER, ANSWER], "tools": [{"name": "f"}], "tool": "hammer"}).tools
+    assert parse({"prompt": "a", "completion": "b", "message": "c", "tools": []}) == PromptCompletion("a", "b", REF)
+    assert parse({"text": "abc", "system": "linux", "tool": "x", "functions": [1], "message": "m"}) == TextRow(
+        "abc", REF
+    )
 
 
 def test_a_bad_row_survives_another_process():

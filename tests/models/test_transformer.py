@@ -131,6 +131,29 @@ def test_changing_one_document_changes_nothing_in_another(model):
     assert not np.array_equal(x[first.segment_ids == 2], y[first.segment_ids == 2])
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_document_without_loss_leaves_the_gradients_of_the_others_to_the_bit(params, remat):
+    """Neighbours in every sum over tokens, it must add exactly zero to them, wherever it stands in the row."""
+    # Untied, so that the embedding's gradient is that of the inputs alone.
+    config = dataclasses.replace(CONFIG, remat=remat, tie_embeddings=False)
+    params = params | {"unembed": {"embedding": params["embed"]["embedding"][::-1]}}
+    run = jax.jit(lambda params, batch: compute_loss_and_gradients(params, batch, config))
+    for index in (0, 1, 4):
+        documents, others = [], [tokens for i, (tokens, _, _) in enumerate(make_documents()) if i != index]
+        for seed in (0, 1):
+            documents.append(make_documents())
+            tokens, targets, mask = make_documents(seed)[index]
+            documents[seed][index] = tokens, targets, np.zeros_like(mask)
+        first, second = (run(params, make_batch([[0, 1, 2, 3, 4]], some, 80)) for some in documents)
+        assert first[0] == second[0] > 0
+        for (path, x), y in zip(jax.tree.leaves_with_path(first[1]), jax.tree.leaves(second[1]), strict=True):
+            np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+            assert np.asarray(x).any(), path
+        for some, (_, gradients) in zip(documents, (first, second), strict=True):
+            own = np.setdiff1d(some[index][0], np.concatenate(others))
+            assert own.size and not np.asarray(gradients["embed"]["embedding"])[own].any()
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_memory_and_not_the_result(model, remat):
     config, params = model

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import transformers
 from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
+from postrain.compute.export import export_workdir
+from postrain.compute.step import count_compilations
 from postrain.errors import UserError
+from postrain.recipes import sft
 
 
 def test_the_workdir_holds_everything(finished):
@@ -40,7 +44,8 @@ def test_the_weight_of_a_step_is_its_trained_tokens(inputs, finished, tmp_path):
     metrics = postrain.train(values, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     answers = [row["messages"][1]["content"] for row in read_lines(inputs / "train.jsonl")]
-    assert sum(line.get("train/weight", 0) for line in lines) >= sum(len(answer) + 1 for answer in answers)
+    expected = sum(len(answer) + 1 for answer in answers)  # a token a byte, and the one that ends the answer
+    assert sum(line.get("train/weight", 0) for line in lines) == expected
     assert not (tmp_path / "run" / "export").exists()
     assert "eval/exact_match" not in metrics
 
@@ -124,6 +129,58 @@ def test_export_of_a_workdir_is_the_export_of_the_run(finished, inputs, tmp_path
     else:
         found = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert (found["r"], found["peft_type"]) == (4, "LORA")
+
+
+def test_the_exported_adapter_gives_our_logits_in_peft(finished, inputs, tmp_path):
+    """As a user takes it away: the run's adapter, loaded by peft onto the model that the run started from."""
+    import peft
+    import torch
+
+    workdir, _ = finished
+    export_workdir(workdir, tmp_path / "adapter", "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 301, 40)
+    with torch.no_grad():
+        untrained = base(torch.tensor(tokens)[None]).logits[0].numpy()
+        theirs = (
+            peft.PeftModel.from_pretrained(base, tmp_path / "adapter")(torch.tensor(tokens)[None]).logits[0].numpy()
+        )
+    config, params = postrain.load_pretrained(workdir / "export")
+    ours = np.asarray(postrain.logits(params, config, tokens))
+    assert np.abs(ours - theirs).max() <= 1e-4 < 1e-1 < np.abs(untrained - theirs).max()
+
+
+def test_nothing_compiles_after_the_second_step(inputs, tmp_path, monkeypatch):
+    """In the loop itself: evaluations with generation and checkpoints at steps 2, 4 and 6, and none before step 1."""
+    started, ended = [], {}
+    with count_compilations() as compiled:
+        place, write = sft.make_global_batch, sft.MetricsWriter.write
+        # Called at the start of every step; evaluations place batches with a function of their own name.
+        monkeypatch.setattr(sft, "make_global_batch", lambda *rest: started.append(len(compiled)) or place(*rest))
+
+        def note(writer, step, line):
+            ended[step] = len(compiled)
+            return write(writer, step, line)
+
+        monkeypatch.setattr(sft.MetricsWriter, "write", note)
+        keep = {"every": 2, "asynchronous": False}
+        values = make_values(inputs, eval={"before": False}, export={"format": "none"}, checkpoint=keep)
+        values["optimizer"]["ema_decay"] = 0.9
+        postrain.train(values, tmp_path / "run")
+    assert len(started) == 6 and list(ended) == [1, 2, 3, 4, 5, 6]
+    assert started[0] > 0 and ended[2] > started[1], "the first evaluation compiles: the counter counts"
+    assert ended[6] == started[2], f"{ended[6] - started[2]} programs were compiled in steps 3 to 6"
+
+
+@pytest.mark.parametrize("damage", ["{", None])
+def test_export_of_a_damaged_checkpoint_is_one_line(finished, tmp_path, damage):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    newest = workdir / "checkpoints" / "6" / "run" / "data.json"
+    newest.write_text(damage) if damage else newest.unlink()
+    with pytest.raises(UserError, match=r"checkpoints/6: is damaged .* take another of steps \[4, 6\]") as caught:
+        export_workdir(workdir, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert export_workdir(workdir, tmp_path / "out", step=4).startswith("wrote step 4")
 
 
 def test_full_fine_tuning_is_one_key(inputs, tmp_path):

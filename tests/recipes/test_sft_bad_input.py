@@ -59,7 +59,7 @@ CONFIGS = {
     "mesh": ({"mesh": {"tensor": 2, "fsdp": 2}}, "mesh: fsdp=2 x tensor=2 does not divide into 1 devices"),
     "number": ({"optimizer": {"b1": 1.5}}, "config key 'optimizer.b1' must be below 1, found 1.5"),
     "long rows": ({"data": {"too_long": "error", "sequence_length": 20}}, "train.jsonl:1"),
-    "all rows long": ({"data": {"sequence_length": 20}}, "longer than data.sequence_length = 20"),
+    "all rows long": ({"data": {"sequence_length": 20}}, "too long for data.sequence_length = 20"),
 }
 
 

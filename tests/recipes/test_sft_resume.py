@@ -1,21 +1,29 @@
 """Killed at any instant and started again, a run ends in the same bytes; a changed one is refused or told."""
 
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config, write_rows
 
 import postrain
-from postrain.compute.export import export_workdir
+from postrain.compute.build import load_model
+from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.export import export_workdir, fingerprint_base
+from postrain.compute.optimizer import make_optimizer
+from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import describe_changes, lock_workdir
-from postrain.config import resolve, to_dict
+from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
 from postrain.recipes import sft
+from postrain.sharding import make_mesh
 
 STEPS = 40
 
@@ -70,6 +78,54 @@ def test_killed_twice_it_ends_in_the_same_bytes(inputs, uninterrupted, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "goes on from step" in result.stdout
     assert_same_run(workdir, uninterrupted)
+
+
+def read_state(workdir, values):
+    """Path -> dtype, shape and bytes of everything in the newest checkpoint's train state."""
+    config, mesh = resolve(values), make_mesh(MeshConfig())
+    folder = config.model.path
+    model, (optimizer, _) = load_model(config, folder, mesh), make_optimizer(config.optimizer, 1)
+    abstract = abstract_train_state(model.params, {}, optimizer, mesh=mesh, ema=True)
+    with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
+        restored = checkpointer.restore(abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder))
+    state = restored.state.replace(rng=jax.random.key_data(restored.state.rng))
+    leaves = {
+        jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return restored.step, restored.data_position, leaves
+
+
+def test_full_training_killed_in_a_save_and_in_the_export_ends_in_the_same_state(inputs, tmp_path):
+    values = values_of(inputs, train={"steps": 8}, eval={"every": 4}, model={"lora": {"rank": 0}})
+    reference, workdir, config = tmp_path / "reference", tmp_path / "run", write_config(tmp_path / "c.py", values)
+    postrain.train(values, reference)
+    script = [sys.executable, pathlib.Path(__file__).with_name("killed_run.py"), config, workdir]
+
+    def run_until(instant):
+        result = subprocess.run([*script, instant], capture_output=True, text=True, env=os.environ, timeout=240)
+        assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
+        return result.stdout, sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+    assert run_until("saving:6")[1] == ["3", "6.orbax-checkpoint-tmp"]
+    printed, left = run_until("exporting")
+    assert "6.orbax-checkpoint-tmp: an unfinished save, removed" in printed and "goes on from step 3\n" in printed
+    assert left == ["6", "8"]
+    assert [path.name for path in workdir.glob(".export*")] == [".export.unchecked"]
+    size = sum(path.stat().st_size for path in workdir.glob(".export*/**/*.safetensors"))
+    assert size > 100_000 and not (workdir / "export").exists(), "the model is written and not yet in its place"
+    result = run_cli("train", f"--config={config}", f"--workdir={workdir}", "--config.export.format=none")
+    assert result.returncode == 0, result.stderr
+    assert list(workdir.glob(".*")) == [], "a run that exports nothing clears the place too"
+    run_until("exporting")
+    result = run_cli("train", f"--config={config}", f"--workdir={workdir}")
+    assert result.returncode == 0 and "goes on from step 8\n" in result.stdout, result.stderr
+    assert list(workdir.glob(".*")) == []
+    assert_same_run(workdir, reference)
+    found, expected = read_state(workdir, values), read_state(reference, values)
+    assert found == expected
+    paths = " ".join(found[2])
+    assert found[0] == 8 and all(part in paths for part in (".params", ".opt_state", ".mu", ".nu", ".ema", ".rng"))
 
 
 def test_sigterm_saves_and_says_how_to_go_on(inputs, uninterrupted, tmp_path):
@@ -149,6 +205,17 @@ def test_files_of_a_glob_are_compared_one_by_one(inputs, tmp_path):
     assert "part0" not in str(caught.value) and "part2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("length", [{"steps": 3}, {"steps": 0, "epochs": 0.1}])
+def test_fewer_steps_than_were_done_are_refused(inputs, finished, length, capsys):
+    """The export would be of a model that nobody asked for, under a config that does not tell."""
+    workdir, _ = finished
+    before = read_folder(workdir)
+    with pytest.raises(UserError, match=r"checkpoints/6: the run already is at step 6, past the \d that") as caught:
+        postrain.train(make_values(inputs, train=length), workdir)
+    assert "\n" not in str(caught.value) and "done" not in capsys.readouterr().out
+    assert read_folder(workdir) == before
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
@@ -185,10 +252,33 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_kept_checkpoint_exported_m
 
 def test_other_held_out_rows_are_told(inputs):
     old = to_dict(resolve(make_values(inputs)))
-    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval={"every": 3})))
-    assert describe_changes(old, new).startswith(
-        "; changed since: data.eval ["
-    ) and "eval.every" not in describe_changes(old, new)
+    unseen = {"every": 3, "before": False, "batch_size": 2}
+    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval=unseen)))
+    assert describe_changes(old, new).startswith("; changed since: data.eval [")
+    assert not any(f"eval.{key} " in describe_changes(old, new) for key in unseen)
+
+
+def test_whatever_changes_what_an_evaluation_measures_is_told(inputs):
+    old = make_values(inputs, eval={"generate_rows": 3, "loss_rows": 0, "max_new_tokens": 8})
+    measured = {"generate_rows": 2, "loss_rows": 4, "max_new_tokens": 16, "metrics": ["exact_match"]}
+    for key, value in measured.items():
+        new = make_values(inputs, eval={key: value})
+        line = describe_changes(to_dict(resolve(old)), to_dict(resolve(new)))
+        assert line.startswith(f"; changed since: eval.{key} ") and line.endswith(f"-> {value!r}"), line
+
+
+def test_other_content_of_the_held_out_file_is_told(inputs, tmp_path, capsys):
+    rows = write_rows(tmp_path / "eval.jsonl", 6, first=40)
+    sections = {"data": {"eval": str(rows)}, "eval": {"generate_rows": 0}, "export": {"format": "none"}}
+    postrain.train(make_values(inputs, train={"steps": 1}, **sections), tmp_path / "run")
+    for first in (40, 50):
+        write_rows(rows, 6, first=first)
+        values = make_values(inputs, train={"steps": 2 if first == 40 else 3}, **sections)
+        capsys.readouterr()
+        postrain.train(values, tmp_path / "run")
+        printed = capsys.readouterr().out
+        told = "held out: source 'eval': file eval.jsonl has other content: was" in printed
+        assert "; changed since: train.steps" in printed and told == (first == 50), printed
 
 
 def test_what_else_changed_is_told(inputs, tmp_path, capsys):
@@ -196,5 +286,5 @@ def test_what_else_changed_is_told(inputs, tmp_path, capsys):
     capsys.readouterr()
     values = make_values(inputs, train={"steps": 3}, eval={"generate_rows": 1}, optimizer={"learning_rate": 2e-2})
     postrain.train(values, tmp_path)
-    line = "goes on from step 2; changed since: optimizer.learning_rate 0.01 -> 0.02, train.steps 2 -> 3\n"
-    assert line in capsys.readouterr().out
+    changed = "optimizer.learning_rate 0.01 -> 0.02, train.steps 2 -> 3, eval.generate_rows 0 -> 1"
+    assert f"goes on from step 2; changed since: {changed}\n" in capsys.readouterr().out

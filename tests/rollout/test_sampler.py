@@ -254,7 +254,9 @@ def test_prompts_that_cannot_be(llama, prompts, message):
 
 
 @pytest.mark.parametrize(
-    "option", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "option",
+    [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}]
+    + [{"max_new_tokens": 99999999999}, {"seed": -1}, {"seed": 2**32}],
 )
 def test_sampling_that_cannot_be(option):
     with pytest.raises(UserError, match=f"sampling.{next(iter(option))} must be .*, found"):

@@ -1,0 +1,145 @@
+"""The sides of a benchmark take turns, see the command's options, and their lines become a table with its bars."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+
+BENCHMARK = """
+import pathlib, sys
+sys.path.insert(0, {here!r})
+import workloads
+import runner
+from runner import Bar, describe_versions, find_versions, make_parser, run_in_turns
+
+def prepare(folder):
+    pathlib.Path(folder, "count").write_text("0")
+
+def run_side(arguments):
+    count = pathlib.Path(arguments.model, "count")
+    count.write_text(str(int(count.read_text()) + 1))
+    if arguments.fail == arguments.side:
+        raise ValueError("no such luck")
+    print("noise")
+    turn, versions = int(count.read_text()), find_versions("numpy")
+    workloads.emit(side=arguments.side, turn=turn, size=arguments.size, versions=versions)
+
+def summarize(lines):
+    table = str({{side: [run["turn"] for run in runs] for side, runs in lines.items()}}) + describe_versions(lines)
+    size = lines["a"][0]["size"]
+    return table, [Bar("size", size, "<=", 7, "{{:.0f}}"), Bar("share", 0.25, ">", 0.2, "{{:.0%}}")]
+
+runner.PAGE = pathlib.Path(__file__).with_name("page.md")
+parser = make_parser("a test")
+parser.add_argument("--size", type=int, default=1)
+parser.add_argument("--fail")
+run_in_turns(parser, "table", ("a", "b"), run_side, summarize, prepare)
+"""
+
+
+def run(folder, *words):
+    file = folder / "benchmark.py"
+    file.write_text(BENCHMARK.format(here=str(HERE)))
+    return subprocess.run([sys.executable, file, *words], capture_output=True, text=True)
+
+
+def test_sides_take_turns(tmp_path):
+    result = run(tmp_path, "--rounds=2", "--size=7")
+    *lines, table, empty, bars = result.stdout.splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [(run["side"], run["turn"], run["size"]) for run in runs] == [
+        ("a", 1, 7), ("b", 2, 7), ("a", 3, 7), ("b", 4, 7)
+    ]  # fmt: skip
+    assert table.startswith("{'a': [1, 3], 'b': [2, 4]}numpy ")
+    assert (empty, bars) == ("", "Bars: size 7 (<= 7): **met**; share 25% (> 20%): **met**.")
+    assert result.returncode == 0
+
+
+def test_a_missed_bar_is_written_and_fails(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n<!-- table -->\nold\n<!-- /table -->\nend\n")
+    result = run(tmp_path, "--rounds=1", "--size=8", "--write")
+    assert result.returncode == 1 and result.stderr == ""
+    missed = "Bars: size 8 (<= 7): **missed**; share 25% (> 20%): **met**."
+    assert result.stdout.splitlines()[-1] == missed
+    head, start, table, empty, bars, end, last = page.read_text().splitlines()
+    assert (head, start, empty, bars, end, last) == ("# Page", "<!-- table -->", "", missed, "<!-- /table -->", "end")
+    assert table.startswith("{'a': [1]")
+
+
+def test_a_side_that_fails_is_shown(tmp_path):
+    result = run(tmp_path, "--fail=b")
+    assert result.returncode == 1 and "--side b" in result.stderr and "no such luck" in result.stderr
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    return importlib.import_module
+
+
+def sft_run(rate, memory):
+    figures = {"tokens_per_second": rate, "median_step_seconds": 1.0, "micro_batches": 2, "peak_rss_gib": memory}
+    return figures | {"others_cpu_share": 0.0, "versions": {"jax": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("rate", "memory", "met"),
+    [(2500, 1.9, [1, 1, 1]), (2499, 1.9, [0, 1, 1]), (2500, 2.0, [1, 0, 1]), (2500, 5.0, [1, 0, 0])],
+)
+def test_bars_of_fine_tuning(load_benchmark, rate, memory, met):
+    sft = load_benchmark("sft")
+    sides = {"postrain": [sft_run(rate, memory)], "trl_packed": [sft_run(1000, 2.0)], "trl_padded": [sft_run(500, 5.0)]}
+    _, bars = sft.summarize(sides)
+    assert [bar.met for bar in bars] == met
+    assert str(bars[0]).startswith(f"useful tokens/s over TRL packed {rate / 1000:.2f}x (>= 2.50x): **")
+
+
+@pytest.mark.parametrize(
+    ("many", "chunked", "met"), [(1.3, 100, [1, 1]), (1.31, 100, [0, 1]), (1.3, 101, [1, 0]), (float("nan"), 1, [0, 1])]
+)
+def test_bars_of_compilation(load_benchmark, many, chunked, met):
+    _, bars = load_benchmark("compile").summarize({4: [0.5, 1.0, 2.0], 32: [many] * 3}, chunked, 1000, 0.0)
+    assert [bar.met for bar in bars] == met
+
+
+def test_generation_has_no_bar(load_benchmark):
+    generate, runner = load_benchmark("generate"), load_benchmark("runner")
+    line = {"tokens_per_second": dict.fromkeys(generate.WAYS, 10.0), "peak_rss_gib": 1.0, "others_cpu_share": 0.0}
+    _, bars = generate.summarize({side: [line | {"versions": {}}] for side in generate.SIDES})
+    assert runner.describe_bars(bars) == "Bars: none, these figures are for comparison."
+
+
+def test_the_quickstarts_figures_are_its_first_and_last_evaluation(load_benchmark, tmp_path):
+    quickstart, runner = load_benchmark("quickstart"), load_benchmark("runner")
+    lines = [
+        {"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.0, "eval/valid_json": 0.01},
+        {"step": 1, "perf/tokens_per_second": 100.0},
+        {"step": 2, "perf/tokens_per_second": 300.0, "eval/loss": 9.0, "eval/exact_match": 0.9, "eval/valid_json": 0.9},
+        {"step": 3, "perf/tokens_per_second": 200.0, "eval/loss": 0.5, "eval/exact_match": 0.8, "eval/valid_json": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = quickstart.read_metrics(tmp_path / "metrics.jsonl")
+    assert found == {
+        "exact_match before": 0.0, "exact_match after": 0.8, "valid_json before": 0.01, "valid_json after": 1.0,
+        "loss before": 3.0, "loss after": 0.5, "updates": 3, "tokens_per_second": 200.0,
+    }  # fmt: skip
+    run = {"seed": 0, "minutes": 9.96, "others_cpu_share": 0.01, "versions": {"jax": "1"}, **found}
+    text, bars = quickstart.summarize([run | {"exact_match after": 0.9}, run | {"seed": 1}])
+    assert "| 1 | 0% -> 80% | 1% -> 100% | 3.000 -> 0.500 | 10.0 | 200 | 1.0% |" in text.splitlines()
+    assert runner.describe_bars(bars) == (
+        "Bars: exact match before 0% (< 5%): **met**; exact match after 80% (> 80%): **missed**; "
+        "minutes 10.0 (<= 10.0): **met**."
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "generate", "compile", "quickstart"])
+def test_every_section_is_on_the_page(load_benchmark, name):
+    page = load_benchmark("runner").PAGE.read_text()
+    assert f"<!-- {name} -->\n" in page and f"<!-- /{name} -->" in page
+    assert f"python tests/benchmarks/{name}.py" in page
