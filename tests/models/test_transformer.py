@@ -88,7 +88,7 @@ def make_batch(rows, documents, length):
     return Batch(**arrays)
 
 
-def compute_loss_and_gradients(params, batch, config=CONFIG):
+def compute_loss_and_gradients(params, batch, config=CONFIG, **compiler_options):
     hidden = lambda p, *arrays: transformer.compute_hidden(p, config, *arrays)
     unembedding = lambda p: transformer.unembedding(p, config)
     loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=config.logits_softcap, chunk=16)
@@ -97,14 +97,14 @@ def compute_loss_and_gradients(params, batch, config=CONFIG):
         loss, weight, _ = loss_fn(params, batch, None)
         return loss / weight
 
-    return jax.jit(jax.value_and_grad(mean))(params)
+    return jax.jit(jax.value_and_grad(mean), compiler_options=compiler_options)(params)
 
 
 def assert_same(result, expected, tolerance=1e-5):
     np.testing.assert_allclose(result[0], expected[0], rtol=tolerance)
     for (path, x), y in zip(jax.tree.leaves_with_path(result[1]), jax.tree.leaves(expected[1]), strict=True):
         scale = float(np.abs(y).max())
-        np.testing.assert_allclose(x, y, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("packed", [[[0, 1, 2, 3, 4]], [[4, 0], [1, 3, 2]], [[3, 1], [2], [0, 4]]])
@@ -155,11 +155,13 @@ def test_a_document_without_loss_leaves_the_gradients_of_the_others_to_the_bit(p
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_memory_and_not_the_result(model, remat):
+def test_rematerialisation_changes_memory_and_not_a_bit_of_the_result(model, remat):
+    """To the bit where the compiler fuses nothing: what is computed again is what was computed."""
     config, params = model
     batch = make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
-    expected = compute_loss_and_gradients(params, batch, config)
-    assert_same(compute_loss_and_gradients(params, batch, dataclasses.replace(config, remat=remat)), expected, 1e-6)
+    run = lambda config: compute_loss_and_gradients(params, batch, config, xla_backend_optimization_level=0)
+    expected = run(config)
+    assert_same(run(dataclasses.replace(config, remat=remat)), expected, 0)
 
 
 def test_adapters_change_nothing_at_the_start_and_merge_exactly(model):
