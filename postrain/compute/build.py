@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from postrain.config import Config, DataConfig
+from postrain.config import Config, DataConfig, RouterSection
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
-from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.params import axes_of, init_lora, lora_specs, shapes_of
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch
@@ -44,6 +44,7 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         attention=section.attention,
         attention_chunk=section.attention_chunk,
         lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+        moe=_configure_routers(model_config.moe, section.router),
     )
     if not lora.rank:
         return Model(model_config, base, {})
@@ -51,6 +52,15 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
     start = jax.jit(lambda rng: init_lora(model_config, rng), out_shardings=shardings)
     return Model(model_config, start(jax.random.key(config.train.seed)), base)
+
+
+def _configure_routers(moe: MoeConfig | None, section: RouterSection) -> MoeConfig | None:
+    if moe is not None:
+        return dataclasses.replace(moe, **dataclasses.asdict(section))
+    asked = [name for name in ("load_balance_coef", "z_coef") if getattr(section, name)]
+    if asked:
+        raise UserError(f"config key 'model.router.{asked[0]}': the model has no experts, so no router: leave it at 0")
+    return None
 
 
 def choose_compute_dtype(name: str) -> str:

@@ -10,6 +10,7 @@ runs on chat data do not need.
 """
 
 import contextlib
+import functools
 import os
 import time
 
@@ -40,7 +41,7 @@ from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_targets
-from postrain.models.transformer import compute_hidden, unembedding
+from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
 from postrain.sharding import data_process, make_global_batch, make_mesh
@@ -82,13 +83,15 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     optimizer, schedule = make_optimizer(config.optimizer, total_steps)
     average = config.optimizer.ema_decay > 0
     abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
-    loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden(params, model.config, *rows),
-        lambda params: unembedding(params, model.config),
+    make_loss = functools.partial(
+        make_sft_loss,
+        get_unembedding=lambda params: unembedding(params, model.config),
         vocab_size=model.config.vocab_size,
         softcap=model.config.logits_softcap,
         chunk=config.model.loss_chunk,
     )
+    loss_fn = make_loss(lambda params, *rows: compute_hidden_and_terms(params, model.config, *rows))
+    eval_loss_fn = make_loss(lambda params, *rows: (compute_hidden(params, model.config, *rows), None))
     train_step = make_train_step(
         loss_fn,
         optimizer,
@@ -131,7 +134,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         )
 
         if eval_set:
-            evaluate = Evaluator(config, model.config, tokenizer, eval_set, loss_fn, mesh, workdir / "samples.jsonl")
+            evaluate = Evaluator(
+                config, model.config, tokenizer, eval_set, eval_loss_fn, mesh, workdir / "samples.jsonl"
+            )
         if eval_set and config.eval.before and not restored:
             line = evaluate(state)
             writer.write(0, line)
