@@ -56,6 +56,15 @@ class LoraSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class RouterSection:
+    """Losses of the routers of a mixture of experts; their metrics are logged in any case."""
+
+    load_balance_coef: float = 0.0  # of experts with the same share of tokens
+    z_coef: float = 0.0  # of small router logits
+    load_balance_over: str = "row"  # the tokens to balance: of each "row", or of a micro-"batch"
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSection:
     """The model to start from and how its maths is carried out."""
 
@@ -67,6 +76,7 @@ class ModelSection:
     attention_chunk: int = 128  # positions per attention block
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
     lora: LoraSection = LoraSection()
+    router: RouterSection = RouterSection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +187,7 @@ CHOICES: dict[str, tuple] = {
     "data.on_bad_row": ("error", "skip"),
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "model.router.load_balance_over": ("row", "batch"),
     "model.attention": ("auto", "chunked"),
     "model.lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
     "optimizer.name": ("adamw", "lion", "adafactor", "sgd", "muon"),
@@ -231,6 +242,8 @@ RANGES: dict[str, Range] = {
     "model.loss_chunk": Range(1, 2**20),
     "model.lora.rank": Range(0, 2**16),
     "model.lora.alpha": Range(0),
+    "model.router.load_balance_coef": Range(0),
+    "model.router.z_coef": Range(0),
     "optimizer.learning_rate": Range(above=0),
     "optimizer.warmup_steps": _STEPS,
     "optimizer.decay_steps": _STEPS,

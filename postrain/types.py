@@ -24,6 +24,14 @@ class Batch:
 
 
 @flax.struct.dataclass
+class RowTerms:
+    """What a model adds to the loss of every trained token of a row, such as the losses of its routers."""
+
+    loss: jax.Array  # float32 [B]
+    metrics: dict[str, jax.Array]  # float32 [B] each; averaged over trained tokens
+
+
+@flax.struct.dataclass
 class TrainState:
     """All that a train step reads and replaces. ``params`` trains, ``frozen`` does not.
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from postrain.config import Config, DataConfig
+from postrain.config import Config, DataConfig, RouterSection
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
-from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.params import axes_of, init_lora, lora_specs, param_specs, shapes_of
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch, TrainState
@@ -34,6 +34,7 @@ class Step(NamedTuple):
 
     optimizer: optax.GradientTransformation
     loss_fn: Callable
+    eval_loss_fn: Callable  # without the terms that only training adds
     state: TrainState  # as jax.ShapeDtypeStruct, with shardings
     batch: Batch  # likewise
     train_step: Any  # jitted (state, batch) -> (state, metrics)
@@ -85,7 +86,17 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
         attention=section.attention,
         attention_chunk=section.attention_chunk,
         lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+        moe=_configure_routers(model_config.moe, section.router),
     )
+
+
+def _configure_routers(moe: MoeConfig | None, section: RouterSection) -> MoeConfig | None:
+    if moe is not None:
+        return dataclasses.replace(moe, **dataclasses.asdict(section))
+    asked = [name for name in ("load_balance_coef", "z_coef") if getattr(section, name)]
+    if asked:
+        raise UserError(f"config key 'model.router.{asked[0]}': the model has no experts, so no router: leave it at 0")
+    return None
 
 
 def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:

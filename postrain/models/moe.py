@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from postrain.models.config import MoeConfig
 from postrain.models.grouped_dot import grouped_dot, select_backend
 from postrain.sharding import BATCH_AXES, named_shardings
+from postrain.types import RowTerms
 
 ROUTERS = ("softmax_topk", "topk_softmax")
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -65,10 +66,12 @@ class MoeAux:
     row_balance_sum: jax.Array  # float32: sum over rows of (tokens of the row) * (load balance of the row)
     z_sum: jax.Array  # float32: sum over tokens of logsumexp(logits)^2
     num_tokens: jax.Array  # float32
+    row_balance: jax.Array  # float32 [B]: load balance of each row
+    row_z: jax.Array  # float32 [B]: mean over a row's tokens of logsumexp(logits)^2
 
     def without_routing(self) -> "MoeAux":
         """The sums alone: what to add up over micro-batches."""
-        return self.replace(expert_ids=None, expert_weights=None)
+        return self.replace(expert_ids=None, expert_weights=None, row_balance=None, row_z=None)
 
 
 # Router.
@@ -140,6 +143,25 @@ def router_loss_sum(aux: MoeAux, config: MoeConfig) -> jax.Array:
     return (config.load_balance_coef * balance + config.z_coef * aux.z_sum).mean()
 
 
+def router_terms(aux: MoeAux, config: MoeConfig) -> RowTerms:
+    """The router losses of each row, and what to watch; ``aux`` stacked over layers, whose mean is taken.
+
+    Counted with a row's trained tokens, the loss of a batch does not depend on its split into micro-batches where
+    the load is balanced over the "row". Metrics: ``router_load_balance`` and ``router_z``, the losses themselves, and
+    ``router_busiest``, the tokens of the busiest expert over those it would have if all had the same.
+    """
+    everywhere = lambda x_L: jnp.full(aux.row_z.shape[1:], x_L.mean())
+    balance_B = {"batch": everywhere(load_balance_loss(aux)), "row": aux.row_balance.mean(0)}[config.load_balance_over]
+    z_B = aux.row_z.mean(0)
+    share_L = aux.expert_counts.max(-1) / jnp.maximum(aux.expert_counts.sum(-1), 1)
+    metrics = {"router_load_balance": balance_B, "router_z": z_B}
+    metrics["router_busiest"] = everywhere(share_L * config.num_experts)
+    loss_B = jnp.zeros_like(z_B)
+    for coef, term_B in ((config.load_balance_coef, balance_B), (config.z_coef, z_B)):
+        loss_B = loss_B + coef * term_B if coef else loss_B
+    return RowTerms(loss_B, metrics)
+
+
 def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence) -> MoeAux:
     """From this device's tokens ([N, ...]) to the sums over all of them."""
     (batch, length), num_experts = mask_BT.shape, logits.shape[-1]
@@ -151,10 +173,12 @@ def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence)
     probs_BE = over_sequence((per_token(jax.nn.softmax(logits, axis=-1)) * mask[:, :, None]).sum(1))
     tokens_B = over_sequence(mask.sum(1))
     z_B = over_sequence((per_token(jax.nn.logsumexp(logits, axis=-1))[:, :, 0] ** 2 * mask).sum(1))
-    balance_B = _balance(counts_BE, probs_BE, jnp.maximum(tokens_B, 1))
+    some_B = jnp.maximum(tokens_B, 1)
+    balance_B = _balance(counts_BE, probs_BE, some_B)
     sums = [x.sum(0) for x in (counts_BE, probs_BE, balance_B, z_B, tokens_B)]
+    sums = jax.lax.psum(sums, axes_rows) if axes_rows else sums
     ids, weights = (jnp.where(mask_BT[:, :, None], per_token(x), no) for x, no in ((expert_ids, -1), (weights, 0)))
-    return MoeAux(ids, weights, *(jax.lax.psum(sums, axes_rows) if axes_rows else sums))
+    return MoeAux(ids, weights, *sums, balance_B / some_B, z_B / some_B)
 
 
 # Assignments in the order of their experts. Taking rows there and back are each other's transpose; told so, backward
@@ -219,7 +243,8 @@ def moe_mlp(
     tokens = layout.rows or None, layout.sequence or None
     parts = (*layout.experts, *layout.mlp) or None
     # The partial outputs leave side by side, to be added up outside: backward then needs no sum over devices there.
-    aux_specs = MoeAux(P(*tokens), P(*tokens), P(), P(), P(), P(), P())
+    rows = P(layout.rows or None)
+    aux_specs = MoeAux(P(*tokens), P(*tokens), P(), P(), P(), P(), P(), rows, rows)
     y_PBTD, aux = jax.shard_map(
         functools.partial(body, layout=layout),
         mesh=mesh,

@@ -13,7 +13,7 @@ import numpy as np
 from postrain.models.attention import attention, cached_attention, soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
-from postrain.models.moe import moe_mlp
+from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import merge_lora
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain
@@ -159,6 +159,12 @@ def compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positi
     inputs = params["layers"], _windows(config), routing_LBTk
     x_BTD, routed = jax.lax.scan(_rematerialize(layer, config.remat), x_BTD, inputs)
     return rms_norm(x_BTD, params["final_norm"], config), routed
+
+
+def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, positions_BT):
+    """``compute_hidden``, and the ``RowTerms`` of the routers; None without experts. What an objective trains."""
+    hidden, routed = compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT)
+    return hidden, None if routed is None else router_terms(routed, config.moe)
 
 
 def split_layers(params: dict, config: ModelConfig) -> dict:

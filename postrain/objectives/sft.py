@@ -13,15 +13,16 @@ def make_sft_loss(
 ) -> Callable:
     """``loss_fn(params, batch, rng) -> (loss_sum, weight_sum, metric_sums)``: sums over trained tokens.
 
-    ``compute_hidden(params, tokens, segment_ids, positions) -> [B, T, D]`` and ``get_unembedding(params) ->
-    [V', D]`` are the model. The loss of a step is loss_sum / weight_sum over all devices and micro-batches:
+    ``compute_hidden(params, tokens, segment_ids, positions) -> ([B, T, D], RowTerms or None)`` and
+    ``get_unembedding(params) -> [V', D]`` are the model. The loss of a step is loss_sum / weight_sum over all
+    devices and micro-batches:
     every trained token counts the same, wherever it lies. ``softcap``: of the logits, 0 where the model has none.
     ``chunk``: trained tokens projected at a time.
     """
 
     def loss_fn(params, batch: Batch, rng: jax.Array):
         del rng
-        hidden = compute_hidden(params, batch.tokens, batch.segment_ids, batch.positions)
+        hidden, terms = compute_hidden(params, batch.tokens, batch.segment_ids, batch.positions)
         loss_sum, correct_sum = compute_weighted_nll(
             hidden,
             get_unembedding(params),
@@ -31,6 +32,11 @@ def make_sft_loss(
             chunk=chunk,
             softcap=softcap,
         )
-        return loss_sum, batch.loss_mask.sum(), {"accuracy": correct_sum}
+        metric_sums = {"accuracy": correct_sum}
+        if terms is not None:  # every trained token bears its row's
+            weights_B = batch.loss_mask.sum(1)
+            metric_sums |= {name: (values_B * weights_B).sum() for name, values_B in terms.metrics.items()}
+            metric_sums["nll"], loss_sum = loss_sum, loss_sum + (terms.loss * weights_B).sum()
+        return loss_sum, batch.loss_mask.sum(), metric_sums
 
     return loss_fn

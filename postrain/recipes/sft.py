@@ -10,6 +10,7 @@ runs on chat data do not need.
 """
 
 import contextlib
+import functools
 import os
 import time
 
@@ -41,7 +42,7 @@ from postrain.data.tokenizer import load_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_targets
-from postrain.models.transformer import compute_hidden, unembedding
+from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
 from postrain.sharding import data_process, make_global_batch, make_mesh
@@ -80,13 +81,13 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     if config.export.format == "adapter":
         check_targets(model.config)
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
-    optimizer, loss_fn, abstract, abstract_rows, train_step = make_step(config, model, mesh, total_steps)
+    program = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
     for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
         if warning:
             say(warning)
-    train_step = train_step.lower(abstract, abstract_rows).compile()
+    train_step = program.train_step.lower(program.state, program.batch).compile()
     say(format_memory(train_step), flush=True)
 
     # The state: where the newest checkpoint left it, or new.
@@ -95,7 +96,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder)}
         held_out = eval_set.fingerprint if eval_set else None
-        restored = checkpointer.restore(abstract, **prints)
+        restored = checkpointer.restore(program.state, **prints)
         first_step = restored.step if restored else 0
         if restored:
             state = restored.state.replace(frozen=model.frozen)
@@ -105,7 +106,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         else:
             rng = jax.random.key(config.train.seed)
             state = init_train_state(
-                model.params, model.frozen, optimizer, rng, mesh=mesh, ema=abstract.ema is not None
+                model.params, model.frozen, program.optimizer, rng, mesh=mesh, ema=program.state.ema is not None
             )
         model = model._replace(params=None)  # the state has taken them over
         if lead:
@@ -115,7 +116,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         )
 
         if eval_set:
-            evaluate = Evaluator(config, model.config, tokenizer, eval_set, loss_fn, mesh, workdir / "samples.jsonl")
+            evaluate = Evaluator(
+                config, model.config, tokenizer, eval_set, program.eval_loss_fn, mesh, workdir / "samples.jsonl"
+            )
         if eval_set and config.eval.before and not restored:
             line = evaluate(state)
             writer.write(0, line)
@@ -180,13 +183,15 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
     optimizer, schedule = make_optimizer(config.optimizer, total_steps)
     average = config.optimizer.ema_decay > 0
     abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
-    loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden(params, model.config, *rows),
-        lambda params: unembedding(params, model.config),
+    make_loss = functools.partial(
+        make_sft_loss,
+        get_unembedding=lambda params: unembedding(params, model.config),
         vocab_size=model.config.vocab_size,
         softcap=model.config.logits_softcap,
         chunk=config.model.loss_chunk,
     )
+    loss_fn = make_loss(lambda params, *rows: compute_hidden_and_terms(params, model.config, *rows))
+    eval_loss_fn = make_loss(lambda params, *rows: (compute_hidden(params, model.config, *rows), None))
     train_step = make_train_step(
         loss_fn,
         optimizer,
@@ -197,7 +202,7 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
         ema_decay=config.optimizer.ema_decay,
         schedule=schedule,
     )
-    return Step(optimizer, loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
+    return Step(optimizer, loss_fn, eval_loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
 
 
 def is_due(step: int, every: int) -> bool:

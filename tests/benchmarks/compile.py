@@ -42,7 +42,7 @@ ROWS, LENGTH = 8, 1024
 def compile_seconds(num_layers: int) -> float:
     config = dataclasses.replace(CONFIG, num_layers=num_layers)
     loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

@@ -41,7 +41,7 @@ def run_postrain(folder: str, steps: int, micro_batches: int) -> dict:
     examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]
     config, params = load_pretrained(folder)
     loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

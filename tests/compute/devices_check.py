@@ -13,7 +13,7 @@ from postrain.compute.step import abstract_train_state, init_train_state, make_t
 from postrain.config import MeshConfig, OptimizerConfig
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import abstract_params, axes_of, init_lora, init_params, logical_axes, lora_specs, shapes_of
-from postrain.models.transformer import compute_hidden, unembedding
+from postrain.models.transformer import compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import constrain, make_global_batch, make_mesh, named_shardings
 from postrain.types import Batch
@@ -125,7 +125,7 @@ def train_model(config, mesh, micro_batches):
     shardings = shardings_of(abstract_train_state(params, frozen, optimizer, mesh=mesh))
     state = init_train_state(params, frozen, optimizer, jax.random.key(0), mesh=mesh)
     loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden(params, config, *rows),
+        lambda params, *rows: compute_hidden_and_terms(params, config, *rows),
         lambda params: unembedding(params, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

@@ -19,7 +19,7 @@ from postrain.compute.flops import (
 )
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.params import init_lora, init_params, merge_params
-from postrain.models.transformer import compute_hidden, unembedding
+from postrain.models.transformer import compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.types import Batch
 
@@ -40,7 +40,7 @@ def make_batch():
 def test_formula_agrees_with_xla(lora):
     config, batch = dataclasses.replace(CONFIG, lora=lora), make_batch()
     loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden(params, config, *rows),
+        lambda params, *rows: compute_hidden_and_terms(params, config, *rows),
         lambda params: unembedding(params, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

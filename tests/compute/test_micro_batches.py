@@ -37,7 +37,7 @@ def make_batch():
 
 def make_loss(config):
     return make_sft_loss(
-        lambda params, *rows: transformer.compute_hidden(params, config, *rows),
+        lambda params, *rows: transformer.compute_hidden_and_terms(params, config, *rows),
         lambda params: transformer.unembedding(params, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

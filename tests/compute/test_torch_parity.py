@@ -70,7 +70,7 @@ def test_ten_adamw_steps(tmp_path, family, micro_batches):
     folder = make_tiny_model(tmp_path / "model", family, tie_word_embeddings=family == "qwen3")
     config, params = load_pretrained(folder)
     loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
         softcap=0.0,

@@ -52,7 +52,7 @@ def compute_curve(lora: bool) -> dict[str, list[float]]:
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
     loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden(p, CONFIG, *arrays),
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, CONFIG, *arrays),
         lambda p: transformer.unembedding(p, CONFIG),
         vocab_size=CONFIG.vocab_size,
         softcap=0.0,

@@ -57,7 +57,7 @@ def pack(documents):
 def our_gradients(folder, documents):
     config, params = load_pretrained(folder)
     loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden(p, config, *arrays),
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
         softcap=config.logits_softcap,

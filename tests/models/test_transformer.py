@@ -89,7 +89,7 @@ def make_batch(rows, documents, length):
 
 
 def compute_loss_and_gradients(params, batch, config=CONFIG, **compiler_options):
-    hidden = lambda p, *arrays: transformer.compute_hidden(p, config, *arrays)
+    hidden = lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays)
     unembedding = lambda p: transformer.unembedding(p, config)
     loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=config.logits_softcap, chunk=16)
 
@@ -258,3 +258,50 @@ def test_attention_is_computed_again_only_under_full_rematerialisation(params, r
     loss = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
     jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
     assert jaxpr.count("cond_jaxpr") == passes
+
+
+ROUTED = dataclasses.replace(
+    EXPERTS, moe=dataclasses.replace(EXPERTS.moe, load_balance_coef=0.3, z_coef=0.1, load_balance_over="row")
+)
+
+
+def test_router_losses_do_not_depend_on_the_split_into_micro_batches():
+    params = make_params(ROUTED)
+    rows = [[0, 1], [4, 3], [2], [1, 2, 3]]
+    batch = make_batch(rows, make_documents(), 64)
+    whole_loss, whole_grads = compute_sums(params, batch)
+    parts = [compute_sums(params, jax.tree.map(lambda x, i=i: x[i : i + 2], batch)) for i in (0, 2)]
+    loss, grads = jax.tree.map(lambda a, b: a + b, *parts)
+    np.testing.assert_allclose(loss["loss"], whole_loss["loss"], rtol=1e-5)
+    for name in ("nll", "router_load_balance", "router_z"):
+        np.testing.assert_allclose(loss[name], whole_loss[name], rtol=1e-5)
+    assert_same((0.0, grads), (0.0, whole_grads))
+
+
+def test_router_losses_are_what_the_loss_has_more_than_the_nll():
+    params, batch = make_params(ROUTED), make_batch([[0, 1], [4, 3]], make_documents(), 64)
+    sums, grads = compute_sums(params, batch)
+    expected = sums["nll"] + 0.3 * sums["router_load_balance"] + 0.1 * sums["router_z"]
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-6)
+    assert sums["router_busiest"] >= float(batch.loss_mask.sum())
+    without = dataclasses.replace(ROUTED, moe=EXPERTS.moe)
+    router = lambda grads: np.asarray(grads["layers"]["moe"]["router"]["kernel"])
+    assert np.abs(router(grads) - router(compute_sums(params, batch, without)[1])).max() > 1e-3
+
+
+def compute_sums(params, batch, config=ROUTED):
+    """Sums of loss and metrics over a batch, and the gradients of the loss sum."""
+    loss_fn = make_sft_loss(
+        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
+        lambda p: transformer.unembedding(p, config),
+        vocab_size=config.vocab_size,
+        softcap=config.logits_softcap,
+        chunk=16,
+    )
+
+    def total(params):
+        loss, _, metrics = loss_fn(params, batch, None)
+        return loss, metrics | {"loss": loss}
+
+    grads, sums = jax.jit(jax.grad(total, has_aux=True))(params)
+    return sums, grads

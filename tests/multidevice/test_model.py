@@ -38,7 +38,9 @@ def make_batch():
 
 def loss_and_gradients(params, batch, config):
     loss_fn = make_sft_loss(
-        lambda p, tokens, segments, positions: transformer.compute_hidden(p, config, tokens, segments, positions),
+        lambda p, tokens, segments, positions: transformer.compute_hidden_and_terms(
+            p, config, tokens, segments, positions
+        ),
         lambda p: transformer.unembedding(p, config),
         vocab_size=config.vocab_size,
         softcap=0.0,
