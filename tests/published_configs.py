@@ -83,16 +83,6 @@ CONFIGS = {
         architectures=["GptOssForCausalLM"], num_hidden_layers=24, num_local_experts=32
     ),
 }
-# Parameters of the language models, as their publishers count them.
-NUM_PARAMS = {
-    "Qwen3-0.6B": 596_049_920,
-    "Qwen3-8B": 8_190_735_360,
-    "Qwen3-30B-A3B": 30_532_122_624,
-    "gemma-3-4b-it": 3_880_099_328,
-    "Llama-3.1-8B-Instruct": 8_030_261_248,
-    "Llama-3.1-70B-Instruct": 70_553_706_496,
-    "gpt-oss-20b": 20_914_757_184,
-}
 
 
 def write_published_config(folder, name: str):

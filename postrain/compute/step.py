@@ -149,8 +149,8 @@ def _average(ema, params, decay: float):
 def _share_moved(old, new, dtype: str) -> jax.Array:
     """Share of the scalars that differ between two trees after rounding to ``dtype``."""
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * a.size for a, b in pairs)
-    return moved / sum(a.size for a, _ in pairs)
+    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
+    return moved / float(sum(a.size for a, _ in pairs))
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None):
