@@ -113,22 +113,27 @@ def load_adapter(
     names: dict[str, list[str]] = {}
     for name, (path, _) in tensors:
         names.setdefault(path, []).append(name)
+    shapes = {name: specs[path].shape[:0:-1] for name, (path, _) in tensors}
+    shapes |= {name: specs[path].shape for name, path in rows.items()}
     wrong = [
-        f"{name} {list(files.infos[name].shape) if name in files.infos else 'missing'} instead of "
-        f"{list(specs[path].shape[:0:-1])}"
-        for name, (path, _) in tensors
-        if name not in files.infos or files.infos[name].shape != specs[path].shape[:0:-1]
+        f"{name} {list(files.infos[name].shape) if name in files.infos else 'missing'} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if name not in files.infos or files.infos[name].shape != shape
     ]
-    left_over = sorted(set(files.infos) - {name for name, _ in tensors})
+    left_over = sorted(set(files.infos) - set(shapes))
     if wrong or left_over:
         extra = [f"left over: {group_layers(left_over)}"] if left_over else []
         raise UserError(f"{folder}: the adapter does not fit the model: {'; '.join(wrong + extra)}: use its base model")
     target = parse_dtype(dtype, "dtype")
 
+    row_names = {path: name for name, path in rows.items()}
+
     def make_reader(path: str):
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            rows = [files.read(name).T[index[1:]] for name in names[path][index[0]]]
-            return np.stack(rows).astype(target)
+            if path in row_names:
+                return files.read(row_names[path])[index].astype(target)
+            matrices = [files.read(name).T[index[1:]] for name in names[path][index[0]]]
+            return np.stack(matrices).astype(target)
 
         return read
 

@@ -14,6 +14,7 @@ from tiny_models import make_tiny_model
 import postrain
 from postrain.compute.export import export_workdir
 from postrain.data.tokenizer import load_tokenizer
+from postrain.errors import UserError
 from postrain.hf.model_folder import find_model, load_model
 from postrain.hf.verify import verify
 from postrain.models.logits import logits
@@ -122,3 +123,17 @@ def test_peft_computes_adapters_with_new_rows(tmp_path, family, size):
     assert_close(our_logits(tmp_path / "merged", ids), ours)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
     assert_close(ours, torch_logits(merged, ids))
+
+
+def test_with_the_rest_everything_trains_and_a_changed_list_is_refused(tmp_path):
+    values = make_run(tmp_path, "llama", 0) | {"train": {"steps": 2}, "eval": {}}
+    values["data"]["eval"] = []
+    postrain.train(values, tmp_path / "run")
+    before, after = tables(tmp_path / "model"), tables(tmp_path / "run" / "export")
+    assert after["model.embed_tokens.weight"].shape == (330, 40)
+    assert (after["lm_head.weight"][:OLD] != before["lm_head.weight"][:OLD]).any()
+    assert verify(tmp_path / "run" / "export").passed
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text(tokens.read_text().replace("\tred item", "\tblue item"))
+    with pytest.raises(UserError, match=r"model\.new_tokens: other tokens, or in another order, or other texts"):
+        postrain.train(values | {"train": {"steps": 3}}, tmp_path / "run")
