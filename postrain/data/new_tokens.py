@@ -88,6 +88,10 @@ def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], speci
         ids = fast.encode(token.text, add_special_tokens=False).ids
         if ids != [first + i]:
             wrong.append(f"{token.where}: {token.text!r} comes out as ids {ids}, expected {first + i} alone")
+        # Decoders of byte-level vocabularies take an added token's characters for bytes, where they can be some.
+        back = fast.decode([first + i], skip_special_tokens=False)
+        if back.strip() != token.text.strip():
+            wrong.append(f"{token.where}: {token.text!r} is decoded as {back!r}: write it in ASCII")
     _refuse(wrong)
     return NewTokens(first, tuple(token.text for token in tokens), tuple(start_ids), special)
 

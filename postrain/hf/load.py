@@ -58,7 +58,7 @@ def open_checked(
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
     extra = sorted(set(files.infos) - set(expected) - set(ignored), key=_natural)
-    if config.tie_embeddings:
+    if config.tie_embeddings and not others:  # which replace the projection onto the vocabulary: there is no copy of it
         extra = _drop_tied_copy(files, family.tensors, extra)
     missing = [name for name in expected if name not in files.infos]
     misshapen = [

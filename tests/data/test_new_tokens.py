@@ -51,8 +51,8 @@ def test_special_tokens_are_never_read_from_a_row(folder):
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma3"])
 def test_real_tokenizers_take_them_after_their_own(name):
     folder = get_tokenizer_folder(name)
-    old, new = load_tokenizer(folder), load(folder, "<item_1>", "mètre-cube²", "<item_12>")
-    text = "One <item_12>, two<item_1> mètre-cube²."
+    old, new = load_tokenizer(folder), load(folder, "<item_1>", "<cubic metre>", "<item_12>")
+    text = "One <item_12>, two<item_1> <cubic metre>."
     assert [i for i in new.encode_text(text) if i >= old.vocab_size] == [
         old.vocab_size + 2,
         old.vocab_size,
@@ -60,6 +60,14 @@ def test_real_tokenizers_take_them_after_their_own(name):
     ]
     assert new.decode(new.encode_text(text)) == text
     assert new.encode_text("plain text, 12 items") == old.encode_text("plain text, 12 items")
+
+
+def test_a_token_that_would_not_be_written_back_is_refused(folder):
+    """A byte-level decoder takes è for the byte 0xE8. Elsewhere it stays what it is."""
+    with pytest.raises(UserError, match=r"tokens\[1\]: 'mètre' is decoded as 'm.tre': write it in ASCII"):
+        load(folder, "<a>", "mètre")
+    new = load(get_tokenizer_folder("gemma3"), "<mètre²>")
+    assert new.decode(new.encode_text("a<mètre²>b")) == "a<mètre²>b"
 
 
 def test_rows_start_from_texts(folder, tmp_path):

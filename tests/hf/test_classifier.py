@@ -53,7 +53,7 @@ def our_scores(folder, tokens, mask):
     config, head, params = load_classifier(folder)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     hidden = jax.jit(compute_hidden, static_argnums=1)(params, config, tokens, mask.astype(np.int32), positions)
-    outputs, present = apply_heads(params, [head], hidden, mask, 1)
+    outputs, present = apply_heads(params, [head], hidden, mask.astype(np.int32), 1)
     assert present[head.name].all()
     return np.asarray(outputs[head.name][:, 0])
 
