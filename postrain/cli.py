@@ -160,6 +160,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", metavar="MODEL_DIR", help="a Hugging Face folder, or an adapter's")
+    command.add_argument("--random", action="store_true", help="random weights for its config.json: needs no weights")
+    command.add_argument("--layers", type=int, default=0, metavar="N", help="with --random: the first N layers alone")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -277,9 +279,11 @@ def run_verify(args, overrides) -> int:
     from postrain.config import check_model_path
 
     check_model_path(args.model, "MODEL_DIR")
-    from postrain.hf.verify import verify
+    if args.layers and not args.random:
+        raise UserError("--layers goes with --random: a model's own weights are verified whole")
+    from postrain.hf.verify import verify, verify_random
 
-    report = verify(args.model)
+    report = verify_random(args.model, num_layers=args.layers) if args.random else verify(args.model)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
     return 0 if report.passed else 1
 

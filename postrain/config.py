@@ -85,6 +85,7 @@ class ModelSection:
     path: str = ""  # a Hugging Face folder
     tokenizer: str = ""  # another folder for the tokenizer; empty: the model's
     compute_dtype: str = "auto"  # "float32", "bfloat16"; auto: bfloat16 on accelerators, float32 on CPU
+    fp8: bool = False  # products with the layers' matrices in float8: e4m3 forward, e5m2 gradients; not of experts
     remat: str = "none"  # "none", "dots", "full"
     attention: str = "auto"  # back end
     attention_chunk: int = 128  # positions per attention block

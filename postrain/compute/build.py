@@ -99,6 +99,7 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
     return dataclasses.replace(
         model_config,
         compute_dtype=choose_compute_dtype(section.compute_dtype, mesh),
+        fp8=section.fp8,
         remat=section.remat,
         attention=section.attention,
         attention_chunk=section.attention_chunk,

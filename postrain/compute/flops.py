@@ -6,6 +6,7 @@ Different from the usual 6 x parameters x tokens: a frozen matrix needs no weigh
 to itself alone, causally; only loss-bearing tokens are projected onto the vocabulary.
 """
 
+import collections
 import dataclasses
 import functools
 import re
@@ -57,14 +58,14 @@ class BatchStats:
 
     tokens: int  # positions of a document, padding excluded
     trained_tokens: int  # loss-bearing positions
-    attention_pairs: int  # (query, key) pairs of the same document, key not after query: sum of l (l + 1) / 2
+    attention_pairs: float  # (query, key) pairs that the average layer's attention sees
 
     def __add__(self, other: "BatchStats") -> "BatchStats":
         pairs = self.attention_pairs + other.attention_pairs
         return BatchStats(self.tokens + other.tokens, self.trained_tokens + other.trained_tokens, pairs)
 
 
-def count_batch(arrays: Mapping[str, np.ndarray]) -> BatchStats:
+def count_batch(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> BatchStats:
     """From ``segment_ids`` and ``loss_mask`` [B, T] of a numpy batch."""
     segment_ids = np.asarray(arrays["segment_ids"])
     starts = np.ones(segment_ids.shape, bool)
@@ -72,7 +73,18 @@ def count_batch(arrays: Mapping[str, np.ndarray]) -> BatchStats:
     lengths = np.diff(np.append(np.flatnonzero(starts), segment_ids.size))
     lengths = lengths[segment_ids[starts] > 0].astype(np.int64)
     trained = int(np.count_nonzero(arrays["loss_mask"]))
-    return BatchStats(int(lengths.sum()), trained, int((lengths * (lengths + 1) // 2).sum()))
+    return BatchStats(int(lengths.sum()), trained, count_pairs(config, lengths))
+
+
+def count_pairs(config: ModelConfig, lengths: np.ndarray) -> float:
+    """(query, key) pairs that the average layer sees in documents of ``lengths``: a key is of the query's document,
+    not after it, and within the layer's window."""
+    layers = collections.Counter(config.layer_windows or (0,))
+    total = 0
+    for window, times in layers.items():
+        reach = np.minimum(lengths, window) if window else lengths
+        total += times * int((reach * (reach + 1) // 2 + (lengths - reach) * reach).sum())
+    return total / layers.total()
 
 
 def count_flops(config: ModelConfig, stats: BatchStats) -> dict[str, float]:

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_model
-from postrain.compute.flops import BatchStats, count_flops
+from postrain.compute.flops import BatchStats, count_flops, count_pairs
 from postrain.compute.hlo import read_collectives
 from postrain.compute.plan_advice import advise
 from postrain.compute.plan_report import PlanReport
@@ -27,7 +28,6 @@ from postrain.compute.traced_flops import count_traced_flops
 from postrain.config import Config
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
-from postrain.models.config import ModelConfig
 from postrain.models.params import num_params
 from postrain.sharding import make_mesh
 
@@ -225,7 +225,7 @@ def describe_flops(program: Program) -> dict:
     """
     data, config = program.config.data, program.model.config
     rows, length = data.batch_size, data.sequence_length
-    model = count_flops(config, BatchStats(rows * length, rows * length, rows * count_pairs(config, length)))
+    model = count_flops(config, BatchStats(rows * length, rows * length, count_pairs(config, np.full(rows, length))))
     # Attention and the projection onto the vocabulary run in loops over blocks whose number hangs on the data.
     outside = model["attention"] + model["unembedding"]
     executed = count_traced_flops(program.traced.jaxpr) + outside
@@ -236,12 +236,6 @@ def describe_flops(program: Program) -> dict:
         "executed": max(executed, sum(model.values())),
         "compiler": counted and counted * program.mesh.size,
     }
-
-
-def count_pairs(config: ModelConfig, length: int) -> int:
-    """Pairs of a query and a key that it sees in a document of ``length``, of the average layer."""
-    windows = [min(window or length, length) for window in config.layer_windows or (0,)]
-    return sum(window * (window + 1) // 2 + (length - window) * window for window in windows) // len(windows)
 
 
 def describe_communication(program: Program, target: Target, flops: dict, memory: dict) -> dict:

@@ -36,6 +36,7 @@ def make_train_step(
     max_grad_norm: float = 0.0,
     ema_decay: float = 0.0,
     schedule: Callable | None = None,
+    compute_dtype: str = "float32",
 ):
     """Jitted ``train_step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -43,7 +44,8 @@ def make_train_step(
     shards of ``mesh``. ``state_shardings``: ``shardings_of(abstract_train_state(...))``, needed with a mesh:
     left alone, XLA replicates gradients and FSDP silently degrades. ``metrics``: float32 scalars
     ``train/loss``, ``train/grad_norm`` (before clipping), ``train/weight``, ``train/learning_rate`` (with a
-    ``schedule``), ``train/NAME`` for each of ``metric_sums`` divided by the weight, and bool ``finite``.
+    ``schedule``), ``train/weights_moved`` (the share of the trained weights that is another one after the update, seen
+    in ``compute_dtype``), ``train/NAME`` for each of ``metric_sums`` divided by the weight, and bool ``finite``.
     """
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -61,16 +63,20 @@ def make_train_step(
                 updates, opt_state = optimizer.update(
                     jax.tree.map(lambda g: g * (per_token * clip), grads), opt_state, params
                 )
-                params = optax.apply_updates(params, updates)
-                return params, opt_state, _average(ema, params, ema_decay)
+                new = optax.apply_updates(params, updates)
+                return new, opt_state, _average(ema, new, ema_decay), _share_moved(params, new, compute_dtype)
 
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
-            params, opt_state, ema = jax.lax.cond(
-                finite & (weight > 0), update, lambda *same: same, state.params, state.opt_state, state.ema
+            params, opt_state, ema, moved = jax.lax.cond(
+                finite & (weight > 0),
+                update,
+                lambda *same: (*same, jnp.zeros(())),
+                *(state.params, state.opt_state, state.ema),
             )
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         metrics = {f"train/{name}": value * per_token for name, value in sums.items()}
         metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/weight": weight, "finite": finite}
+        metrics["train/weights_moved"] = moved
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(state.step - 1)
         return state, metrics
@@ -138,6 +144,13 @@ def _average(ema, params, decay: float):
     if ema is None:
         return None
     return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
+
+
+def _share_moved(old, new, dtype: str) -> jax.Array:
+    """Share of the scalars that differ between two trees after rounding to ``dtype``."""
+    pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
+    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * a.size for a, b in pairs)
+    return moved / sum(a.size for a, _ in pairs)
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None):

@@ -22,6 +22,7 @@ from postrain.hf.load import make_reader, open_checked, place
 from postrain.hf.safetensors_io import read_json
 from postrain.hf.save import cast, choose_dtypes, fetch_tensor, write_folder
 from postrain.hf.side_files import copy_side_files
+from postrain.hf.text_part import read_model_json
 from postrain.hf.tree import FileTensor, flatten, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.heads import HeadConfig, head_specs
@@ -68,7 +69,7 @@ def save_classifier(
     """
     if head.position != "last" or head.bias or (labels and len(labels) != head.outputs):
         raise ValueError(f"expected a head at the last position without bias and a label for each output, found {head}")
-    raw = read_json(config_file(source_folder))
+    raw = read_model_json(config_file(source_folder))
     family = _family_of(raw, source_folder)
     config = dataclasses.replace(config, tie_embeddings=True)
     entry = dataclasses.replace(SCORE, param=f"heads.{head.name}.kernel")

@@ -14,6 +14,7 @@ import numpy as np
 from postrain.errors import UserError
 from postrain.hf.families import FAMILIES, HARMLESS_KEYS, NEUTRAL_VALUES, USED_KEYS, Family
 from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, read_json
+from postrain.hf.text_part import TEXT_PARTS, read_model_json
 from postrain.models.config import ModelConfig, RopeConfig
 
 CONFIG_FILE = "config.json"
@@ -38,7 +39,7 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
     Raises UserError, naming folder and key, when config.json is missing or broken, when its architecture
     is unknown, and when a key has a value that changes the maths in a way this library does not have.
     """
-    return parse_config(read_json(config_file(folder)), str(config_file(folder)))
+    return parse_config(read_model_json(config_file(folder)), str(config_file(folder)))
 
 
 def config_file(folder: str | os.PathLike) -> pathlib.Path:
@@ -76,7 +77,7 @@ def refuse_other_folders(folder: pathlib.Path) -> None:
 
 def read_family(folder: str | os.PathLike) -> Family:
     """The family of a folder, for the names of its tensors."""
-    return _find_family(read_json(config_file(folder)), str(config_file(folder)))
+    return _find_family(read_model_json(config_file(folder)), str(config_file(folder)))
 
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
@@ -123,7 +124,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
 def source_dtype(folder: str | os.PathLike) -> np.dtype | None:
     """The dtype that config.json states for the weights, None when it states none."""
-    raw = read_json(config_file(folder))
+    raw = read_model_json(config_file(folder))
     stated = next((raw[key] for key in DTYPE_KEYS if raw.get(key)), None)
     return None if stated is None else parse_dtype(str(stated).removeprefix("torch."), str(config_file(folder)))
 
@@ -141,18 +142,19 @@ def write_config(
 ) -> None:
     """Copies config.json of ``source_folder`` as it is but for ``dtype`` and ``vocab_size``, where they are others.
 
-    Weights are never written quantised, so a ``quantization_config`` stays behind.
+    Weights are never written quantised, so a ``quantization_config`` stays behind; of a folder that holds more than a
+    language model, it is that of the language model (see postrain.hf.text_part).
     """
-    raw = read_json(config_file(source_folder))
+    raw = read_model_json(config_file(source_folder))
     quantized = raw.pop("quantization_config", None)
-    grown = vocab_size is not None and raw["vocab_size"] != vocab_size
-    if dtype is None and quantized is None and not grown:
+    unchanged = raw == read_json(config_file(source_folder)) and vocab_size in (None, raw["vocab_size"])
+    if dtype is None and quantized is None and unchanged:
         (folder / CONFIG_FILE).write_bytes(config_file(source_folder).read_bytes())
         return
     keys = [key for key in DTYPE_KEYS if key in raw] or [DTYPE_KEYS[0]]
     if dtype is not None:
         raw |= dict.fromkeys(keys, dtype)
-    if grown:
+    if vocab_size is not None:
         raw["vocab_size"] = vocab_size
     text = json.dumps(raw, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -166,7 +168,9 @@ def _find_family(raw: dict, where: str) -> Family:
     known = [name for name in architectures if name in FAMILIES]
     if not known:
         found = ", ".join(map(str, architectures))
-        raise UserError(f"{where}: architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: architecture {found} is not supported; supported are {', '.join([*FAMILIES, *TEXT_PARTS])}"
+        )
     return FAMILIES[known[0]]
 
 

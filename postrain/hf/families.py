@@ -219,7 +219,7 @@ FAMILIES = {
         ),
         GEMMA_DEFAULTS
         | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131072}
-        | {"num_key_value_heads": 4, "sliding_window_pattern": 6}
+        | {"num_key_value_heads": 4, "num_attention_heads": 8, "vocab_size": 262_208, "sliding_window_pattern": 6}
         | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
         SANDWICH_NORM_TENSORS,
         local_rope=True,

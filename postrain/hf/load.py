@@ -1,26 +1,33 @@
 """A Hugging Face folder -> ModelConfig and parameters, every device reading the slices that it holds.
 
 Nothing unsharded exists on the way: the files are memory-mapped, and for each parameter each device is
-given the rows and columns that its sharding says, cut out of the tensors' layers one by one.
+given the rows and columns that its sharding says, cut out of the tensors' layers one by one. Beside what its devices
+hold, a host holds a piece of one parameter (tests/benchmarks/load.py measures it).
 """
 
 import dataclasses
+import functools
+import math
 import os
 import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_config, read_family
 from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
 from postrain.hf.safetensors_io import TensorFiles
+from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec
 from postrain.sharding import named_shardings
+
+PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
 
 
 def load_pretrained(
@@ -53,7 +60,7 @@ def open_checked(
     ``family``: the folder's own unless given. ``others``: shapes of tensors that it must have besides.
     """
     family = family or read_family(folder)
-    files = TensorFiles(folder)
+    files = open_tensors(folder)
     expected = {tensor.name: tensor.shape for tensor in list_tensors(config, family)} | (others or {})
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
@@ -114,6 +121,7 @@ def make_reader(
             out[: source.shape[0]] = source[(slice(None), *index[1:])]
         else:
             out[...] = source[index]
+        files.forget(name)
 
     def fill_stacked(out: np.ndarray, index: tuple[slice, ...], places: tuple[int, ...] = ()) -> None:
         if len(places) == entry.per_layer + entry.per_expert:
@@ -123,7 +131,6 @@ def make_reader(
             fill_stacked(out[i], index[1:], (*places, place))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
         out = np.zeros([part.stop - part.start for part in index], dtype)
         fill_stacked(out, index)
         return out
@@ -134,18 +141,43 @@ def make_reader(
 def place(read: Callable[[tuple[slice, ...]], np.ndarray], spec: ParamSpec, mesh: Mesh | None) -> jax.Array:
     """The parameter on the default device, or each part of it on the devices of ``mesh`` that hold it."""
     if mesh is None:
-        return jax.device_put(read((slice(None),) * len(spec.shape)))
+        return _put(read, tuple(slice(0, size) for size in spec.shape), jnp.zeros(()).device)
     shape = jax.ShapeDtypeStruct(spec.shape, np.float32)
     sharding = named_shardings({"": spec.axes}, mesh, {"": shape})[""]
-    parts: dict[tuple, np.ndarray] = {}  # replicas on this host share one read
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple((s.start, s.stop) for s in index)
+    parts: dict[tuple, jax.Array] = {}  # replicas on this host share one read
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        key = tuple(part.indices(size)[:2] for part, size in zip(index, spec.shape, strict=True))
         if key not in parts:
-            parts[key] = read(index)
-        return parts[key]
+            parts[key] = _put(read, tuple(slice(*span) for span in key), device)
+        arrays.append(jax.device_put(parts[key], device))
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
-    return jax.make_array_from_callback(spec.shape, sharding, part)
+
+def _put(read: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ...], device: jax.Device) -> jax.Array:
+    """One part on one device, some rows of its first axis after the other: the host never holds all of a large one."""
+    first, *rest = index
+    shape = tuple(part.stop - part.start for part in index)
+    step = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))  # float32 at most
+    cut = lambda start: read((slice(start, min(start + step, first.stop)), *rest))
+    piece = cut(first.start)
+    if len(piece) == shape[0]:
+        return jax.device_put(piece, device)
+    whole = _make_zeros(shape, piece.dtype, device)
+    for start in range(first.start, first.stop, step):
+        piece = cut(start) if start > first.start else piece
+        whole = _write(whole, piece, start - first.start)
+        whole.block_until_ready()  # pieces read ahead would pile up
+    return whole
+
+
+def _make_zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=SingleDeviceSharding(device))()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0)
 
 
 def _natural(name: str) -> list:

@@ -101,6 +101,12 @@ class TensorFiles:
             raise UserError(f"{info.file}: tensor {name} is {info.dtype}, expected one of {known}: dequantise it first")
         return self._map(info, DTYPES[info.dtype])
 
+    def forget(self, name: str) -> None:
+        """Lets go of the pages of the file that were read for a tensor; they count as this process's memory."""
+        file = self._packed[name][0].file if name in self._packed else self.infos[name].file
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
+            self._maps[file].madvise(mmap.MADV_DONTNEED)
+
     def _map(self, info: TensorInfo, dtype: np.dtype) -> np.ndarray:
         if info.file not in self._maps:
             with open(info.file, "rb") as file:

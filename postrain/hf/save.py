@@ -19,8 +19,9 @@ from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_family, source_dtype, write_config
 from postrain.hf.folders import atomic_folder
 from postrain.hf.load import open_checked
-from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, TensorFiles, write_tensors
+from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
 from postrain.hf.side_files import copy_side_files
+from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import FileTensor, flatten, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
@@ -134,7 +135,7 @@ def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[
     stated = source_dtype(source_folder) or np.dtype(np.float32)
     folder = pathlib.Path(source_folder)
     weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
-    infos = TensorFiles(folder).infos if weights else {}
+    infos = open_tensors(folder).infos if weights else {}
     known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
     return {t.name: known.get(t.name, stated) for t in tensors}  # what was packed is written in the stated dtype
 

@@ -1,26 +1,36 @@
 """Are the logits of this stack those of the reference implementation? Compared in float32, number by number.
 
-The reference is `transformers` in torch with plain attention, which this module alone imports, when it is
-called. Three inputs: random token ids (every row of the embedding can occur), real text, and the same text
-packed into one row, where the reference sees each document by itself. When they differ, the hidden states
-after every layer are compared and the first layer that departs is named.
+The reference is `transformers` in torch with plain attention. Inputs: random token ids (every row of the embedding
+can occur) at the first positions, at the last ones that the model was made for, and in a row longer than its window;
+real text; the same text packed into one row, where the reference sees each document by itself. When they differ, the
+hidden states after every layer are compared, and the first layer that departs and its sublayer are named.
 """
 
 import dataclasses
 import os
 import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.model_folder import ModelFolder, find_model, load_model
-from postrain.hf.peft_rows import needed_vocabulary
+from postrain.hf.model_folder import find_model, load_model
+from postrain.hf.reference import (
+    compute_reference_logits,
+    compute_reference_states,
+    load_reference,
+    require_torch,
+    write_random_model,
+)
 from postrain.models.config import ModelConfig
-from postrain.models.transformer import compute_hidden, compute_logits
+from postrain.models.transformer import compute_hidden_and_routing, compute_logits, rms_norm
 
 TOLERANCE = 1e-4  # of the standard deviation of the reference's logits
+LONGEST_WINDOW = 4096  # whose row is compared: the reference makes [heads, T, T] of it
 TEXTS = (
     'The harbour was quiet at six; only the ferry\'s lights moved. "Two tickets," she said, "one way."',
     "Zażółć gęślą jaźń, 東京の天気は晴れ、Привет! 1,234.5 km² costs €99 — isn't it? 🚲",
@@ -33,7 +43,8 @@ class Comparison:
     """Logits of one input, over all of its tokens and the whole vocabulary.
 
     ``max_abs_diff`` in logits; ``relative`` to ``scale``, the standard deviation of the reference's logits;
-    ``kl_mean`` and ``kl_max`` of KL(reference || ours) per token, nats; ``top1_agreement`` in [0, 1].
+    ``kl_mean`` and ``kl_max`` of KL(reference || ours) per token, nats; ``top1_agreement`` in [0, 1]. ``num_undecided``
+    tokens of experts are left out: a router before them scores two experts as good as equal, so either is right.
     """
 
     name: str
@@ -44,6 +55,7 @@ class Comparison:
     kl_mean: float
     kl_max: float
     top1_agreement: float
+    num_undecided: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +83,21 @@ class VerifyReport:
                 f"  {c.name:<22}{c.num_tokens:>7}{c.max_abs_diff:>12.2e}{c.relative:>11.2e}{c.kl_mean:>11.2e}"
                 f"{c.kl_max:>11.2e}{c.top1_agreement:>13.2%}"
             )
+            if c.num_undecided:
+                lines.append(f"  {'':<22}{c.num_undecided:>7} more left out, after a router's tie")
         verdict = f"PASS: all within {self.tolerance:g} of the logits' scale"
         if not self.passed:
             verdict = f"FAIL: tolerance {self.tolerance:g} of the logits' scale; first departs {self.first_departure}"
         return "\n".join([*lines, verdict])
+
+
+class Input(NamedTuple):
+    """Documents to compare logits of: each in a row of its own or all packed into one, from position ``start`` on."""
+
+    name: str
+    docs: list[np.ndarray]
+    packed: bool = False
+    start: int = 0
 
 
 def verify(
@@ -93,74 +116,77 @@ def verify(
     also when torch is not installed (or peft, where ``folder`` is an adapter's) and for everything that load_model
     refuses.
     """
-    _require_torch()
+    require_torch()
     found = find_model(folder)
     config, params = load_model(found)
-    reference = _load_reference(found)
-    documents = _tokenize(found.tokenizer, TEXTS if prompt_texts is None else prompt_texts, config, max_length)
-    inputs = []  # (documents, layouts: name -> packed into one row)
-    if random_tokens:
-        rows = np.random.default_rng(seed).integers(0, config.vocab_size, (2, min(64, max_length)))
-        inputs.append((list(rows), {"random ids": False}))
-    if documents:
-        inputs.append((documents, {"text, a row each": False, "text, packed": True}))
+    reference = load_reference(found)
+    inputs = list(_random_inputs(config, seed, min(64, max_length))) if random_tokens else []
+    texts = _tokenize(found.tokenizer, TEXTS if prompt_texts is None else prompt_texts, config, max_length)
+    if texts:
+        inputs += [Input("text, a row each", texts), Input("text, packed", texts, packed=True)]
     if not inputs:
         raise UserError(f"{folder}: nothing to verify: no tokenizer.json or no text, and random_tokens is off")
-    comparisons, wrong = [], None
-    for docs, layouts in inputs:
-        theirs = [_reference_logits(reference, doc) for doc in docs]
-        for name, packed in layouts.items():
-            comparisons.append(compare(name, _our_logits(params, config, docs, packed), theirs))
-            if not comparisons[-1].relative <= tolerance and wrong is None:
-                wrong = docs, packed
-    departure = "" if wrong is None else _find_departure(params, config, reference, *wrong, tolerance)
+    comparisons, departure = [], ""
+    for one in inputs:
+        ours, decided = _our_logits(params, config, one, tolerance)
+        theirs = [compute_reference_logits(reference, doc, one.start) for doc in one.docs]
+        comparisons.append(compare(one.name, ours, theirs, decided))
+        if not departure and not comparisons[-1].relative <= tolerance:
+            departure = _find_departure(params, config, reference, one, tolerance)
     return VerifyReport(str(folder), tolerance, tuple(comparisons), departure)
 
 
-def compare(name: str, ours: list[np.ndarray], theirs: list[np.ndarray]) -> Comparison:
-    """``ours`` and ``theirs``: logits [T, V] of each document. Raises UserError when theirs are all equal."""
-    a, b = (np.concatenate(rows).astype(np.float64) for rows in (ours, theirs))
+def verify_random(folder: str | os.PathLike, *, num_layers: int = 0, seed: int = 0, **options) -> VerifyReport:
+    """``verify`` of random weights for the folder's own config.json: no weights need to be there.
+
+    ``num_layers``: that many of the layers, 0 for all.
+    """
+    require_torch()
+    found = find_model(folder)
+    if found.adapter is not None:
+        raise UserError(f"{folder}: --random makes the weights of a whole model, this is an adapter: give its base")
+    with tempfile.TemporaryDirectory() as made:
+        write_random_model(found.base, made, num_layers=num_layers, seed=seed)
+        report = verify(made, seed=seed, **options)
+    return dataclasses.replace(report, folder=f"{folder} (random weights)")
+
+
+def _random_inputs(config: ModelConfig, seed: int, length: int) -> Iterator[Input]:
+    """Any token of the vocabulary, where a document starts, where positions end, and past the window."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: list(rng.integers(0, config.vocab_size, shape))
+    yield Input("random ids", draw(2, length))
+    if config.max_positions > length:
+        yield Input("at the last positions", draw(2, length), start=config.max_positions - length)
+    window = min((window for window in config.layer_windows if window), default=0)
+    if 0 < window <= LONGEST_WINDOW:
+        yield Input("longer than the window", draw(1, window + length))
+
+
+def compare(
+    name: str, ours: list[np.ndarray], theirs: list[np.ndarray], decided: list[np.ndarray] | None = None
+) -> Comparison:
+    """``ours`` and ``theirs``: logits [T, V] of each document; ``decided``: bool [T], the tokens to compare.
+
+    Raises UserError when theirs are all equal, or no token is decided.
+    """
+    keep = np.concatenate(decided or [np.ones(len(rows), bool) for rows in ours])
+    if not keep.any():
+        raise UserError(f"verify: {name}: in every document a router is undecided from the first token on")
+    a, b = (np.concatenate(rows).astype(np.float64)[keep] for rows in (ours, theirs))
     diff, scale = float(np.abs(a - b).max()), float(b.std())
     if scale == 0:
         raise UserError(f"verify: {name}: the reference's logits are all equal: the weights are no model's")
     log_p, log_q = _log_softmax(b), _log_softmax(a)
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     agreement = float((a.argmax(-1) == b.argmax(-1)).mean())
-    return Comparison(
-        name, len(a), diff, scale, diff / scale, float(max(kl.mean(), 0)), float(max(kl.max(), 0)), agreement
-    )
+    kl_mean, kl_max = float(max(kl.mean(), 0)), float(max(kl.max(), 0))
+    return Comparison(name, len(a), diff, scale, diff / scale, kl_mean, kl_max, agreement, int((~keep).sum()))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def _require_torch() -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        advice = "pip install torch (for CPU is enough)"
-        raise UserError(f"verify compares with the reference in torch, which is not installed: {advice}") from error
-
-
-def _load_reference(found: ModelFolder):
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        found.base, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-    )
-    if found.adapter is not None:
-        if (vocab_size := needed_vocabulary(found.adapter)) > model.config.vocab_size:
-            model.resize_token_embeddings(vocab_size)
-        try:
-            model.load_adapter(str(found.adapter))
-        except ImportError as error:
-            raise UserError("verify of an adapter needs peft, which is not installed: pip install peft") from error
-    return model.eval()
 
 
 def _tokenize(folder, texts, config: ModelConfig, max_length: int) -> list[np.ndarray]:
@@ -176,57 +202,74 @@ def _tokenize(folder, texts, config: ModelConfig, max_length: int) -> list[np.nd
     return [row for row in rows if row.size]
 
 
-def _our_hidden(params: dict, config: ModelConfig, docs: list[np.ndarray], packed: bool) -> list[jax.Array]:
-    """Hidden states after the final norm, [T, D] for each document, from one row each or one row of all."""
-    rows = [np.concatenate(docs)] if packed else docs
+def _run(params: dict, config: ModelConfig, one: Input) -> tuple[list[jax.Array], list[jax.Array] | None]:
+    """Hidden states after the final norm, [T, D] of each document, and the routers' margins, [L, T] of each."""
+    rows = [np.concatenate(one.docs)] if one.packed else one.docs
     length = max(len(row) for row in rows)
     tokens, segments, positions = (np.zeros((len(rows), length), np.int32) for _ in range(3))
     spans, start = [], 0
-    for i, doc in enumerate(docs):
-        row, start = (0, start) if packed else (i, 0)
+    for i, doc in enumerate(one.docs):
+        row, start = (0, start) if one.packed else (i, 0)
         span = slice(start, start + len(doc))
-        tokens[row, span], segments[row, span], positions[row, span] = doc, i + 1, np.arange(len(doc))
+        tokens[row, span], segments[row, span], positions[row, span] = doc, i + 1, one.start + np.arange(len(doc))
         spans.append((row, span))
         start += len(doc)
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
-        hidden = jax.jit(compute_hidden, static_argnums=1)(params, config, tokens, segments, positions)
-    return [hidden[row, span] for row, span in spans]
+        hidden, routed = _compute(params, config, tokens, segments, positions)
+    margins = None if routed is None else [routed.margins[:, row, span] for row, span in spans]
+    return [hidden[row, span] for row, span in spans], margins
 
 
-def _our_logits(params: dict, config: ModelConfig, docs: list[np.ndarray], packed: bool) -> list[np.ndarray]:
+_compute = jax.jit(compute_hidden_and_routing, static_argnums=1)
+
+
+def _our_logits(params, config: ModelConfig, one: Input, tolerance: float) -> tuple[list, list[np.ndarray] | None]:
+    """Logits [T, V] of each document, and which tokens no undecided router stands before.
+
+    Where two experts' scores are as good as equal, rounding decides who is chosen, and both are right.
+    """
+    hidden, margins = _run(params, config, one)
     with jax.default_matmul_precision("highest"):
-        logits = [compute_logits(params, config, hidden) for hidden in _our_hidden(params, config, docs, packed)]
-    return [np.asarray(rows)[:, : config.vocab_size] for rows in logits]
+        logits = [np.asarray(compute_logits(params, config, rows))[:, : config.vocab_size] for rows in hidden]
+    if margins is None:
+        return logits, None
+    return logits, [np.logical_and.accumulate((np.asarray(of_doc) > tolerance).all(0)) for of_doc in margins]
 
 
-def _reference_logits(reference, doc: np.ndarray) -> np.ndarray:
-    import torch
+def _find_departure(params: dict, config: ModelConfig, reference, one: Input, tolerance: float) -> str:
+    """The first place where the hidden states differ.
 
-    with torch.no_grad():
-        return reference(torch.from_numpy(doc)[None], use_cache=False).logits[0].numpy()
+    Both sides' states go through this side's final norm: compared on one scale, whatever a layer adds up to. Within
+    the layer that departs, the reference's feed-forward is silenced on both sides: what still differs is attention.
+    """
+    normed = lambda states: np.asarray(rms_norm(jnp.asarray(states), params["final_norm"], config))
 
+    run_reference = lambda silenced: [compute_reference_states(reference, doc, one.start, silenced) for doc in one.docs]
 
-def _find_departure(
-    params: dict, config: ModelConfig, reference, docs: list[np.ndarray], packed: bool, tolerance: float
-) -> str:
-    """The first place where the hidden states differ, each taken through the final norm for one scale."""
-    import torch
+    def differ(depth: int, layers: dict, theirs: list[list[np.ndarray]]) -> float:
+        """Largest difference after ``depth`` layers, of the states' spread."""
+        cut = dataclasses.replace(config, num_layers=depth, layer_windows=config.layer_windows[:depth])
+        ours = np.concatenate(_run(params | {"layers": layers}, cut, one)[0])
+        other = normed(np.concatenate([states[depth] for states in theirs]))
+        return float(np.abs(ours - other).max() / other.std())
 
-    with torch.no_grad():
-        theirs = [reference.model(torch.from_numpy(doc)[None], output_hidden_states=True) for doc in docs]
-        # The reference's last state has been through the norm already.
-        normed = [
-            [reference.model.norm(state)[0].numpy() for state in out.hidden_states[:-1]]
-            + [out.hidden_states[-1][0].numpy()]
-            for out in theirs
-        ]
+    whole = run_reference(None)
     for depth in range(config.num_layers + 1):
-        cut = dataclasses.replace(config, num_layers=depth)
         layers = jax.tree.map(lambda x, depth=depth: jnp.asarray(x)[:depth], params["layers"])
-        ours = np.concatenate([np.asarray(h) for h in _our_hidden(params | {"layers": layers}, cut, docs, packed)])
-        other = np.concatenate([states[depth] for states in normed])
-        relative = float(np.abs(ours - other).max() / other.std())
-        if not relative <= tolerance:
-            place = "in the embedding" if depth == 0 else f"in layer {depth - 1}"
-            return f"{place} (hidden states {relative:.2e} of their scale)"
-    return "in the projection onto the vocabulary"
+        relative = differ(depth, layers, whole)
+        if relative <= tolerance:
+            continue
+        found = f"(hidden states {relative:.2e} of their scale)"
+        if depth == 0:
+            return f"in the embedding {found}"
+        still = differ(depth, _silence(layers, depth - 1), run_reference(depth - 1))
+        part = "attention" if not still <= tolerance else "feed-forward" if config.moe is None else "experts"
+        return f"in layer {depth - 1}, in its {part} {found}"
+    return "in the final norm or the projection onto the vocabulary"
+
+
+def _silence(layers: dict, index: int) -> dict:
+    """Layer ``index`` without what its feed-forward gives."""
+    name = "moe" if "moe" in layers else "mlp"
+    down = jax.tree.map(lambda x: x.at[index].set(0), layers[name]["down"])
+    return layers | {name: layers[name] | {"down": down}}

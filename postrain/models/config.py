@@ -110,6 +110,7 @@ class ModelConfig:
     init_std: float = 0.02
     # How it is computed, not what.
     compute_dtype: str = "float32"  # "bfloat16" on accelerators
+    fp8: bool = False  # products with the layers' matrices in float8, see postrain.models.fp8; not those of experts
     remat: str = "none"  # "none", "dots" (keep matrix products), "full" (keep layer inputs)
     attention: str = "auto"  # back end, see postrain.models.attention
     attention_chunk: int = 128  # positions per block of the chunked back end

@@ -61,6 +61,7 @@ class MoeAux:
 
     expert_ids: jax.Array  # int32 [B, T, k], best first; -1 where there is padding
     expert_weights: jax.Array  # float32 [B, T, k], 0 where there is padding
+    margins: jax.Array  # float32 [B, T]: router logit of the last expert chosen by score less that of the next one
     expert_counts: jax.Array  # float32 [E]: tokens sent to each expert
     prob_sums: jax.Array  # float32 [E]: sum over tokens of softmax(logits)
     row_balance_sum: jax.Array  # float32: sum over rows of (tokens of the row) * (load balance of the row)
@@ -71,7 +72,7 @@ class MoeAux:
 
     def without_routing(self) -> "MoeAux":
         """The sums alone: what to add up over micro-batches."""
-        return self.replace(expert_ids=None, expert_weights=None, row_balance=None, row_z=None)
+        return self.replace(expert_ids=None, expert_weights=None, margins=None, row_balance=None, row_z=None)
 
 
 # Router.
@@ -178,7 +179,9 @@ def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence)
     sums = [x.sum(0) for x in (counts_BE, probs_BE, balance_B, z_B, tokens_B)]
     sums = jax.lax.psum(sums, axes_rows) if axes_rows else sums
     ids, weights = (jnp.where(mask_BT[:, :, None], per_token(x), no) for x, no in ((expert_ids, -1), (weights, 0)))
-    return MoeAux(ids, weights, *sums, balance_B / some_B, z_B / some_B)
+    best = jax.lax.top_k(logits, min(expert_ids.shape[1] + 1, num_experts))[0]
+    margins = jnp.full(best.shape[:1], jnp.inf) if expert_ids.shape[1] == num_experts else best[:, -2] - best[:, -1]
+    return MoeAux(ids, weights, margins.reshape(batch, length), *sums, balance_B / some_B, z_B / some_B)
 
 
 # Assignments in the order of their experts. Taking rows there and back are each other's transpose; told so, backward
@@ -244,7 +247,7 @@ def moe_mlp(
     parts = (*layout.experts, *layout.mlp) or None
     # The partial outputs leave side by side, to be added up outside: backward then needs no sum over devices there.
     rows = P(layout.rows or None)
-    aux_specs = MoeAux(P(*tokens), P(*tokens), P(), P(), P(), P(), P(), rows, rows)
+    aux_specs = MoeAux(P(*tokens), P(*tokens), P(*tokens), P(), P(), P(), P(), P(), rows, rows)
     y_PBTD, aux = jax.shard_map(
         functools.partial(body, layout=layout),
         mesh=mesh,

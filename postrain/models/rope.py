@@ -10,20 +10,23 @@ from postrain.models.config import RopeConfig
 
 
 def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position of each of the H/2 planes, float32 [H/2]."""
+    """Radians per position of each of the H/2 planes, float32 [H/2].
+
+    Rounded where the models' own code rounds: at position 100,000 the last bit of a frequency is 0.006 radians.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.power(np.float32(rope.theta), exponents)).astype(np.float32)
+    powers = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / powers
     if rope.kind == "default":
         return frequencies
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":
-        wavelengths = 2 * math.pi / frequencies
+        wavelengths = 1 / frequencies * np.float32(2 * math.pi)  # a number over a tensor, as torch rounds it
         longest = rope.original_max_positions / rope.low_freq_factor
         shortest = rope.original_max_positions / rope.high_freq_factor
-        ramp = (rope.original_max_positions / wavelengths - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
+        turns = 1 / wavelengths * np.float32(rope.original_max_positions)
+        ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         between = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
         scaled = np.where(wavelengths > longest, frequencies / rope.factor, between)
         return np.where(wavelengths < shortest, frequencies, scaled).astype(np.float32)
@@ -38,7 +41,8 @@ def compute_inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
         first, last = max(first, 0), min(last, head_dim - 1)
         width = last - first if last != first else 0.001
         ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - first) / width, 0, 1).astype(np.float32)
-        return (frequencies / np.float32(rope.factor) * ramp + frequencies * (1 - ramp)).astype(np.float32)
+        kept = 1 - ramp
+        return (1 / (np.float32(rope.factor) * powers) * (1 - kept) + frequencies * kept).astype(np.float32)
     raise ValueError(f"rope kind {rope.kind!r} is none of default, linear, llama3, yarn")
 
 

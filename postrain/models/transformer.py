@@ -13,6 +13,7 @@ import numpy as np
 from postrain.models.attention import attention, cached_attention, soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
+from postrain.models.fp8 import fp8_dot
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import merge_lora
 from postrain.models.rope import apply_rotations, compute_rotations
@@ -33,7 +34,8 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     """x @ kernel, plus bias and low-rank adapter where ``p`` has them."""
     # One row axis: the CPU's matrix products are several times slower where backward contracts over two of them.
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ p["kernel"].astype(x.dtype)
+    product = fp8_dot if config.fp8 else jnp.matmul
+    y = product(rows, p["kernel"].astype(x.dtype))
     if "lora_a" in p:
         y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * config.lora.scale).astype(x.dtype)
     if "bias" in p:

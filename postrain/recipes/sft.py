@@ -131,7 +131,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             arrays = next(batches)
             row_ids = arrays.pop("row_ids")
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
-            stats += count_batch(arrays)
+            stats += count_batch(arrays, model.config)
 
             line, last = {}, step == total_steps
             # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
@@ -201,6 +201,7 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
         max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         schedule=schedule,
+        compute_dtype=model.config.compute_dtype,
     )
     return Step(optimizer, loss_fn, eval_loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
 

@@ -1,4 +1,4 @@
-"""Seconds to compile a train step of 4 and of 32 layers, in turns; the loss's temporaries at a large vocabulary.
+"""Seconds to compile a train step of few and of many layers, in turns; the loss's temporaries at a large vocabulary.
 
 python tests/benchmarks/compile.py --rounds 3 [--write]
 """
@@ -19,7 +19,7 @@ from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state, make_train_step
 from postrain.config import OptimizerConfig
 from postrain.models import transformer
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, RopeConfig
 from postrain.models.params import abstract_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.objectives.sft import make_sft_loss
@@ -35,12 +35,23 @@ CONFIG = ModelConfig(
     head_dim=32,
     qk_norm="head",
 )
-DEPTHS = (4, 32)
+PERIOD = (512, 512, 512, 512, 512, 0)  # windows, as Gemma 3's
+DEPTHS = (4, 32)  # of a model whose layers are all alike
+PATTERN_DEPTHS = (6, 48)  # one period, and eight
+KINDS = (False, DEPTHS), (True, PATTERN_DEPTHS)
 ROWS, LENGTH = 8, 1024
 
 
-def compile_seconds(num_layers: int) -> float:
-    config = dataclasses.replace(CONFIG, num_layers=num_layers)
+def make_config(num_layers: int, pattern: bool) -> ModelConfig:
+    if not pattern:
+        return dataclasses.replace(CONFIG, num_layers=num_layers)
+    windows = PERIOD * (num_layers // len(PERIOD))
+    mechanisms = {"post_norms": True, "norm_plus_one": True, "local_rope": RopeConfig(theta=1e4)}
+    return dataclasses.replace(CONFIG, num_layers=num_layers, layer_windows=windows, **mechanisms)
+
+
+def compile_step(config: ModelConfig) -> tuple[float, int]:
+    """Seconds, and instructions of the program."""
     loss_fn = make_sft_loss(
         lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
         lambda p: transformer.unembedding(p, config),
@@ -54,8 +65,8 @@ def compile_seconds(num_layers: int) -> float:
     batch = Batch(rows, rows, jax.ShapeDtypeStruct(rows.shape, jnp.float32), rows, rows)
     step = make_train_step(loss_fn, optimizer)
     start = time.perf_counter()
-    step.lower(state, batch).compile()
-    return time.perf_counter() - start
+    compiled = step.lower(state, batch).compile()
+    return time.perf_counter() - start, compiled.as_text().count(" = ")
 
 
 def loss_temporaries() -> tuple[int, int]:
@@ -79,34 +90,46 @@ def main() -> None:
     arguments = make_parser(__doc__).parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     load = workloads.Load()
-    seconds = {depth: [] for depth in DEPTHS}
-    compile_seconds(DEPTHS[0])  # what is loaded on the first compilation counts for neither
+    programs = {
+        (depth, pattern): [] for pattern, depths in ((False, DEPTHS), (True, PATTERN_DEPTHS)) for depth in depths
+    }
+    compile_step(make_config(DEPTHS[0], False))  # what is loaded on the first compilation counts for none
     for _ in range(arguments.rounds):
-        for depth in DEPTHS:
-            seconds[depth].append(compile_seconds(depth))
-    text, bars = summarize(seconds, *loss_temporaries(), load.share())
+        for (depth, pattern), found in programs.items():
+            found.append(compile_step(make_config(depth, pattern)))
+    text, bars = summarize(programs, *loss_temporaries(), load.share())
     show("compile", text, bars, arguments.write)
 
 
-def summarize(seconds: dict[int, list[float]], chunked: int, naive: int, others: float) -> tuple[str, list[Bar]]:
-    """Seconds by depth, one a turn; bytes of the two losses; the share of the CPU that other processes took."""
-    few, many = (statistics.median(seconds[depth]) for depth in DEPTHS)
+def summarize(programs: dict, chunked: int, naive: int, others: float) -> tuple[str, list[Bar]]:
+    """Seconds and instructions by depth and pattern, one a turn; bytes of the two losses; what others took."""
+    lines, bars = ["| layers | compiled in | instructions | over the fewest layers |", "|---|---|---|---|"], []
+    for pattern, depths in KINDS:
+        kind = f"in a pattern of {len(PERIOD)}" if pattern else "alike"
+        base = None
+        for depth in depths:
+            seconds = statistics.median(seconds for seconds, _ in programs[depth, pattern])
+            size = programs[depth, pattern][0][1]
+            base = base or (seconds, size)
+            lines.append(f"| {depth}, {kind} | {seconds:.2f} s | {size:,} | {seconds / base[0]:.2f}x |")
+        bars.append(
+            Bar(f"compilation of {depth} layers {kind} over {depths[0]}", seconds / base[0], "<=", 1.3, "{:.2f}x")
+        )
+        bars.append(Bar("their instructions", size / base[1], "<=", 1.3, "{:.2f}x"))
     text = "\n".join(
         [
             workloads.describe_machine(),
             "",
-            f"Compiling the train step takes {few:.2f} s for {DEPTHS[0]} layers and {many:.2f} s for {DEPTHS[1]}: "
-            f"**{many / few:.2f}x** (medians of {len(seconds[DEPTHS[0]])} turns, jax {jax.__version__}; other "
-            f"processes took {others:.1%} of the CPU).",
+            *lines,
+            "",
+            f"Medians of {len(programs[DEPTHS[0], False])} turns, jax {jax.__version__}; other processes took "
+            f"{others:.1%} of the CPU.",
             "",
             f"Temporaries of the loss with its gradients at 4,096 tokens, V = 151,936, D = 512: {chunked / 2**30:.2f} "
             f"GiB against {naive / 2**30:.2f} GiB of the naive one: **{chunked / naive:.3f}x** (`memory_analysis()`).",
         ]
     )
-    bars = [
-        Bar(f"compilation of {DEPTHS[1]} layers over {DEPTHS[0]}", many / few, "<=", 1.3, "{:.2f}x"),
-        Bar("temporaries of the loss over the naive one", chunked / naive, "<=", 0.1, "{:.3f}x"),
-    ]
+    bars.append(Bar("temporaries of the loss over the naive one", chunked / naive, "<=", 0.1, "{:.3f}x"))
     return text, bars
 
 

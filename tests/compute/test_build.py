@@ -1,18 +1,15 @@
 """An abstract model is the loaded one without its numbers: what `postrain plan` compiles is what `train` runs."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 from tiny_models import make_tiny_model
 
 from postrain.compute.build import abstract_model, load_model
-from postrain.compute.plan import count_held, count_pairs
+from postrain.compute.plan import count_held
 from postrain.compute.step import init_train_state
 from postrain.compute.traced_flops import count_traced_flops
 from postrain.config import resolve
-from postrain.models.config import ModelConfig
 from postrain.recipes.sft import make_step
 from postrain.sharding import current_platform, make_mesh
 
@@ -83,13 +80,6 @@ def test_traced_products_are_the_formula_of_the_layers(folder, rank, remat):
         if remat == "full" and rank:  # of the last layer's adapters the first product is needed, for B's gradient
             expected += rank * (size_in + size_out * again)
     assert counted == 2 * c.num_layers * tokens * expected
-
-
-def test_pairs_of_windows_are_counted_as_they_are_seen():
-    config = ModelConfig(64, 16, 32, 3, 2, 1, 8, layer_windows=(4, 0, 100))
-    visible = sum(min(t + 1, window or 10) for window in config.layer_windows for t in range(10))
-    assert count_pairs(config, 10) == visible // 3
-    assert count_pairs(dataclasses.replace(config, layer_windows=()), 10) == 55
 
 
 def test_the_platform_is_that_of_the_mesh_in_use():

@@ -54,7 +54,7 @@ def test_formula_agrees_with_xla(lora):
         return jax.value_and_grad(lambda p: loss_fn(merge_params(p, frozen), batch, None)[0])(params)
 
     counted = jax.jit(step).lower(params, frozen, batch).cost_analysis()["flops"]
-    stats = count_batch({"segment_ids": batch.segment_ids, "loss_mask": batch.loss_mask})
+    stats = count_batch({"segment_ids": batch.segment_ids, "loss_mask": batch.loss_mask}, config)
     flops = count_flops(config, stats)
     # The one block is computed whole, masked half included, and backward computes the scores again: 7 products, not 6.
     whole_block = 2 * 7 * config.num_heads * config.head_dim * LENGTH * LENGTH
@@ -66,12 +66,21 @@ def test_packing_counts_documents_not_rows():
     segment_ids = np.array([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 4, 0, 0, 0]])
     loss_mask = np.zeros((3, 8), np.float32)
     loss_mask[0, :2] = 0.5
-    stats = count_batch({"segment_ids": segment_ids, "loss_mask": loss_mask})
+    stats = count_batch({"segment_ids": segment_ids, "loss_mask": loss_mask}, CONFIG)
     pairs = (6 + 3) + 36 + (1 + 1 + 1 + 3)
     assert stats == BatchStats(tokens=18, trained_tokens=2, attention_pairs=pairs)
-    longest = count_batch({"segment_ids": np.ones((1, 8192), np.int32), "loss_mask": np.zeros((1, 8192))})
+    longest = count_batch({"segment_ids": np.ones((1, 8192), np.int32), "loss_mask": np.zeros((1, 8192))}, CONFIG)
     assert longest.attention_pairs == 8192 * 8193 // 2
     assert stats + stats == BatchStats(36, 4, 2 * pairs)
+
+
+def test_a_window_s_pairs_are_those_that_are_seen():
+    config = dataclasses.replace(CONFIG, num_layers=3, layer_windows=(4, 0, 100))
+    segment_ids = np.array([[1] * 10 + [2] * 3 + [0] * 3, [1] * 16])
+    batch = {"segment_ids": segment_ids, "loss_mask": np.zeros((2, 16))}
+    seen = sum(min(t + 1, window or 16) for window in config.layer_windows for size in (10, 3, 16) for t in range(size))
+    assert count_batch(batch, config).attention_pairs == seen / 3
+    assert count_batch(batch, CONFIG).attention_pairs == 55 + 6 + 136
 
 
 def test_frozen_weights_cost_two_thirds_and_untrained_tokens_no_projection():

@@ -144,6 +144,25 @@ def test_moving_average_is_the_average_of_the_weights():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_share_of_weights_moved_is_that_of_the_dtype_that_computes(dtype):
+    optimizer, _ = make_optimizer(dataclasses.replace(CONFIG, learning_rate=2e-4), total_steps=10)
+    state = init_train_state(make_params(), {}, optimizer, jax.random.key(0))
+    step = make_train_step(compute_loss, optimizer, compute_dtype=dtype)
+    for seed in range(2):
+        seen = lambda state: np.concatenate(
+            [np.asarray(x).astype(dtype).ravel() for x in jax.tree.leaves(state.params)]
+        )
+        before = seen(state)
+        state, metrics = step(state, make_batch(seed))
+        expected = np.mean(seen(state) != before)
+        np.testing.assert_allclose(metrics["train/weights_moved"], expected, rtol=1e-6)
+        assert 0.9 < expected if dtype == "float32" else 0 < expected < 0.5
+    still = make_batch(2)
+    state, metrics = step(state, still | {"loss_mask": np.zeros_like(still["loss_mask"])})
+    assert metrics["train/weights_moved"] == 0
+
+
 def test_only_params_train():
     params = make_params()
     frozen = {"embed": params.pop("embed")}

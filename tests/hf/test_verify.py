@@ -14,7 +14,7 @@ from postrain.errors import UserError
 from postrain.hf import verify as verify_module
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft import save_adapter
-from postrain.hf.verify import verify
+from postrain.hf.verify import verify, verify_random
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora
 
@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
 def test_a_right_model_passes(folder):
     report = verify(folder)
     assert report.passed and report.first_departure == ""
-    assert [c.name for c in report.comparisons] == ["random ids", "text, a row each", "text, packed"]
+    names = ["random ids", "at the last positions", "text, a row each", "text, packed"]
+    assert [c.name for c in report.comparisons] == names
     for c in report.comparisons:
         assert 0 < c.relative < 5e-5 and c.kl_max < 1e-8 and c.top1_agreement == 1.0 and c.num_tokens > 100
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
@@ -41,9 +42,19 @@ def test_prompts_and_no_random_tokens(folder):
         verify(folder, prompt_texts=[], random_tokens=False)
 
 
-def scale_kernel(config, params):
-    kernel = params["layers"]["attention"]["v"]["kernel"]
-    params["layers"]["attention"]["v"]["kernel"] = kernel.at[2].multiply(1.01)
+def scale_kernel(*names):
+    def scale(config, params):
+        layers = params["layers"]
+        for name in names:
+            layers = layers[name]
+        layers["kernel"] = layers["kernel"].at[2, ..., 3].multiply(1.2)  # all of it would be lost in a norm
+        return config, params
+
+    return scale
+
+
+def other_final_norm(config, params):
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].add(0.1)
     return config, params
 
 
@@ -66,9 +77,11 @@ def other_unembedding(config, params):
 @pytest.mark.parametrize(
     ("fault", "place"),
     [
-        (scale_kernel, "layer 2 "),
-        (other_eps, "in the embedding"),  # through the final norm, everything shows it
+        (scale_kernel("attention", "v"), "in layer 2, in its attention"),
+        (scale_kernel("mlp", "gate"), "in layer 2, in its feed-forward"),
+        (other_eps, "in layer 0, in its attention"),
         (other_embedding, "in the embedding"),
+        (other_final_norm, "in the final norm"),
         (other_unembedding, "projection onto the vocabulary"),
     ],
 )
@@ -111,7 +124,75 @@ def test_an_adapter_is_compared_with_peft(folder, tmp_path, monkeypatch):
     assert verify(adapter).passed
     monkeypatch.setattr(verify_module, "load_model", lambda found: load_pretrained(found.base))
     without = verify(adapter)
-    assert not without.passed and "layer 0" in without.first_departure
+    assert not without.passed and "in layer 0, in its attention" in without.first_departure
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match="pip install peft"):
         verify(adapter)
+
+
+PATTERN = {"max_position_embeddings": 4096, "sliding_window": 20}
+QWEN_MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("family", "odd"),
+    [
+        ("gemma3", PATTERN),
+        ("gemma2", PATTERN),
+        ("gpt_oss", PATTERN | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+        ("qwen3_moe", QWEN_MOE),
+        ("olmo2", {}),
+    ],
+)
+def test_random_weights_of_a_folder_that_has_none(family, odd, tmp_path):
+    folder = make_tiny_model(tmp_path / "model", family, num_hidden_layers=6, **odd)
+    (folder / "model.safetensors").unlink()
+    report = verify_random(folder, num_layers=3)
+    assert report.passed, str(report)
+    assert report.folder.endswith("(random weights)")
+    names = [c.name for c in report.comparisons]
+    assert "at the last positions" in names and ("longer than the window" in names) == ("sliding_window" in odd)
+
+
+@pytest.mark.parametrize(
+    ("family", "odd", "feed_forward", "part"),
+    [("gemma3", PATTERN, ("mlp", "gate"), "feed-forward"), ("qwen3_moe", QWEN_MOE, ("moe", "up"), "experts")],
+)
+def test_the_sublayer_is_named_between_other_norms_and_of_experts(
+    family, odd, feed_forward, part, tmp_path, monkeypatch
+):
+    folder = make_tiny_model(tmp_path / "model", family, **odd)
+    for place, name in ((feed_forward, part), (("attention", "v"), "attention")):
+        wrong = lambda found, place=place: scale_kernel(*place)(*load_pretrained(found.base))
+        monkeypatch.setattr(verify_module, "load_model", wrong)
+        assert f"in layer 2, in its {name}" in verify(folder, prompt_texts=[]).first_departure
+
+
+def test_random_weights_are_refused_where_they_make_no_sense(folder, tmp_path):
+    adapter = make_adapter_folder(folder, tmp_path / "adapter")
+    with pytest.raises(UserError, match="--random makes the weights of a whole model"):
+        verify_random(adapter)
+    with pytest.raises(UserError, match="--layers 7: .* has 4"):
+        verify_random(folder, num_layers=7)
+
+
+def test_tokens_after_a_router_s_tie_are_left_out(tmp_path):
+    """Two experts with the same scores: torch may take either, and so may this stack."""
+    folder = make_tiny_model(tmp_path / "model", "qwen3_moe", **QWEN_MOE | {"num_experts_per_tok": 1})
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    router = next(
+        name
+        for name in tensors
+        if name.startswith("model.layers.1.") and name.endswith("gate.weight") and "experts" not in name
+    )
+    tensors[router] = tensors[router][[0, 0, 2, 3, 4, 5, 6, 7]]
+    save_file(tensors, file, {"format": "pt"})
+    report = verify(folder)
+    assert report.passed, str(report)
+    assert all(c.num_undecided and c.num_tokens for c in report.comparisons)
+    assert "after a router's tie" in str(report)
+    tensors[router] = tensors[router] * 0
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="undecided from the first token on"):
+        verify(folder)

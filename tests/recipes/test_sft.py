@@ -29,7 +29,14 @@ def test_every_step_has_its_line(finished, inputs):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     evaluated = [line["step"] for line in lines if "eval/loss" in line]
     assert evaluated == [0, 2, 4, 6]
-    trained = {"train/loss", "train/accuracy", "train/grad_norm", "train/learning_rate", "train/weight"}
+    trained = {
+        "train/loss",
+        "train/accuracy",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/weight",
+        "train/weights_moved",
+    }
     for line in lines[1:]:
         assert trained | {"perf/tokens_per_second", "perf/mfu"} <= set(line)
     assert metrics["eval/loss"] == lines[-1]["eval/loss"] < lines[0]["eval/loss"]
