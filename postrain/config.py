@@ -56,6 +56,20 @@ class LoraSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class NewTokensSection:
+    """Tokens that the tokenizer and the model get besides their own, each one id with rows of its own.
+
+    A token is written alone, or as ``token<TAB>text``: its rows then start as the mean of the rows of the text's
+    tokens, else as the mean of all old rows.
+    """
+
+    tokens: tuple[str, ...] = ()  # the tokens themselves, or
+    file: str = ""  # a text file of them, one a line
+    special: bool = False  # written by the chat template alone: never read from the text of a row
+    train_alone: bool = False  # with lora.rank=0: their rows train and nothing else (with adapters the base is frozen)
+
+
+@dataclasses.dataclass(frozen=True)
 class RouterSection:
     """Losses of the routers of a mixture of experts; their metrics are logged in any case."""
 
@@ -77,6 +91,7 @@ class ModelSection:
     attention_chunk: int = 128  # positions per attention block
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
     lora: LoraSection = LoraSection()
+    new_tokens: NewTokensSection = NewTokensSection()
     router: RouterSection = RouterSection()
 
 
@@ -291,6 +306,7 @@ def resolve(values: Any) -> Config:
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
     _check_rows(config)
     _check_adapters(config.model.lora)
+    _check_new_tokens(config.model)
     _check_best(config)
     return config
 
@@ -321,6 +337,20 @@ def _check_adapters(lora: LoraSection) -> None:
         raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
     if lora.rank and not lora.alpha:
         raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
+
+
+def _check_new_tokens(model: ModelSection) -> None:
+    """What the tokens themselves must be is checked where they are read (``postrain.data.new_tokens``)."""
+    section, where = model.new_tokens, "config key 'model.new_tokens."
+    if section.tokens and section.file:
+        raise UserError(f"{where}tokens' and 'model.new_tokens.file' are both given: put all tokens in one of them")
+    if section.train_alone and not (section.tokens or section.file):
+        raise UserError(f"{where}train_alone' is True, but there are no new tokens: give tokens or a file of them")
+    if section.train_alone and model.lora.rank:
+        raise UserError(
+            f"{where}train_alone' is True and 'model.lora.rank' is {model.lora.rank}: set one of them; with adapters "
+            "the rows of new tokens train beside them anyway"
+        )
 
 
 def _check_best(config: Config) -> None:
@@ -374,6 +404,9 @@ def check_paths(config: Config) -> None:
     check_model_path(config.model.path)
     if config.model.tokenizer:
         check_model_path(config.model.tokenizer, "config key 'model.tokenizer'")
+    tokens = config.model.new_tokens.file
+    if tokens and not pathlib.Path(tokens).is_file():
+        raise UserError(f"config key 'model.new_tokens.file' = {tokens!r} is no file: give one with a token a line")
     template = config.data.chat_template
     if template and not pathlib.Path(template).is_file():
         raise UserError(f"config key 'data.chat_template' = {template!r} is no file: give a jinja template, or nothing")

@@ -16,11 +16,13 @@ class Batch:
     A pipeline yields the same fields as a dict of numpy arrays; ``Batch(**arrays)`` on the device side.
     """
 
-    tokens: jax.Array  # int32 [B, T]
-    targets: jax.Array  # int32 [B, T]; any valid id where loss_mask is 0, never -100
+    tokens: jax.Array | None  # int32 [B, T]; None where ``fields`` are the input
+    targets: jax.Array | None  # int32 [B, T]; any valid id where loss_mask is 0, never -100
     loss_mask: jax.Array  # float32 [B, T]; weight of the prediction of targets[b, t], 0 where not trained
     segment_ids: jax.Array  # int32 [B, T]; 0 = padding, 1, 2, ... = documents of the row, in order
     positions: jax.Array  # int32 [B, T]; restart at 0 with each document
+    # What else a model or a loss reads, by name: fields of events [B, T], targets of heads [B, S] or [B, T].
+    fields: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

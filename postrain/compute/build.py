@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from postrain.compute.vocabulary import find_new_tokens, find_rows, grow_config, start_rows, write_rows
 from postrain.config import Config, DataConfig, RouterSection
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
-from postrain.models.params import axes_of, init_lora, lora_specs, param_specs, shapes_of
+from postrain.models.params import adapter_specs, axes_of, init_lora, lora_specs, param_specs, shapes_of
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch, TrainState
 
@@ -44,25 +45,41 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     """The model of ``folder`` with what ``config.model`` says about adapters and arithmetic, laid out over ``mesh``.
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
-    dtype, and the adapters start from ``train.seed``. Raises UserError as load_pretrained does.
+    dtype, and the adapters start from ``train.seed``. Rows of new tokens train beside a frozen base, else in their
+    table. Raises UserError as load_pretrained and find_new_tokens do.
     """
-    lora, dtype = config.model.lora, choose_compute_dtype(config.model.compute_dtype, mesh)
-    model_config, base = load_pretrained(folder, mesh=mesh, dtype=dtype if lora.rank else "float32")
-    model_config = configure(model_config, config, mesh)
-    if not lora.rank:
-        return Model(model_config, base, {})
+    frozen, dtype = freezes_base(config), choose_compute_dtype(config.model.compute_dtype, mesh)
+    source = read_config(folder)
+    new = find_new_tokens(config, folder, source.vocab_size)
+    model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
+    vocab_size = model_config.vocab_size
+    _, base = load_pretrained(folder, mesh=mesh, dtype=dtype if frozen else "float32", vocab_size=vocab_size)
+    rows = find_rows(new, source.vocab_size) if new else None
+    started = start_rows(base, new, rows, mesh) if new else {}
+    if not frozen:
+        return Model(model_config, write_rows(base, started, rows) if new else base, {})
+    if model_config.lora is None:
+        return Model(model_config, started, base)
     specs = lora_specs(model_config)
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
     start = jax.jit(lambda rng: init_lora(model_config, rng), out_shardings=shardings)
-    return Model(model_config, start(jax.random.key(config.train.seed)), base)
+    return Model(model_config, start(jax.random.key(config.train.seed)) | started, base)
+
+
+def freezes_base(config: Config) -> bool:
+    """Whether only adapters, or the rows of new tokens, train."""
+    return bool(config.model.lora.rank) or config.model.new_tokens.train_alone
 
 
 def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
-    """What ``load_model`` would give, as ``jax.ShapeDtypeStruct`` with shardings: config.json is read, no weights.
+    """What ``load_model`` would give, as ``jax.ShapeDtypeStruct`` with shardings: config.json is read, and the
+    tokenizer where new tokens are added to it; no weights.
 
     The devices of ``mesh`` need not exist.
     """
-    model_config = configure(read_config(folder), config, mesh)
+    source, frozen = read_config(folder), freezes_base(config)
+    new = find_new_tokens(config, folder, source.vocab_size)
+    model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
 
     def describe(specs, dtype):
         shapes = shapes_of(specs, dtype)
@@ -70,9 +87,9 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
         return jax.tree.map(place, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
     base = param_specs(model_config)
-    if model_config.lora is None:
+    if not frozen:
         return Model(model_config, describe(base, jnp.float32), {})
-    adapters = describe(lora_specs(model_config), jnp.float32)
+    adapters = describe(adapter_specs(model_config), jnp.float32)
     return Model(model_config, adapters, describe(base, model_config.compute_dtype))
 
 
@@ -131,7 +148,7 @@ def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:
         )
     shape, sharding = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     kinds = {"loss_mask": jnp.float32}
-    fields = [field.name for field in dataclasses.fields(Batch)]
+    fields = [field.name for field in dataclasses.fields(Batch) if field.name != "fields"]  # which text has none of
     return Batch(
         **{name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=sharding) for name in fields}
     )

@@ -27,7 +27,7 @@ from postrain.compute.optimizer import make_optimizer
 from postrain.compute.step import abstract_train_state
 from postrain.compute.workdir import read_config
 from postrain.config import Config, MeshConfig, check_paths
-from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, staged_folder
@@ -106,11 +106,12 @@ def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> str:
 def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> str:
     """Writes the Hugging Face folder and checks it. Returns what there is to tell of its rounding."""
     base, source = frozen, run.source_folder
-    if run.model_config.lora is not None:
+    if frozen:
         # The base that trained is rounded to the compute dtype, which must not reach the export.
-        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32")
+        vocab_size = run.model_config.vocab_size
+        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32", vocab_size=vocab_size)
     tree = merge_params(params, base)
-    if run.model_config.lora is not None:
+    if frozen:
         expected = compute_probe_logits(tree, run.model_config, run.mesh)
         tree = _merge(base, params, run.model_config)
         found = compute_probe_logits(tree, run.model_config, run.mesh)
@@ -133,12 +134,19 @@ def _merge(base: dict, adapters: dict, config: ModelConfig) -> dict:
     """``base`` with the adapters added, matrix by matrix in its own memory: ``base`` is used up."""
     if "lora_a" in adapters:
         return base | {"kernel": _merge_kernel(base["kernel"], adapters, config)}
+    if "new_rows" in adapters:
+        return base | {"embedding": _merge_rows(base["embedding"], adapters, config)}
     return {key: _merge(value, adapters[key], config) if key in adapters else value for key, value in base.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
 def _merge_kernel(kernel, adapters, config):
     return merge_lora({"kernel": kernel} | adapters, config)["kernel"]
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def _merge_rows(embedding, adapters, config):
+    return merge_lora({"embedding": embedding} | adapters, config)["embedding"]
 
 
 def export_workdir(
@@ -156,7 +164,7 @@ def export_workdir(
     check_paths(config)
     mesh = make_mesh(MeshConfig(fsdp=-1))  # the devices that there are: they need not be those of the run
     folder = locate_model(config.model.path)
-    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
+    tokenizer = load_run_tokenizer(config, folder)
     model = load_model(config, folder, mesh)
     optimizer, _ = make_optimizer(config.optimizer, 1)
     abstract = abstract_train_state(
@@ -167,7 +175,7 @@ def export_workdir(
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
         restored = checkpointer.restore(
-            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder), step=step
+            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder, config), step=step
         )
     state = restored.state.replace(frozen=model.frozen)
     model = model._replace(params=None)  # where the run started: not needed, and as large as the state
@@ -187,6 +195,6 @@ def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:
     check_replaceable(output)
 
 
-def fingerprint_base(model: Model, folder: str | os.PathLike) -> dict | None:
-    """Of the model folder and the adapters: what checkpoints hold only a part of, or its training result."""
-    return fingerprint_model(folder, model.config.lora)
+def fingerprint_base(model: Model, folder: str | os.PathLike, config: Config) -> dict | None:
+    """Of the model folder, adapters and new tokens: what checkpoints hold only a part of, or its training result."""
+    return fingerprint_model(folder, model.config.lora, config.model.new_tokens)

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from postrain.errors import UserError
-from postrain.hf.config import read_family
+from postrain.hf.config import read_config, read_family
 from postrain.hf.load import make_reader, open_checked, place
 from postrain.hf.safetensors_io import DTYPES, TensorFiles
-from postrain.hf.tree import flatten, list_tensors, unflatten
+from postrain.hf.tree import flatten, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.sharding import num_row_shards, replicated
@@ -108,10 +108,12 @@ def describe_rounding(params: dict, source_folder: str | os.PathLike, dtypes: Dt
     narrow = sorted({dtype.name for kinds in dtypes.values() for dtype in kinds if dtype.itemsize < 4})
     if not narrow:
         return ""
-    files, entries = open_checked(source_folder, config)
+    source_config = read_config(source_folder)  # whose vocabulary may be smaller: new rows count as changed
+    files, _ = open_checked(source_folder, source_config)
+    entries = list_entries(config, read_family(source_folder))
     leaves, changed, kept = flatten(params), 0, 0
     for entry, spec in entries:
-        leaf, read = leaves[entry.param], make_reader(files, entry, spec, config, np.dtype(np.float32))
+        leaf, read = leaves[entry.param], make_reader(files, entry, spec, source_config, np.dtype(np.float32))
         # One layer at a time: the source is not kept in memory beside what trained.
         rows = 1 if entry.per_layer else spec.shape[0]
         one = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))

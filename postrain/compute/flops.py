@@ -90,9 +90,10 @@ def count_pairs(config: ModelConfig, lengths: np.ndarray) -> float:
 def count_flops(config: ModelConfig, stats: BatchStats) -> dict[str, float]:
     """Operations of one forward and backward pass over a batch: "linear", "adapters", "attention", "unembedding".
 
-    With adapters (``config.lora``) the base is frozen. The total is the sum of the values.
+    With adapters, or rows of new tokens that train alone, the base is frozen. The total is the sum of the values.
     """
-    passes = 3 if config.lora is None else 2  # forward, gradient of the input, gradient of the weight
+    frozen = config.lora is not None or config.new_rows is not None
+    passes = 2 if frozen else 3  # forward, gradient of the input, gradient of the weight
     attention_size = config.num_heads * config.head_dim * config.num_layers
     return {
         "linear": 2.0 * passes * num_linear_params(config) * stats.tokens,

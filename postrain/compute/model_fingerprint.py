@@ -3,10 +3,13 @@
 import concurrent.futures
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 from typing import Any, NamedTuple
 
+from postrain.config import NewTokensSection
+from postrain.data.new_tokens import read_new_tokens
 from postrain.errors import UserError
 from postrain.hf.safetensors_io import read_header
 from postrain.models.config import LoraConfig
@@ -23,15 +26,24 @@ class _Span(NamedTuple):
     bytes: int
 
 
-def fingerprint_model(folder: str | os.PathLike, lora: LoraConfig | None = None) -> dict[str, Any]:
-    """Of the model that a run starts from and the adapters that it trains, so that a resume can name what changed.
+def fingerprint_model(
+    folder: str | os.PathLike, lora: LoraConfig | None = None, new_tokens: NewTokensSection | None = None
+) -> dict[str, Any]:
+    """Of the model that a run starts from, the adapters and new tokens that it trains: for a resume to name changes.
 
     ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha`` and what config.json says do not.
     """
     adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
     config = pathlib.Path(folder) / "config.json"
     described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
-    return {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
+    fingerprint = {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
+    tokens = read_new_tokens(new_tokens) if new_tokens is not None else ()
+    if tokens:
+        listed = [[token.text, token.start] for token in tokens]
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        trained = {"special": new_tokens.special, "train_alone": new_tokens.train_alone}
+        fingerprint["new_tokens"] = {"count": len(tokens), "sha256": digest} | trained
+    return fingerprint
 
 
 def fingerprint_folder(folder: str | os.PathLike, *, whole_bytes: int = WHOLE_BYTES) -> dict[str, Any]:

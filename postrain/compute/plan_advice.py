@@ -48,7 +48,7 @@ def list_changes(program, memory: dict[str, int], usable: int) -> Iterator[tuple
         steps.append({"train.micro_batches": count})
     if config.model.remat != "full":
         steps.append({"model.remat": "full"})
-    if program.model.config.lora is None:
+    if not program.model.frozen:
         rank = LoraConfig().rank
         steps.append({"model.lora.rank": rank})
     length = config.data.sequence_length

@@ -37,7 +37,7 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
     adapters = LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
     changes = [
         *_compare_data(saved["fingerprint"], config, tokenizer),
-        *_compare_models(saved["base_fingerprint"], fingerprint_model(folder, adapters)),
+        *_compare_models(saved["base_fingerprint"], fingerprint_model(folder, adapters, config.model.new_tokens)),
         *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
     ]
     if changes:
@@ -109,10 +109,20 @@ def _compare_models(saved: dict | None, now: dict) -> list[str]:
     before, after = saved.get("lora") or off, now.get("lora") or off
     keys = [key for key in ("rank", "alpha", "targets") if key in before and key in after]
     changes = [f"model.lora.{key}: was {before[key]}, is {after[key]}" for key in keys if before[key] != after[key]]
+    changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
     return changes + [f"model.path: other content of {', '.join(others[:3])}{more}"] * bool(others)
+
+
+def _compare_new_tokens(before: dict, after: dict) -> list[str]:
+    if before.get("count", 0) != after.get("count", 0):
+        return [f"model.new_tokens: were {before.get('count', 0)}, are {after.get('count', 0)}"]
+    if before.get("sha256") != after.get("sha256"):
+        return ["model.new_tokens: other tokens, or in another order, or other texts that their rows start from"]
+    keys = [key for key in before if before[key] != after.get(key)]
+    return [f"model.new_tokens.{key}: was {before[key]}, is {after.get(key)}" for key in keys]
 
 
 def _compare_optimizers(saved: dict, now: OptimizerConfig) -> list[str]:

@@ -13,7 +13,7 @@ from postrain.compute.flops import format_formula
 from postrain.config import Config, format_config
 from postrain.models.attention import select_backend
 from postrain.models.config import ModelConfig
-from postrain.models.params import axes_of, lora_specs, num_params, param_specs, shapes_of
+from postrain.models.params import adapter_specs, axes_of, num_params, param_specs, shapes_of
 from postrain.sharding import describe_mesh, num_row_shards, undivided_dimensions
 
 
@@ -41,7 +41,7 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
 
 def describe_undivided(model: Model, mesh: Mesh) -> list[str]:
     """What the mesh leaves whole although it names an axis for it."""
-    specs = [param_specs(model.config), *([lora_specs(model.config)] if model.config.lora else [])]
+    specs = [param_specs(model.config), adapter_specs(model.config)]
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
 
 

@@ -13,7 +13,7 @@ from postrain.config import Config
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.rendering import Rendered
 from postrain.data.report import count
-from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
 
@@ -54,7 +54,7 @@ def preview(
         raise UserError("config key 'model.path' is empty: give a Hugging Face folder, its tokenizer renders the data")
     if html_path is not None:
         check_writable(html_path, "--html")
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.data.chat_template)
+    tokenizer = load_run_tokenizer(config, config.model.path)
     parts = [("data.train", config.data.train)] + [("data.eval", config.data.eval)] * bool(config.data.eval)
     sets = {key: load_examples(sources, tokenizer, config.data) for key, sources in parts}
     examples = sets["data.train"].examples

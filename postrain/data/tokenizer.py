@@ -13,6 +13,8 @@ import re
 
 import tokenizers
 
+from postrain.config import Config, NewTokensSection
+from postrain.data.new_tokens import NewTokens, add_new_tokens, read_new_tokens
 from postrain.data.template import ChatTemplate, TemplateRefusal
 from postrain.errors import UserError
 
@@ -35,11 +37,22 @@ class Tokenizer:
       stop_ids: the tokens at which serving stops, see ``_stop_ids``.
       control_tokens: text -> id of the tokens that only a template may write, see ``_control_tokens``.
       vocab_size: one more than the largest id.
+      new_tokens: those of the vocabulary that the folder's own files do not have, or None.
     """
 
-    def __init__(self, folder: pathlib.Path, fast, config: dict, generation: dict | None, template_source: str, origin):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        fast,
+        config: dict,
+        generation: dict | None,
+        template_source: str,
+        origin,
+        new_tokens: NewTokens | None = None,
+    ):
         self.folder = folder
         self.fast = fast
+        self.new_tokens = new_tokens
         self._config = config
         named = {k: _text(v) for k, v in config.items() if k.endswith("_token")}
         self.special_tokens = {k: v for k, v in named.items() if isinstance(v, str)}  # not add_bos_token
@@ -198,15 +211,25 @@ def any_of(tokens) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def load_tokenizer(folder, chat_template: str = "") -> Tokenizer:
+def load_run_tokenizer(config: Config, folder) -> Tokenizer:
+    """The tokenizer of a run on the model in ``folder``: with the chat template and the new tokens of ``config``.
+
+    Raises UserError as load_tokenizer does.
+    """
+    return load_tokenizer(config.model.tokenizer or folder, config.data.chat_template, config.model.new_tokens)
+
+
+def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection | None = None) -> Tokenizer:
     """Loads tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a folder.
 
     Args:
       folder: a Hugging Face model or tokenizer folder.
       chat_template: path of a Jinja file to use in place of the folder's own template.
+      new_tokens: tokens to add to those of the folder.
 
     Raises:
-      UserError: no folder, no tokenizer.json, a file that cannot be read, an invalid template.
+      UserError: no folder, no tokenizer.json, a file that cannot be read, an invalid template, new tokens that are
+        empty, given twice, or there already.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -227,7 +250,9 @@ def load_tokenizer(folder, chat_template: str = "") -> Tokenizer:
     named = _read_json(folder / "special_tokens_map.json") or {}
     config = {**{k: named[k] for k in NAMED_TOKENS if k in named}, **{k: v for k, v in config.items() if v is not None}}
     source, origin = _template_source(folder, config, chat_template)
-    return Tokenizer(folder, fast, config, _read_json(folder / "generation_config.json"), source, origin)
+    added = read_new_tokens(new_tokens) if new_tokens is not None else ()
+    grown = add_new_tokens(fast, added, new_tokens.special) if added else None
+    return Tokenizer(folder, fast, config, _read_json(folder / "generation_config.json"), source, origin, grown)
 
 
 def _template_source(folder: pathlib.Path, config: dict, override: str) -> tuple[str, pathlib.Path]:

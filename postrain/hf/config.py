@@ -137,20 +137,25 @@ def parse_dtype(name: str, where: str) -> np.dtype:
     return names[name]
 
 
-def write_config(folder: pathlib.Path, source_folder: str | os.PathLike, dtype: str | None = None) -> None:
-    """Copies config.json of ``source_folder`` as it is but for the dtype, when ``dtype`` names another.
+def write_config(
+    folder: pathlib.Path, source_folder: str | os.PathLike, dtype: str | None = None, vocab_size: int | None = None
+) -> None:
+    """Copies config.json of ``source_folder`` as it is but for ``dtype`` and ``vocab_size``, where they are others.
 
     Weights are never written quantised, so a ``quantization_config`` stays behind; of a folder that holds more than a
     language model, it is that of the language model (see postrain.hf.text_part).
     """
     raw = read_model_json(config_file(source_folder))
     quantized = raw.pop("quantization_config", None)
-    if dtype is None and quantized is None and raw == read_json(config_file(source_folder)):
+    unchanged = raw == read_json(config_file(source_folder)) and vocab_size in (None, raw.get("vocab_size", vocab_size))
+    if dtype is None and quantized is None and unchanged:
         (folder / CONFIG_FILE).write_bytes(config_file(source_folder).read_bytes())
         return
     keys = [key for key in DTYPE_KEYS if key in raw] or [DTYPE_KEYS[0]]
     if dtype is not None:
         raw |= dict.fromkeys(keys, dtype)
+    if vocab_size is not None:
+        raw["vocab_size"] = vocab_size
     text = json.dumps(raw, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -123,6 +123,7 @@ class Family:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     tensors: tuple[TensorName, ...] = TENSORS
     local_rope: bool = False  # the layers with a window have a rope of their own
+    classifier: str = ""  # the architecture of its ``*ForSequenceClassification``
 
 
 def _layer_windows(c: dict[str, Any], is_local: Callable[[int], bool]) -> dict[str, Any]:
@@ -222,6 +223,7 @@ FAMILIES = {
         | {"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
         SANDWICH_NORM_TENSORS,
         local_rope=True,
+        classifier="Gemma3TextForSequenceClassification",
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -257,6 +259,10 @@ FAMILIES = {
         {"attention_bias": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
         POST_NORM_TENSORS,
     ),
+}
+FAMILIES = {
+    name: dataclasses.replace(f, classifier=f.classifier or name.replace("ForCausalLM", "ForSequenceClassification"))
+    for name, f in FAMILIES.items()
 }
 
 # Read for every family: sizes and mechanisms.

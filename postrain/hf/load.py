@@ -5,6 +5,7 @@ given the rows and columns that its sharding says, cut out of the tensors' layer
 hold, a host holds a piece of one parameter (tests/benchmarks/load.py measures it).
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_config, read_family
-from postrain.hf.families import IGNORED_TENSORS, TensorName
+from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
 from postrain.hf.safetensors_io import TensorFiles
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
@@ -30,40 +31,47 @@ PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
 
 
 def load_pretrained(
-    folder: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str = "float32"
+    folder: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str = "float32", vocab_size: int = 0
 ) -> tuple[ModelConfig, dict]:
     """ModelConfig and parameter tree (see postrain.models.params) of a Hugging Face folder.
 
     With ``mesh`` the arrays are global arrays laid out by ``postrain.sharding``; without, they are on the
-    default device. Rows of the vocabulary past ``vocab_size`` are zero. Raises UserError: config.json
+    default device. ``vocab_size``: rows of the vocabulary that the model is to have, where the folder has fewer; those
+    past the folder's are zero. Raises UserError: config.json
     unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen
     (all of them in one message).
     """
     config = read_config(folder)
-    files, entries = open_checked(folder, config)
+    files, _ = open_checked(folder, config)
     target = parse_dtype(dtype, "dtype")
     leaves = {}
-    for entry, spec in entries:
+    grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
+    for entry, spec in list_entries(grown, read_family(folder)):
         read = make_reader(files, entry, spec, config, target)
         leaves[entry.param] = place(read, spec, mesh)
-    return config, unflatten(leaves)
+    return grown, unflatten(leaves)
 
 
-def open_checked(folder, config: ModelConfig) -> tuple[TensorFiles, list[tuple[TensorName, ParamSpec]]]:
-    """The folder's tensors and the table rows they fill. Raises one UserError for all that does not fit."""
-    family = read_family(folder)
+def open_checked(
+    folder, config: ModelConfig, family: Family | None = None, others: dict[str, tuple[int, ...]] | None = None
+) -> tuple[TensorFiles, list[tuple[TensorName, ParamSpec]]]:
+    """The folder's tensors and the table rows they fill. Raises one UserError for all that does not fit.
+
+    ``family``: the folder's own unless given. ``others``: shapes of tensors that it must have besides.
+    """
+    family = family or read_family(folder)
     files = open_tensors(folder)
-    expected = {tensor.name: tensor for tensor in list_tensors(config, family)}
+    expected = {tensor.name: tensor.shape for tensor in list_tensors(config, family)} | (others or {})
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
     extra = sorted(set(files.infos) - set(expected) - set(ignored), key=_natural)
-    if config.tie_embeddings:
+    if config.tie_embeddings and not others:  # which replace the projection onto the vocabulary: there is no copy of it
         extra = _drop_tied_copy(files, family.tensors, extra)
     missing = [name for name in expected if name not in files.infos]
     misshapen = [
-        f"{name} {list(files.infos[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in files.infos and files.infos[name].shape != tensor.shape
+        f"{name} {list(files.infos[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in files.infos and files.infos[name].shape != shape
     ]
     problems = []
     if missing:
@@ -109,7 +117,7 @@ def make_reader(
         if entry.parts > 1:
             source = source[..., entry.part :: entry.parts]
         if "vocab" in spec.axes:  # rows past the file's vocabulary stay zero
-            source = source[index[0].start : min(index[0].stop, config.vocab_size)]
+            source = source[min(index[0].start, config.vocab_size) : min(index[0].stop, config.vocab_size)]
             out[: source.shape[0]] = source[(slice(None), *index[1:])]
         else:
             out[...] = source[index]

@@ -11,6 +11,7 @@ from postrain.hf.config import ADAPTER_FILE, is_adapter
 from postrain.hf.fetch import locate_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft import load_adapter
+from postrain.hf.peft_rows import needed_vocabulary
 from postrain.hf.safetensors_io import read_json
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
@@ -53,7 +54,8 @@ def _find_base(adapter: pathlib.Path) -> pathlib.Path:
 
 def load_model(model: ModelFolder, *, mesh: Mesh | None = None, dtype: str = "float32") -> tuple[ModelConfig, dict]:
     """ModelConfig and the whole parameter tree, adapters beside their kernels; see load_pretrained and load_adapter."""
-    config, params = load_pretrained(model.base, mesh=mesh, dtype=dtype)
+    vocab_size = needed_vocabulary(model.adapter)
+    config, params = load_pretrained(model.base, mesh=mesh, dtype=dtype, vocab_size=vocab_size)
     if model.adapter is None:
         return config, params
     config, adapters = load_adapter(model.adapter, config, mesh=mesh, dtype=dtype)

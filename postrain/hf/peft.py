@@ -19,12 +19,13 @@ from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
 from postrain.hf.load import place
+from postrain.hf.peft_rows import describe_rows, read_rows, row_tensors
 from postrain.hf.safetensors_io import TensorFiles, read_json
 from postrain.hf.save import gather, write_folder
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tree import flatten, group_layers, unflatten
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.params import lora_specs
+from postrain.models.params import adapter_specs, lora_specs
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PeftModel's own two levels
@@ -45,7 +46,6 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "alpha_pattern": (None, {}),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
-    "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "megatron_config": (None,),
     "kasa_config": (None,),
@@ -63,7 +63,7 @@ def save_adapter(
     base_name: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes the adapters (tree of models.params.init_lora, float32 in the file) as a PEFT folder.
+    """Writes the adapters (tree of models.params.adapter_specs, float32 in the file) as a PEFT folder.
 
     ``base_folder`` is named in adapter_config.json as the model that the adapter belongs to, by ``base_name`` where
     that is given (what the user calls it; the folder may be a cache's). Its tokenizer is copied along, or
@@ -73,18 +73,23 @@ def save_adapter(
     check_targets(config)
     leaves = flatten(adapter_params)
     tensors = {name: entry for name, entry in _adapter_tensors(config, read_family(base_folder).tensors)}
+    rows = row_tensors(config, PREFIX)
 
     def fetch(name: str) -> np.ndarray:
+        if name in rows:
+            return gather(leaves[rows[name]])
         path, layer = tensors[name]
         return gather(leaves[path], (layer,)).T
 
     def finish(temporary: pathlib.Path) -> None:
-        text = json.dumps(_adapter_config(config.lora, base_name or str(base_folder)), indent=2) + "\n"
+        described = _adapter_config(config.lora, base_name or str(base_folder)) | describe_rows(config)
+        text = json.dumps(described, indent=2) + "\n"
         (temporary / ADAPTER_FILE).write_text(text, encoding="utf-8")
         copy_side_files(base_folder, temporary, tokenizer)
         load_adapter(temporary, config)
 
     announced = [(name, leaves[path].shape[:0:-1], np.dtype(np.float32)) for name, (path, _) in tensors.items()]
+    announced += [(name, leaves[path].shape, np.dtype(np.float32)) for name, path in rows.items()]
     one_file = {"file_name": WEIGHTS_FILE, "max_shard_bytes": 2**63}
     write_folder(folder, announced, fetch, finish, source_folder=base_folder, **one_file)
 
@@ -99,29 +104,36 @@ def load_adapter(
     """
     raw = read_json(pathlib.Path(folder) / ADAPTER_FILE)
     files = TensorFiles(folder, one_file=WEIGHTS_FILE)
-    targets = _find_targets(files, TENSORS, folder)
+    config = dataclasses.replace(config, new_rows=read_rows(raw, config, pathlib.Path(folder) / ADAPTER_FILE))
+    rows = row_tensors(config, PREFIX)
+    targets = _find_targets({name for name in files.infos if name not in rows}, TENSORS, folder)
     config = dataclasses.replace(config, lora=_parse_config(raw, targets, folder))
     tensors = _adapter_tensors(config, TENSORS)
-    specs = flatten(lora_specs(config))
+    specs = flatten(adapter_specs(config))
     names: dict[str, list[str]] = {}
     for name, (path, _) in tensors:
         names.setdefault(path, []).append(name)
+    shapes = {name: specs[path].shape[:0:-1] for name, (path, _) in tensors}
+    shapes |= {name: specs[path].shape for name, path in rows.items()}
     wrong = [
-        f"{name} {list(files.infos[name].shape) if name in files.infos else 'missing'} instead of "
-        f"{list(specs[path].shape[:0:-1])}"
-        for name, (path, _) in tensors
-        if name not in files.infos or files.infos[name].shape != specs[path].shape[:0:-1]
+        f"{name} {list(files.infos[name].shape) if name in files.infos else 'missing'} instead of {list(shape)}"
+        for name, shape in shapes.items()
+        if name not in files.infos or files.infos[name].shape != shape
     ]
-    left_over = sorted(set(files.infos) - {name for name, _ in tensors})
+    left_over = sorted(set(files.infos) - set(shapes))
     if wrong or left_over:
         extra = [f"left over: {group_layers(left_over)}"] if left_over else []
         raise UserError(f"{folder}: the adapter does not fit the model: {'; '.join(wrong + extra)}: use its base model")
     target = parse_dtype(dtype, "dtype")
 
+    row_names = {path: name for name, path in rows.items()}
+
     def make_reader(path: str):
         def read(index: tuple[slice, ...]) -> np.ndarray:
-            rows = [files.read(name).T[index[1:]] for name in names[path][index[0]]]
-            return np.stack(rows).astype(target)
+            if path in row_names:
+                return files.read(row_names[path])[index].astype(target)
+            matrices = [files.read(name).T[index[1:]] for name in names[path][index[0]]]
+            return np.stack(matrices).astype(target)
 
         return read
 
@@ -141,7 +153,7 @@ def _check_adapter(adapter_params: dict, config: ModelConfig) -> None:
     if config.lora is None:
         raise ValueError("save_adapter: config.lora is None")
     found = {path: tuple(leaf.shape) for path, leaf in flatten(adapter_params).items()}
-    expected = {path: spec.shape for path, spec in flatten(lora_specs(config)).items()}
+    expected = {path: spec.shape for path, spec in flatten(adapter_specs(config)).items()}
     if found != expected:
         wrong = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
         raise ValueError(f"adapters do not fit config.lora: {', '.join(wrong)}")
@@ -180,11 +192,11 @@ def _adapter_config(lora: LoraConfig, base_name: str) -> dict:
     }
 
 
-def _find_targets(files: TensorFiles, table: tuple[TensorName, ...], folder) -> tuple[str, ...]:
+def _find_targets(names: set[str], table: tuple[TensorName, ...], folder) -> tuple[str, ...]:
     """The linear layers that have adapters, by the tensors: ``target_modules`` may be a pattern."""
     modules = {".".join(e.name.split(".")[-3:-1]): e.param.split(".")[-2] for e in table if e.transpose}
     found = set()
-    for name in files.infos:
+    for name in sorted(names):
         match = re.fullmatch(rf"{re.escape(PREFIX)}model\.layers\.\d+\.(\w+\.\w+)\.lora_[AB]\.weight", name)
         if match is None or match[1] not in modules:
             raise UserError(f"{folder}: adapter tensor {name} belongs to no linear layer of a decoder: not supported")

@@ -11,6 +11,7 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.model_folder import ModelFolder
+from postrain.hf.peft_rows import needed_vocabulary
 from postrain.hf.side_files import copy_side_files
 
 
@@ -31,6 +32,8 @@ def load_reference(found: ModelFolder):
         found.base, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     if found.adapter is not None:
+        if (vocab_size := needed_vocabulary(found.adapter)) > model.config.vocab_size:
+            model.resize_token_embeddings(vocab_size)
         try:
             model.load_adapter(str(found.adapter))
         except ImportError as error:

@@ -39,23 +39,24 @@ def save_pretrained(
 ) -> None:
     """Writes ``params`` (without adapters: see models.params.merge_lora) as a Hugging Face folder.
 
-    ``source_folder`` is the folder that the model was loaded from. ``dtype``: "as_loaded" (each tensor's
-    dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model was trained with,
-    where that may be another than the source folder's. Every process must call it; the first one writes.
+    ``source_folder`` is the folder that the model was loaded from; its vocabulary may have grown since. ``dtype``:
+    "as_loaded" (each tensor's dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model
+    was trained with, where that may be another than the source folder's. Every process must call it; the first one
+    writes.
     Raises UserError when the folder cannot be written; nothing that looks whole is left then.
     """
     check_params(params, config)
     tensors = list_tensors(config, read_family(source_folder))
-    dtypes = _choose_dtypes(tensors, source_folder, dtype)
+    dtypes = choose_dtypes(tensors, source_folder, dtype)
     tensors.sort(key=lambda tensor: -dtypes[tensor.name].itemsize)  # the order of a file, so of every gather
     leaves, by_name = flatten(params), {tensor.name: tensor for tensor in tensors}
 
     def fetch(name: str) -> np.ndarray:
         tensor = by_name[name]
-        return _cast(fetch_tensor(leaves, tensor), dtypes[name], name)
+        return cast(fetch_tensor(leaves, tensor), dtypes[name], name)
 
     def finish(temporary: pathlib.Path) -> None:
-        write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype)
+        write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype, config.vocab_size)
         copy_side_files(source_folder, temporary, tokenizer)
         open_checked(temporary, config)
 
@@ -127,7 +128,8 @@ def _make_gather(sharding: NamedSharding):
     return jax.jit(lambda param, places: param[places], out_shardings=sharding)
 
 
-def _choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[str, np.dtype]:
+def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[str, np.dtype]:
+    """Dtype of every tensor in the files; ``dtype`` as in save_pretrained."""
     if dtype != "as_loaded":
         return dict.fromkeys([tensor.name for tensor in tensors], parse_dtype(dtype, "export.dtype"))
     stated = source_dtype(source_folder) or np.dtype(np.float32)
@@ -138,7 +140,8 @@ def _choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict
     return {t.name: known.get(t.name, stated) for t in tensors}  # what was packed is written in the stated dtype
 
 
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``array`` in ``dtype``. Raises UserError naming the tensor where a value is not finite, or too large for it."""
     with np.errstate(over="ignore"):  # told below, with the tensor's name
         array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():

@@ -5,20 +5,23 @@ import os
 import pathlib
 import shutil
 
+from postrain.data.new_tokens import NewTokens
 from postrain.data.tokenizer import Tokenizer
 from postrain.hf.safetensors_io import read_json
 
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+ADDED_TOKENS = "added_tokens.json"
 # Copied byte by byte where the source has them.
 MODEL_SIDE_FILES = (GENERATION_FILE, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     "tokenizer.model",
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS,
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -39,6 +42,8 @@ def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, toke
         return
     _copy(MODEL_SIDE_FILES, pathlib.Path(source_folder), folder)
     _copy(TOKENIZER_FILES, tokenizer.folder, folder)
+    if tokenizer.new_tokens is not None:
+        _write_new_tokens(folder, tokenizer.new_tokens)
     _write_template(folder, tokenizer.chat_template)
     _write_stop_ids(folder, tokenizer.stop_ids)
 
@@ -63,6 +68,25 @@ def _write_template(folder: pathlib.Path, template: str) -> None:
         if raw.get("chat_template", template) != template:
             del raw["chat_template"]
             _write_json(config, raw)
+
+
+def _write_new_tokens(folder: pathlib.Path, new: NewTokens) -> None:
+    """The tokenizer's files with the new tokens, everything else in them as it was."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": new.special}
+    added = {new.first + i: {"content": text, **flags} for i, text in enumerate(new.texts)}
+    file = folder / TOKENIZER_FILE
+    raw = read_json(file)
+    raw["added_tokens"] = raw.get("added_tokens", []) + [{"id": i, **token} for i, token in added.items()]
+    _write_json(file, raw)
+    # Older versions of transformers read these two, where they are, before tokenizer.json.
+    file = folder / TOKENIZER_CONFIG
+    raw = read_json(file) if file.exists() else {}
+    if "added_tokens_decoder" in raw:
+        raw["added_tokens_decoder"] |= {str(i): token for i, token in added.items()}
+        _write_json(file, raw)
+    file = folder / ADDED_TOKENS
+    if file.exists():
+        _write_json(file, read_json(file) | {token["content"]: i for i, token in added.items()})
 
 
 def _write_stop_ids(folder: pathlib.Path, stop_ids: frozenset[int]) -> None:

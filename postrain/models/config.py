@@ -46,6 +46,14 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NewRows:
+    """Rows of new tokens that train beside a frozen embedding: those of ids first, ..., first + count - 1."""
+
+    first: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
 class MoeConfig:
     """A mixture of experts in the place of the MLP, see postrain.models.moe.
 
@@ -107,6 +115,7 @@ class ModelConfig:
     attention: str = "auto"  # back end, see postrain.models.attention
     attention_chunk: int = 128  # positions per block of the chunked back end
     lora: LoraConfig | None = None
+    new_rows: NewRows | None = None
 
     @property
     def attention_scale(self) -> float:

@@ -114,6 +114,19 @@ def lora_specs(config: ModelConfig) -> dict[str, Any]:
     return {"layers": {part: linears for part, linears in found.items() if linears}}
 
 
+def new_row_specs(config: ModelConfig) -> dict[str, Any]:
+    """Nested dict of ParamSpec for the rows of ``config.new_rows``, which stand beside the table that they grow."""
+    if config.new_rows is None:
+        return {}
+    rows = {"new_rows": ParamSpec((config.new_rows.count, config.embed_size), (None, "embed"))}
+    return {"embed": rows} if config.tie_embeddings else {"embed": rows, "unembed": rows}
+
+
+def adapter_specs(config: ModelConfig) -> dict[str, Any]:
+    """All that trains beside a frozen base: adapters and the rows of new tokens; {} where everything trains."""
+    return new_row_specs(config) | (lora_specs(config) if config.lora else {})
+
+
 def _is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 
@@ -138,7 +151,8 @@ def logical_axes(config: ModelConfig) -> dict:
     return axes_of(param_specs(config))
 
 
-def _init(specs: dict, config: ModelConfig, rng: jax.Array) -> dict:
+def init_from_specs(specs: dict, config: ModelConfig, rng: jax.Array) -> dict:
+    """ParamSpec tree -> tree of float32 arrays, each started as its spec says."""
     leaves, treedef = jax.tree.flatten(specs, is_leaf=_is_spec)
 
     def start(spec: ParamSpec, key: jax.Array) -> jax.Array:
@@ -158,7 +172,7 @@ def _init(specs: dict, config: ModelConfig, rng: jax.Array) -> dict:
 
 def init_params(config: ModelConfig, rng: jax.Array) -> dict:
     """Random float32 parameters; rows of the embeddings past ``vocab_size`` are zero."""
-    params = _init(param_specs(config), config, rng)
+    params = init_from_specs(param_specs(config), config, rng)
     for name in ("embed", "unembed"):
         if name in params:
             rows = params[name]["embedding"]
@@ -168,7 +182,7 @@ def init_params(config: ModelConfig, rng: jax.Array) -> dict:
 
 def init_lora(config: ModelConfig, rng: jax.Array) -> dict:
     """Adapters that change nothing yet: A random, B zero (float32)."""
-    return _init(lora_specs(config), config, rng)
+    return init_from_specs(lora_specs(config), config, rng)
 
 
 def merge_params(params: dict, frozen: dict) -> dict:
@@ -185,12 +199,16 @@ def merge_params(params: dict, frozen: dict) -> dict:
 
 
 def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> dict:
-    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them, computed in float32.
+    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them, computed in float32; the rows of
+    new tokens in their place.
 
     ``dtype`` of the merged kernels; None: each kernel's own, whose rounding may lose small changes.
     """
     if not isinstance(params, dict):
         return params
+    if "new_rows" in params:
+        first, rows = config.new_rows.first, params["new_rows"].astype(params["embedding"].dtype)
+        return {"embedding": jax.lax.dynamic_update_slice_in_dim(params["embedding"], rows, first, axis=0)}
     if "lora_a" not in params:
         return {key: merge_lora(value, config, dtype) for key, value in params.items()}
     assert config.lora is not None

@@ -117,23 +117,38 @@ def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     # which the partitioner can only do by replicating the batch.
     table = constrain(params["embed"]["embedding"], ("vocab", "embed_act"))
     x = table[tokens].astype(config.compute_dtype)
+    if "new_rows" in params["embed"]:
+        index = tokens - config.new_rows.first
+        is_new = (index >= 0) & (index < config.new_rows.count)
+        # An index past the end has no row and no gradient; one below 0 would count from the end.
+        rows = params["embed"]["new_rows"].astype(x.dtype)
+        rows = rows.at[jnp.where(is_new, index, len(rows))].get(mode="fill", fill_value=0)
+        x = jnp.where(is_new[..., None], rows, x)
     return x if config.embed_multiplier == 1 else x * jnp.asarray(config.embed_multiplier, x.dtype)
 
 
-def compute_hidden(params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT) -> jax.Array:
+def compute_hidden(
+    params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT, *, embedded_BTD=None
+) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
     ``segment_ids_BT`` keep packed documents apart (0 = padding), ``positions_BT`` restart with each document.
+    ``embedded_BTD``: the input of the first layer where it is not made of tokens (``tokens_BT`` is not read then).
     """
-    return compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT)[0]
+    return compute_hidden_and_routing(
+        params, config, tokens_BT, segment_ids_BT, positions_BT, embedded_BTD=embedded_BTD
+    )[0]
 
 
-def compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT, routing_LBTk=None):
+def compute_hidden_and_routing(
+    params, config, tokens_BT, segment_ids_BT, positions_BT, routing_LBTk=None, *, embedded_BTD=None
+):
     """``compute_hidden``, and the ``MoeAux`` of every layer, leaves stacked on a leading L; None without experts.
 
     ``routing_LBTk``: the ``expert_ids`` of another run, to send each token to the same experts again.
     """
-    x_BTD = constrain(embed(params, config, tokens_BT), ("batch", "sequence", "embed_act"))
+    x_BTD = embed(params, config, tokens_BT) if embedded_BTD is None else embedded_BTD.astype(config.compute_dtype)
+    x_BTD = constrain(x_BTD, ("batch", "sequence", "embed_act"))
     rotations_of = _rotations_by_layer(config, positions_BT)
 
     def layer(x_BTD, inputs):
@@ -163,9 +178,11 @@ def compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positi
     return rms_norm(x_BTD, params["final_norm"], config), routed
 
 
-def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, positions_BT):
+def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, positions_BT, *, embedded_BTD=None):
     """``compute_hidden``, and the ``RowTerms`` of the routers; None without experts. What an objective trains."""
-    hidden, routed = compute_hidden_and_routing(params, config, tokens_BT, segment_ids_BT, positions_BT)
+    hidden, routed = compute_hidden_and_routing(
+        params, config, tokens_BT, segment_ids_BT, positions_BT, embedded_BTD=embedded_BTD
+    )
     return hidden, None if routed is None else router_terms(routed, config.moe)
 
 
@@ -235,7 +252,15 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
 
 def unembedding(params: dict, config: ModelConfig) -> jax.Array:
     """The projection onto the vocabulary, [V', D]: the embedding itself where the two are tied."""
-    return params["embed" if config.tie_embeddings else "unembed"]["embedding"]
+    p = params["embed" if config.tie_embeddings else "unembed"]
+    if "new_rows" not in p:
+        return p["embedding"]
+    table, new = p["embedding"], config.new_rows
+    # Padded and selected, not written in place: that is how the partitioner keeps the table split.
+    after = table.shape[0] - new.first - new.count
+    rows = jnp.pad(p["new_rows"].astype(table.dtype), ((new.first, after), (0, 0)))
+    index = jnp.arange(table.shape[0])
+    return jnp.where(((index >= new.first) & (index < new.first + new.count))[:, None], rows, table)
 
 
 def compute_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ from postrain.compute.workdir import describe_changes, last_values, make_workdir
 from postrain.config import Config, to_dict
 from postrain.data.pipeline import describe_rows, load_examples, make_train_iterator
 from postrain.data.preview import render_tokens_html
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.tokenizer import load_run_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_targets
@@ -66,7 +66,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     say = print if lead else lambda *_: None
 
     # Data: every row is rendered, checked and counted before anything else happens.
-    tokenizer = load_tokenizer(config.model.tokenizer or folder, config.data.chat_template)
+    tokenizer = load_run_tokenizer(config, folder)
     check_resume(workdir / "checkpoints", config, tokenizer, folder)
     rejected = workdir / "rejected.jsonl" if lead else None
     train_set = load_examples(config.data.train, tokenizer, config.data, rejected)
@@ -94,7 +94,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
-        prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder)}
+        prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
         held_out = eval_set.fingerprint if eval_set else None
         restored = checkpointer.restore(program.state, **prints)
         first_step = restored.step if restored else 0

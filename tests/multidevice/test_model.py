@@ -10,13 +10,14 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig
 from postrain.models import transformer
-from postrain.models.config import LoraConfig
-from postrain.models.params import axes_of, init_lora, init_params, lora_specs, merge_params, param_specs
+from postrain.models.config import LoraConfig, NewRows
+from postrain.models.params import adapter_specs, axes_of, init_from_specs, init_params, merge_params, param_specs
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(ODD_CONFIG, qkv_bias=True, tie_embeddings=False, init_std=0.2, lora=LoraConfig(rank=4))
+CONFIG = dataclasses.replace(CONFIG, new_rows=NewRows(first=288, count=13))
 LENGTHS = [[9, 25, 3], [37], [20, 20], [1, 2, 30], [40], [10, 10, 10, 10], [5], [33, 6]]
 
 
@@ -57,7 +58,8 @@ def loss_and_gradients(params, batch, config):
 
 @functools.cache
 def make_params():
-    frozen, adapters = init_params(CONFIG, jax.random.key(0)), init_lora(CONFIG, jax.random.key(1))
+    frozen = init_params(CONFIG, jax.random.key(0))
+    adapters = init_from_specs(adapter_specs(CONFIG), CONFIG, jax.random.key(1))
     # B must not be zero. Not a constant either: a common component in every output makes the rest cancel.
     adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
     return merge_params(adapters, frozen)
@@ -87,7 +89,7 @@ def test_any_mesh_gives_the_one_device_loss_and_gradients(remat, sizes):
     config = dataclasses.replace(CONFIG, remat=remat)
     mesh = make_mesh(sizes)
     params = make_params()
-    axes = merge_params(axes_of(lora_specs(CONFIG)), axes_of(param_specs(CONFIG)))
+    axes = merge_params(axes_of(adapter_specs(CONFIG)), axes_of(param_specs(CONFIG)))
     shardings = named_shardings(axes, mesh, params)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings)

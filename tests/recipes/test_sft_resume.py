@@ -87,7 +87,9 @@ def read_state(workdir, values):
     model, (optimizer, _) = load_model(config, folder, mesh), make_optimizer(config.optimizer, 1)
     abstract = abstract_train_state(model.params, {}, optimizer, mesh=mesh, ema=True)
     with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
-        restored = checkpointer.restore(abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder))
+        restored = checkpointer.restore(
+            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder, config)
+        )
     state = restored.state.replace(rng=jax.random.key_data(restored.state.rng))
     leaves = {
         jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())

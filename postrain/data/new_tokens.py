@@ -1,0 +1,102 @@
+"""Tokens that a run adds to a vocabulary: read from the config, checked, added to the tokenizer.
+
+Their ids are the tokenizer's next free ones: the format of tokenizer.json has no gaps. Many models have more rows than
+their tokenizer has ids (Qwen: 151,936 for 151,669), so the first new tokens may take rows that the model has and never
+uses; some have fewer (Gemma 3 270M: 262,144 for 262,145).
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tokenizers
+
+from postrain.config import NewTokensSection
+from postrain.errors import UserError
+
+_SHOWN = 8  # wrong tokens in one message
+
+
+class NewToken(NamedTuple):
+    """A token as the user wrote it."""
+
+    text: str
+    start: str  # its rows start as the mean of the rows of this text's tokens; "": of all old rows
+    where: str  # file:line or config key, for messages
+
+
+class NewTokens(NamedTuple):
+    """The new end of a tokenizer's vocabulary: token i has id ``first + i``."""
+
+    first: int
+    texts: tuple[str, ...]
+    start_ids: tuple[tuple[int, ...], ...]  # old ids whose rows' mean a new row starts as; (): all old ones
+    special: bool
+
+    @property
+    def stop(self) -> int:
+        """One more than the last new id."""
+        return self.first + len(self.texts)
+
+
+def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
+    """The tokens of a config, in order, () for none. Raises UserError naming those that are empty or come twice."""
+    if section.file:
+        path = pathlib.Path(section.file)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.new_tokens.file: {path} cannot be read: {error}") from None
+        places = [(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        if not places:
+            raise UserError(f"model.new_tokens.file: {path} is empty: expected a token a line")
+    else:
+        places = [(token, f"model.new_tokens.tokens[{i}]") for i, token in enumerate(section.tokens)]
+    tokens, wrong, seen = [], [], {}
+    for line, where in places:
+        text, tab, start = line.partition("\t")
+        tokens.append(NewToken(text, start, where))
+        if not text.strip():
+            wrong.append(f"{where} is empty")
+        elif text in seen:
+            wrong.append(f"{where}: {text!r} comes twice, first in {seen[text]}")
+        elif tab and not start.strip():
+            wrong.append(f"{where}: {text!r} has a tab and no text after it")
+        seen.setdefault(text, where)
+    _refuse(wrong)
+    return tuple(tokens)
+
+
+def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], special: bool) -> NewTokens:
+    """Adds ``tokens`` to ``fast``. Raises UserError naming those that it has already, or cannot tell apart."""
+    unknown = getattr(fast.model, "unk_token", None)
+    unknown_id = None if unknown is None else fast.token_to_id(unknown)
+    wrong, start_ids = [], []
+    for token in tokens:
+        ids = fast.encode(token.text, add_special_tokens=False).ids
+        found = ids[0] if len(ids) == 1 and ids[0] != unknown_id else fast.token_to_id(token.text)
+        if found is not None:
+            wrong.append(f"{token.where}: {token.text!r} is one token of the tokenizer already, id {found}")
+        start_ids.append(tuple(fast.encode(token.start, add_special_tokens=False).ids if token.start else ()))
+        if token.start and not start_ids[-1]:
+            wrong.append(f"{token.where}: the text {token.start!r} has no tokens")
+    _refuse(wrong)
+    first = 1 + max(fast.get_vocab(with_added_tokens=True).values())
+    options = {"normalized": False, "special": special}
+    fast.add_tokens([tokenizers.AddedToken(token.text, **options) for token in tokens])
+    for i, token in enumerate(tokens):
+        ids = fast.encode(token.text, add_special_tokens=False).ids
+        if ids != [first + i]:
+            wrong.append(f"{token.where}: {token.text!r} comes out as ids {ids}, expected {first + i} alone")
+        # Decoders of byte-level vocabularies take an added token's characters for bytes, where they can be some.
+        back = fast.decode([first + i], skip_special_tokens=False)
+        if back.strip() != token.text.strip():
+            wrong.append(f"{token.where}: {token.text!r} is decoded as {back!r}: write it in ASCII")
+    _refuse(wrong)
+    return NewTokens(first, tuple(token.text for token in tokens), tuple(start_ids), special)
+
+
+def _refuse(wrong: list[str]) -> None:
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise UserError(f"new tokens: {'; '.join(wrong[:_SHOWN])}{more}: leave these out or write them differently")
