@@ -87,8 +87,8 @@ class ModelSection:
     compute_dtype: str = "auto"  # "float32", "bfloat16"; auto: bfloat16 on accelerators, float32 on CPU
     fp8: bool = False  # products with the layers' matrices in float8: e4m3 forward, e5m2 gradients; not of experts
     remat: str = "none"  # "none", "dots", "full"
-    attention: str = "auto"  # back end
-    attention_chunk: int = 128  # positions per attention block
+    attention: str = "auto"  # "chunked" (runs everywhere), "flash_tpu", "flash_gpu"; auto: by the platform
+    attention_chunk: int = 128  # positions per block of the back end chunked
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
     lora: LoraSection = LoraSection()
     new_tokens: NewTokensSection = NewTokensSection()
@@ -122,6 +122,8 @@ class MeshConfig:
     data: int = 1  # rows are split, parameters copied
     fsdp: int = -1  # rows and parameters are split
     tensor: int = 1  # heads, hidden units and vocabulary are split
+    expert: int = 1  # experts are split, and outside their layers rows
+    sequence: int = 1  # the positions of a row are split (context parallelism)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,7 @@ CHOICES: dict[str, tuple] = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "model.router.load_balance_over": ("row", "batch"),
-    "model.attention": ("auto", "chunked"),
+    "model.attention": ("auto", "chunked", "flash_tpu", "flash_gpu"),
     "model.lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
     "optimizer.name": ("adamw", "lion", "adafactor", "sgd", "muon"),
     "optimizer.schedule": ("constant", "linear", "cosine", "wsd"),
@@ -274,6 +276,8 @@ RANGES: dict[str, Range] = {
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
+    "mesh.expert": _AXIS,
+    "mesh.sequence": _AXIS,
     "train.steps": _STEPS,
     "train.epochs": Range(0, 100_000),
     "train.micro_batches": Range(1, 2**20),
@@ -323,11 +327,16 @@ def _check_rows(config: Config) -> None:
         raise UserError(
             f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
         )
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1)
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
     if rows % (micro_batches * shards):
         raise UserError(
             f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
-            f"times 'mesh.data' x 'mesh.fsdp' = {shards}"
+            f"times 'mesh.data' x 'mesh.fsdp' x 'mesh.expert' = {shards}"
+        )
+    if config.data.sequence_length % max(mesh.sequence, 1):
+        raise UserError(
+            f"config key 'data.sequence_length' = {config.data.sequence_length} must be a multiple of "
+            f"'mesh.sequence' = {mesh.sequence}"
         )
 
 

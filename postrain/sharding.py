@@ -16,7 +16,9 @@ from postrain.config import MeshConfig
 from postrain.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "sequence")
-BATCH_AXES = ("data", "fsdp")  # rows of a batch are split over both: fsdp is data parallelism with split weights
+# Rows of a batch are split over all of these: fsdp is data parallelism with split weights, and so is expert outside the
+# layers that have experts (as in GShard, arXiv:2006.16668): its devices would else all compute the same.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 PARAM_RULES = {
     "layers": None,
@@ -122,7 +124,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over ``data`` and ``fsdp``, everything else whole; rows come after ``leading`` other dimensions."""
+    """Rows over ``BATCH_AXES``, everything else whole; rows come after ``leading`` other dimensions.
+
+    Positions are whole on all devices of ``sequence``: a few bytes each, of which the model takes each device's part.
+    """
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
 
 
@@ -147,7 +152,7 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
 
 
 def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows ``[B_local, ...]`` -> global arrays ``[B, ...]``, rows over ``data`` and ``fsdp``.
+    """This host's rows ``[B_local, ...]`` -> global arrays ``[B, ...]``, rows over ``BATCH_AXES``.
 
     The hosts' rows are put one after another in the order of ``data_process``. Raises UserError when the
     rows do not divide over this host's devices.
@@ -156,7 +161,7 @@ def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
     local_shards = num_row_shards(mesh) // count
     for name, array in arrays.items():
         if array.shape[0] % local_shards:
-            needed = f"data.batch_size must be a multiple of data x fsdp = {num_row_shards(mesh)}"
+            needed = f"data.batch_size must be a multiple of {' x '.join(BATCH_AXES)} = {num_row_shards(mesh)}"
             raise UserError(f"{needed}: found {array.shape[0]} rows of {name} for {local_shards} parts on this host")
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (array.shape[0] * count, *array.shape[1:]))
@@ -171,6 +176,11 @@ def current_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def splits_positions() -> bool:
+    """Whether the mesh that is traced for splits the positions of a row."""
+    return jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:

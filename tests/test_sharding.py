@@ -26,6 +26,7 @@ from postrain.sharding import (
     make_global_batch,
     make_mesh,
     named_shardings,
+    num_row_shards,
     undivided_dimensions,
 )
 
@@ -44,7 +45,7 @@ def test_one_device_needs_no_thought():
 
 
 def test_tables_know_every_axis_of_the_config_and_the_model():
-    assert {field.name for field in dataclasses.fields(MeshConfig)} <= set(MESH_AXES)
+    assert tuple(field.name for field in dataclasses.fields(MeshConfig)) == MESH_AXES
     assert set(jax.tree.leaves(logical_axes(MODEL))) <= set(PARAM_RULES)
     for rule in [*PARAM_RULES.values(), *ACTIVATION_RULES.values()]:
         assert set((rule,) if isinstance(rule, str) else rule or ()) <= set(MESH_AXES)
@@ -69,6 +70,7 @@ def check_meshes():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1, "sequence": 1}
     mesh = make_mesh(MeshConfig(2, -1, 2))
     assert describe_mesh(mesh) == "8 devices (cpu): data=2 x fsdp=2 x tensor=2"
+    assert describe_mesh(make_mesh(MeshConfig(1, 1, expert=2, sequence=-1))) == "8 devices (cpu): expert=2 x sequence=4"
     assert make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2]).size == 2
     with pytest.raises(UserError, match="data=1 does not divide into 8 devices"):
         make_mesh(MeshConfig(1, 1, 1))
@@ -105,9 +107,13 @@ def check_batches():
         for shard in array.addressable_shards:
             d, f, _ = (int(i[0]) for i in np.where(mesh.devices == shard.device)[:3])
             np.testing.assert_array_equal(shard.data, rows[name][2 * (2 * d + f) : 2 * (2 * d + f) + 2])
-    with pytest.raises(UserError, match="data.batch_size must be a multiple of data x fsdp = 4: found 6 rows"):
+    with pytest.raises(UserError, match="data.batch_size must be a multiple of data x fsdp x expert = 4: found 6"):
         make_global_batch({"tokens": np.zeros((6, 3))}, mesh)
     assert data_process(mesh) == (0, 1)
+    mesh = make_mesh(MeshConfig(1, 2, expert=2, sequence=2))
+    assert num_row_shards(mesh) == 4, "experts' devices have rows of their own"
+    [shard, *_] = make_global_batch(rows, mesh)["tokens"].addressable_shards
+    assert shard.data.shape == (2, 3), "positions are whole"
 
 
 def check_activations():

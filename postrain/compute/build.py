@@ -139,12 +139,18 @@ def check_token_ids(examples: Sequence[Rendered], config: ModelConfig) -> None:
 def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:
     """The shapes of a training batch, laid out over ``mesh``: what the train step is compiled for.
 
-    Raises UserError when the rows do not divide over the devices.
+    Raises UserError when rows or positions do not divide over the devices.
     """
     shards = num_row_shards(mesh)
     if config.batch_size % shards:
         raise UserError(
-            f"config key 'data.batch_size' = {config.batch_size} must be a multiple of mesh.data x mesh.fsdp = {shards}"
+            f"config key 'data.batch_size' = {config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
+            f"mesh.expert = {shards}"
+        )
+    if config.sequence_length % mesh.shape["sequence"]:
+        raise UserError(
+            f"config key 'data.sequence_length' = {config.sequence_length} must be a multiple of mesh.sequence = "
+            f"{mesh.shape['sequence']}"
         )
     shape, sharding = (config.batch_size, config.sequence_length), batch_sharding(mesh)
     kinds = {"loss_mask": jnp.float32}

@@ -131,7 +131,7 @@ def split_rows(batch, micro_batches: int, mesh: Mesh | None = None):
         if x.shape[0] % (micro_batches * row_shards):
             raise UserError(
                 f"data.batch_size={x.shape[0]} is not a multiple of train.micro_batches={micro_batches} times "
-                f"{row_shards} (mesh.data x mesh.fsdp): change one of them"
+                f"{row_shards} (mesh.data x mesh.fsdp x mesh.expert): change one of them"
             )
         x = jnp.moveaxis(x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]), 1, 0)
         return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh, leading=1))

@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model
 from postrain.compute.flops import format_formula
+from postrain.compute.step import mesh_context
 from postrain.config import Config, format_config
+from postrain.models import grouped_dot
 from postrain.models.attention import select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.params import adapter_specs, axes_of, num_params, param_specs, shapes_of
@@ -18,7 +20,7 @@ from postrain.sharding import describe_mesh, num_row_shards, undivided_dimension
 
 
 def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -> str:
-    """Config, devices, parameters, the batch equation, the attention back end; several lines."""
+    """Config, devices, parameters, the batch equation, the back ends; several lines."""
     trained, frozen = num_params(model.params), num_params(model.frozen)
     data, train = config.data, config.train
     hosts = jax.process_count()
@@ -32,11 +34,19 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
         f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts"
         f" = {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
-        f"attention   {select_backend(model.config.attention)}, {model.config.compute_dtype}, "
-        f"remat {model.config.remat}",
+        *describe_backends(model.config, mesh),
         f"MFU         {format_formula(model.config)}",
     ]
     return "\n".join(lines)
+
+
+def describe_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
+    """What computes attention and the experts. Raises UserError where the devices cannot run what is asked for."""
+    with mesh_context(mesh):
+        lines = [f"attention   {select_backend(config.attention)}, {config.compute_dtype}, remat {config.remat}"]
+        if config.moe:
+            lines.append(f"experts     {grouped_dot.select_backend(config.moe.backend)}")
+    return lines
 
 
 def describe_undivided(model: Model, mesh: Mesh) -> list[str]:

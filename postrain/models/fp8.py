@@ -20,27 +20,28 @@ def quantize(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.custom_vjp
-def fp8_dot(x_NI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    """x @ w in x's dtype: both in e4m3; in backward, the gradient in e5m2 against the same e4m3 operands."""
-    return _forward(x_NI, w_IO)[0]
+def fp8_dot(x: jax.Array, w_IO: jax.Array) -> jax.Array:
+    """x @ w in x's dtype, x [..., I]: both in e4m3; backward multiplies the gradient in e5m2 with the same operands."""
+    return _forward(x, w_IO)[0]
 
 
-def _forward(x_NI, w_IO):
-    x, w = quantize(x_NI, jnp.float8_e4m3fn), quantize(w_IO, jnp.float8_e4m3fn)
-    like = jnp.zeros((), x_NI.dtype), jnp.zeros((), w_IO.dtype)  # residuals hold arrays alone: of a dtype, one with it
-    return _dot(x, w, 1, 0).astype(x_NI.dtype), (x, w, like)
+def _forward(x, w_IO):
+    like = jnp.zeros((), x.dtype), jnp.zeros((), w_IO.dtype)  # residuals hold arrays alone: of a dtype, one with it
+    x, w = quantize(x, jnp.float8_e4m3fn), quantize(w_IO, jnp.float8_e4m3fn)
+    return _dot(x, w, (x[0].ndim - 1,), (0,)).astype(like[0].dtype), (x, w, like)
 
 
-def _backward(residuals, grad_NO):
+def _backward(residuals, grad):
     x, w, (like_x, like_w) = residuals
-    grad = quantize(grad_NO, jnp.float8_e5m2)
-    return _dot(grad, w, 1, 1).astype(like_x.dtype), _dot(x, grad, 0, 0).astype(like_w.dtype)
+    rows = tuple(range(grad.ndim - 1))
+    grad = quantize(grad, jnp.float8_e5m2)
+    return _dot(grad, w, (len(rows),), (1,)).astype(like_x.dtype), _dot(x, grad, rows, rows).astype(like_w.dtype)
 
 
-def _dot(a, b, axis_a: int, axis_b: int) -> jax.Array:
-    """float32 product of two quantised matrices over one axis of each."""
+def _dot(a, b, axes_a: tuple[int, ...], axes_b: tuple[int, ...]) -> jax.Array:
+    """float32 product of two quantised arrays over these axes of each."""
     (a, scale_a), (b, scale_b) = a, b
-    contracted = ((axis_a,), (axis_b,)), ((), ())
+    contracted = (axes_a, axes_b), ((), ())
     return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32) * (scale_a * scale_b)
 
 

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from postrain.models.attention import attention, cached_attention, soft_cap
+from postrain.models.attention import attention, cached_attention
+from postrain.models.attention_blocks import soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import merge_lora
 from postrain.models.rope import apply_rotations, compute_rotations
-from postrain.sharding import constrain
+from postrain.sharding import constrain, splits_positions
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -32,8 +33,9 @@ def rms_norm(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
 
 def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     """x @ kernel, plus bias and low-rank adapter where ``p`` has them."""
-    # One row axis: the CPU's matrix products are several times slower where backward contracts over two of them.
-    rows = x.reshape(-1, x.shape[-1])
+    # One row axis: the CPU's matrix products are several times slower where backward contracts over two of them. Not
+    # where positions are split too: the partitioner cannot merge two split axes and would gather one.
+    rows = x if splits_positions() else x.reshape(-1, x.shape[-1])
     product = fp8_dot if config.fp8 else jnp.matmul
     y = product(rows, p["kernel"].astype(x.dtype))
     if "lora_a" in p:
@@ -97,7 +99,7 @@ def _windows(config: ModelConfig) -> np.ndarray:
 
 
 def _rematerialize(layer, policy: str):
-    """What backward keeps of a layer: everything, its matrix products and attention, or its input alone."""
+    """What backward keeps of a layer: everything, its matrix products, experts' and attention, or its input alone."""
     if policy == "none":
         return layer
     if policy == "full":
@@ -105,7 +107,7 @@ def _rematerialize(layer, policy: str):
     if policy == "dots":
         policies = jax.checkpoint_policies
         keep = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention")
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "grouped_dot")
         )
         return jax.checkpoint(layer, policy=keep, prevent_cse=False)
     raise ValueError(f"remat {policy!r} is none of none, dots, full")

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from postrain.sharding import BATCH_AXES
+
 
 @flax.struct.dataclass
 class TokenLogprobs:
@@ -218,12 +220,15 @@ _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward, symbolic_zer
 
 
 def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
-    """Runs ``fn`` on each device's own rows: positions are gathered within a device, never across devices.
+    """Runs ``fn`` on each device's own rows and positions: they are gathered within a device, never across devices.
 
     Other mesh axes (the vocabulary over ``tensor``) stay with the partitioner.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+    mesh, (_, *positions) = jax.sharding.get_abstract_mesh(), per_position[0].shape
+    split = lambda axes: tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    rows, sequence = split(BATCH_AXES), split(("sequence",)) if positions else ()
+    if sequence and positions[0] % mesh.shape["sequence"]:
+        sequence = ()
     flatten = lambda x: x.reshape(-1, *x.shape[per_position[0].ndim :])
 
     def local(hidden, unembed, *per_position):
@@ -231,10 +236,12 @@ def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
         restore = (lambda x: x[None]) if sums else (lambda x: x.reshape(per_position[0].shape))
         return jax.tree.map(restore, out)
 
-    if rows:
-        specs = P(rows), P(), *(P(rows) for _ in per_position)
+    if axes := rows + sequence:
+        where = P(rows or None, *sequence)
+        specs = where, P(), *(where for _ in per_position)
+        out_specs = P(axes) if sums else where
         local = jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=P(rows), axis_names=set(rows), check_vma=False
+            local, mesh=mesh, in_specs=specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
         )
     out = local(hidden, unembed, *per_position)
     return jax.tree.map(lambda x: x.sum(0), out) if sums else out

@@ -6,6 +6,7 @@ import re
 from postrain.hf.families import FAMILIES
 from postrain.hf.gguf import ARCHITECTURES
 from postrain.hf.gguf_tokenizer import BYTE_LEVEL_RULES
+from postrain.hf.text_part import TEXT_PARTS
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
 
@@ -13,9 +14,12 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
 def test_every_family_and_every_import_is_listed():
     listed, measured = PAGE.split("<!-- families -->")
     rows_of = lambda text: [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "ForCausalLM" in line
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if re.match(r"\| `\w+ForCausalLM`", line)
     ]
     assert [row[0].strip("`") for row in rows_of(listed)] == list(FAMILIES)
+    assert all(f"`{name}`" in listed for name in TEXT_PARTS)
     assert {row[0].strip("`") for row in rows_of(measured)} == set(FAMILIES)
     imports = {row[2].strip("`"): row[0].strip("`") for row in rows_of(listed) if row[2]}
     assert imports == {name: architecture.name for name, architecture in ARCHITECTURES.items()}

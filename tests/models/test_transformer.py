@@ -260,6 +260,20 @@ def test_attention_is_computed_again_only_under_full_rematerialisation(params, r
     assert jaxpr.count("cond_jaxpr") == passes
 
 
+def test_products_of_experts_are_computed_again_only_under_full_rematerialisation():
+    """Each is a loop of a length known at run time alone, as attention is."""
+    params, batch = make_params(EXPERTS), make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
+
+    def num_loops(remat):
+        config = dataclasses.replace(EXPERTS, remat=remat)
+        loss = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("cond_jaxpr")
+
+    # Forward, and to input and matrix of each: gate, up, down. What comes out of the last one backward does not need.
+    assert num_loops("none") == num_loops("dots") == 2 + 3 * 3
+    assert num_loops("full") == 3 + 3 * 3 + 2
+
+
 ROUTED = dataclasses.replace(
     EXPERTS, moe=dataclasses.replace(EXPERTS.moe, load_balance_coef=0.3, z_coef=0.1, load_balance_over="row")
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig
 from postrain.models import transformer
-from postrain.models.config import LoraConfig, NewRows
+from postrain.models.config import LoraConfig, MoeConfig, NewRows
 from postrain.models.params import adapter_specs, axes_of, init_from_specs, init_params, merge_params, param_specs
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
@@ -18,6 +19,17 @@ from postrain.types import Batch
 
 CONFIG = dataclasses.replace(ODD_CONFIG, qkv_bias=True, tie_embeddings=False, init_std=0.2, lora=LoraConfig(rank=4))
 CONFIG = dataclasses.replace(CONFIG, new_rows=NewRows(first=288, count=13))
+# Windows, sinks and experts, whose load is balanced over rows that devices have in parts.
+MOE = MoeConfig(8, 3, 24, router_bias=True, expert_bias=True, load_balance_coef=0.3, z_coef=0.1)
+EXPERTS = dataclasses.replace(
+    CONFIG,
+    moe=dataclasses.replace(MOE, load_balance_over="row"),
+    activation="clamped_swiglu",
+    layer_windows=(7, 0, 19),
+    attention_sinks=True,
+    attention_softcap=3.0,
+)
+CONFIGS = {"plain": CONFIG, "experts": EXPERTS}
 LENGTHS = [[9, 25, 3], [37], [20, 20], [1, 2, 30], [40], [10, 10, 10, 10], [5], [33, 6]]
 
 
@@ -57,18 +69,18 @@ def loss_and_gradients(params, batch, config):
 
 
 @functools.cache
-def make_params():
-    frozen = init_params(CONFIG, jax.random.key(0))
-    adapters = init_from_specs(adapter_specs(CONFIG), CONFIG, jax.random.key(1))
+def make_params(config):
+    frozen = init_params(config, jax.random.key(0))
+    adapters = init_from_specs(adapter_specs(config), config, jax.random.key(1))
     # B must not be zero. Not a constant either: a common component in every output makes the rest cancel.
     adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
     return merge_params(adapters, frozen)
 
 
 @functools.cache
-def one_device():
-    batch, params = jax.device_put((make_batch(), make_params()), jax.devices()[0])
-    return jax.device_get(jax.jit(loss_and_gradients, static_argnums=2)(params, batch, CONFIG))
+def one_device(config):
+    batch, params = jax.device_put((make_batch(), make_params(config)), jax.devices()[0])
+    return jax.device_get(jax.jit(loss_and_gradients, static_argnums=2)(params, batch, config))
 
 
 MESHES = [
@@ -77,28 +89,67 @@ MESHES = [
     MeshConfig(data=2, fsdp=4, tensor=1),
     MeshConfig(data=1, fsdp=4, tensor=2),
     MeshConfig(data=2, fsdp=1, tensor=4),
+    MeshConfig(data=1, fsdp=1, sequence=8),
+    MeshConfig(data=2, fsdp=1, sequence=4),
+    MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
     MeshConfig(data=2, fsdp=2, tensor=2),
+]
+EXPERT_MESHES = [
+    MeshConfig(data=1, fsdp=1, expert=8),
+    MeshConfig(data=1, fsdp=1, expert=2, sequence=4),
+    MeshConfig(data=1, fsdp=1, tensor=2, expert=2, sequence=2),
+    MeshConfig(data=2, fsdp=1, tensor=2, expert=2),
+    MeshConfig(data=1, fsdp=2, expert=2, sequence=2),
 ]
 
 
-CASES = [("none", mesh) for mesh in MESHES] + [("dots", MESHES[-1]), ("full", MESHES[-1])]
+CASES = [("plain", "none", mesh) for mesh in MESHES] + [("experts", "none", mesh) for mesh in EXPERT_MESHES]
+CASES += [
+    (name, remat, meshes[-1])
+    for remat in ("dots", "full")
+    for name, meshes in (("plain", MESHES), ("experts", EXPERT_MESHES))
+]
 
 
-@pytest.mark.parametrize(("remat", "sizes"), CASES, ids=str)
-def test_any_mesh_gives_the_one_device_loss_and_gradients(remat, sizes):
-    config = dataclasses.replace(CONFIG, remat=remat)
+@pytest.mark.parametrize(("name", "remat", "sizes"), CASES, ids=str)
+def test_any_mesh_gives_the_one_device_loss_and_gradients(name, remat, sizes):
+    config = dataclasses.replace(CONFIGS[name], remat=remat)
     mesh = make_mesh(sizes)
-    params = make_params()
-    axes = merge_params(axes_of(adapter_specs(CONFIG)), axes_of(param_specs(CONFIG)))
+    params = make_params(CONFIGS[name])
+    axes = merge_params(axes_of(adapter_specs(config)), axes_of(param_specs(config)))
     shardings = named_shardings(axes, mesh, params)
     with jax.set_mesh(mesh):
         params = jax.device_put(params, shardings)
         batch = jax.device_put(make_batch(), batch_sharding(mesh))
         step = jax.jit(loss_and_gradients, static_argnums=2, out_shardings=(None, None, shardings))
         loss, metrics, grads = jax.device_get(step(params, batch, config))
-    expected_loss, expected_metrics, expected_grads = one_device()
+    expected_loss, expected_metrics, expected_grads = one_device(CONFIGS[name])
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], expected_metrics["accuracy"])
     for (path, grad), expected in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
         scale = np.abs(expected).max()
         np.testing.assert_allclose(grad, expected, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_document_cannot_touch_another_on_another_device(name):
+    """Other tokens in the first document: the hidden states of all other documents stay to the bit."""
+    config, mesh = CONFIGS[name], make_mesh(MeshConfig(data=1, fsdp=1, expert=2, sequence=4))
+    batch, params = make_batch(), make_params(config)
+    first = batch.segment_ids == 1
+    changed = np.where(first, (batch.tokens + 7) % config.vocab_size, batch.tokens)
+    run = jax.jit(lambda p, tokens: transformer.compute_hidden(p, config, tokens, batch.segment_ids, batch.positions))
+    with jax.set_mesh(mesh):
+        before, after = (np.asarray(run(params, tokens)) for tokens in (batch.tokens, changed))
+    np.testing.assert_array_equal(before[~first], after[~first])
+    assert np.abs(before[first] - after[first]).max() > 0.1
+
+
+def test_queries_of_a_row_stay_split():
+    """Over ``sequence`` keys and values are gathered, and nothing else that is as long as a row."""
+    config, mesh = dataclasses.replace(CONFIG, lora=None), make_mesh(MeshConfig(data=2, fsdp=1, sequence=4))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), init_params(config, jax.random.key(0)))
+    with jax.set_mesh(mesh):
+        text = jax.jit(loss_and_gradients, static_argnums=2).lower(shapes, make_batch(), config).compile().as_text()
+    gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", text))
+    assert gathered and gathered <= {"4,40,2,12", "40,4,2,12", "4,2,12,40"}, gathered

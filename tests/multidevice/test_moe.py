@@ -179,10 +179,11 @@ def test_gradients_of_split_kernels_are_scattered():
     assert not any(kind == "all-reduce" and np.prod(shape) >= 4 * D * F for kind, shape in found)
 
 
-def test_backward_adds_up_over_experts_only_the_gradient_of_the_input():
-    """Forward one sum of partial outputs, backward one of partial input gradients: [8, 12, D] each."""
-    found = [shape for kind, shape in collectives(compiled_text(mesh_of(expert=8))) if np.prod(shape) == 8 * 12 * D]
-    assert len(found) == 2, found
+def test_tokens_are_gathered_and_their_outputs_added_up_once_each_way():
+    """Rows are split over experts outside the layer. Forward tokens are gathered and partial outputs added up, backward
+    gradients of the output are gathered and those of the input added up: [8, 12, D] each, and no more."""
+    found = [kind for kind, shape in collectives(compiled_text(mesh_of(expert=8))) if np.prod(shape) == 8 * 12 * D]
+    assert found.count("all-gather") == 2 and len(found) == 4, found
 
 
 def test_a_bfloat16_layer_runs_split():
