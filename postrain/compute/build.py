@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from postrain.config import Config, DataConfig, RouterSection
+from postrain.config import Config, DataConfig, LoraSection, RouterSection
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
-from postrain.models.params import axes_of, init_lora, lora_specs, param_specs, shapes_of
+from postrain.models.params import axes_of, frozen_specs, init_lora, lora_specs, num_params, param_specs, shapes_of
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch, TrainState
 
@@ -44,17 +44,17 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     """The model of ``folder`` with what ``config.model`` says about adapters and arithmetic, laid out over ``mesh``.
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
-    dtype, and the adapters start from ``train.seed``. Raises UserError as load_pretrained does.
+    dtype, or quantised, and the adapters start from ``train.seed``. Raises UserError as load_pretrained does.
     """
-    lora, dtype = config.model.lora, choose_compute_dtype(config.model.compute_dtype, mesh)
-    model_config, base = load_pretrained(folder, mesh=mesh, dtype=dtype if lora.rank else "float32")
-    model_config = configure(model_config, config, mesh)
-    if not lora.rank:
+    model_config = configure(read_config(folder), config, mesh)
+    dtype = "float32" if model_config.lora is None else model_config.compute_dtype
+    _, base = load_pretrained(folder, mesh=mesh, dtype=dtype, quantization=model_config.quantization)
+    if model_config.lora is None:
         return Model(model_config, base, {})
     specs = lora_specs(model_config)
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
-    start = jax.jit(lambda rng: init_lora(model_config, rng), out_shardings=shardings)
-    return Model(model_config, start(jax.random.key(config.train.seed)), base)
+    start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
+    return Model(model_config, start(jax.random.key(config.train.seed), base), base)
 
 
 def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
@@ -69,23 +69,48 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
         place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
-    base = param_specs(model_config)
     if model_config.lora is None:
-        return Model(model_config, describe(base, jnp.float32), {})
+        return Model(model_config, describe(param_specs(model_config), jnp.float32), {})
     adapters = describe(lora_specs(model_config), jnp.float32)
-    return Model(model_config, adapters, describe(base, model_config.compute_dtype))
+    return Model(model_config, adapters, describe(frozen_specs(model_config), model_config.compute_dtype))
+
+
+def count_params(model: Model) -> tuple[int, int]:
+    """How many parameters train, and how many do not; a quantised one counts as one."""
+    base = num_params(shapes_of(param_specs(model.config)))
+    return (base, 0) if model.config.lora is None else (num_params(model.params), base)
+
+
+def make_lora_config(section: LoraSection) -> LoraConfig | None:
+    """The adapters that a config asks for, None without."""
+    if not section.rank:
+        return None
+    own = dataclasses.asdict(section.ranks)
+    ranks = tuple((target, own[target]) for target in own if own[target] not in (0, section.rank))
+    return LoraConfig(section.rank, section.alpha, section.targets, ranks, section.dora)
 
 
 def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelConfig:
     """The model of a folder, computed as ``config.model`` says, with its adapters."""
-    section, lora = config.model, config.model.lora
+    section, lora = config.model, make_lora_config(config.model.lora)
+    if lora and lora.dora and model_config.moe and (experts := {"gate", "up", "down"} & set(lora.targets)):
+        raise UserError(
+            f"config key 'model.lora.dora': experts have no magnitudes, found targets {', '.join(sorted(experts))}: "
+            "leave them out of 'model.lora.targets', or set dora to False"
+        )
+    if section.quantization == "nf4" and model_config.embed_size % 2:
+        raise UserError(
+            f"config key 'model.quantization' = 'nf4' packs two numbers in a byte, but the model's hidden size is "
+            f"{model_config.embed_size}: use 'int8'"
+        )
     return dataclasses.replace(
         model_config,
         compute_dtype=choose_compute_dtype(section.compute_dtype, mesh),
         remat=section.remat,
         attention=section.attention,
         attention_chunk=section.attention_chunk,
-        lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+        lora=lora,
+        quantization=section.quantization,
         moe=_configure_routers(model_config.moe, section.router),
     )
 

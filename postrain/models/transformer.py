@@ -14,7 +14,8 @@ from postrain.models.attention import attention, cached_attention, soft_cap
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.params import merge_lora
+from postrain.models.params import column_norms, merge_lora
+from postrain.models.quantized import dot
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain
 
@@ -30,12 +31,15 @@ def rms_norm(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
 
 
 def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
-    """x @ kernel, plus bias and low-rank adapter where ``p`` has them."""
+    """x @ kernel, plus bias and low-rank adapter (of DoRA, with magnitudes) where ``p`` has them."""
     # One row axis: the CPU's matrix products are several times slower where backward contracts over two of them.
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ p["kernel"].astype(x.dtype)
+    y = dot(rows, p["kernel"])
     if "lora_a" in p:
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * config.lora.scale).astype(x.dtype)
+        scale = config.lora.scale_of(p["lora_a"])
+        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * scale).astype(x.dtype)
+        if "magnitude" in p:
+            y = y * (p["magnitude"] / column_norms(p, scale)).astype(x.dtype)
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
     y = y.reshape(*x.shape[:-1], -1)
@@ -68,8 +72,8 @@ def _feed_forward(x_BTD, p, config, mask, routing=None):
     if config.moe is None:
         out, routed = _mlp(h, p["mlp"], config), None
     else:
-        scale = config.lora.scale if config.lora else 1.0
-        options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_scale": scale}
+        alpha = config.lora.alpha if config.lora else 1.0
+        options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_alpha": alpha}
         out, routed = moe_mlp(h, p["moe"], config.moe, **options)
     return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out), routed
 
