@@ -15,7 +15,7 @@ from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import column_norms, merge_lora
-from postrain.models.quantized import dot
+from postrain.models.quantized import dequantize_params, dot
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain
 
@@ -174,8 +174,8 @@ def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, position
 def split_layers(params: dict, config: ModelConfig) -> dict:
     """``params`` with a tuple of L trees as ``layers``, adapters merged, for ``compute_hidden_cached`` to run in turn.
 
-    A copy of the layers. Where XLA copies what a scan slices (CPU), a step of generation would otherwise copy
-    every weight; on accelerators the scan needs no second copy in memory.
+    A copy of the layers, nothing in it quantised. Where XLA copies what a scan slices (CPU), a step of generation would
+    otherwise copy every weight; on accelerators the scan needs no second copy in memory.
     """
     return params | {"layers": tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))}
 
@@ -183,7 +183,7 @@ def split_layers(params: dict, config: ModelConfig) -> dict:
 @functools.partial(jax.jit, static_argnames="config")
 def _take_layer(layers, index, config):
     one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), layers)
-    return jax.tree.map(lambda x: x[0], merge_lora(one, config))
+    return jax.tree.map(lambda x: x[0], dequantize_params(merge_lora(one, config), config.compute_dtype))
 
 
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):
