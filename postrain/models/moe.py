@@ -230,8 +230,8 @@ def moe_mlp(
     [E, D, F] (bias [E, F]), down.kernel [E, F, D] (bias [E, D]), beside any expert kernel lora_a [E, I, r] and
     lora_b [E, r, O], whose product counts ``lora_alpha`` / r times; expert kernels may be quantised. ``activation``:
     "silu" (silu(gate) * up), "gelu_tanh", or "clamped_swiglu". ``mask_BT``: 0 for padding, which costs no expert work
-    and counts in no
-    loss. ``routing``: int32 [B, T, k], the ``expert_ids`` of an earlier call: the same experts again, see ``route``.
+    and counts in no loss. ``routing``: int32 [B, T, k], the ``expert_ids`` of an earlier call: the same experts again,
+    see ``route``.
     """
     batch, length, _ = x_BTD.shape
     mask_BT = jnp.ones((batch, length), bool) if mask_BT is None else mask_BT != 0

@@ -114,10 +114,11 @@ def _quantized_dot(x_NI, kernel):
     return x_NI @ dequantize(kernel, x_NI.dtype)
 
 
-_quantized_dot.defvjp(
-    lambda x_NI, kernel: (_quantized_dot(x_NI, kernel), kernel),
-    lambda kernel, grad_NO: (grad_NO @ dequantize(kernel, grad_NO.dtype).T, None),
-)
+def _quantized_dot_backward(kernel, grad_NO):
+    return jax.lax.dot_general(grad_NO, dequantize(kernel, grad_NO.dtype), (((1,), (1,)), ((), ()))), None
+
+
+_quantized_dot.defvjp(lambda x_NI, kernel: (_quantized_dot(x_NI, kernel), kernel), _quantized_dot_backward)
 
 
 def _blocked_axis(kernel) -> int:
@@ -141,7 +142,7 @@ def _nonzero(x):
 
 def _look_up(codes):
     """NF4_LEVELS[codes] by a tree of selects, bit by bit: accelerators gather from tables slowly."""
-    values = list(NF4_LEVELS)
+    values = NF4_LEVELS.tolist()  # literals: numpy scalars would be constants, carried through loops as whole arrays
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]

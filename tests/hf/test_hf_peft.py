@@ -47,7 +47,7 @@ def load_in_peft(base, folder):
     [
         {"rank": 5, "alpha": 7.5},
         {"rank": 2, "alpha": 4.0, "targets": ("q", "down")},
-        {"rank": 2, "alpha": 4.0, "ranks": (("v", 5), ("up", 1))},
+        {"rank": 2, "alpha": 2.0, "ranks": (("v", 5), ("up", 1))},
         {"rank": 3, "alpha": 4.0, "dora": True},
     ],
     ids=str,
