@@ -141,9 +141,13 @@ def _nonzero(x):
 
 
 def _look_up(codes):
-    """NF4_LEVELS[codes] by a tree of selects, bit by bit: accelerators gather from tables slowly."""
-    values = NF4_LEVELS.tolist()  # literals: numpy scalars would be constants, carried through loops as whole arrays
+    """NF4_LEVELS[codes], float32, bit by bit: accelerators gather from tables slowly.
+
+    Sums of which one term is 0, so exact. Not ``jnp.where``: differentiating a scan would move its constants out of
+    the loop, each as large as the matrix.
+    """
+    values = NF4_LEVELS.tolist()
     for bit in range(4):
-        is_set = (codes >> bit) & 1 == 1
-        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        one = ((codes >> bit) & 1).astype(jnp.float32)
+        values = [one * high + (1 - one) * low for low, high in zip(values[::2], values[1::2], strict=True)]
     return values[0]

@@ -83,11 +83,10 @@ def test_products_and_gradients_are_those_of_the_dequantised_kernel(kind, axis, 
     q = quantize(jnp.asarray(normal(128, 256)), kind, axis)
     x, probe = (jnp.asarray(normal(9, size, seed=size), dtype) for size in (128, 256))
     loss = lambda x, kernel: (dot(x, kernel) * probe).astype(jnp.float32).sum()
-    found = jax.jit(lambda x: (dot(x, q), jax.grad(loss)(x, q)))(x)
     w = dequantize(q, dtype)
-    expected = jax.jit(lambda x, w: (x @ w, jax.grad(loss)(x, w)))(x, w)
-    assert found[1].dtype == dtype
+    found, expected = (dot(x, q), jax.grad(loss)(x, q)), (x @ w, jax.grad(loss)(x, w))
     for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
         np.testing.assert_array_equal(a, b)
 
 
@@ -149,7 +148,7 @@ def test_grouped_products_are_those_of_the_dequantised_experts(backend):
 
 
 def test_nothing_dequantised_is_kept_for_backward():
-    """Temporaries of a step do not grow with depth by what one dequantised layer takes, whatever remat says."""
+    """Temporaries of a step grow with depth by what a layer's activations take, as those of a plain base do."""
 
     def temporaries(layers, kind):
         config = ModelConfig(
@@ -157,7 +156,7 @@ def test_nothing_dequantised_is_kept_for_backward():
         )
         config = dataclasses.replace(config, lora=LoraConfig(rank=2), quantization=kind)
         shapes = shapes_of(frozen_specs(config))
-        adapters = jax.eval_shape(lambda: init_lora(dataclasses.replace(config), jax.random.key(0)))
+        adapters = jax.eval_shape(lambda: init_lora(config, jax.random.key(0)))
         rows = (jax.ShapeDtypeStruct((1, 16), jnp.int32),) * 3
 
         def loss(adapters, base, rows):
@@ -167,9 +166,10 @@ def test_nothing_dequantised_is_kept_for_backward():
         return compiled.memory_analysis().temp_size_in_bytes
 
     one_layer = 4 * (4 * 256 * 128 + 3 * 256 * 512)
-    growth = {kind: (temporaries(9, kind) - temporaries(1, kind)) / 8 for kind in ("none", "nf4", "int8")}
-    assert growth["nf4"] < growth["none"] + 0.2 * one_layer, growth
-    assert growth["nf4"] < 0.3 * one_layer and growth["int8"] < 0.4 * one_layer, growth
+    growth = {kind: (temporaries(12, kind) - temporaries(4, kind)) / 8 for kind in ("none", "nf4", "int8")}
+    assert growth["nf4"] < growth["none"] + 0.1 * one_layer, growth
+    assert growth["int8"] < growth["none"] + 0.1 * one_layer, growth
+    assert temporaries(4, "nf4") < temporaries(4, "none") + 1.5 * one_layer  # what is dequantised at one time
 
 
 QWEN3_8B = ModelConfig(
