@@ -24,7 +24,7 @@ from postrain.models.params import (
 from postrain.models.quantized import BLOCK, NF4_LEVELS, dequantize, dequantize_params, dot, quantize
 from postrain.models.transformer import compute_hidden
 
-# The table of bitsandbytes (functional.py, create_normal_map) as its documentation prints it.
+# The constants of bitsandbytes (csrc, dDequantizeNF4), in the order of their codes.
 PUBLISHED = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
 -0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634
 0.33791524171829224 0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"""
