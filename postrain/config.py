@@ -47,12 +47,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RanksSection:
+    """Ranks of single targets in place of ``model.lora.rank``; 0: that one. Alpha is divided by the target's own."""
+
+    q: int = 0  # queries
+    k: int = 0  # keys
+    v: int = 0  # values
+    o: int = 0  # the attention's output
+    gate: int = 0  # of the MLP, or of each expert
+    up: int = 0  # likewise
+    down: int = 0  # likewise
+
+
+@dataclasses.dataclass(frozen=True)
 class LoraSection:
     """Low-rank adapters. ``rank=0``: every parameter trains."""
 
     rank: int = 0  # r, columns of A and rows of B
     alpha: float = 32.0  # the adapters' share is scaled by alpha / rank
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # linear layers that get adapters
+    ranks: RanksSection = RanksSection()
+    dora: bool = False  # a trained magnitude of each output channel, adapters for its direction (arXiv:2402.09353)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +105,7 @@ class ModelSection:
     attention: str = "auto"  # "chunked" (runs everywhere), "flash_tpu", "flash_gpu"; auto: by the platform
     attention_chunk: int = 128  # positions per block of the back end chunked
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
+    quantization: str = "none"  # of the base under adapters: "nf4" (QLoRA, arXiv:2305.14314) or "int8"
     lora: LoraSection = LoraSection()
     new_tokens: NewTokensSection = NewTokensSection()
     router: RouterSection = RouterSection()
@@ -207,6 +223,7 @@ CHOICES: dict[str, tuple] = {
     "model.remat": ("none", "dots", "full"),
     "model.router.load_balance_over": ("row", "batch"),
     "model.attention": ("auto", "chunked", "flash_tpu", "flash_gpu"),
+    "model.quantization": ("none", "nf4", "int8"),
     "model.lora.targets": ("q", "k", "v", "o", "gate", "up", "down"),
     "optimizer.name": ("adamw", "lion", "adafactor", "sgd", "muon"),
     "optimizer.schedule": ("constant", "linear", "cosine", "wsd"),
@@ -260,6 +277,7 @@ RANGES: dict[str, Range] = {
     "model.loss_chunk": Range(1, 2**20),
     "model.lora.rank": Range(0, 2**16),
     "model.lora.alpha": Range(0),
+    **{f"model.lora.ranks.{target}": Range(0, 2**16) for target in ("q", "k", "v", "o", "gate", "up", "down")},
     "model.router.load_balance_coef": Range(0),
     "model.router.z_coef": Range(0),
     "optimizer.learning_rate": Range(above=0),
@@ -309,7 +327,7 @@ def resolve(values: Any) -> Config:
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
     _check_rows(config)
-    _check_adapters(config.model.lora)
+    _check_adapters(config.model)
     _check_new_tokens(config.model)
     _check_best(config)
     return config
@@ -340,10 +358,29 @@ def _check_rows(config: Config) -> None:
         )
 
 
-def _check_adapters(lora: LoraSection) -> None:
-    """Adapters that could not change the model are a mistake: the run would train nothing."""
+def _check_adapters(model: ModelSection) -> None:
+    """Adapters that could not change the model are a mistake, and so is what goes with adapters that are not there."""
+    lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
+    own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
+    if not lora.rank:
+        if model.quantization != "none":
+            raise UserError(f"config key 'model.quantization' = {model.quantization!r} is for a frozen base, but {off}")
+        if lora.dora or own_ranks:
+            raise UserError(
+                f"config key 'model.lora.{'dora' if lora.dora else 'ranks.' + own_ranks[0]}' is set, but {off}"
+            )
+    if lora.targets and (others := [target for target in own_ranks if target not in lora.targets]):
+        raise UserError(
+            f"config key 'model.lora.ranks.{others[0]}' is set, but 'model.lora.targets' is {', '.join(lora.targets)}: "
+            f"add {others[0]} there, or set its rank to 0"
+        )
     if lora.rank and not lora.targets:
         raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
+    if model.fp8 and model.quantization != "none":
+        raise UserError(
+            f"config keys 'model.fp8' and 'model.quantization' = {model.quantization!r}: a product is in one of them: "
+            "switch the other off"
+        )
     if lora.rank and not lora.alpha:
         raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
 

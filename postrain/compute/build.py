@@ -11,13 +11,22 @@ import optax
 from jax.sharding import Mesh
 
 from postrain.compute.vocabulary import find_new_tokens, find_rows, grow_config, start_rows, write_rows
-from postrain.config import Config, DataConfig, RouterSection
+from postrain.config import Config, DataConfig, LoraSection, RouterSection
 from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
-from postrain.models.params import adapter_specs, axes_of, init_lora, lora_specs, param_specs, shapes_of
+from postrain.models.params import (
+    adapter_specs,
+    axes_of,
+    frozen_specs,
+    init_lora,
+    lora_specs,
+    num_params,
+    param_specs,
+    shapes_of,
+)
 from postrain.sharding import batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch, TrainState
 
@@ -45,15 +54,20 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     """The model of ``folder`` with what ``config.model`` says about adapters and arithmetic, laid out over ``mesh``.
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
-    dtype, and the adapters start from ``train.seed``. Rows of new tokens train beside a frozen base, else in their
-    table. Raises UserError as load_pretrained and find_new_tokens do.
+    dtype, or quantised, and the adapters start from ``train.seed``. Rows of new tokens train beside a frozen base, else
+    in their table. Raises UserError as load_pretrained and find_new_tokens do.
     """
-    frozen, dtype = freezes_base(config), choose_compute_dtype(config.model.compute_dtype, mesh)
+    frozen = freezes_base(config)
     source = read_config(folder)
     new = find_new_tokens(config, folder, source.vocab_size)
     model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
-    vocab_size = model_config.vocab_size
-    _, base = load_pretrained(folder, mesh=mesh, dtype=dtype if frozen else "float32", vocab_size=vocab_size)
+    _, base = load_pretrained(
+        folder,
+        mesh=mesh,
+        dtype=model_config.compute_dtype if frozen else "float32",
+        vocab_size=model_config.vocab_size,
+        quantization=model_config.quantization,
+    )
     rows = find_rows(new, source.vocab_size) if new else None
     started = start_rows(base, new, rows, mesh) if new else {}
     if not frozen:
@@ -62,8 +76,8 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         return Model(model_config, started, base)
     specs = lora_specs(model_config)
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
-    start = jax.jit(lambda rng: init_lora(model_config, rng), out_shardings=shardings)
-    return Model(model_config, start(jax.random.key(config.train.seed)) | started, base)
+    start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
+    return Model(model_config, start(jax.random.key(config.train.seed), base) | started, base)
 
 
 def freezes_base(config: Config) -> bool:
@@ -86,16 +100,40 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
         place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         return jax.tree.map(place, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
-    base = param_specs(model_config)
     if not frozen:
-        return Model(model_config, describe(base, jnp.float32), {})
+        return Model(model_config, describe(param_specs(model_config), jnp.float32), {})
     adapters = describe(adapter_specs(model_config), jnp.float32)
-    return Model(model_config, adapters, describe(base, model_config.compute_dtype))
+    return Model(model_config, adapters, describe(frozen_specs(model_config), model_config.compute_dtype))
+
+
+def count_params(model: Model) -> tuple[int, int]:
+    """How many parameters train, and how many do not; a quantised one counts as one."""
+    base = num_params(shapes_of(param_specs(model.config)))
+    return (num_params(model.params), base) if model.frozen else (base, 0)
+
+
+def make_lora_config(section: LoraSection) -> LoraConfig | None:
+    """The adapters that a config asks for, None without."""
+    if not section.rank:
+        return None
+    own = dataclasses.asdict(section.ranks)
+    ranks = tuple((target, own[target]) for target in own if own[target] not in (0, section.rank))
+    return LoraConfig(section.rank, section.alpha, section.targets, ranks, section.dora)
 
 
 def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelConfig:
     """The model of a folder, computed as ``config.model`` says, with its adapters."""
-    section, lora = config.model, config.model.lora
+    section, lora = config.model, make_lora_config(config.model.lora)
+    if lora and lora.dora and model_config.moe and (experts := {"gate", "up", "down"} & set(lora.targets)):
+        raise UserError(
+            f"config key 'model.lora.dora': experts have no magnitudes, found targets {', '.join(sorted(experts))}: "
+            "leave them out of 'model.lora.targets', or set dora to False"
+        )
+    if section.quantization == "nf4" and model_config.embed_size % 2:
+        raise UserError(
+            f"config key 'model.quantization' = 'nf4' packs two numbers in a byte, but the model's hidden size is "
+            f"{model_config.embed_size}: use 'int8'"
+        )
     return dataclasses.replace(
         model_config,
         compute_dtype=choose_compute_dtype(section.compute_dtype, mesh),
@@ -103,7 +141,8 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
         remat=section.remat,
         attention=section.attention,
         attention_chunk=section.attention_chunk,
-        lora=LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None,
+        lora=lora,
+        quantization=section.quantization,
         moe=_configure_routers(model_config.moe, section.router),
     )
 

@@ -36,6 +36,7 @@ from postrain.hf.peft import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_lora, merge_params
+from postrain.models.quantized import dequantize_params
 from postrain.sharding import make_mesh
 from postrain.types import TrainState
 
@@ -97,7 +98,7 @@ def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> str:
         base_name=run.config.model.path,
         tokenizer=run.tokenizer,
     )
-    config, adapter = load_adapter(staged, run.model_config, mesh=run.mesh)
+    config, adapter = load_adapter(staged, run.model_config, base_folder=run.source_folder, mesh=run.mesh)
     found = compute_probe_logits(merge_params(adapter, frozen), config, run.mesh)
     check_logits(found, expected, run.name, "the files'", "the trained model")
     return ""
@@ -107,12 +108,14 @@ def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> str:
     """Writes the Hugging Face folder and checks it. Returns what there is to tell of its rounding."""
     base, source = frozen, run.source_folder
     if frozen:
-        # The base that trained is rounded to the compute dtype, which must not reach the export.
-        vocab_size = run.model_config.vocab_size
-        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32", vocab_size=vocab_size)
+        # The base that trained is rounded to the compute dtype, which must not reach the export. How it is quantised
+        # must: the adapters are made for those numbers.
+        kind, vocab_size = run.model_config.quantization, run.model_config.vocab_size
+        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32", vocab_size=vocab_size, quantization=kind)
     tree = merge_params(params, base)
     if frozen:
         expected = compute_probe_logits(tree, run.model_config, run.mesh)
+        tree, base = None, dequantize_params(base, "float32")
         tree = _merge(base, params, run.model_config)
         found = compute_probe_logits(tree, run.model_config, run.mesh)
         check_logits(found, expected, run.name, "the merged weights'", "the base with its adapters")
@@ -120,7 +123,10 @@ def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> str:
         staged, tree, run.model_config, source_folder=source, dtype=run.config.export.dtype, tokenizer=run.tokenizer
     )
     dtypes = find_dtypes(staged, run.model_config)
-    note = describe_rounding(tree, source, dtypes, run.model_config, run.mesh)
+    if run.model_config.quantization == "none":
+        note = describe_rounding(tree, source, dtypes, run.model_config, run.mesh)
+    else:
+        note = f"export      merged into the base as {run.model_config.quantization} has it, which is what was trained"
     tree, base = round_params(tree, dtypes), None
     expected = compute_probe_logits(tree, run.model_config, run.mesh)
     del tree
@@ -197,4 +203,4 @@ def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:
 
 def fingerprint_base(model: Model, folder: str | os.PathLike, config: Config) -> dict | None:
     """Of the model folder, adapters and new tokens: what checkpoints hold only a part of, or its training result."""
-    return fingerprint_model(folder, model.config.lora, config.model.new_tokens)
+    return fingerprint_model(folder, model.config.lora, config.model.new_tokens, model.config.quantization)

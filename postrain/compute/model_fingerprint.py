@@ -27,13 +27,20 @@ class _Span(NamedTuple):
 
 
 def fingerprint_model(
-    folder: str | os.PathLike, lora: LoraConfig | None = None, new_tokens: NewTokensSection | None = None
+    folder: str | os.PathLike,
+    lora: LoraConfig | None = None,
+    new_tokens: NewTokensSection | None = None,
+    quantization: str = "none",
 ) -> dict[str, Any]:
     """Of the model that a run starts from, the adapters and new tokens that it trains: for a resume to name changes.
 
-    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha`` and what config.json says do not.
+    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha``, ``quantization`` and what config.json
+    says do not. Later keys are left out at their defaults, as older checkpoints do not have them.
     """
     adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
+    if lora:
+        later = {"ranks": dict(lora.ranks), "dora": lora.dora, "quantization": quantization}
+        adapters |= {key: value for key, value in later.items() if value not in ({}, False, "none")}
     config = pathlib.Path(folder) / "config.json"
     described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
     fingerprint = {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}

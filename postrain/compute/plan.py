@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.compute.build import Model, Step, abstract_model
+from postrain.compute.build import Model, Step, abstract_model, count_params
 from postrain.compute.flops import BatchStats, count_flops, count_pairs
 from postrain.compute.hlo import read_collectives
 from postrain.compute.plan_advice import advise
@@ -28,7 +28,6 @@ from postrain.compute.traced_flops import count_traced_flops
 from postrain.config import Config
 from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
-from postrain.models.params import num_params
 from postrain.sharding import make_mesh
 
 MakeStep = Callable[[Config, Model, Mesh, int], Step]
@@ -199,9 +198,10 @@ def describe_target(target: Target) -> dict:
 
 def describe_model(program: Program) -> dict:
     config = program.model.config
+    trained, frozen = count_params(program.model)
     return {
-        "parameters_trained": num_params(program.model.params),
-        "parameters_frozen": num_params(program.model.frozen),
+        "parameters_trained": trained,
+        "parameters_frozen": frozen,
         "compute_dtype": config.compute_dtype,
         "remat": config.remat,
     }

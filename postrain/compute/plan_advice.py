@@ -21,7 +21,8 @@ def advise(program, memory: dict[str, int], target: Target, weigh: Callable[[Con
 
     ``weigh(config) -> (bytes of a device, whether that was compiled)``. Each change contains the ones before it, the
     ones that cost least first: memory that JAX leaves free, parameters split over more devices, smaller
-    micro-batches (the same result), recomputation (a third more operations), adapters, shorter rows.
+    micro-batches (the same result), recomputation (a third more operations), adapters, a quantised base under them,
+    shorter rows.
     """
     tried, needed = [], memory["total"]
     if target.chip and target.chip.platform == "gpu" and target.usable < needed <= GPU_FRACTION * target.chip.memory:
@@ -51,6 +52,8 @@ def list_changes(program, memory: dict[str, int], usable: int) -> Iterator[tuple
     if not program.model.frozen:
         rank = LoraConfig().rank
         steps.append({"model.lora.rank": rank})
+    if config.model.quantization == "none":
+        steps.append({"model.quantization": "nf4"})
     length = config.data.sequence_length
     while length // 2 >= SHORTEST:
         length //= 2

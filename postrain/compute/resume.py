@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 
+from postrain.compute.build import make_lora_config
 from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
@@ -18,7 +19,6 @@ from postrain.data.schema import BadRow
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.models.config import LoraConfig
 
 _SHOWN = 8  # changes in one message
 
@@ -33,11 +33,12 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
     place, saved = _read_newest(checkpoints)
     if saved is None:
         return
-    lora = config.model.lora
-    adapters = LoraConfig(lora.rank, lora.alpha, lora.targets) if lora.rank else None
+    model = fingerprint_model(
+        folder, make_lora_config(config.model.lora), config.model.new_tokens, config.model.quantization
+    )
     changes = [
         *_compare_data(saved["fingerprint"], config, tokenizer),
-        *_compare_models(saved["base_fingerprint"], fingerprint_model(folder, adapters, config.model.new_tokens)),
+        *_compare_models(saved["base_fingerprint"], model),
         *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
     ]
     if changes:
@@ -105,10 +106,15 @@ def _compare_models(saved: dict | None, now: dict) -> list[str]:
     """``fingerprint_model`` then and now."""
     if saved is None:
         return []
-    off = {"rank": 0}
-    before, after = saved.get("lora") or off, now.get("lora") or off
-    keys = [key for key in ("rank", "alpha", "targets") if key in before and key in after]
-    changes = [f"model.lora.{key}: was {before[key]}, is {after[key]}" for key in keys if before[key] != after[key]]
+    defaults = {"ranks": {}, "dora": False, "quantization": "none"}
+    before, after = (defaults | (adapters or {"rank": 0}) for adapters in (saved.get("lora"), now.get("lora")))
+    keys = {key: f"model.lora.{key}" for key in ("rank", "alpha", "targets", "ranks", "dora")}
+    keys |= {"quantization": "model.quantization"}
+    changes = [
+        f"{name}: was {before[key]}, is {after[key]}"
+        for key, name in keys.items()
+        if key in before and key in after and before[key] != after[key]
+    ]
     changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]

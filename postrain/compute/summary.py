@@ -8,20 +8,20 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh
 
-from postrain.compute.build import Model
+from postrain.compute.build import Model, count_params
 from postrain.compute.flops import format_formula
 from postrain.compute.step import mesh_context
 from postrain.config import Config, format_config
 from postrain.models import grouped_dot
 from postrain.models.attention import select_backend
 from postrain.models.config import ModelConfig
-from postrain.models.params import adapter_specs, axes_of, num_params, param_specs, shapes_of
+from postrain.models.params import adapter_specs, axes_of, frozen_specs, shapes_of
 from postrain.sharding import describe_mesh, num_row_shards, undivided_dimensions
 
 
 def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -> str:
     """Config, devices, parameters, the batch equation, the back ends; several lines."""
-    trained, frozen = num_params(model.params), num_params(model.frozen)
+    trained, frozen = count_params(model)
     data, train = config.data, config.train
     hosts = jax.process_count()
     rows = data.batch_size // (train.micro_batches * hosts)
@@ -51,7 +51,7 @@ def describe_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
 
 def describe_undivided(model: Model, mesh: Mesh) -> list[str]:
     """What the mesh leaves whole although it names an axis for it."""
-    specs = [param_specs(model.config), adapter_specs(model.config)]
+    specs = [frozen_specs(model.config), adapter_specs(model.config)]
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
 
 

@@ -24,32 +24,55 @@ from postrain.hf.safetensors_io import TensorFiles
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
-from postrain.models.params import ParamSpec
+from postrain.models.params import ParamSpec, frozen_specs, stream_axis
+from postrain.models.quantized import quantize
+from postrain.nested import flatten
 from postrain.sharding import named_shardings
 
 PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
 
 
 def load_pretrained(
-    folder: str | os.PathLike, *, mesh: Mesh | None = None, dtype: str = "float32", vocab_size: int = 0
+    folder: str | os.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    vocab_size: int = 0,
+    quantization: str = "none",
 ) -> tuple[ModelConfig, dict]:
     """ModelConfig and parameter tree (see postrain.models.params) of a Hugging Face folder.
 
-    With ``mesh`` the arrays are global arrays laid out by ``postrain.sharding``; without, they are on the
-    default device. ``vocab_size``: rows of the vocabulary that the model is to have, where the folder has fewer; those
-    past the folder's are zero. Raises UserError: config.json
-    unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen
-    (all of them in one message).
+    ``quantization``: of the linear layers' kernels, as in ModelConfig; each matrix is quantised from the file's numbers
+    as it is read. ``dtype``: of everything else. With ``mesh`` the arrays are global arrays laid out by
+    ``postrain.sharding``; without, they are on the default device. ``vocab_size``: rows of the vocabulary that the
+    model is to have, where the folder has fewer; those past the folder's are zero. Raises UserError: config.json
+    unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen (all of them
+    in one message).
     """
-    config = read_config(folder)
+    config = dataclasses.replace(read_config(folder), quantization=quantization)
     files, _ = open_checked(folder, config)
     target = parse_dtype(dtype, "dtype")
+    packed = _packed_specs(config)
     leaves = {}
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
     for entry, spec in list_entries(grown, read_family(folder)):
-        read = make_reader(files, entry, spec, config, target)
-        leaves[entry.param] = place(read, spec, mesh)
+        if entry.param in packed:
+            read = make_reader(files, entry, spec, config, np.dtype(np.float32))
+            arrays = place_quantized(read, spec, packed[entry.param], quantization, mesh)
+            leaves |= {f"{entry.param}.{name}": array for name, array in arrays.items()}
+        else:
+            leaves[entry.param] = place(make_reader(files, entry, spec, config, target), spec, mesh)
     return grown, unflatten(leaves)
+
+
+def _packed_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
+    """Path of each kernel that ``config.quantization`` packs -> its leaves."""
+    packed: dict[str, dict[str, ParamSpec]] = {}
+    for path, spec in flatten(frozen_specs(config)).items():
+        if spec.dtype:
+            kernel, _, name = path.rpartition(".")
+            packed.setdefault(kernel, {})[name] = spec
+    return packed
 
 
 def open_checked(
@@ -178,6 +201,45 @@ def _make_zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0)
+
+
+def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], kind: str, mesh: Mesh | None) -> dict:
+    """The leaves of a quantised parameter, laid out as ``place`` does: one matrix in float32 at a time on the host."""
+    parts, shardings = {}, {}
+    for name, leaf in leaves.items():
+        shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        whole = SingleDeviceSharding(jnp.zeros(()).device)
+        shardings[name] = named_shardings({"": leaf.axes}, mesh, {"": shape})[""] if mesh else whole
+        indices = shardings[name].addressable_devices_indices_map(leaf.shape).values()
+        parts[name] = {_bounds(index, leaf.shape): None for index in indices}
+        for bounds in parts[name]:
+            parts[name][bounds] = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+    pack = jax.jit(functools.partial(quantize, kind=kind, axis=stream_axis(spec)))
+    for stack in np.ndindex(spec.shape[:-2]):  # layers, and experts
+        held = [(name, bounds) for name in parts for bounds in parts[name] if _contains(bounds, stack)]
+        if not held:
+            continue
+        one = tuple(slice(i, i + 1) for i in stack)
+        matrix = read((*one, slice(None), slice(None))).reshape(spec.shape[-2:])
+        found = jax.device_get(pack(matrix))
+        for name, bounds in held:
+            place_in = tuple(i - start for i, (start, _) in zip(stack, bounds, strict=False))
+            parts[name][bounds][place_in] = found[name][tuple(slice(*pair) for pair in bounds[-2:])]
+    return {
+        name: jax.make_array_from_callback(
+            leaf.shape, shardings[name], lambda index, name=name, leaf=leaf: parts[name][_bounds(index, leaf.shape)]
+        )
+        for name, leaf in leaves.items()
+    }
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Start and stop along every axis."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _contains(bounds: tuple[tuple[int, int], ...], stack: tuple[int, ...]) -> bool:
+    return all(start <= i < stop for i, (start, stop) in zip(stack, bounds, strict=False))
 
 
 def _natural(name: str) -> list:

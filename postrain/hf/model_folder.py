@@ -58,5 +58,5 @@ def load_model(model: ModelFolder, *, mesh: Mesh | None = None, dtype: str = "fl
     config, params = load_pretrained(model.base, mesh=mesh, dtype=dtype, vocab_size=vocab_size)
     if model.adapter is None:
         return config, params
-    config, adapters = load_adapter(model.adapter, config, mesh=mesh, dtype=dtype)
+    config, adapters = load_adapter(model.adapter, config, base_folder=model.base, mesh=mesh, dtype=dtype)
     return config, merge_params(adapters, params)

@@ -33,16 +33,24 @@ class RopeConfig:
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): y += (x A) B * alpha / rank.
 
-    ``targets`` are names of linear layers: "q", "k", "v", "o", "gate", "up", "down".
+    ``targets`` are names of linear layers: "q", "k", "v", "o", "gate", "up", "down"; ``ranks`` gives those of them
+    that have another rank, which is then the one that alpha is divided by. ``dora`` (Liu et al. 2024,
+    arXiv:2402.09353): y = m * (x (W + A B alpha / rank)) / ||W + A B alpha / rank||, with a trained magnitude m of each
+    output channel and the norm over its inputs, a constant for backward (section 4.3).
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    ranks: tuple[tuple[str, int], ...] = ()
+    dora: bool = False
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def rank_of(self, target: str) -> int:
+        return dict(self.ranks).get(target, self.rank)
+
+    def scale_of(self, lora_a) -> float:
+        """What the product of a matrix A [..., in, rank] with its B counts."""
+        return self.alpha / lora_a.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +124,7 @@ class ModelConfig:
     attention_chunk: int = 128  # positions per block of the chunked back end
     lora: LoraConfig | None = None
     new_rows: NewRows | None = None
+    quantization: str = "none"  # of the frozen kernels: "none", "nf4", "int8", see postrain.models.quantized
 
     @property
     def attention_scale(self) -> float:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from postrain.models.quantized import dequantize, is_quantized, shape_of
 from postrain.sharding import current_platform
 
 BACKENDS = ("ragged_dot", "blocks")
@@ -38,9 +39,12 @@ def grouped_dot(x_MI, w_GIO, group_sizes_G, backend: str):
     """Rows of group g times ``w_GIO[g]``, [M, O] in x's dtype; sums in float32.
 
     The first ``group_sizes_G[0]`` rows are group 0's and so on (int32, 0 allowed). Rows past the last group give 0
-    and cost next to nothing. ``backend``: of BACKENDS. Rematerialisation knows the result as "grouped_dot".
+    and cost next to nothing. ``backend``: of BACKENDS. ``w_GIO`` may be quantised, and then has no gradient: blocks
+    dequantise one group's matrix at a time, "ragged_dot" all of them. Rematerialisation knows the result as
+    "grouped_dot".
     """
-    return checkpoint_name(_grouped_dot(x_MI, w_GIO, group_sizes_G, backend), "grouped_dot")
+    product = _quantized_grouped_dot if is_quantized(w_GIO) else _grouped_dot
+    return checkpoint_name(product(x_MI, w_GIO, group_sizes_G, backend), "grouped_dot")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -62,12 +66,29 @@ def _grouped_dot_backward(backend, residuals, grad_MO):
 _grouped_dot.defvjp(_grouped_dot_forward, _grouped_dot_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _quantized_grouped_dot(x_MI, w_GIO, group_sizes_G, backend):
+    return _rows_times_groups(x_MI, w_GIO, group_sizes_G, backend, transpose=False)
+
+
+def _quantized_grouped_dot_forward(x_MI, w_GIO, group_sizes_G, backend):
+    return _quantized_grouped_dot(x_MI, w_GIO, group_sizes_G, backend), (w_GIO, group_sizes_G)
+
+
+def _quantized_grouped_dot_backward(backend, residuals, grad_MO):
+    return _rows_times_groups(grad_MO, *residuals, backend, transpose=True), None, None
+
+
+_quantized_grouped_dot.defvjp(_quantized_grouped_dot_forward, _quantized_grouped_dot_backward)
+
+
 def _rows_times_groups(x_MI, w_GIO, group_sizes_G, backend, *, transpose: bool):
     """Group g's rows times w[g], or times its transpose (then x is [M, O] and the result [M, I])."""
     if backend == "blocks":
         out = _blocks_times_groups(x_MI, w_GIO, group_sizes_G, transpose)
     else:
-        w = w_GIO.swapaxes(1, 2) if transpose else w_GIO
+        w = dequantize(w_GIO, x_MI.dtype) if is_quantized(w_GIO) else w_GIO
+        w = w.swapaxes(1, 2) if transpose else w
         out = jax.lax.ragged_dot(x_MI, w, group_sizes_G, preferred_element_type=jnp.float32).astype(x_MI.dtype)
     return jnp.where(jnp.arange(x_MI.shape[0])[:, None] < group_sizes_G.sum(), out, 0)
 
@@ -90,18 +111,20 @@ def _block_starts(group_sizes_G, block: int, num_rows: int):
 
 
 def _blocks_times_groups(x_MI, w_GIO, group_sizes_G, transpose: bool):
-    num_rows, block = x_MI.shape[0], _block_size(x_MI.shape[0], w_GIO.shape[0])
+    shape, num_rows = shape_of(w_GIO), x_MI.shape[0]
+    block = _block_size(num_rows, shape[0])
     group, start, count = _block_starts(group_sizes_G, block, num_rows)
     x = jnp.pad(x_MI, ((0, block), (0, 0)))  # the last blocks may reach past the end
     contract = ((1,), (1 if transpose else 0,)), ((), ())
 
     def step(i, out):
-        w = jax.lax.dynamic_index_in_dim(w_GIO, group[i], keepdims=False)
+        w = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group[i], keepdims=False), w_GIO)
+        w = dequantize(w, x.dtype) if is_quantized(w) else w
         rows = jax.lax.dynamic_slice_in_dim(x, start[i], block)
         product = jax.lax.dot_general(rows, w, contract, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start[i], 0)
 
-    out = jnp.zeros((num_rows + block, w_GIO.shape[1 if transpose else 2]), x_MI.dtype)
+    out = jnp.zeros((num_rows + block, shape[1 if transpose else 2]), x_MI.dtype)
     return jax.lax.fori_loop(0, count, step, out)[:num_rows]
 
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from postrain.models.config import MoeConfig
 from postrain.models.grouped_dot import grouped_dot, select_backend
+from postrain.models.quantized import is_quantized, shape_of
 from postrain.sharding import BATCH_AXES, named_shardings
 from postrain.types import RowTerms
 
@@ -224,20 +225,21 @@ class _Layout(NamedTuple):
 
 
 def moe_mlp(
-    x_BTD, p: dict, config: MoeConfig, *, activation="silu", mask_BT=None, routing=None, lora_scale=1.0
+    x_BTD, p: dict, config: MoeConfig, *, activation="silu", mask_BT=None, routing=None, lora_alpha=1.0
 ) -> tuple[jax.Array, MoeAux]:
     """Output of the layer, [B, T, D] in x's dtype (0 where there is padding), and its routing and sums.
 
     ``p``: the leaves of LOGICAL_AXES that the layer has; router.kernel [D, E] (bias [E]), gate and up.kernel
     [E, D, F] (bias [E, F]), down.kernel [E, F, D] (bias [E, D]), beside any expert kernel lora_a [E, I, r] and
-    lora_b [E, r, O], whose product counts ``lora_scale`` times. ``activation``: "silu" (silu(gate) * up),
-    "gelu_tanh", or "clamped_swiglu". ``mask_BT``: 0 for padding, which costs no expert work and counts in no
-    loss. ``routing``: int32 [B, T, k], the ``expert_ids`` of an earlier call: the same experts again, see ``route``.
+    lora_b [E, r, O], whose product counts ``lora_alpha`` / r times; expert kernels may be quantised. ``activation``:
+    "silu" (silu(gate) * up), "gelu_tanh", or "clamped_swiglu". ``mask_BT``: 0 for padding, which costs no expert work
+    and counts in no loss. ``routing``: int32 [B, T, k], the ``expert_ids`` of an earlier call: the same experts again,
+    see ``route``.
     """
     batch, length, _ = x_BTD.shape
     mask_BT = jnp.ones((batch, length), bool) if mask_BT is None else mask_BT != 0
     routing = jnp.full((batch, length, config.experts_per_token), -1, jnp.int32) if routing is None else routing
-    body = functools.partial(_moe, config=config, activation=activation, lora_scale=lora_scale)
+    body = functools.partial(_moe, config=config, activation=activation, lora_alpha=lora_alpha)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         y_BTD, aux = body(x_BTD, p, mask_BT, routing, _Layout())
@@ -258,12 +260,23 @@ def moe_mlp(
     return jax.lax.reduce_sum(y_PBTD, axes=(0,)), aux
 
 
+def logical_axes(p: dict) -> dict:
+    """LOGICAL_AXES of the leaves that ``p`` has; those of a quantised kernel have their kernel's."""
+
+    def names(path, leaf):
+        axes = LOGICAL_AXES[path[0].key][path[1].key]
+        return tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, axes, strict=True))
+
+    return jax.tree_util.tree_map_with_path(names, p)
+
+
 def _make_layout(p, batch: int, length: int, mesh) -> _Layout:
     """Parameters as postrain.sharding lays them out; tokens over the batch axes that hold no experts or units."""
-    names = {name: {leaf: LOGICAL_AXES[name][leaf] for leaf in leaves} for name, leaves in p.items()}
+    names = logical_axes(p)
     split = lambda axes: tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[a] > 1)
     specs = jax.tree.map(lambda s: P(*(split(axes) or None for axes in s.spec)), named_shardings(names, mesh, p))
-    experts, _, mlp = (split(axes) for axes in (*specs["gate"]["kernel"], None, None, None)[:3])
+    gate = jax.tree.leaves(specs["gate"]["kernel"])[0]  # of a quantised kernel all leaves are split alike
+    experts, _, mlp = (split(axes) for axes in (*gate, None, None, None)[:3])
     rows = sequence = ()
     for axis in split(BATCH_AXES):
         if axis not in experts + mlp and batch % math.prod(mesh.shape[a] for a in (*rows, axis)) == 0:
@@ -288,14 +301,14 @@ def _gather_params(p, layout: _Layout):
     return jax.tree_util.tree_map_with_path(gather, p, layout.specs)
 
 
-def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, activation: str, lora_scale: float):
+def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, activation: str, lora_alpha: float):
     """What one device does: its tokens, its experts, its hidden units. The output has a leading axis of 1."""
     batch, length, size = x_BTD.shape
-    experts = {name: _cast_expert(p[name], x_BTD.dtype, lora_scale) for name in ("gate", "up", "down")}
+    experts = {name: _cast_expert(p[name], x_BTD.dtype, lora_alpha) for name in ("gate", "up", "down")}
     p = _gather_params({"router": p["router"]} | experts, layout)
     x_ND = x_BTD.reshape(-1, size)
     expert_ids, weights, logits = route(x_ND, p["router"], config, routing_BTk.reshape(x_ND.shape[0], -1))
-    num_local = p["gate"]["kernel"].shape[0]
+    num_local = shape_of(p["gate"]["kernel"])[0]
     first = jax.lax.axis_index(layout.experts) * num_local if layout.experts else 0
     # num_local stands for experts of other devices and for padding: sorted last, multiplied with nothing.
     mine = (expert_ids >= first) & (expert_ids < first + num_local) & mask_BT.reshape(-1, 1)
@@ -310,15 +323,16 @@ def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, 
     return y_ND.reshape(1, batch, length, size), aux
 
 
-def _cast_expert(p: dict, dtype, lora_scale: float) -> dict:
-    """Matrices in the compute dtype before devices exchange them; biases stay float32."""
-    scaled = p | ({"lora_b": p["lora_b"] * lora_scale} if "lora_b" in p else {})
-    return {name: w.astype(jnp.float32 if name == "bias" else dtype) for name, w in scaled.items()}
+def _cast_expert(p: dict, dtype, lora_alpha: float) -> dict:
+    """Matrices in the compute dtype before devices exchange them; biases stay float32, quantised kernels packed."""
+    scaled = p | ({"lora_b": p["lora_b"] * (lora_alpha / p["lora_a"].shape[-1])} if "lora_b" in p else {})
+    dtypes = {name: jnp.float32 if name == "bias" else dtype for name in scaled}
+    return {name: w if is_quantized(w) else w.astype(dtypes[name]) for name, w in scaled.items()}
 
 
 def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activation: str):
     """Weighted sum over each token's local experts, [N, D], without the bias of the last product."""
-    k, num_local = local_ids_Nk.shape[1], p["gate"]["kernel"].shape[0]
+    k, num_local = local_ids_Nk.shape[1], shape_of(p["gate"]["kernel"])[0]
     backend = select_backend(config.backend)
     order_M = jnp.argsort(local_ids_Nk.reshape(-1), stable=True).astype(jnp.int32)
     places_M = jnp.argsort(order_M).astype(jnp.int32)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.quantized import dequantize, is_quantized, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,11 @@ class ParamSpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # "normal" (std = config.init_std), "ones", "zeros", "lora_a"
+    dtype: str | None = None  # None: what the tree as a whole is kept in
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # what may have adapters, and may be quantised under them
+PARTS = ("attention", "mlp", "moe")  # of a layer, that they are in
 
 
 def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:
@@ -95,20 +101,26 @@ def _moe_specs(c: ModelConfig) -> dict[str, Any]:
 def lora_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the adapters of ``config.lora``, shaped like the linear layers they stand beside."""
     assert isinstance(config.lora, LoraConfig)
-    rank, targets = config.lora.rank, config.lora.targets
+    lora = config.lora
 
-    def adapters(kernel: ParamSpec) -> dict:
+    def adapters(kernel: ParamSpec, rank: int) -> dict:
         *stack, size_in, size_out = kernel.shape  # layers, and experts where there are some
         *axes, axis_in, axis_out = kernel.axes
-        return {
+        specs = {
             "lora_a": ParamSpec((*stack, size_in, rank), (*axes, axis_in, None), "lora_a"),
             "lora_b": ParamSpec((*stack, rank, size_out), (*axes, None, axis_out), "zeros"),
         }
+        magnitude = ParamSpec((*stack, size_out), (*axes, axis_out), "zeros")
+        return specs | ({"magnitude": magnitude} if lora.dora else {})
 
     layers = param_specs(config)["layers"]
     found = {
-        part: {name: adapters(linear["kernel"]) for name, linear in layers[part].items() if name in targets}
-        for part in ("attention", "mlp", "moe")
+        part: {
+            name: adapters(linear["kernel"], lora.rank_of(name))
+            for name, linear in layers[part].items()
+            if name in lora.targets
+        }
+        for part in PARTS
         if part in layers
     }
     return {"layers": {part: linears for part, linears in found.items() if linears}}
@@ -127,13 +139,44 @@ def adapter_specs(config: ModelConfig) -> dict[str, Any]:
     return new_row_specs(config) | (lora_specs(config) if config.lora else {})
 
 
+def frozen_specs(config: ModelConfig) -> dict[str, Any]:
+    """``param_specs`` of a frozen base: the linear layers' kernels as ``config.quantization`` keeps them."""
+    specs = param_specs(config)
+    if config.quantization == "none":
+        return specs
+    layers = dict(specs["layers"])
+    for part in [part for part in PARTS if part in layers]:
+        layers[part] = {
+            name: linear | {"kernel": _quantized_specs(linear["kernel"], config.quantization)}
+            if name in LINEARS
+            else linear
+            for name, linear in layers[part].items()
+        }
+    return specs | {"layers": layers}
+
+
+def _quantized_specs(kernel: ParamSpec, kind: str) -> dict[str, ParamSpec]:
+    leaves = jax.eval_shape(lambda w: quantize(w, kind, stream_axis(kernel)), shapes_of({"": kernel})[""])
+
+    def describe(leaf) -> ParamSpec:
+        axes = tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, kernel.axes, strict=True))
+        return ParamSpec(leaf.shape, axes, dtype=leaf.dtype.name)
+
+    return {name: describe(leaf) for name, leaf in leaves.items()}
+
+
+def stream_axis(kernel: ParamSpec) -> int:
+    """The axis of a linear layer's kernel, -2 or -1, that meets the residual stream."""
+    return kernel.axes.index("embed") - len(kernel.axes)
+
+
 def _is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 
 
 def shapes_of(specs: dict, dtype=jnp.float32) -> dict:
     """ParamSpec tree -> tree of jax.ShapeDtypeStruct."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype), specs, is_leaf=_is_spec)
 
 
 def axes_of(specs: dict) -> dict:
@@ -180,9 +223,35 @@ def init_params(config: ModelConfig, rng: jax.Array) -> dict:
     return params
 
 
-def init_lora(config: ModelConfig, rng: jax.Array) -> dict:
-    """Adapters that change nothing yet: A random, B zero (float32)."""
-    return init_from_specs(lora_specs(config), config, rng)
+def init_lora(config: ModelConfig, rng: jax.Array, params: dict | None = None) -> dict:
+    """Adapters that change nothing yet (float32): A random, B zero, and with DoRA the magnitudes of ``params``."""
+    adapters = init_from_specs(lora_specs(config), config, rng)
+    return _init_magnitudes(adapters, params) if config.lora.dora else adapters
+
+
+def _init_magnitudes(adapters: dict, params: dict) -> dict:
+    if "magnitude" in adapters:  # layer by layer: a quantised stack is never whole
+        return adapters | {"magnitude": jax.lax.map(lambda kernel: column_norms({"kernel": kernel}), params["kernel"])}
+    return {key: _init_magnitudes(value, params[key]) for key, value in adapters.items()}
+
+
+def column_norms(p: dict, scale: float = 1.0) -> jax.Array:
+    """Norm of each output channel of kernel + ``scale`` A B over its inputs, float32 [..., O]; a constant to AD."""
+    p = jax.lax.stop_gradient(p)
+    kernel = _as_float32(p["kernel"])
+    if "lora_a" in p:
+        kernel = kernel + scale * _product(p)
+    return jnp.linalg.norm(kernel, axis=-2)
+
+
+def _as_float32(kernel) -> jax.Array:
+    return dequantize(kernel, jnp.float32) if is_quantized(kernel) else kernel.astype(jnp.float32)
+
+
+def _product(p: dict) -> jax.Array:
+    """A B in float32, [..., I, O]."""
+    a, b = p["lora_a"].astype(jnp.float32), p["lora_b"].astype(jnp.float32)
+    return jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def merge_params(params: dict, frozen: dict) -> dict:
@@ -202,7 +271,8 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     """The tree without adapters: kernel + A B alpha / r wherever a kernel has them, computed in float32; the rows of
     new tokens in their place.
 
-    ``dtype`` of the merged kernels; None: each kernel's own, whose rounding may lose small changes.
+    ``dtype`` of the merged kernels; None: each kernel's own, whose rounding may lose small changes, and the compute
+    dtype for a quantised kernel. Kernels without adapters stay as they are.
     """
     if not isinstance(params, dict):
         return params
@@ -212,11 +282,13 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     if "lora_a" not in params:
         return {key: merge_lora(value, config, dtype) for key, value in params.items()}
     assert config.lora is not None
-    kernel = params["kernel"]
-    a, b = params["lora_a"].astype(jnp.float32), params["lora_b"].astype(jnp.float32)
-    delta = config.lora.scale * jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
-    merged = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b")}
-    return merged | {"kernel": (kernel.astype(jnp.float32) + delta).astype(dtype or kernel.dtype)}
+    kernel, scale = params["kernel"], config.lora.scale_of(params["lora_a"])
+    dtype = dtype or (config.compute_dtype if is_quantized(kernel) else kernel.dtype)
+    merged = _as_float32(kernel) + scale * _product(params)
+    if "magnitude" in params:
+        merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
+    rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b", "magnitude")}
+    return rest | {"kernel": merged.astype(dtype)}
 
 
 def num_params(tree: Any) -> int:

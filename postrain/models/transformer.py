@@ -16,7 +16,8 @@ from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.params import merge_lora
+from postrain.models.params import column_norms, merge_lora
+from postrain.models.quantized import dequantize_params, dot
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain, splits_positions
 
@@ -32,14 +33,16 @@ def rms_norm(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
 
 
 def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
-    """x @ kernel, plus bias and low-rank adapter where ``p`` has them."""
+    """x @ kernel, plus bias and low-rank adapter (of DoRA, with magnitudes) where ``p`` has them."""
     # One row axis: the CPU's matrix products are several times slower where backward contracts over two of them. Not
     # where positions are split too: the partitioner cannot merge two split axes and would gather one.
     rows = x if splits_positions() else x.reshape(-1, x.shape[-1])
-    product = fp8_dot if config.fp8 else jnp.matmul
-    y = product(rows, p["kernel"].astype(x.dtype))
+    y = fp8_dot(rows, p["kernel"].astype(x.dtype)) if config.fp8 else dot(rows, p["kernel"])
     if "lora_a" in p:
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * config.lora.scale).astype(x.dtype)
+        scale = config.lora.scale_of(p["lora_a"])
+        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * scale).astype(x.dtype)
+        if "magnitude" in p:
+            y = y * (p["magnitude"] / column_norms(p, scale)).astype(x.dtype)
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
     y = y.reshape(*x.shape[:-1], -1)
@@ -72,8 +75,8 @@ def _feed_forward(x_BTD, p, config, mask, routing=None):
     if config.moe is None:
         out, routed = _mlp(h, p["mlp"], config), None
     else:
-        scale = config.lora.scale if config.lora else 1.0
-        options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_scale": scale}
+        alpha = config.lora.alpha if config.lora else 1.0
+        options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_alpha": alpha}
         out, routed = moe_mlp(h, p["moe"], config.moe, **options)
     return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out), routed
 
@@ -191,8 +194,8 @@ def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, position
 def split_layers(params: dict, config: ModelConfig) -> dict:
     """``params`` with a tuple of L trees as ``layers``, adapters merged, for ``compute_hidden_cached`` to run in turn.
 
-    A copy of the layers. Where XLA copies what a scan slices (CPU), a step of generation would otherwise copy
-    every weight; on accelerators the scan needs no second copy in memory.
+    A copy of the layers, nothing in it quantised. Where XLA copies what a scan slices (CPU), a step of generation would
+    otherwise copy every weight; on accelerators the scan needs no second copy in memory.
     """
     return params | {"layers": tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))}
 
@@ -200,7 +203,7 @@ def split_layers(params: dict, config: ModelConfig) -> dict:
 @functools.partial(jax.jit, static_argnames="config")
 def _take_layer(layers, index, config):
     one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), layers)
-    return jax.tree.map(lambda x: x[0], merge_lora(one, config))
+    return jax.tree.map(lambda x: x[0], dequantize_params(merge_lora(one, config), config.compute_dtype))
 
 
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):

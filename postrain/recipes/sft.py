@@ -41,7 +41,7 @@ from postrain.data.preview import render_tokens_html
 from postrain.data.tokenizer import load_run_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
-from postrain.hf.peft import check_targets
+from postrain.hf.peft import check_base
 from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -62,6 +62,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     clear_leftovers(workdir / "export")  # of a run that was killed while it exported
     if config.export.format != "none":
         check_replaceable(workdir / "export")  # what cannot be written at the end is said at the start
+    if config.export.format == "adapter":
+        check_base(folder)
     lead = jax.process_index() == 0
     say = print if lead else lambda *_: None
 
@@ -78,8 +80,6 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)
-    if config.export.format == "adapter":
-        check_targets(model.config)
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
     program = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))

@@ -56,8 +56,9 @@ def test_each_change_keeps_the_ones_before_and_the_first_that_fits_ends_it(capsy
 
 
 def test_shorter_rows_come_last_and_then_more_devices():
-    advice, _ = try_out(make_program(rank=4), make_target("v5e", 16 * GIB), [40, 30, 25, 20])
-    assert [one["change"].get("data.sequence_length") for one in advice] == [None, None, 512, 256]
+    advice, _ = try_out(make_program(rank=4), make_target("v5e", 16 * GIB), [40, 30, 27, 25, 20])
+    assert [one["change"].get("data.sequence_length") for one in advice] == [None, None, None, 512, 256]
+    assert [one["change"].get("model.quantization") for one in advice] == [None, None, "nf4", "nf4", "nf4"]
     assert all("model.lora.rank" not in one["change"] for one in advice), "it has adapters already"
     assert describe_advice(advice, 16 * GIB, 8)[-1].startswith("nothing tried fits: take more devices (about 10 of")
 

@@ -34,7 +34,7 @@ def make_adapter(base, **lora):
     config, params = load_pretrained(base)
     config = dataclasses.replace(config, lora=LoraConfig(**lora))
     noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return config, params, jax.tree.map(noise, init_lora(config, jax.random.key(0)))
+    return config, params, jax.tree.map(noise, init_lora(config, jax.random.key(0), params))
 
 
 def load_in_peft(base, folder):
@@ -42,7 +42,16 @@ def load_in_peft(base, folder):
     return peft.PeftModel.from_pretrained(model, folder)
 
 
-@pytest.mark.parametrize("lora", [{"rank": 5, "alpha": 7.5}, {"rank": 2, "alpha": 4.0, "targets": ("q", "down")}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"rank": 5, "alpha": 7.5},
+        {"rank": 2, "alpha": 4.0, "targets": ("q", "down")},
+        {"rank": 2, "alpha": 2.0, "ranks": (("v", 5), ("up", 1))},
+        {"rank": 3, "alpha": 4.0, "dora": True},
+    ],
+    ids=str,
+)
 def test_peft_gives_our_logits(base, lora, tmp_path):
     config, params, adapter = make_adapter(base, **lora)
     save_adapter(tmp_path / "adapter", adapter, config, base_folder=base)
@@ -53,7 +62,7 @@ def test_peft_gives_our_logits(base, lora, tmp_path):
 
 
 def test_merged_export_gives_the_adapters_logits(base, tmp_path):
-    config, params, adapter = make_adapter(base, rank=3, alpha=6.0)
+    config, params, adapter = make_adapter(base, rank=3, alpha=6.0, ranks=(("o", 2),), dora=True)
     merged = merge_lora(merge_params(adapter, params), config)
     save_pretrained(tmp_path / "merged", merged, dataclasses.replace(config, lora=None), source_folder=base)
     save_adapter(tmp_path / "adapter", adapter, config, base_folder=base)
@@ -63,7 +72,7 @@ def test_merged_export_gives_the_adapters_logits(base, tmp_path):
 
 
 def test_round_trip_is_exact(base, tmp_path):
-    config, _, adapter = make_adapter(base, rank=4, alpha=32.0, targets=("v", "gate"))
+    config, _, adapter = make_adapter(base, rank=4, alpha=32.0, targets=("v", "gate"), ranks=(("gate", 2),), dora=True)
     save_adapter(tmp_path / "adapter", adapter, config, base_folder=base)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         base
@@ -116,9 +125,11 @@ def adapter_folder(saved, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector missing"),
         ({"peft_type": "IA3"}, "IA3"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, r"instead of \[8, 40\]"),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 8}}, "rank_pattern gives mlp.up_proj other values in other layers"),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters has 'mlp.experts.down_proj'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"r": 0}, "r is 0"),

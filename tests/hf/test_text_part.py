@@ -10,10 +10,12 @@ from hf_compare import folder_logits, random_ids, relative_difference, torch_log
 from safetensors.numpy import load_file, save_file
 from tiny_models import ODD_SIZES, make_tiny_tokenizer, randomize
 
+from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
 from postrain.hf.verify import verify
+from postrain.recipes.sft import train
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -84,3 +86,18 @@ def test_a_missing_tensor_is_named_as_a_text_model_would(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(UserError, match=r"missing: model.layers.1.mlp.up_proj.weight; left over: model.surplus"):
         load_pretrained(tmp_path)
+
+
+def test_an_adapter_s_folder_is_refused_before_training(folder, tmp_path):
+    """`peft` would look for other names than the exported ones: it would load nothing and say so in a warning."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    values = {
+        "model": {"path": str(folder), "lora": {"rank": 2}},
+        "data": {"train": [{"path": str(rows)}], "sequence_length": 32, "batch_size": 1},
+        "train": {"steps": 1},
+        "export": {"format": "adapter"},
+    }
+    with pytest.raises(UserError, match="export.format' = 'adapter': .* holds more than a language model"):
+        train(resolve(values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

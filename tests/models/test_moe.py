@@ -21,7 +21,7 @@ QWEN = MoeConfig(num_experts=E, experts_per_token=K, mlp_size=F)
 GPT_OSS = dataclasses.replace(QWEN, router="topk_softmax", router_bias=True, expert_bias=True)
 FAMILIES = {"qwen": (QWEN, "silu"), "gpt_oss": (GPT_OSS, "clamped_swiglu")}
 
-run_moe = jax.jit(moe_mlp, static_argnames=("config", "activation", "lora_scale"))
+run_moe = jax.jit(moe_mlp, static_argnames=("config", "activation", "lora_alpha"))
 
 
 def make_params(config, seed=0, rank=0):
@@ -432,7 +432,7 @@ def test_router_loss_is_the_mean_loss_times_the_tokens():
 def test_adapters_are_what_their_merged_kernels_are(family):
     config, activation = FAMILIES[family]
     x, p = make_inputs(), make_params(config, rank=3)
-    loss = lambda p: (moe_mlp(x, p, config, activation=activation, lora_scale=0.7)[0] * x).sum()
+    loss = lambda p: (moe_mlp(x, p, config, activation=activation, lora_alpha=2.1)[0] * x).sum()
     found, grads = jax.jit(jax.value_and_grad(loss))(p)
     loss = lambda p: (dense_moe(x, p, config, activation, 0.7) * x).sum()
     expected, expected_grads = jax.jit(jax.value_and_grad(loss))(p)

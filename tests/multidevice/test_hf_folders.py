@@ -13,7 +13,7 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.peft import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import LoraConfig
-from postrain.models.params import axes_of, init_lora, logical_axes, lora_specs
+from postrain.models.params import axes_of, frozen_specs, init_lora, logical_axes, lora_specs
 from postrain.sharding import make_mesh, named_shardings
 
 MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8), MeshConfig(data=1, fsdp=1, tensor=8)]
@@ -64,3 +64,18 @@ def test_adapters(folder, tmp_path):
     save_adapter(tmp_path / "again", loaded, config, base_folder=folder)
     name = "adapter_model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("mesh_config", MESHES, ids=str)
+def test_quantised_kernels_lie_as_their_shapes_divide(folder, mesh_config, kind):
+    mesh = make_mesh(mesh_config)
+    config, whole = load_pretrained(folder, quantization=kind)
+    _, params = load_pretrained(folder, mesh=mesh, quantization=kind)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    specs = frozen_specs(config)
+    assert jax.tree.map(lambda x: x.sharding, params) == named_shardings(axes_of(specs), mesh, whole)
+    up = params["layers"]["mlp"]["up"]["kernel"][kind]  # [3, 40, 88], of NF4 two rows a byte
+    rows = {"nf4": 20, "int8": 40}[kind]
+    share = rows if rows % mesh.shape["fsdp"] else rows // mesh.shape["fsdp"]
+    assert {shard.data.shape for shard in up.addressable_shards} == {(3, share, 88 // mesh.shape["tensor"])}

@@ -12,7 +12,20 @@ from odd_config import ODD_CONFIG
 from postrain.config import MeshConfig
 from postrain.models import transformer
 from postrain.models.config import LoraConfig, MoeConfig, NewRows
-from postrain.models.params import adapter_specs, axes_of, init_from_specs, init_params, merge_params, param_specs
+from postrain.models.params import (
+    adapter_specs,
+    axes_of,
+    frozen_specs,
+    init_from_specs,
+    init_lora,
+    init_params,
+    lora_specs,
+    merge_params,
+    param_specs,
+    shapes_of,
+    stream_axis,
+)
+from postrain.models.quantized import quantize
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
 from postrain.types import Batch
@@ -50,6 +63,11 @@ def make_batch():
 
 
 def loss_and_gradients(params, batch, config):
+    return loss_and_gradients_of(lambda params: params, params, batch, config)
+
+
+def loss_and_gradients_of(whole, params, batch, config):
+    """``whole(params)`` is the whole tree."""
     loss_fn = make_sft_loss(
         lambda p, tokens, segments, positions: transformer.compute_hidden_and_terms(
             p, config, tokens, segments, positions
@@ -61,7 +79,7 @@ def loss_and_gradients(params, batch, config):
     )
 
     def mean(params):
-        loss, weight, metrics = loss_fn(params, batch, None)
+        loss, weight, metrics = loss_fn(whole(params), batch, None)
         return loss / weight, metrics
 
     (loss, metrics), grads = jax.value_and_grad(mean, has_aux=True)(params)
@@ -153,3 +171,45 @@ def test_queries_of_a_row_stay_split():
         text = jax.jit(loss_and_gradients, static_argnums=2).lower(shapes, make_batch(), config).compile().as_text()
     gathered = set(re.findall(r"= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(", text))
     assert gathered and gathered <= {"4,40,2,12", "40,4,2,12", "4,2,12,40"}, gathered
+
+
+@functools.cache
+def make_quantized(kind):
+    """Config, frozen base and adapters of a DoRA run over a quantised base."""
+    lora = LoraConfig(rank=4, ranks=(("q", 2),), dora=True)
+    config = dataclasses.replace(CONFIG, quantization=kind, lora=lora, remat="full")
+    base, specs = init_params(config, jax.random.key(0)), param_specs(config)
+    for part in ("attention", "mlp"):
+        for name, linear in base["layers"][part].items():
+            if "kernel" in linear:
+                axis = stream_axis(specs["layers"][part][name]["kernel"])
+                linear["kernel"] = quantize(linear["kernel"], kind, axis)
+    adapters = init_lora(config, jax.random.key(1), base)
+    return config, base, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
+
+
+def adapter_gradients(adapters, base, batch, config):
+    return loss_and_gradients_of(lambda adapters: merge_params(adapters, base), adapters, batch, config)
+
+
+@functools.cache
+def quantized_on_one_device(kind):
+    config, base, adapters = make_quantized(kind)
+    arrays = jax.device_put((adapters, base, make_batch()), jax.devices()[0])
+    return jax.device_get(jax.jit(adapter_gradients, static_argnums=3)(*arrays, config))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("sizes", MESHES[1:4], ids=str)
+def test_a_quantised_base_gives_the_one_device_loss_and_gradients(sizes, kind):
+    config, base, adapters = make_quantized(kind)
+    mesh = make_mesh(sizes)
+    lay = lambda specs, tree: jax.device_put(tree, named_shardings(axes_of(specs), mesh, shapes_of(specs)))
+    with jax.set_mesh(mesh):
+        arrays = lay(lora_specs(config), adapters), lay(frozen_specs(config), base)
+        batch = jax.device_put(make_batch(), batch_sharding(mesh))
+        found = jax.device_get(jax.jit(adapter_gradients, static_argnums=3)(*arrays, batch, config))
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(quantized_on_one_device(kind)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))

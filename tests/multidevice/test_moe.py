@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from postrain import sharding
 from postrain.models.config import MoeConfig
-from postrain.models.moe import LOGICAL_AXES, moe_mlp, router_loss_sum
+from postrain.models.moe import LOGICAL_AXES, logical_axes, moe_mlp, router_loss_sum
+from postrain.models.quantized import quantize
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
 
 D, F = 40, 24
@@ -50,7 +51,7 @@ def make_batch(batch=8, length=12):
 
 def loss_and_gradients(p, x, probe, mask, routing, config, activation):
     def loss(p, x):
-        y, aux = moe_mlp(x, p, config, activation=activation, mask_BT=mask, routing=routing, lora_scale=0.5)
+        y, aux = moe_mlp(x, p, config, activation=activation, mask_BT=mask, routing=routing, lora_alpha=1.0)
         return (y * probe).sum() + router_loss_sum(aux, config), (y, aux)
 
     (total, (y, aux)), (dp, dx) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(p, x)
@@ -195,3 +196,24 @@ def test_a_bfloat16_layer_runs_split():
     assert y.dtype == jnp.bfloat16
     y, expected = (np.asarray(a, np.float32) for a in (y, expected))
     np.testing.assert_allclose(y, expected, atol=2e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"tensor": 2, "fsdp": 4}, {"data": 8}], ids=str)
+def test_quantised_experts_give_the_one_device_output(sizes, kind):
+    config, (x, probe, mask, _) = CONFIGS["gpt_oss"][0], make_batch()
+    p = make_params(config)
+    for name, axis in (("gate", -2), ("up", -2), ("down", -1)):
+        p[name]["kernel"] = quantize(p[name]["kernel"], kind, axis)
+
+    def loss(x, p, mask):
+        return (moe_mlp(x, p, config, activation="clamped_swiglu", mask_BT=mask, lora_alpha=1.0)[0] * probe).sum()
+
+    expected = jax.device_get(jax.jit(jax.value_and_grad(loss))(x, p, mask))
+    mesh = mesh_of(**sizes)
+    with jax.set_mesh(mesh):
+        q = jax.device_put(p, named_shardings(logical_axes(p), mesh, p))
+        rows = jax.device_put((x, mask), batch_sharding(mesh))
+        found = jax.device_get(jax.jit(jax.value_and_grad(loss))(rows[0], q, rows[1]))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

@@ -35,11 +35,23 @@ def test_trains_and_exports_what_transformers_computes(inputs, tmp_path, family)
     assert verify(tmp_path / "run" / "export").passed
 
 
-def test_adapters_on_experts_are_refused_as_a_peft_folder_before_training(inputs, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts_are_exported_as_peft_has_them(inputs, tmp_path, family):
+    folder = make_tiny_model(tmp_path / "model", family, **MODELS[family][0])
+    lora = {"rank": 2, "ranks": {"up": 3}}
+    values = make_values(
+        inputs,
+        model={"path": str(folder), "lora": lora},
+        export={"format": "adapter"},
+        train={"steps": 2},
+        eval={"every": 2},
+    )
+    postrain.train(values, tmp_path / "run")
+    assert verify(tmp_path / "run" / "export").passed
+
+
+def test_magnitudes_of_experts_are_refused_before_training(inputs, tmp_path):
     folder = make_tiny_model(tmp_path / "model", "qwen3_moe", **EXPERTS)
-    values = make_values(inputs, model={"path": str(folder), "lora": {"rank": 4}}, export={"format": "adapter"})
-    with pytest.raises(UserError, match="'model.lora.targets': PEFT's format has no adapters of experts"):
+    values = make_values(inputs, model={"path": str(folder), "lora": {"rank": 4, "dora": True}})
+    with pytest.raises(UserError, match="'model.lora.dora': experts have no magnitudes, found targets down, gate, up"):
         postrain.train(values, tmp_path / "run")
-    values["model"]["lora"]["targets"] = ["q", "k", "v", "o"]
-    postrain.train(values | {"train": {"steps": 2}}, tmp_path / "run")
-    assert (tmp_path / "run" / "export" / "adapter_config.json").is_file()
