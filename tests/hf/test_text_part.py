@@ -15,7 +15,7 @@ from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
 from postrain.hf.verify import verify
-from postrain.recipes.sft import train
+from postrain.recipes import train
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
