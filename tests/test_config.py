@@ -9,7 +9,8 @@ import typing
 import pytest
 
 from postrain import config as config_lib
-from postrain.config import CHOICES, RANGES, Config, check_paths, format_config, resolve, to_dict
+from postrain.config import Config, check_paths, format_config, resolve, to_dict
+from postrain.config_limits import CHOICES, RANGES
 from postrain.errors import UserError
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}

@@ -59,13 +59,7 @@ def make_train_step(
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-            def update(params, opt_state, ema):
-                updates, opt_state = optimizer.update(
-                    jax.tree.map(lambda g: g * (per_token * clip), grads), opt_state, params
-                )
-                new = optax.apply_updates(params, updates)
-                return new, opt_state, _average(ema, new, ema_decay), _share_moved(params, new, compute_dtype)
-
+            update = _make_update(optimizer, grads, per_token * clip, ema_decay, compute_dtype)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema, moved = jax.lax.cond(
                 finite & (weight > 0),
@@ -91,6 +85,17 @@ def make_train_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
     )
+
+
+def _make_update(optimizer, grads, scale, ema_decay: float, compute_dtype: str):
+    """``update(params, opt_state, ema)`` by ``scale * grads``: the new three, and the share that moved."""
+
+    def update(params, opt_state, ema):
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+        new = optax.apply_updates(params, updates)
+        return new, opt_state, _average(ema, new, ema_decay), _share_moved(params, new, compute_dtype)
+
+    return update
 
 
 def sum_gradients(loss_fn: LossFn, state: TrainState, batch, rng, micro_batches: int, mesh, state_shardings):
