@@ -101,11 +101,36 @@ def test_bars_of_fine_tuning(load_benchmark, rate, memory, met):
 
 
 @pytest.mark.parametrize(
-    ("many", "chunked", "met"), [(1.3, 100, [1, 1]), (1.31, 100, [0, 1]), (1.3, 101, [1, 0]), (float("nan"), 1, [0, 1])]
+    ("many", "size", "chunked", "met"),
+    [
+        (1.3, 130, 100, [1, 1]),
+        (1.31, 131, 100, [0, 0]),
+        (1.3, 130, 101, [1, 1]),
+        (float("nan"), 100, 100, [0, 1]),
+    ],
 )
-def test_bars_of_compilation(load_benchmark, many, chunked, met):
-    _, bars = load_benchmark("compile").summarize({4: [0.5, 1.0, 2.0], 32: [many] * 3}, chunked, 1000, 0.0)
-    assert [bar.met for bar in bars] == met
+def test_bars_of_compilation(load_benchmark, many, size, chunked, met):
+    """Seconds and instructions over those of the fewest layers, of layers alike and in a pattern; the loss's memory."""
+    few = {(4, False): [(0.5, 100), (1.0, 100), (2.0, 100)], (6, True): [(1.0, 100)] * 3}
+    alike = few | {(32, False): [(many, size)] * 3, (48, True): [(1.0, 100)] * 3}
+    pattern = few | {(32, False): [(1.0, 100)] * 3, (48, True): [(many, size)] * 3}
+    for programs, found in ((alike, slice(0, 2)), (pattern, slice(2, 4))):
+        _, bars = load_benchmark("compile").summarize(programs, chunked, 1000, 0.0)
+        assert [bar.met for bar in bars[found]] == met
+        assert sum(bar.met for bar in bars[:4]) == 2 + sum(met) and bars[4].met == (chunked <= 100)
+
+
+def load_run(ratio):
+    return {"ratio": ratio, "seconds": 2.0, "held": 2**30, "file": 10**9, "versions": {}}
+
+
+@pytest.mark.parametrize(("worst", "met"), [(1.2, True), (1.21, False)])
+def test_the_bar_of_loading_is_the_worst_layout_s(load_benchmark, worst, met):
+    load = load_benchmark("load")
+    first, *others = load.SIDES
+    lines = {side: [load_run(1.0), load_run(1.1)] for side in others} | {first: [load_run(worst), load_run(1.0)]}
+    _, [bar] = load.summarize(lines)
+    assert bar.met == met
 
 
 def test_generation_has_no_bar(load_benchmark):
@@ -138,7 +163,7 @@ def test_the_quickstarts_figures_are_its_first_and_last_evaluation(load_benchmar
     )
 
 
-@pytest.mark.parametrize("name", ["sft", "generate", "compile", "quickstart"])
+@pytest.mark.parametrize("name", ["sft", "generate", "compile", "quickstart", "load"])
 def test_every_section_is_on_the_page(load_benchmark, name):
     page = load_benchmark("runner").PAGE.read_text()
     assert f"<!-- {name} -->\n" in page and f"<!-- /{name} -->" in page
