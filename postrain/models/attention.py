@@ -25,6 +25,7 @@ G = N / K, H head_dim.
 import functools
 import importlib
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,11 @@ def select_backend(name: str) -> str:
         where = f"config key 'model.attention' = {name!r}"
         raise UserError(f"{where} runs on {_PLATFORMS[name]}, the devices are {platform}: set it to auto or chunked")
     return name
+
+
+def load_kernel(name: str) -> Callable:
+    """The back end of that name, which is not "chunked". Imported where it is needed: Pallas takes a while."""
+    return getattr(importlib.import_module(f"postrain.models.attention_{_PLATFORMS[name]}"), name)
 
 
 def compute_document_starts(segment_ids_BT: jax.Array) -> jax.Array:
@@ -101,10 +107,7 @@ def attention(
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     sinks_N = None if sinks is None else sinks.astype(jnp.float32)
     name = select_backend(backend)
-    if name == "chunked":
-        body = functools.partial(chunked, chunk=chunk)
-    else:  # only where it is needed: Pallas imports slowly
-        body = getattr(importlib.import_module(f"postrain.models.attention_{_PLATFORMS[name]}"), name)
+    body = functools.partial(chunked, chunk=chunk) if name == "chunked" else load_kernel(name)
     body = functools.partial(body, softcap=softcap, scale=scale)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

@@ -42,6 +42,7 @@ from postrain.data.tokenizer import load_run_tokenizer
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_base
+from postrain.models.attention_check import check_backend
 from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
@@ -83,6 +84,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
     program = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))
+    if checked := check_backend(model.config):
+        say(f"attention   {checked}")
     say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
     for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
         if warning:
