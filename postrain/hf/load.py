@@ -154,6 +154,7 @@ def make_reader(
             fill_stacked(out[i], index[1:], (*places, place))
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
+        index = tuple(slice(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
         out = np.zeros([part.stop - part.start for part in index], dtype)
         fill_stacked(out, index)
         return out

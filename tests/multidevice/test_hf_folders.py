@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 from tiny_models import make_tiny_model
 
 from postrain.config import MeshConfig
+from postrain.hf import load
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
@@ -51,6 +52,21 @@ def test_only_needed_slices_are_read(folder, monkeypatch):
     monkeypatch.undo()
     shares = {shard.data.shape for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards}
     assert made and set(made) == shares
+
+
+@pytest.mark.parametrize("mesh_config", [None, MESHES[0]], ids=str)
+def test_large_parts_are_read_in_pieces(folder, mesh_config, monkeypatch):
+    mesh = mesh_config and make_mesh(mesh_config)
+    _, whole = load_pretrained(folder, mesh=mesh)
+    monkeypatch.setattr(load, "PIECE_BYTES", limit := 12_000)
+    made, zeros = [], np.zeros
+    monkeypatch.setattr(np, "zeros", lambda shape, dtype=float: made.append(zeros(shape, dtype)) or made[-1])
+    _, params = load_pretrained(folder, mesh=mesh)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, whole)
+    assert all(piece.nbytes <= limit or piece.shape[0] == 1 for piece in made)
+    assert max(leaf.nbytes for leaf in jax.tree.leaves(params)) > 3 * limit
 
 
 def test_adapters(folder, tmp_path):
