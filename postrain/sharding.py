@@ -6,6 +6,7 @@ tables; nothing else in the library knows about devices. All axes are ``AxisType
 (GSPMD, Xu et al. 2021, arXiv:2105.04663) places the communication.
 """
 
+import contextlib
 import math
 
 import jax
@@ -167,6 +168,20 @@ def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
         name: jax.make_array_from_process_local_data(sharding, array, (array.shape[0] * count, *array.shape[1:]))
         for name, array in arrays.items()
     }
+
+
+def mesh_context(mesh: Mesh | None):
+    """Inside a jitted function: what ``constrain`` and the layers that are mapped by hand see as the mesh."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def find_mesh(params) -> Mesh | None:
+    """The mesh that the parameters are spread over, None for one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
 
 
 def current_platform() -> str:

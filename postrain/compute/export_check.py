@@ -21,7 +21,7 @@ from postrain.hf.safetensors_io import DTYPES, TensorFiles
 from postrain.hf.tree import flatten, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
-from postrain.sharding import num_row_shards, replicated
+from postrain.sharding import mesh_context, num_row_shards, replicated
 
 LENGTH = 16  # tokens of a row
 # Root mean square of the difference, in standard deviations of the logits: the order of float32 sums gives 1e-6 of it,
@@ -33,10 +33,13 @@ Dtypes = dict[str, tuple[np.dtype, ...]]  # parameter's path -> of its tensors i
 def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.ndarray:
     """float32 logits [B, 16, V] of fixed random tokens, computed in float32, on every host; B as few as ``mesh`` takes.
 
-    ``params``: the whole tree, with or without adapters.
+    Every other token is of the vocabulary's end, where new ones are. ``params``: the whole tree, with or without
+    adapters.
     """
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (num_row_shards(mesh), LENGTH), np.int32)
-    config = dataclasses.replace(config, compute_dtype="float32", remat="none")
+    rng, shape = np.random.default_rng(0), (num_row_shards(mesh), LENGTH)
+    tokens = rng.integers(0, config.vocab_size, shape, np.int32)
+    tokens[:, ::2] = config.vocab_size - 1 - rng.integers(0, min(config.vocab_size, LENGTH), shape, np.int32)[:, ::2]
+    config = dataclasses.replace(config, compute_dtype="float32", remat="none", fp8=False)
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
         logits = _make_probe(mesh, config)(params, tokens)
     return np.asarray(logits.addressable_data(0))
@@ -46,8 +49,9 @@ def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.nd
 def _make_probe(mesh: Mesh, config: ModelConfig):
     def probe(params, tokens_BT):
         positions_BT = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BT.shape)
-        hidden = compute_hidden(params, config, tokens_BT, np.ones(tokens_BT.shape, np.int32), positions_BT)
-        return compute_logits(params, config, hidden)[..., : config.vocab_size]
+        with mesh_context(mesh):
+            hidden = compute_hidden(params, config, tokens_BT, np.ones(tokens_BT.shape, np.int32), positions_BT)
+            return compute_logits(params, config, hidden)[..., : config.vocab_size]
 
     return jax.jit(probe, out_shardings=replicated(mesh))
 

@@ -49,10 +49,12 @@ def list_changes(program, memory: dict[str, int], usable: int) -> Iterator[tuple
         steps.append({"train.micro_batches": count})
     if config.model.remat != "full":
         steps.append({"model.remat": "full"})
-    if not program.model.frozen:
+    if not program.model.frozen:  # then nothing trains alone, and adapters may
         rank = LoraConfig().rank
         steps.append({"model.lora.rank": rank})
-    if config.model.quantization == "none":
+    even = program.model.config.embed_size % 2 == 0  # NF4 packs two numbers in a byte
+    alone = config.model.new_tokens.train_alone
+    if config.model.quantization == "none" and even and not config.model.fp8 and not alone:
         steps.append({"model.quantization": "nf4"})
     length = config.data.sequence_length
     while length // 2 >= SHORTEST:

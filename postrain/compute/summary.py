@@ -10,13 +10,12 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, count_params
 from postrain.compute.flops import format_formula
-from postrain.compute.step import mesh_context
 from postrain.config import Config, format_config
 from postrain.models import grouped_dot
 from postrain.models.attention import select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.params import adapter_specs, axes_of, frozen_specs, shapes_of
-from postrain.sharding import describe_mesh, num_row_shards, undivided_dimensions
+from postrain.sharding import describe_mesh, mesh_context, num_row_shards, undivided_dimensions
 
 
 def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -> str:

@@ -15,20 +15,22 @@ def count_traced_flops(jaxpr: core.ClosedJaxpr) -> float:
     Left out, so a lower bound: loops whose length depends on the data, and kernels written by hand (Pallas). Of the
     branches of a ``cond`` the dearest counts. Inside ``shard_map`` shapes are of one device and count for each.
     """
-    return float(sum(_count(equation) for equation in jaxpr.jaxpr.eqns))
+    return float(sum(_count(equation, 1) for equation in jaxpr.jaxpr.eqns))
 
 
-def _count(equation) -> float:
+def _count(equation, expert_ways: int) -> float:
+    """``expert_ways``: devices that share the experts; each is given all assignments and multiplies its own alone."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracting)
     if name.startswith("ragged_dot"):  # every row of the left side meets one group's matrix
-        return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1]
+        return 2.0 * math.prod(equation.invars[0].aval.shape) * equation.outvars[0].aval.shape[-1] / expert_ways
     if name in ("while", "pallas_call"):
         return 0.0
-    bodies = [sum(_count(inner) for inner in body.eqns) for body in _bodies(params)]
+    ways = params["mesh"].shape.get("expert", 1) if name == "shard_map" else expert_ways
+    bodies = [sum(_count(inner, ways) for inner in body.eqns) for body in _bodies(params)]
     if not bodies:
         return 0.0
     if name == "cond":

@@ -44,10 +44,12 @@ def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
     if section.file:
         path = pathlib.Path(section.file)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.new_tokens.file: {path} cannot be read: {error}") from None
-        places = [(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        # Not `splitlines`, which also cuts where Unicode has other separators.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        places = [(line.removesuffix("\r"), f"{path}:{number}") for number, line in enumerate(lines, 1)]
         if not places:
             raise UserError(f"model.new_tokens.file: {path} is empty: expected a token a line")
     else:
@@ -58,6 +60,8 @@ def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
         tokens.append(NewToken(text, start, where))
         if not text.strip():
             wrong.append(f"{where} is empty")
+        elif text != text.strip():
+            wrong.append(f"{where}: {text!r} starts or ends with a space, so that text rarely has it")
         elif text in seen:
             wrong.append(f"{where}: {text!r} comes twice, first in {seen[text]}")
         elif tab and not start.strip():

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import CONFIG_FILE, config_file, parse_config, parse_dtype, read_family
+from postrain.hf.config import CONFIG_FILE, DTYPE_KEYS, config_file, parse_config, parse_dtype, read_family
 from postrain.hf.families import FAMILIES, Family, TensorName
 from postrain.hf.load import make_reader, open_checked, place
 from postrain.hf.safetensors_io import read_json
@@ -82,7 +82,10 @@ def save_classifier(
         return cast(fetch_tensor(leaves, by_name[name]), dtypes[name], name)
 
     def finish(temporary: pathlib.Path) -> None:
-        text = json.dumps(_describe(raw, family, head, labels), indent=2, ensure_ascii=False)
+        described = _describe(raw, family, head, labels) | {"vocab_size": config.vocab_size}
+        if dtype != "as_loaded":
+            described |= dict.fromkeys([key for key in DTYPE_KEYS if key in raw] or DTYPE_KEYS[:1], dtype)
+        text = json.dumps(described, indent=2, ensure_ascii=False)
         (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         copy_side_files(source_folder, temporary, tokenizer)
         open_checked(temporary, config, family, {SCORE.name: score.shape})
@@ -94,7 +97,7 @@ def save_classifier(
 def _describe(raw: dict, family: Family, head: HeadConfig, labels: Sequence[str]) -> dict:
     """The content of config.json."""
     names = list(labels) or [f"LABEL_{i}" for i in range(head.outputs)]
-    described = {key: value for key, value in raw.items() if key != "quantization_config"}
+    described = {key: value for key, value in raw.items() if key not in ("quantization_config", "num_labels")}
     if described.get("pad_token_id") is None:  # without one transformers takes no batches
         eos = described.get("eos_token_id")
         described["pad_token_id"] = eos[0] if isinstance(eos, list) else eos

@@ -147,7 +147,10 @@ def write_config(
     """
     raw = read_model_json(config_file(source_folder))
     quantized = raw.pop("quantization_config", None)
-    unchanged = raw == read_json(config_file(source_folder)) and vocab_size in (None, raw.get("vocab_size", vocab_size))
+    unchanged = raw == read_json(config_file(source_folder)) and vocab_size in (
+        None,
+        read_config(source_folder).vocab_size,
+    )
     if dtype is None and quantized is None and unchanged:
         (folder / CONFIG_FILE).write_bytes(config_file(source_folder).read_bytes())
         return

@@ -41,10 +41,9 @@ def read_rows(raw: dict, config: ModelConfig, where: str | os.PathLike) -> NewRo
 
     Raises UserError unless they are one run of ids, for all tables of ``config``.
     """
-    stated = raw.get(KEY)
-    if stated is None:
+    by_module = _read_ids(raw, where)
+    if by_module is None:
         return None
-    by_module = stated if isinstance(stated, dict) else {"embed_tokens": stated}
     expected = {"embed_tokens"} if config.tie_embeddings else {"embed_tokens", "lm_head"}
     lists = list(by_module.values())
     ids = lists[0] if lists else []
@@ -59,6 +58,17 @@ def read_rows(raw: dict, config: ModelConfig, where: str | os.PathLike) -> NewRo
 
 def needed_vocabulary(adapter: pathlib.Path | None) -> int:
     """Rows that the base of an adapter must have, 0 where any number will do."""
-    stated = None if adapter is None else read_json(adapter / ADAPTER_FILE).get(KEY)
-    lists = stated.values() if isinstance(stated, dict) else [stated or []]
-    return 1 + max((i for ids in lists for i in ids), default=-1)
+    by_module = None if adapter is None else _read_ids(read_json(adapter / ADAPTER_FILE), adapter / ADAPTER_FILE)
+    return 1 + max((i for ids in (by_module or {}).values() for i in ids), default=-1)
+
+
+def _read_ids(raw: dict, where: str | os.PathLike) -> dict[str, list[int]] | None:
+    """The ids that are named, by module; None where the key is not there. Raises UserError for what are no ids."""
+    stated = raw.get(KEY)
+    if stated is None:
+        return None
+    by_module = stated if isinstance(stated, dict) else {"embed_tokens": stated}
+    for ids in by_module.values():
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{where}: {KEY} is {str(stated)[:60]}, expected lists of token ids: save it again")
+    return by_module

@@ -35,9 +35,11 @@ def load_reference(found: ModelFolder):
         if (vocab_size := needed_vocabulary(found.adapter)) > model.config.vocab_size:
             model.resize_token_embeddings(vocab_size)
         try:
-            model.load_adapter(str(found.adapter))
+            import peft
         except ImportError as error:
             raise UserError("verify of an adapter needs peft, which is not installed: pip install peft") from error
+        # Not the model's own `load_adapter`, which leaves DoRA's magnitudes out.
+        model = peft.PeftModel.from_pretrained(model, str(found.adapter)).get_base_model()
     return model.eval()
 
 
@@ -49,7 +51,7 @@ def write_random_model(source: str | os.PathLike, folder: str | os.PathLike, *, 
     """
     import torch
 
-    config = _transformers().AutoConfig.from_pretrained(source, local_files_only=True)
+    config = _transformers().AutoConfig.from_pretrained(source, local_files_only=True).get_text_config()
     if num_layers > config.num_hidden_layers:
         raise UserError(f"--layers {num_layers}: {source} has {config.num_hidden_layers}")
     if num_layers:

@@ -35,8 +35,8 @@ from postrain.models.attention_blocks import (
 LANES = 128
 SHIFT = 16  # a pair is one int32: block of queries << SHIFT | block of keys
 MAX_BLOCK = 512
-# Elements of a block of queries, all heads of a key head: it, its output and their sums share the chip's memory.
-MAX_ELEMENTS = 2**19
+# Of a block of queries, all heads of a key head: it, its output and their sums share the chip's memory.
+MAX_BYTES = 2**20
 MAX_PAIRS = 2**17  # half a MiB of scalar memory
 
 
@@ -67,7 +67,7 @@ def flash_tpu(
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_keys, num_kv = k_BSKH.shape[1:3]
     groups = num_heads // num_kv
-    room = max(LANES, MAX_ELEMENTS // (groups * head_dim) // LANES * LANES)
+    room = max(LANES, MAX_BYTES // (groups * head_dim * q_BTNH.dtype.itemsize) // LANES * LANES)
     block_q, block_k = min(max_block, room, round_up(length, LANES)), min(max_block, round_up(num_keys, LANES))
     if batch * _most_pairs(length, num_keys, block_q, block_k) > MAX_PAIRS:
         raise UserError(

@@ -15,7 +15,8 @@ def quantize(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """``(q, scale)`` with x ~ q * scale: q in ``dtype``, scale a float32 scalar."""
     x32 = x.astype(jnp.float32)
     largest, limit = jnp.max(jnp.abs(x32)), float(jnp.finfo(dtype).max)
-    scale = jnp.where(largest > 0, largest / limit, 1.0)
+    tiny = float(jnp.finfo(jnp.float32).tiny)  # a quotient below it is flushed to 0
+    scale = jnp.where(largest > 0, jnp.maximum(largest / limit, tiny), 1.0)
     return jnp.clip(x32 / scale, -limit, limit).astype(dtype), scale
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
+from postrain.sharding import find_mesh, mesh_context
 
 
 def logits(params, config: ModelConfig, tokens, segment_ids=None, positions=None) -> jax.Array:
@@ -26,7 +27,8 @@ def logits(params, config: ModelConfig, tokens, segment_ids=None, positions=None
     rows = jnp.atleast_2d(tokens)
     segments = jnp.ones_like(rows) if segment_ids is None else jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))
     places = count_positions(segments) if positions is None else jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
-    return _logits(params, rows, segments, places, config=config).reshape(*tokens.shape, config.vocab_size)
+    found = _logits(params, rows, segments, places, config=config, mesh=find_mesh(params))
+    return found.reshape(*tokens.shape, config.vocab_size)
 
 
 def count_positions(segment_ids_BT: jax.Array) -> jax.Array:
@@ -36,7 +38,8 @@ def count_positions(segment_ids_BT: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(params, tokens_BT, segment_ids_BT, positions_BT, *, config):
-    hidden = compute_hidden(params, config, tokens_BT, segment_ids_BT, positions_BT)
-    return compute_logits(params, config, hidden)[..., : config.vocab_size]
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(params, tokens_BT, segment_ids_BT, positions_BT, *, config, mesh):
+    with mesh_context(mesh):
+        hidden = compute_hidden(params, config, tokens_BT, segment_ids_BT, positions_BT)
+        return compute_logits(params, config, hidden)[..., : config.vocab_size]

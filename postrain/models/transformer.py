@@ -42,7 +42,8 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
         scale = config.lora.scale_of(p["lora_a"])
         y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * scale).astype(x.dtype)
         if "magnitude" in p:
-            y = y * (p["magnitude"] / column_norms(p, scale)).astype(x.dtype)
+            norms = column_norms(p, scale)
+            y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
     y = y.reshape(*x.shape[:-1], -1)

@@ -35,7 +35,7 @@ from postrain.models.cache import KVCache, grow_cache, init_cache, take_rows
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout.sampling import choose_greedy, choose_sampled, make_uniforms
-from postrain.sharding import constrain, num_row_shards
+from postrain.sharding import constrain, find_mesh, num_row_shards
 
 PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [B, N, PREFILL, M]
 MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be computed apart
@@ -103,7 +103,7 @@ def generate(
     batch_size = 32 if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, found {batch_size}")
-    mesh = _find_mesh(params)
+    mesh = find_mesh(params)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     completions = {}
     if jax.default_backend() == "cpu":
@@ -143,15 +143,6 @@ def _check_prompts(prompts, config, sampling):
             "positions that the model was made for; what it writes beyond them may be poor",
             stacklevel=3,
         )
-
-
-def _find_mesh(params):
-    """The mesh that the parameters are spread over, None for one device."""
-    for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.size > 1:
-            return sharding.mesh
-    return None
 
 
 def _generate_batch(params, config, prompts, rows, sampling, on_token):

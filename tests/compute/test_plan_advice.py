@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from postrain.compute.plan_advice import advise, list_micro_batches, replace_keys
+from postrain.compute.plan_advice import advise, list_changes, list_micro_batches, replace_keys
 from postrain.compute.plan_report import describe_advice
 from postrain.compute.targets import CHIPS
 from postrain.config import resolve
@@ -13,11 +13,11 @@ GIB = 2**30
 MEMORY = {"activations": 40 * GIB, "total": 50 * GIB}
 
 
-def make_program(data=1, rank=0, **train):
-    values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": {"path": "m"}}
+def make_program(data=1, rank=0, size=64, fp8=False, **train):
+    values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": {"path": "m", "fp8": fp8}}
     config = resolve(values | {"mesh": {"data": data}, "train": train})
     mesh = types.SimpleNamespace(shape={"data": data, "fsdp": 8 // data})
-    model = types.SimpleNamespace(config=types.SimpleNamespace(lora=rank or None))
+    model = types.SimpleNamespace(config=types.SimpleNamespace(embed_size=size), frozen=bool(rank))
     return types.SimpleNamespace(config=config, mesh=mesh, model=model)
 
 
@@ -90,3 +90,9 @@ def test_keys_are_replaced_in_a_frozen_config():
     changed = replace_keys(config, {"model.lora.rank": 8, "train.micro_batches": 2})
     assert (changed.model.lora.rank, changed.train.micro_batches) == (8, 2)
     assert config.model.lora.rank == 0 and changed.data == config.data
+
+
+def test_nf4_is_proposed_only_where_a_run_takes_it():
+    proposed = lambda **words: [list(change)[-1] for change, _ in list_changes(make_program(**words), MEMORY, GIB)]
+    assert "model.quantization" in proposed() and "model.quantization" in proposed(rank=4)
+    assert "model.quantization" not in proposed(size=63) + proposed(fp8=True)

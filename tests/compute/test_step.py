@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy_network import compute_loss, make_batch, make_params, torch_loss
 
+from postrain.compute import step as step_module
 from postrain.compute.optimizer import decay_mask, make_optimizer
 from postrain.compute.step import check_finite, count_compilations, init_train_state, make_eval_step, make_train_step
 from postrain.config import OptimizerConfig
@@ -161,6 +162,23 @@ def test_share_of_weights_moved_is_that_of_the_dtype_that_computes(dtype):
     still = make_batch(2)
     state, metrics = step(state, still | {"loss_mask": np.zeros_like(still["loss_mask"])})
     assert metrics["train/weights_moved"] == 0
+
+
+def test_counting_what_moved_keeps_no_second_set_of_parameters(monkeypatch):
+    """The new parameters take the old ones' memory: the step's temporaries are the same without the count."""
+    params = {"w": jnp.ones((2048, 1024)), "b": jnp.zeros(1024)}
+    optimizer, _ = make_optimizer(CONFIG, 10)
+    loss_fn = lambda p, rows, rng: (jnp.square(rows @ p["w"] + p["b"]).sum(), jnp.float32(rows.shape[0]), {})
+
+    def temporaries():
+        state = init_train_state(jax.tree.map(jnp.copy, params), {}, optimizer, jax.random.key(0))
+        step = make_train_step(loss_fn, optimizer)
+        compiled = step.lower(state, jnp.ones((8, 2048))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    found = temporaries()
+    monkeypatch.setattr(step_module, "_share_moved", lambda *_: jnp.zeros(()))
+    assert found <= 1.1 * temporaries()
 
 
 def test_only_params_train():

@@ -14,7 +14,7 @@ from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
-from postrain.hf.verify import verify
+from postrain.hf.verify import verify, verify_random
 from postrain.recipes import train
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -75,6 +75,8 @@ def test_logits_and_export(name, folder, request, tmp_path):
 
 def test_verify(folder):
     report = verify(folder)
+    assert report.passed, str(report)
+    report = verify_random(folder, num_layers=2)
     assert report.passed, str(report)
 
 

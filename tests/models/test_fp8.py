@@ -55,6 +55,8 @@ def test_zeros_and_dtypes():
     y, backward = jax.vjp(fp8_dot, x, w)
     assert y.dtype == jnp.bfloat16 and not np.asarray(y).any()
     assert [g.dtype for g in backward(jnp.zeros_like(y))] == [jnp.bfloat16] * 2
+    q, scale = quantize(jnp.array([1e-36, -2e-36, 0]), jnp.float8_e5m2)  # a scale would be flushed to 0
+    assert scale > 0 and np.isfinite(np.asarray(q, np.float32)).all() and np.abs(np.asarray(q, np.float32)).max() < 1e3
     q, scale = quantize(jnp.array([-2.0, 0.5]), jnp.float8_e4m3fn)
     np.testing.assert_array_equal(np.asarray(q, np.float32) * scale, [-2.0, 0.5])
     assert not np.isfinite(np.asarray(fp8_dot(x.at[0, 0].set(jnp.nan), w), np.float32)).all()
