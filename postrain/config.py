@@ -151,6 +151,7 @@ class TrainSection:
     micro_batches: int = 1  # splits of a batch; the result does not depend on it
     seed: int = 0  # of new parameters and of anything drawn while training
     log_every: int = 1  # steps between lines of metrics.jsonl
+    count_moved: bool = False  # log the share of weights that an update changes; holds the parameters twice
 
 
 @dataclasses.dataclass(frozen=True)

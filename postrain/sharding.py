@@ -193,6 +193,14 @@ def current_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def gpu_capability() -> float:
+    """NVIDIA's compute capability of this process's GPUs; 0 for other vendors', infinite where there are none here."""
+    if jax.default_backend() != "gpu":
+        return math.inf  # what is compiled for GPUs elsewhere is for new ones
+    stated = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return float(stated) if stated.replace(".", "", 1).isdigit() else 0.0
+
+
 def splits_positions() -> bool:
     """Whether the mesh that is traced for splits the positions of a row."""
     return jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1

@@ -1,6 +1,7 @@
 """From a config to the model that a run trains: which parameters train, which do not, and where they lie."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -133,6 +134,12 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
         raise UserError(
             f"config key 'model.quantization' = 'nf4' packs two numbers in a byte, but the model's hidden size is "
             f"{model_config.embed_size}: use 'int8'"
+        )
+    ways, heads, num_kv = mesh.shape["tensor"], model_config.num_heads, model_config.num_kv_heads
+    if heads % math.lcm(num_kv, ways):  # key heads are repeated until they divide
+        raise UserError(
+            f"config key 'mesh.tensor' = {ways}: {heads} heads over {num_kv} key heads do not divide over it: give it "
+            f"a divisor of {heads}"
         )
     return dataclasses.replace(
         model_config,

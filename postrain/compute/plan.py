@@ -103,10 +103,6 @@ def compile_step(config: Config, folder: str | os.PathLike, target: Target, make
         refused = read_refusal(str(error))
         if refused is None:
             raise UserError(f"--target={target.name}: {explain_compiler(str(error))}") from error
-    except ValueError as error:
-        if "do not divide" not in str(error):
-            raise
-        raise UserError(f"mesh on {target.name}: {error}: change mesh.*") from error
     return Program(config, mesh, model, step, traced, compiled, refused, time.perf_counter() - started)
 
 

@@ -23,8 +23,6 @@ from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, mesh_context, num_row_shards, replicated
 from postrain.types import TrainState
 
-MOVED_COLUMNS = 32  # of a parameter, that the share of weights moved is counted in
-
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 
 
@@ -38,7 +36,7 @@ def make_train_step(
     max_grad_norm: float = 0.0,
     ema_decay: float = 0.0,
     schedule: Callable | None = None,
-    compute_dtype: str = "float32",
+    count_moved_in: str = "",
 ):
     """Jitted ``train_step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -46,9 +44,9 @@ def make_train_step(
     shards of ``mesh``. ``state_shardings``: ``shardings_of(abstract_train_state(...))``, needed with a mesh:
     left alone, XLA replicates gradients and FSDP silently degrades. ``metrics``: float32 scalars
     ``train/loss``, ``train/grad_norm`` (before clipping), ``train/weight``, ``train/learning_rate`` (with a
-    ``schedule``), ``train/weights_moved`` (the share of the trained weights that is another one after the update, seen
-    in ``compute_dtype``, estimated from some columns of each parameter), ``train/NAME`` for each of ``metric_sums``
-    divided by the weight, and bool ``finite``.
+    ``schedule``), ``train/NAME`` for each of ``metric_sums`` divided by the weight, and bool ``finite``. With
+    ``count_moved_in``, a dtype, also ``train/weights_moved``: the share of the trained weights that the update changes,
+    seen in that dtype; the old parameters then stay in memory beside the new ones.
     """
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -62,18 +60,23 @@ def make_train_step(
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-            update = _make_update(optimizer, grads, per_token * clip, ema_decay, compute_dtype)
+            def update(params, opt_state, ema):
+                updates, opt_state = optimizer.update(
+                    jax.tree.map(lambda g: g * (per_token * clip), grads), opt_state, params
+                )
+                params = optax.apply_updates(params, updates)
+                return params, opt_state, _average(ema, params, ema_decay)
+
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
-            params, opt_state, ema, moved = jax.lax.cond(
-                finite & (weight > 0),
-                update,
-                lambda *same: (*same, jnp.zeros(())),
-                *(state.params, state.opt_state, state.ema),
+            params, opt_state, ema = jax.lax.cond(
+                finite & (weight > 0), update, lambda *same: same, state.params, state.opt_state, state.ema
             )
+            moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         metrics = {f"train/{name}": value * per_token for name, value in sums.items()}
         metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/weight": weight, "finite": finite}
-        metrics["train/weights_moved"] = moved
+        if count_moved_in:
+            metrics["train/weights_moved"] = moved
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(state.step - 1)
         return state, metrics
@@ -88,17 +91,6 @@ def make_train_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
     )
-
-
-def _make_update(optimizer, grads, scale, ema_decay: float, compute_dtype: str):
-    """``update(params, opt_state, ema)`` by ``scale * grads``: the new three, and the share that moved."""
-
-    def update(params, opt_state, ema):
-        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
-        new = optax.apply_updates(params, updates)
-        return new, opt_state, _average(ema, new, ema_decay), _share_moved(params, new, compute_dtype)
-
-    return update
 
 
 def sum_gradients(loss_fn: LossFn, state: TrainState, batch, rng, micro_batches: int, mesh, state_shardings):
@@ -155,13 +147,9 @@ def _average(ema, params, decay: float):
 
 
 def _share_moved(old, new, dtype: str) -> jax.Array:
-    """Share of the scalars that differ between two trees after rounding to ``dtype``, by some columns of each leaf.
-
-    All of them would keep the old parameters alive beside the new ones, which otherwise take their memory over.
-    """
+    """Share of the scalars that differ between two trees after rounding to ``dtype``."""
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-    some = lambda x: x[..., :MOVED_COLUMNS].astype(dtype)
-    moved = sum(jnp.mean(some(a) != some(b), dtype=jnp.float32) * float(a.size) for a, b in pairs)
+    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
     return moved / float(sum(a.size for a, _ in pairs))
 
 

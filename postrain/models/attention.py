@@ -34,8 +34,9 @@ from jax.sharding import PartitionSpec as P
 from postrain.errors import UserError
 from postrain.models.attention_blocks import MASKED, soft_cap
 from postrain.models.attention_chunked import chunked
-from postrain.sharding import BATCH_AXES, current_platform
+from postrain.sharding import BATCH_AXES, current_platform, gpu_capability
 
+TRITON_CAPABILITY = 8.0  # of NVIDIA's GPUs, the least that Triton compiles for
 BACKENDS = ("chunked", "flash_tpu", "flash_gpu")
 _PLATFORMS = {"flash_tpu": "tpu", "flash_gpu": "gpu"}  # of those that do not run everywhere
 
@@ -47,12 +48,15 @@ def select_backend(name: str) -> str:
     """
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"attention back end {name!r} is none of auto, {', '.join(BACKENDS)}")
-    platform = current_platform()
+    platform, old = current_platform(), gpu_capability() < TRITON_CAPABILITY
     if name == "auto":
-        return next((backend for backend, runs_on in _PLATFORMS.items() if runs_on == platform), "chunked")
+        kernels = [kernel for kernel, runs_on in _PLATFORMS.items() if runs_on == platform]
+        return "chunked" if platform == "gpu" and old else (*kernels, "chunked")[0]
+    where = f"config key 'model.attention' = {name!r}"
     if _PLATFORMS.get(name, platform) != platform:
-        where = f"config key 'model.attention' = {name!r}"
         raise UserError(f"{where} runs on {_PLATFORMS[name]}, the devices are {platform}: set it to auto or chunked")
+    if name == "flash_gpu" and old:
+        raise UserError(f"{where} needs an NVIDIA GPU from Ampere on, the devices are older: set it to auto or chunked")
     return name
 
 

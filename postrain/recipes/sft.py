@@ -204,7 +204,7 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
         max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         schedule=schedule,
-        compute_dtype=model.config.compute_dtype,
+        count_moved_in=model.config.compute_dtype if config.train.count_moved else "",
     )
     return Step(optimizer, loss_fn, eval_loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
 

@@ -16,7 +16,7 @@ MEMORY = {"activations": 40 * GIB, "total": 50 * GIB}
 def make_program(data=1, rank=0, size=64, fp8=False, **train):
     values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": {"path": "m", "fp8": fp8}}
     config = resolve(values | {"mesh": {"data": data}, "train": train})
-    mesh = types.SimpleNamespace(shape={"data": data, "fsdp": 8 // data})
+    mesh = types.SimpleNamespace(shape={"data": data, "fsdp": 8 // data, "expert": 1})
     model = types.SimpleNamespace(config=types.SimpleNamespace(embed_size=size), frozen=bool(rank))
     return types.SimpleNamespace(config=config, mesh=mesh, model=model)
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from attention_cases import MECHANISMS, dense_attention, make_inputs
 
-from postrain.models.attention import attention, cached_attention, compute_document_starts
+from postrain.errors import UserError
+from postrain.models import attention as attention_module
+from postrain.models.attention import attention, cached_attention, compute_document_starts, select_backend
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -88,3 +90,17 @@ def test_cached_attention_is_the_last_row_of_the_whole(mechanism):
     heads_first = [jnp.asarray(x).transpose(0, 2, 1, 3) for x in (k, v)]
     out = cached_attention(q[rows, positions], *heads_first, positions, **options)
     np.testing.assert_allclose(out, whole[rows, positions], atol=2e-6)
+
+
+def test_auto_takes_the_kernel_that_the_platform_runs(monkeypatch):
+    chosen = {}
+    for platform, capability in (("cpu", 9.0), ("tpu", 9.0), ("gpu", 9.0), ("gpu", 7.5), ("gpu", 0.0)):
+        monkeypatch.setattr(attention_module, "current_platform", lambda platform=platform: platform)
+        monkeypatch.setattr(attention_module, "gpu_capability", lambda capability=capability: capability)
+        chosen[platform, capability] = select_backend("auto")
+        assert select_backend("chunked") == "chunked"
+    assert list(chosen.values()) == ["chunked", "flash_tpu", "flash_gpu", "chunked", "chunked"]
+    with pytest.raises(UserError, match="'flash_gpu' needs an NVIDIA GPU from Ampere on"):
+        select_backend("flash_gpu")
+    with pytest.raises(UserError, match="'flash_tpu' runs on tpu, the devices are gpu"):
+        select_backend("flash_tpu")

@@ -35,7 +35,6 @@ def test_every_step_has_its_line(finished, inputs):
         "train/grad_norm",
         "train/learning_rate",
         "train/weight",
-        "train/weights_moved",
     }
     for line in lines[1:]:
         assert trained | {"perf/tokens_per_second", "perf/mfu"} <= set(line)
