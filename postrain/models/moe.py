@@ -62,7 +62,9 @@ class MoeAux:
 
     expert_ids: jax.Array  # int32 [B, T, k], best first; -1 where there is padding
     expert_weights: jax.Array  # float32 [B, T, k], 0 where there is padding
-    margins: jax.Array  # float32 [B, T]: router logit of the last expert chosen by score less that of the next one
+    margins: (
+        jax.Array
+    )  # float32 [B, T]: router logit of the last expert chosen by score less that of the next; else inf
     expert_counts: jax.Array  # float32 [E]: tokens sent to each expert
     prob_sums: jax.Array  # float32 [E]: sum over tokens of softmax(logits)
     row_balance_sum: jax.Array  # float32: sum over rows of (tokens of the row) * (load balance of the row)
@@ -182,7 +184,8 @@ def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence)
     ids, weights = (jnp.where(mask_BT[:, :, None], per_token(x), no) for x, no in ((expert_ids, -1), (weights, 0)))
     best = jax.lax.top_k(logits, min(expert_ids.shape[1] + 1, num_experts))[0]
     margins = jnp.full(best.shape[:1], jnp.inf) if expert_ids.shape[1] == num_experts else best[:, -2] - best[:, -1]
-    return MoeAux(ids, weights, margins.reshape(batch, length), *sums, balance_B / some_B, z_B / some_B)
+    margins = jnp.where(mask_BT, margins.reshape(batch, length), jnp.inf)
+    return MoeAux(ids, weights, margins, *sums, balance_B / some_B, z_B / some_B)
 
 
 # Assignments in the order of their experts. Taking rows there and back are each other's transpose; told so, backward
