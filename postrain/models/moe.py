@@ -62,9 +62,7 @@ class MoeAux:
 
     expert_ids: jax.Array  # int32 [B, T, k], best first; -1 where there is padding
     expert_weights: jax.Array  # float32 [B, T, k], 0 where there is padding
-    margins: (
-        jax.Array
-    )  # float32 [B, T]: router logit of the last expert chosen by score less that of the next; else inf
+    margins: jax.Array  # float32 [B, T]: logit of the last expert chosen less that of the next one, inf for padding
     expert_counts: jax.Array  # float32 [E]: tokens sent to each expert
     prob_sums: jax.Array  # float32 [E]: sum over tokens of softmax(logits)
     row_balance_sum: jax.Array  # float32: sum over rows of (tokens of the row) * (load balance of the row)
