@@ -46,7 +46,7 @@ RECIPES = {
 }
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_config(arg: str = "qwen3-0.6b-h100") -> ConfigDict:
     if arg not in RECIPES:
         raise ValueError(f"no variant {arg!r}, there are {', '.join(RECIPES)}")
     recipe = RECIPES[arg]

@@ -190,15 +190,15 @@ def test_json_has_one_schema_on_every_target(cpu, tpu, gpu):
 
 
 def test_what_cannot_fit_by_its_shapes_is_told_with_a_number(tmp_path):
-    """The state of 30 billion parameters on four chips: refused, and nothing but more chips is advised."""
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 40, "num_attention_heads": 64}
+    """280 billion parameters on four chips, too many even in 4 bits: nothing but more chips is advised."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 400, "num_attention_heads": 64}
     folder = write_model(tmp_path / "large", **sizes, head_dim=128)
     result = run_plan(folder, "v5e:2x2", "--config.train.micro_batches=4", "--config.model.remat=full", length=256)
     assert result.returncode == 1, result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("error: does not fit on v5e:2x2: a device needs ") and last.endswith(" GiB too much")
     needed = float(last.split("needs ")[1].split(" GiB")[0].replace(",", ""))
-    layers = 40 * (2 * 8192 * 8192 + 2 * 8192 * 256 + 3 * 8192 * 28672)
+    layers = 400 * (2 * 8192 * 8192 + 2 * 8192 * 256 + 3 * 8192 * 28672)
     assert needed > 16 * layers / 4 / GIB, "parameters, two moments and gradients in float32"
     assert "model.lora.rank=16: cannot, what the step is given and its gradients take" in result.stdout
     assert "nothing tried fits: take more devices (about " in result.stdout
