@@ -16,5 +16,5 @@ def test_on_eight_cpu_devices():
     }
     folder = pathlib.Path(__file__).parent / "multidevice"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
