@@ -10,6 +10,7 @@ hands ``metrics`` to ``check_finite``, which stops the run at the latter.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,13 +61,7 @@ def make_train_step(
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-            def update(params, opt_state, ema):
-                updates, opt_state = optimizer.update(
-                    jax.tree.map(lambda g: g * (per_token * clip), grads), opt_state, params
-                )
-                params = optax.apply_updates(params, updates)
-                return params, opt_state, _average(ema, params, ema_decay)
-
+            update = functools.partial(_update, optimizer, grads, per_token * clip, ema_decay)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema = jax.lax.cond(
                 finite & (weight > 0), update, lambda *same: same, state.params, state.opt_state, state.ema
@@ -91,6 +86,13 @@ def make_train_step(
         in_shardings=(state_shardings, batch_sharding(mesh)),
         out_shardings=(state_shardings, replicated(mesh)),
     )
+
+
+def _update(optimizer, grads, scale, ema_decay: float, params, opt_state, ema):
+    """The new parameters, optimizer state and average, by ``scale * grads``."""
+    updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return params, opt_state, _average(ema, params, ema_decay)
 
 
 def sum_gradients(loss_fn: LossFn, state: TrainState, batch, rng, micro_batches: int, mesh, state_shardings):
