@@ -8,4 +8,5 @@ cd "$ROOT"
 export PATH="$VENV/bin:$PATH"
 ruff check --quiet .
 lint-imports --no-logo
-exec python -m pytest "$@"
+# Two processes of tests, a file's tests in one of them; -n 0 for one process, in which a debugger works.
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +15,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Collected by the process that tests/test_multidevice.py starts, and by no other.
 collect_ignore = [] if os.environ.get("POSTRAIN_MULTIDEVICE") else ["multidevice"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Compiled programs of a file end with it: each maps some pages, and Linux gives a process 65,530 mappings."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
