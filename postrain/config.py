@@ -24,6 +24,35 @@ class SourceConfig:
     path: str = ""  # a .jsonl or .parquet file, a glob of them, or a folder saved by `datasets`
     name: str = ""  # in reports; empty: the file's stem
     kind: str = "auto"  # "messages", "prompt_completion", "text", or "auto" (by the keys of the first row)
+    weight: float = 0.0  # its share beside the other sources' weights; 0 for all of them: by size
+    max_epochs: int = 0  # times that its rows may come; 0: as often as its share needs
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """Other weights of the sources from an update on."""
+
+    step: int = 2  # the first update with these weights
+    weights: tuple[float, ...] = ()  # of the sources, in the order of data.train
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSection:
+    """Shares of the sources of ``data.train``. Without any weights or caps every row comes once an epoch."""
+
+    by: str = "tokens"  # what the shares are of: "tokens", "rows"
+    temperature: float = 1.0  # T: without weights, the share of a source is its size to the power of 1 / T
+    phases: tuple[PhaseConfig, ...] = ()  # weights that change while training, in the order of their updates
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSection:
+    """How ``data.streaming`` reads."""
+
+    lanes: int = 8  # parts of the data that are read side by side, each by one process; divides data.batch_size
+    block_mebibytes: int = 16  # read in one piece and shuffled as a whole; smaller where a lane had fewer than 16
+    cache_folder: str = ""  # pieces of remote files are kept here
+    cache_gibibytes: float = 0.0  # up to so much; 0: no cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +73,9 @@ class DataConfig:
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
+    mixture: MixtureSection = MixtureSection()
+    streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
+    stream: StreamSection = StreamSection()
 
 
 @dataclasses.dataclass(frozen=True)
