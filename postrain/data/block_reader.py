@@ -13,7 +13,7 @@ from typing import Any
 from postrain.config import DataConfig, SourceConfig
 from postrain.data.blocks import Block, list_blocks, read_block
 from postrain.data.plan import permutation
-from postrain.data.policy import RowPolicy
+from postrain.data.policy import RejectedLog, RowPolicy
 from postrain.data.rendering import BATCH, Rendered, render_many
 from postrain.data.report import SourceReport
 from postrain.data.schema import BadRow, Example, RowRef, has_kind, parse_row, row_kind
@@ -73,13 +73,20 @@ def _find_kind(name: str, path: str, blocks: Sequence[Block], options: StorageOp
 
 
 class BlockReader:
-    """A ``postrain.data.lane.Reader``: the rows of ``source`` that are lane ``lane``'s."""
+    """A ``postrain.data.lane.Reader``: the rows of ``source``, the ``index``-th of the config, that are ``lane``'s."""
 
     def __init__(
-        self, source: BlockSource, index: int, tokenizer: Tokenizer, config: DataConfig, report: SourceReport, lane: int
+        self,
+        source: BlockSource,
+        index: int,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        lane: int,
+        rejected: RejectedLog | None = None,
     ):
         self._source, self._index, self._tokenizer, self._config = source, index, tokenizer, config
-        self._lane, self.policy = lane, RowPolicy(report, config, least_rows=_LEAST_ROWS)
+        self._lane = lane
+        self._policy = RowPolicy(SourceReport(source.name), config, least_rows=_LEAST_ROWS, rejected=rejected)
         self.seek({"epoch": 0, "block": 0, "row": 0})
 
     def seek(self, position: dict[str, int]) -> None:
@@ -92,9 +99,9 @@ class BlockReader:
             rows = list(itertools.islice(self._rows, BATCH))
             if not rows:
                 return None
-            self.policy.report.rows += len(rows)
+            self._policy.report.rows += len(rows)
             for (place, key, _), documents in zip(rows, self._render([row for *_, row in rows]), strict=True):
-                if kept := self.policy.keep(documents):
+                if kept := self._policy.keep(documents):
                     self._ready.append((place, key, kept))
         self.position, key, documents = self._ready.popleft()
         return key, documents

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.mixture import has_mixture
+from postrain.config_rules import has_mixture
+from postrain.data.lane import LANE_VERSION
 from postrain.data.packing import PACKING_VERSION
 from postrain.data.plan import PLAN_VERSION
 from postrain.data.rendering import Rendered
@@ -43,7 +44,8 @@ def describe_pipeline(sources: list[dict], tokenizer: Tokenizer, config: DataCon
         "sources": sources,
         "tokenizer": tokenizer.fingerprint(),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION},
+        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
+        | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
     }
 
 

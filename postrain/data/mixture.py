@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from postrain.config import DataConfig
-from postrain.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +17,6 @@ class Phase:
 
     step: int
     weights: tuple[float, ...]
-
-
-def has_mixture(config: DataConfig) -> bool:
-    """Whether the config asks for other shares than each row once an epoch."""
-    mixture = config.mixture
-    own = any(source.weight or source.max_epochs for source in config.train)
-    return own or bool(mixture.phases) or mixture.temperature != 1
 
 
 def make_phases(config: DataConfig, sizes: Sequence[float]) -> list[Phase]:
@@ -52,30 +44,3 @@ def choose(phase: Phase, drawn: Sequence[float], available: Collection[int]) -> 
     """The source to draw from next; -1 where none of ``available`` has a weight. ``drawn`` so far, in this phase."""
     due = [(drawn[i] / phase.weights[i], i) for i in available if phase.weights[i] > 0]
     return min(due)[1] if due else -1
-
-
-def check_mixture(config: DataConfig) -> None:
-    """Raises UserError for weights that cannot be meant."""
-    sources, mixture = config.train, config.mixture
-    weighted = [source.weight > 0 for source in sources]
-    if any(weighted) and mixture.temperature != 1:
-        raise UserError(
-            f"config key 'data.mixture.temperature' = {mixture.temperature} makes weights of the sizes of sources, but "
-            "'data.train' gives weights: leave one of them out"
-        )
-    if any(weighted) and not all(weighted) and not mixture.phases:
-        missing = sources[weighted.index(False)]
-        raise UserError(
-            f"config key 'data.train': source {missing.name or missing.path!r} has no weight and others have: give "
-            "every source one, or none (by size), or leave the source out"
-        )
-    last = 1
-    for phase in mixture.phases:
-        where = f"config key 'data.mixture.phases', that from update {phase.step}:"
-        if len(phase.weights) != len(sources):
-            raise UserError(f"{where} {len(phase.weights)} weights for {len(sources)} sources: give one for each")
-        if min(phase.weights) < 0 or not any(phase.weights):
-            raise UserError(f"{where} expected weights of at least 0, one of them above, found {phase.weights}")
-        if phase.step <= last:
-            raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
-        last = phase.step

@@ -1,10 +1,14 @@
 """What becomes of a row: kept, left out for its length or as a bad one; each way is counted, none is silent."""
 
+import json
+import pathlib
+
 from postrain.config import DataConfig
 from postrain.data.rendering import Rendered
 from postrain.data.report import SourceReport, count
 from postrain.data.schema import BadRow
 from postrain.errors import UserError
+from postrain.files import read_jsonl
 
 
 class RowPolicy:
@@ -15,10 +19,15 @@ class RowPolicy:
       rejected: bad rows left out.
     """
 
-    def __init__(self, report: SourceReport, config: DataConfig, *, least_rows: int = 0):
-        """``least_rows``: the share of bad rows is that of so many, as long as fewer are known."""
+    def __init__(
+        self, report: SourceReport, config: DataConfig, *, least_rows: int = 0, rejected: "RejectedLog | None" = None
+    ):
+        """``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
+
+        ``rejected``: bad rows are written there as they are met, and not kept.
+        """
         self.report, self.config, self.rejected = report, config, []
-        self._least_rows = least_rows
+        self._least_rows, self._log = least_rows, rejected
 
     def keep(self, documents: list[Rendered] | BadRow) -> list[Rendered]:
         """What is trained of a row as ``render_many`` gives it, counted. Raises UserError as the config says."""
@@ -39,7 +48,10 @@ class RowPolicy:
             if bad.advice:
                 raise bad
             raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
-        self.rejected.append(bad)
+        if self._log is None:
+            self.rejected.append(bad)
+        else:
+            self._log.write(bad)
         self.report.skipped += 1
         allowed = self.config.max_bad_fraction
         if self.report.skipped > allowed * max(self.report.rows, self._least_rows):
@@ -70,3 +82,21 @@ class RowPolicy:
             return None
         report.truncated += length > limit
         return document
+
+
+class RejectedLog:
+    """rejected.jsonl of a stream: each bad row once, however often it is met (in other epochs, after a resume)."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._known = path, set()
+        if path.exists():
+            self._known = {(entry.get("file"), entry.get("line")) for _, entry in read_jsonl(path)}
+
+    def write(self, bad: BadRow) -> None:
+        place = (bad.ref.file, bad.ref.line)
+        if place in self._known:
+            return
+        self._known.add(place)
+        entry = {"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

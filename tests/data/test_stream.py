@@ -12,10 +12,9 @@ from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfi
 from postrain.data.block_reader import BlockReader, open_block_source
 from postrain.data.packing import shift
 from postrain.data.rendering import render_many
-from postrain.data.report import SourceReport
 from postrain.data.sources import open_source
-from postrain.data.stream import open_stream
 from postrain.data.tokenizer import load_tokenizer
+from postrain.data.train_rows import open_train_rows
 from postrain.errors import UserError
 
 FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
@@ -39,6 +38,10 @@ def folder(tmp_path_factory):
             lines = [chat(f"{name} {number} {i}?", f"{name}{number}.{i} {text}") for i, text in enumerate(words)]
             write_jsonl(folder / f"{name}-{number:02}.jsonl", lines)
     return folder
+
+
+def open_stream(tokenizer, config, **process):
+    return open_train_rows(tokenizer, config, **process).batches
 
 
 def make_config(folder, names="ab", weights=(), lanes=4, **changes):
@@ -97,7 +100,7 @@ def test_the_lanes_have_every_row_once_an_epoch(folder, tokenizer, name, lanes, 
     source = open_block_source(dataclasses.replace(config.train[0], max_epochs=2), config)
     epochs, orders = (collections.Counter(), collections.Counter()), ([], [])
     for lane in range(lanes):
-        reader = BlockReader(source, 0, tokenizer, config, SourceReport(name), lane)
+        reader = BlockReader(source, 0, tokenizer, config, lane)
         while drawn := reader.draw():
             epochs[reader.position["epoch"]][drawn[0]] += 1
             orders[reader.position["epoch"]].append(drawn[0])
