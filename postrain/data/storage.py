@@ -201,8 +201,8 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
         protocol = url.partition("::")[2].partition("://")[0] or url.partition("://")[0]
-        need = f"pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else str(e)
-        raise UserError(f"{url} needs a package that is not installed ({e}): {need}") from e
+        advice = f": pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        raise UserError(f"{url} needs a package that is not installed: {e}{advice}") from e
     except ValueError as e:
         raise UserError(f"{url} cannot be read: {e}; expected a path or an fsspec URL such as s3://BUCKET/KEY") from e
 
@@ -281,7 +281,8 @@ def _retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> An
     for attempt in itertools.count(1):
         try:
             return _within(options.timeout, call)
-        except Exception as error:
+        except Exception as e:
+            error = _real_error(e)
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if _is_permanent(error):
                 advice = (
@@ -316,6 +317,13 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def _real_error(error: Exception) -> Exception:
+    """The failure behind a file that is "not found", which fsspec's http says of every failure."""
+    cause = error.__cause__
+    hidden = isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response")
+    return cause if hidden and getattr(cause, "status", 0) != 404 else error
 
 
 def _is_permanent(error: Exception) -> bool:
@@ -367,7 +375,9 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
         one_name = False
         try:
             info = fs.info(inner)
-        except FileNotFoundError:
+        except FileNotFoundError as e:
+            if not isinstance(_real_error(e), FileNotFoundError):
+                raise
             entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
         else:
             one_name = info["type"] != "directory"

@@ -5,10 +5,12 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
+import sys
 import time
 
 import numpy as np
 import pytest
+import s3fs
 from object_store import BUCKET, FAULTS, come_back, serve_store, upload
 
 from postrain.data import storage
@@ -90,6 +92,23 @@ def test_the_store_goes_away_and_comes_back(proxy):
     proxy.away = False
 
 
+def test_http(proxy):
+    data = some_bytes(25_000)
+    url = upload(data, "plain.jsonl").replace("s3:/", proxy.url)
+    with pytest.raises(UserError, match="plain.jsonl cannot be read .*403, .*who may read it"):
+        list_files(url, QUICK)
+    s3fs.S3FileSystem().chmod(f"{BUCKET}/plain.jsonl", acl="public-read")
+    [file] = list_files(url, QUICK)
+    proxy.faults[:] = [None, "reset", "error"]
+    assert read_all(file) == data
+    with pytest.raises(UserError, match="nothing.jsonl matches no file"):
+        list_files(url.replace("plain", "nothing"), QUICK)
+    proxy.away = True
+    with pytest.raises(UserError, match="plain.jsonl cannot be read: 4 tries"):
+        list_files(url, QUICK)
+    proxy.away = False
+
+
 def test_a_file_that_changed_is_refused(proxy):
     url = upload(b'{"text": "a"}\n' * 2000, "changing.jsonl")
     [file] = list_files(url, QUICK)
@@ -101,6 +120,20 @@ def test_a_file_that_changed_is_refused(proxy):
         list(rows)
     with pytest.raises(UserError, match="has changed"):
         open_file(file, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("gs://b/a.jsonl", r"not installed: .*gcsfs.*: pip install 'postrain\[gcs\]'"),
+        ("zip://a.jsonl::gs://b/a.zip", r"not installed: .*gcsfs.*: pip install 'postrain\[gcs\]'"),
+        ("nope://a", "Protocol not known: nope"),
+    ],
+)
+def test_a_missing_package_is_named(proxy, monkeypatch, url, message):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=message):
+        list_files(url, QUICK)
 
 
 def test_lists(proxy):
