@@ -8,11 +8,11 @@ A block is what is read on its own and shuffled as a whole. Which blocks there a
   the whole file, which has to be copied to the disk to be read
 * ``.jsonl.gz``, ``.jsonl.zst``, ``.tar``: the whole file, as it can only be read from its start
 
-Rows of a block come in the order of the file. What is held is a row, or some 512 rows of Parquet and the row group's
-compressed columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so
-is one that was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz
-or .zst between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and
-Zstandard unless their writer was asked for it) where the row can still be decoded.
+Rows of a block come in the order of the file. What is held is a row, or 64 of Parquet and the row group's compressed
+columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so is one that
+was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz or .zst
+between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and Zstandard
+unless their writer was asked for it) where the row can still be decoded.
 """
 
 import dataclasses
@@ -33,8 +33,16 @@ from postrain.data.storage import DEFAULTS, FORMATS, LocalCopy, StorageOptions, 
 from postrain.data.tar import read_tar
 from postrain.errors import UserError
 
-RECORDS = 512  # rows of Parquet and ArrayRecord that are taken together
-_TORN = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError, RuntimeError)
+RECORDS = 64  # rows of Parquet and ArrayRecord that are taken together
+_TORN = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    pa.ArrowException,
+    tarfile.TarError,
+    RuntimeError,
+)  # what readers say
 
 Row = tuple[RowRef, Any]
 

@@ -11,15 +11,10 @@ import concurrent.futures
 import dataclasses
 import io
 import itertools
-import logging
 import os
 import pathlib
-import queue
-import random
 import re
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,11 +22,11 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from postrain.data.piece_cache import PieceCache
+from postrain.data.retry import StorageOptions, real_error, retried
 from postrain.errors import UserError
 
 PIECE = 8 << 20  # bytes of one request
 TAIL = 256 << 10  # bytes of a request where less than a piece is known to be needed
-MAX_WAIT = 30.0  # seconds between two tries
 FORMATS = {  # by the suffix
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -49,38 +44,6 @@ FORMATS = {  # by the suffix
 }
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
-_PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ImportError,
-    NotImplementedError,
-)
-_RANDOM = random.Random()  # of its own: the waits must not move the seeds of the data
-_LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class StorageOptions:
-    """How remote files are read; local files need none of it.
-
-    Attributes:
-      tries: of one request, before the run is stopped. The waits between them double from ``first_wait`` seconds to 30.
-      timeout: seconds within which a request (at most 8 MiB) must be answered, or it has failed.
-      cache_folder, cache_bytes: pieces of remote files are kept here, up to so many bytes; not where one is empty or 0.
-    """
-
-    tries: int = 8
-    timeout: float = 60.0
-    first_wait: float = 1.0
-    cache_folder: str = ""
-    cache_bytes: int = 0
-
-
 DEFAULTS = StorageOptions()
 
 
@@ -143,7 +106,7 @@ def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> Non
         except OSError as e:
             raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
     else:
-        found = _stored_file(file.url, _retried(options, file.url, lambda: _info(fs, path)))
+        found = _stored_file(file.url, retried(options, file.url, lambda: _info(fs, path)))
     if found != file:
         raise UserError(
             f"{file.url} has changed since it was listed ({file.bytes} bytes, version {file.version}; now "
@@ -257,7 +220,7 @@ class _RemoteReader(io.RawIOBase):
         if keep and (piece := self._cache.get(key)) is not None:
             return piece
         where = f"{self._file.url}@{start}"
-        piece = _retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
+        piece = retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
         if keep:
             self._cache.put(key, piece)
         return piece
@@ -273,65 +236,6 @@ def _fetch(fs, path: str, start: int, stop: int) -> bytes:
     if len(piece) != stop - start:
         raise OSError(f"{stop - start} bytes were asked for and {len(piece)} came")
     return piece
-
-
-def _retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns, sooner or later; ``where`` is ``url`` or ``url@byte``."""
-    begin = time.monotonic()
-    for attempt in itertools.count(1):
-        try:
-            return _within(options.timeout, call)
-        except Exception as e:
-            error = _real_error(e)
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if _is_permanent(error):
-                advice = (
-                    "check the path" if isinstance(error, FileNotFoundError) else "check the path and who may read it"
-                )
-                raise UserError(f"{where} cannot be read ({cause}): {advice}") from error
-            if attempt >= options.tries:
-                raise UserError(
-                    f"{where} cannot be read: {attempt} tries within {time.monotonic() - begin:.0f} s have failed, "
-                    f"the last one with {cause}: check the storage and the network, then start the same command again"
-                ) from error
-        wait = min(options.first_wait * 2 ** (attempt - 1), MAX_WAIT) * _RANDOM.uniform(0.5, 1)
-        _LOG.warning("%s: try %d of %d failed (%s); next in %.1f s", where, attempt, options.tries, cause, wait)
-        time.sleep(wait)
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns; TimeoutError where it does not in time, and then its thread is left to itself."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run():
-        try:
-            answers.put((call(), None))
-        except BaseException as e:
-            answers.put((None, e))
-
-    threading.Thread(target=run, daemon=True, name="storage request").start()
-    try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
-
-
-def _real_error(error: Exception) -> Exception:
-    """The failure behind a file that is "not found", which fsspec's http says of every failure."""
-    cause = error.__cause__
-    hidden = isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response")
-    return cause if hidden and getattr(cause, "status", 0) != 404 else error
-
-
-def _is_permanent(error: Exception) -> bool:
-    """Whether the same request would fail again: no such file, not allowed, not understood."""
-    response = getattr(error, "response", None)
-    statuses = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
-    refused = any(isinstance(s, int) and 400 <= s < 500 and s not in (408, 425, 429) for s in statuses)
-    return refused or isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
 
 
 def _info(fs, path: str) -> dict:
@@ -366,7 +270,6 @@ def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
 
 def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[StoredFile]:
     """Files at a path without braces; none where there is nothing."""
-
     local = isinstance(fs, LocalFileSystem)
     rest = path.partition("::")[1] + path.partition("::")[2]
 
@@ -376,7 +279,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
         try:
             info = fs.info(inner)
         except FileNotFoundError as e:
-            if not isinstance(_real_error(e), FileNotFoundError):
+            if not isinstance(real_error(e), FileNotFoundError):
                 raise
             entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
         else:
@@ -388,7 +291,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
             return one_name, [_local_file(n) for n in names]
         return one_name, [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
 
-    one_name, files = _retried(options, path, look)
+    one_name, files = retried(options, path, look)
     if not one_name:
         _check_shards(path, files)
     return sorted(files, key=lambda f: f.url)
