@@ -9,6 +9,7 @@ Credentials are found by the libraries below (environment, their own files, the 
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -92,6 +93,7 @@ def open_file(
     if isinstance(fs, LocalFileSystem):
         return _open_local(file, start)
     check_unchanged(file, options)
+    path = retried(options, file.url, lambda: _pin(fs, path)[0])
     reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
     reader.seek(start)
     return reader
@@ -239,8 +241,32 @@ def _fetch(fs, path: str, start: int, stop: int) -> bytes:
 
 
 def _info(fs, path: str) -> dict:
-    fs.invalidate_cache()
-    return fs.info(path)
+    place, fixed = _pin(fs, path)
+    if not fixed:
+        fs.invalidate_cache()
+    return fs.info(place)
+
+
+def _pin(fs, path: str) -> tuple[str, bool]:
+    """(path, whether what is there can never change): on the Hugging Face hub, the path at a commit.
+
+    It is the commit at which the branch stood when this process first asked. The listing is asked for once, then,
+    where others are asked about each file that is opened.
+    """
+    if fs.protocol != "hf":
+        return path, False
+    place = fs.resolve_path(path)
+    if not hasattr(place, "repo_id"):  # a bucket, which has no commits
+        return path, False
+    commit = _commit(fs, place.repo_type, place.repo_id, place.revision)
+    return f"{path.partition(place.repo_id)[0]}{place.repo_id}@{commit}/{place.path_in_repo}", True
+
+
+@functools.cache
+def _commit(fs, repo_type: str, repo_id: str, revision: str) -> str:
+    from huggingface_hub import HfApi  # loads slowly
+
+    return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
 
 
 def _local_file(path: str) -> StoredFile:
