@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from postrain.data import storage
 from postrain.data.schema import BadRow, RowRef
 from postrain.data.sources import decode_line, one_line, without_nulls
-from postrain.data.storage import DEFAULTS, FORMATS, LocalCopy, StorageOptions, StoredFile, open_file
+from postrain.data.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
 from postrain.data.tar import read_tar
 from postrain.errors import UserError
 
@@ -229,7 +229,7 @@ def _divide_records(file: StoredFile, block_bytes: int) -> list[Block]:
 
 
 def _read_records(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
-    with LocalCopy(block.file, options) as path:
+    with local_copy(block.file, options) as path:
         reader = _open_records(path)
         stop = reader.num_records() if block.stop is None else block.stop
         for begin in range(block.start, stop, RECORDS):

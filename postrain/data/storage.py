@@ -8,6 +8,7 @@ Credentials are found by the libraries below (environment, their own files, the 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import io
@@ -15,8 +16,9 @@ import itertools
 import os
 import pathlib
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import fsspec
@@ -28,6 +30,7 @@ from postrain.errors import UserError
 
 PIECE = 8 << 20  # bytes of one request
 TAIL = 256 << 10  # bytes of a request where less than a piece is known to be needed
+LISTING = 10  # times the time-out of a request: a listing is made of many
 FORMATS = {  # by the suffix
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -126,38 +129,31 @@ def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
-class LocalCopy:
-    """``with LocalCopy(file) as path``: for readers that need a file on the disk. A copy is gone at the end."""
+@contextlib.contextmanager
+def local_copy(file: StoredFile, options: StorageOptions = DEFAULTS) -> Iterator[str]:
+    """A path for readers that need a file on the disk; a copy has no name there, and is gone however the process ends.
 
-    def __init__(self, file: StoredFile, options: StorageOptions = DEFAULTS):
-        self._file, self._options, self._copy = file, options, None
-
-    def __enter__(self) -> str:
-        if is_local(self._file.url):
-            return self._file.url
-        folder = self._options.cache_folder or None
-        if folder:
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    Raises:
+      UserError: as ``open_file``; the disk does not take the copy.
+    """
+    if is_local(file.url):
+        check_unchanged(file)
+        yield file.url
+        return
+    with contextlib.ExitStack() as stack:
         try:
-            self._copy = tempfile.NamedTemporaryFile(dir=folder, suffix=".copy")
-            with open_file(self._file, self._options, 0, self._file.bytes) as source:
-                while piece := source.read(PIECE):
-                    self._copy.write(piece)
-            self._copy.flush()
+            if options.cache_folder:
+                pathlib.Path(options.cache_folder).mkdir(parents=True, exist_ok=True)
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=options.cache_folder or None))
+            with open_file(file, options, 0, file.bytes) as source:
+                shutil.copyfileobj(source, copy, PIECE)
+            copy.flush()
         except OSError as e:
-            self.__exit__()
             raise UserError(
-                f"{self._file.url} is read from a copy on the disk, and its {self._file.bytes} bytes could not be "
-                f"written ({e}): free some space, or name another cache folder"
+                f"{file.url} is read from a copy on the disk, and its {file.bytes} bytes could not be written ({e}): "
+                "free some space, or name another cache folder"
             ) from e
-        except BaseException:
-            self.__exit__()
-            raise
-        return self._copy.name
-
-    def __exit__(self, *_) -> None:
-        if self._copy is not None:
-            self._copy.close()
+        yield f"/dev/fd/{copy.fileno()}"
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -317,7 +313,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
             return one_name, [_local_file(n) for n in names]
         return one_name, [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
 
-    one_name, files = retried(options, path, look)
+    one_name, files = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
     if not one_name:
         _check_shards(path, files)
     return sorted(files, key=lambda f: f.url)

@@ -24,7 +24,7 @@ def read_tar(file: io.BufferedIOBase, source: str, url: str) -> Iterator[tuple[R
     """
     archive = tarfile.open(fileobj=file, mode="r:")
     name, parts, number = None, [], 0
-    for member in archive:
+    while (member := archive.next()) is not None:
         archive.members = []  # tarfile keeps them all
         folder, _, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")

@@ -117,6 +117,20 @@ def test_rows_read_are_the_rows_written(tmp_path, kind, proxy):
     assert not proxy.faults
 
 
+def test_records_of_a_store_are_copied_to_the_disk_without_a_name(tmp_path, proxy):
+    write_records(tmp_path / "rows.array_record", ROWS)
+    options = StorageOptions(cache_folder=str(tmp_path / "cache"), cache_bytes=10**7)
+    url = upload(tmp_path / "rows.array_record", "copied.array_record")
+    rows = read_block(blocks_of(url, options=options)[0], "s", options)
+    next(rows)
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".piece", ""}  # and the lock
+    assert [raw for _, raw in rows] == ROWS[1:]
+    (tmp_path / "file").write_text("in the way")
+    options = StorageOptions(cache_folder=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"{url} is read from a copy on the disk, and its .* could not be written"):
+        read(blocks_of(url), options)
+
+
 def random_file(rng):
     """Lines of odd lengths, blank ones, CRLF, a BOM, perhaps no newline at the end; and the rows in them."""
     lines, rows = [], []
