@@ -8,11 +8,11 @@ A block is what is read on its own and shuffled as a whole. Which blocks there a
   the whole file, which has to be copied to the disk to be read
 * ``.jsonl.gz``, ``.jsonl.zst``, ``.tar``: the whole file, as it can only be read from its start
 
-Rows of a block come in the order of the file. What is held is a row, or some 512 rows of Parquet and the row group's
-compressed columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so
-is one that was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz
-or .zst between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and
-Zstandard unless their writer was asked for it) where the row can still be decoded.
+Rows of a block come in the order of the file. What is held is a row, or 64 of Parquet and the row group's compressed
+columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so is one that
+was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz or .zst
+between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and Zstandard
+unless their writer was asked for it) where the row can still be decoded.
 """
 
 import dataclasses
@@ -29,12 +29,20 @@ import pyarrow.parquet as pq
 from postrain.data import storage
 from postrain.data.schema import BadRow, RowRef
 from postrain.data.sources import decode_line, one_line, without_nulls
-from postrain.data.storage import DEFAULTS, FORMATS, LocalCopy, StorageOptions, StoredFile, open_file
+from postrain.data.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
 from postrain.data.tar import read_tar
 from postrain.errors import UserError
 
-RECORDS = 512  # rows of Parquet and ArrayRecord that are taken together
-_TORN = (OSError, EOFError, zlib.error, pa.ArrowException, tarfile.TarError, RuntimeError)
+RECORDS = 64  # rows of Parquet and ArrayRecord that are taken together
+_TORN = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    pa.ArrowException,
+    tarfile.TarError,
+    RuntimeError,
+)  # what readers say
 
 Row = tuple[RowRef, Any]
 
@@ -221,7 +229,7 @@ def _divide_records(file: StoredFile, block_bytes: int) -> list[Block]:
 
 
 def _read_records(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
-    with LocalCopy(block.file, options) as path:
+    with local_copy(block.file, options) as path:
         reader = _open_records(path)
         stop = reader.num_records() if block.stop is None else block.stop
         for begin in range(block.start, stop, RECORDS):

@@ -8,30 +8,29 @@ Credentials are found by the libraries below (environment, their own files, the 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import io
 import itertools
-import logging
 import os
 import pathlib
-import queue
-import random
 import re
+import shutil
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from postrain.data.piece_cache import PieceCache
+from postrain.data.retry import StorageOptions, real_error, retried
 from postrain.errors import UserError
 
 PIECE = 8 << 20  # bytes of one request
 TAIL = 256 << 10  # bytes of a request where less than a piece is known to be needed
-MAX_WAIT = 30.0  # seconds between two tries
+LISTING = 10  # times the time-out of a request: a listing is made of many
 FORMATS = {  # by the suffix
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -49,38 +48,6 @@ FORMATS = {  # by the suffix
 }
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
-_PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ImportError,
-    NotImplementedError,
-)
-_RANDOM = random.Random()  # of its own: the waits must not move the seeds of the data
-_LOG = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class StorageOptions:
-    """How remote files are read; local files need none of it.
-
-    Attributes:
-      tries: of one request, before the run is stopped. The waits between them double from ``first_wait`` seconds to 30.
-      timeout: seconds within which a request (at most 8 MiB) must be answered, or it has failed.
-      cache_folder, cache_bytes: pieces of remote files are kept here, up to so many bytes; not where one is empty or 0.
-    """
-
-    tries: int = 8
-    timeout: float = 60.0
-    first_wait: float = 1.0
-    cache_folder: str = ""
-    cache_bytes: int = 0
-
-
 DEFAULTS = StorageOptions()
 
 
@@ -129,6 +96,7 @@ def open_file(
     if isinstance(fs, LocalFileSystem):
         return _open_local(file, start)
     check_unchanged(file, options)
+    path = retried(options, file.url, lambda: _pin(fs, path)[0])
     reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
     reader.seek(start)
     return reader
@@ -143,7 +111,7 @@ def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> Non
         except OSError as e:
             raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
     else:
-        found = _stored_file(file.url, _retried(options, file.url, lambda: _info(fs, path)))
+        found = _stored_file(file.url, retried(options, file.url, lambda: _info(fs, path)))
     if found != file:
         raise UserError(
             f"{file.url} has changed since it was listed ({file.bytes} bytes, version {file.version}; now "
@@ -161,38 +129,31 @@ def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
-class LocalCopy:
-    """``with LocalCopy(file) as path``: for readers that need a file on the disk. A copy is gone at the end."""
+@contextlib.contextmanager
+def local_copy(file: StoredFile, options: StorageOptions = DEFAULTS) -> Iterator[str]:
+    """A path for readers that need a file on the disk; a copy has no name there, and is gone however the process ends.
 
-    def __init__(self, file: StoredFile, options: StorageOptions = DEFAULTS):
-        self._file, self._options, self._copy = file, options, None
-
-    def __enter__(self) -> str:
-        if is_local(self._file.url):
-            return self._file.url
-        folder = self._options.cache_folder or None
-        if folder:
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    Raises:
+      UserError: as ``open_file``; the disk does not take the copy.
+    """
+    if is_local(file.url):
+        check_unchanged(file)
+        yield file.url
+        return
+    with contextlib.ExitStack() as stack:
         try:
-            self._copy = tempfile.NamedTemporaryFile(dir=folder, suffix=".copy")
-            with open_file(self._file, self._options, 0, self._file.bytes) as source:
-                while piece := source.read(PIECE):
-                    self._copy.write(piece)
-            self._copy.flush()
+            if options.cache_folder:
+                pathlib.Path(options.cache_folder).mkdir(parents=True, exist_ok=True)
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=options.cache_folder or None))
+            with open_file(file, options, 0, file.bytes) as source:
+                shutil.copyfileobj(source, copy, PIECE)
+            copy.flush()
         except OSError as e:
-            self.__exit__()
             raise UserError(
-                f"{self._file.url} is read from a copy on the disk, and its {self._file.bytes} bytes could not be "
-                f"written ({e}): free some space, or name another cache folder"
+                f"{file.url} is read from a copy on the disk, and its {file.bytes} bytes could not be written ({e}): "
+                "free some space, or name another cache folder"
             ) from e
-        except BaseException:
-            self.__exit__()
-            raise
-        return self._copy.name
-
-    def __exit__(self, *_) -> None:
-        if self._copy is not None:
-            self._copy.close()
+        yield f"/dev/fd/{copy.fileno()}"
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -201,8 +162,8 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
         protocol = url.partition("::")[2].partition("://")[0] or url.partition("://")[0]
-        need = f"pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else str(e)
-        raise UserError(f"{url} needs a package that is not installed ({e}): {need}") from e
+        advice = f": pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        raise UserError(f"{url} needs a package that is not installed: {e}{advice}") from e
     except ValueError as e:
         raise UserError(f"{url} cannot be read: {e}; expected a path or an fsspec URL such as s3://BUCKET/KEY") from e
 
@@ -257,7 +218,7 @@ class _RemoteReader(io.RawIOBase):
         if keep and (piece := self._cache.get(key)) is not None:
             return piece
         where = f"{self._file.url}@{start}"
-        piece = _retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
+        piece = retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
         if keep:
             self._cache.put(key, piece)
         return piece
@@ -275,60 +236,33 @@ def _fetch(fs, path: str, start: int, stop: int) -> bytes:
     return piece
 
 
-def _retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns, sooner or later; ``where`` is ``url`` or ``url@byte``."""
-    begin = time.monotonic()
-    for attempt in itertools.count(1):
-        try:
-            return _within(options.timeout, call)
-        except Exception as error:
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if _is_permanent(error):
-                advice = (
-                    "check the path" if isinstance(error, FileNotFoundError) else "check the path and who may read it"
-                )
-                raise UserError(f"{where} cannot be read ({cause}): {advice}") from error
-            if attempt >= options.tries:
-                raise UserError(
-                    f"{where} cannot be read: {attempt} tries within {time.monotonic() - begin:.0f} s have failed, "
-                    f"the last one with {cause}: check the storage and the network, then start the same command again"
-                ) from error
-        wait = min(options.first_wait * 2 ** (attempt - 1), MAX_WAIT) * _RANDOM.uniform(0.5, 1)
-        _LOG.warning("%s: try %d of %d failed (%s); next in %.1f s", where, attempt, options.tries, cause, wait)
-        time.sleep(wait)
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns; TimeoutError where it does not in time, and then its thread is left to itself."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run():
-        try:
-            answers.put((call(), None))
-        except BaseException as e:
-            answers.put((None, e))
-
-    threading.Thread(target=run, daemon=True, name="storage request").start()
-    try:
-        value, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
-
-
-def _is_permanent(error: Exception) -> bool:
-    """Whether the same request would fail again: no such file, not allowed, not understood."""
-    response = getattr(error, "response", None)
-    statuses = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
-    refused = any(isinstance(s, int) and 400 <= s < 500 and s not in (408, 425, 429) for s in statuses)
-    return refused or isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
-
-
 def _info(fs, path: str) -> dict:
-    fs.invalidate_cache()
-    return fs.info(path)
+    place, fixed = _pin(fs, path)
+    if not fixed:
+        fs.invalidate_cache()
+    return fs.info(place)
+
+
+def _pin(fs, path: str) -> tuple[str, bool]:
+    """(path, whether what is there can never change): on the Hugging Face hub, the path at a commit.
+
+    It is the commit at which the branch stood when this process first asked. The listing is asked for once, then,
+    where others are asked about each file that is opened.
+    """
+    if fs.protocol != "hf":
+        return path, False
+    place = fs.resolve_path(path)
+    if not hasattr(place, "repo_id"):  # a bucket, which has no commits
+        return path, False
+    commit = _commit(fs, place.repo_type, place.repo_id, place.revision)
+    return f"{path.partition(place.repo_id)[0]}{place.repo_id}@{commit}/{place.path_in_repo}", True
+
+
+@functools.cache
+def _commit(fs, repo_type: str, repo_id: str, revision: str) -> str:
+    from huggingface_hub import HfApi  # loads slowly
+
+    return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
 
 
 def _local_file(path: str) -> StoredFile:
@@ -358,7 +292,6 @@ def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
 
 def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[StoredFile]:
     """Files at a path without braces; none where there is nothing."""
-
     local = isinstance(fs, LocalFileSystem)
     rest = path.partition("::")[1] + path.partition("::")[2]
 
@@ -367,7 +300,9 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
         one_name = False
         try:
             info = fs.info(inner)
-        except FileNotFoundError:
+        except FileNotFoundError as e:
+            if not isinstance(real_error(e), FileNotFoundError):
+                raise
             entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
         else:
             one_name = info["type"] != "directory"
@@ -378,7 +313,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
             return one_name, [_local_file(n) for n in names]
         return one_name, [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
 
-    one_name, files = _retried(options, path, look)
+    one_name, files = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
     if not one_name:
         _check_shards(path, files)
     return sorted(files, key=lambda f: f.url)

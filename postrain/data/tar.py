@@ -2,7 +2,7 @@
 
 ``0001.json`` is a JSON object whose keys are the row's; ``0001.prompt.txt`` is its key ``prompt``, ``0001.txt`` its key
 ``text``; ``0001.meta.json`` is its key ``meta``; any other file is a key named by what follows the first dot, with
-bytes. Folders, hidden files and files without a suffix belong to no row.
+bytes. Folders and hidden files belong to no row; a file without a suffix is refused.
 """
 
 import io
@@ -24,18 +24,21 @@ def read_tar(file: io.BufferedIOBase, source: str, url: str) -> Iterator[tuple[R
     """
     archive = tarfile.open(fileobj=file, mode="r:")
     name, parts, number = None, [], 0
-    for member in archive:
+    while (member := archive.next()) is not None:
         archive.members = []  # tarfile keeps them all
         folder, _, base = member.name.rpartition("/")
         stem, _, suffix = base.partition(".")
-        if not (member.isfile() and stem and suffix):
+        if not (member.isfile() and stem):
             continue
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name} is sparse, which is not read here")
         if (folder, stem) != name and parts:
             number += 1
             yield _row(parts, RowRef(source, url, number))
             parts = []
         name = folder, stem
-        data = archive.extractfile(member).read()
+        file.seek(member.offset_data)  # extractfile is slow
+        data = file.read(member.size)
         if len(data) != member.size:
             raise tarfile.ReadError(f"{len(data)} of {member.size} bytes of {member.name}")
         parts.append((suffix, data))
@@ -60,6 +63,8 @@ def _row(parts: list[tuple[str, bytes]], ref: RowRef) -> tuple[RowRef, Any]:
 
 
 def _fields(suffix: str, data: bytes) -> Any:
+    if not suffix:
+        raise ValueError("a file of a row needs a suffix, as .json or .txt")
     key, _, kind = suffix.rpartition(".")
     if kind == "json":
         value = json.loads(data.decode("utf-8-sig"))

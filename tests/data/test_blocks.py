@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -41,7 +43,7 @@ compress_zstd = zstandard.ZstdCompressor(write_checksum=True).compress
 
 
 def write_gzip(path, rows):  # two members, as `cat a.gz b.gz` makes them
-    path.write_bytes(gzip.compress(lines_of(rows[:99])) + gzip.compress(lines_of(rows[99:])))
+    path.write_bytes(gzip.compress(lines_of(rows[:99]), 1) + gzip.compress(lines_of(rows[99:]), 1))
 
 
 def write_zstd(path, rows):
@@ -115,6 +117,20 @@ def test_rows_read_are_the_rows_written(tmp_path, kind, proxy):
     assert not proxy.faults
 
 
+def test_records_of_a_store_are_copied_to_the_disk_without_a_name(tmp_path, proxy):
+    write_records(tmp_path / "rows.array_record", ROWS)
+    options = StorageOptions(cache_folder=str(tmp_path / "cache"), cache_bytes=10**7)
+    url = upload(tmp_path / "rows.array_record", "copied.array_record")
+    rows = read_block(blocks_of(url, options=options)[0], "s", options)
+    next(rows)
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".piece", ""}  # and the lock
+    assert [raw for _, raw in rows] == ROWS[1:]
+    (tmp_path / "file").write_text("in the way")
+    options = StorageOptions(cache_folder=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"{url} is read from a copy on the disk, and its .* could not be written"):
+        read(blocks_of(url), options)
+
+
 def random_file(rng):
     """Lines of odd lengths, blank ones, CRLF, a BOM, perhaps no newline at the end; and the rows in them."""
     lines, rows = [], []
@@ -157,6 +173,9 @@ def test_a_block_reads_no_more_of_the_file_than_it_needs(proxy, monkeypatch):
     proxy.reads.clear()
     assert len(read(blocks[1:2])) == sum(10_000 <= begin < 20_000 for begin in range(0, 42_000, 42))
     assert [wanted for _, wanted in proxy.reads] == ["bytes=9999-19999", "bytes=20000-20099"]
+    long = blocks_of(upload(lines_of([{"text": "x" * 50_000}]), "long.jsonl"), 10_000)
+    proxy.reads.clear()
+    assert read(long[2:3]) == [] and [wanted for _, wanted in proxy.reads] == ["bytes=19999-29999"]
 
 
 def test_lines_that_cannot_be_decoded_are_those_of_a_source(tmp_path):
@@ -213,16 +232,17 @@ def test_tar_fields(tmp_path):
         ("./a/0.png", b"\x89"),
         ("b/0.txt", b"other folder"),
         ("b/._0.txt", b"hidden"),
-        ("b/README", b"no row"),
         ("b/1.json", b"{"),
         ("b/2.json", b"[]"),
         ("b/3.json", b'{"text": "1"}'),
         ("b/3.txt", b"2"),
+        ("b/README", b"no row"),
         ("b/4.txt", b"last"),
     ]
     with tarfile.open(path, "w") as archive:
-        archive.addfile(folder := tarfile.TarInfo("b"))
-        assert folder.isfile()
+        folder = tarfile.TarInfo("b")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
         for name, data in members:
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -234,6 +254,7 @@ def test_tar_fields(tmp_path):
         "rows.tar:3: its .json is not valid: Expecting",
         "rows.tar:4: its .json must hold a JSON object; found list",
         "rows.tar:5: text comes from .txt and from a file before it",
+        "rows.tar:6: .*a file of a row needs a suffix",
     ):
         with pytest.raises(BadRow, match=message):
             next(rows)
@@ -249,7 +270,7 @@ def test_a_file_cut_off_anywhere_is_named(tmp_path, kind):
     cuts = {0, 1, 511, 512, 1024, 1536, end - 1, end // 2 + 1, (end - 1) // 512 * 512}
     cuts |= set(np.linspace(0, end - 1, 15, dtype=int).tolist())
     if kind in ("jsonl.gz", "jsonl.zst"):  # what ends between two members is a whole file
-        compress = gzip.compress if kind == "jsonl.gz" else compress_zstd
+        compress = (lambda data: gzip.compress(data, 1)) if kind == "jsonl.gz" else compress_zstd
         cuts.discard(len(compress(lines_of(ROWS[:99]))))
     for cut in sorted(c for c in cuts if c < end):
         path.write_bytes(whole[:cut])
@@ -310,3 +331,29 @@ def test_any_fsspec_path(tmp_path):
     assert [raw for _, raw in read(blocks_of(f"zip://in/*.jsonl::{tmp_path}/rows.zip"))] == ROWS + ROWS[:9]
     with pytest.raises(UserError, match="nope://a: .*|nope://a cannot be read"):
         list_files("nope://a")
+
+
+READER = """
+import resource, sys
+from postrain.data.blocks import list_blocks, read_block
+from postrain.data.storage import list_files
+
+def read(path):
+    return sum(len(raw["text"]) for block in list_blocks(list_files(path), 4 << 20) for _, raw in read_block(block))
+
+small = read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(small, read(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(4_000).hex() for _ in range(500)]
+    for name, times in (("small", 1), ("large", 6)):
+        WRITERS[kind](tmp_path / f"{name}.{kind}", [{"text": text} for text in texts * times])
+    command = [sys.executable, "-c", READER, *(str(tmp_path / f"{name}.{kind}") for name in ("small", "large"))]
+    small, large, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert (small, large) == (4_000_000, 24_000_000)
+    assert grown < 8_000  # KiB
