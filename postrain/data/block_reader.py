@@ -89,6 +89,11 @@ class BlockReader:
         self._policy = RowPolicy(SourceReport(source.name), config, least_rows=_LEAST_ROWS, rejected=rejected)
         self.seek({"epoch": 0, "block": 0, "row": 0})
 
+    @property
+    def report(self) -> SourceReport:
+        """What became of the rows read so far."""
+        return self._policy.report
+
     def seek(self, position: dict[str, int]) -> None:
         self.position = dict(position)
         self._ready: collections.deque[tuple[dict, Any, list[Rendered]]] = collections.deque()

@@ -19,11 +19,12 @@ from postrain.config_rules import has_mixture
 from postrain.data.block_reader import BlockReader, BlockSource, open_block_source
 from postrain.data.fingerprint import describe_pipeline
 from postrain.data.loading import ExampleSet, load_examples
+from postrain.data.packing import pack
 from postrain.data.pipeline import make_train_iterator
 from postrain.data.plan import permutation
 from postrain.data.policy import RejectedLog
 from postrain.data.rendering import Rendered
-from postrain.data.report import count
+from postrain.data.report import DataReport, count
 from postrain.data.storage import StoredFile, is_local, open_file
 from postrain.data.stream import LaneIterator
 from postrain.data.tokenizer import Tokenizer
@@ -137,10 +138,39 @@ def _open_stream(tokenizer: Tokenizer, config: DataConfig, rejected_path, **mine
     names, sizes = [source.name for source in sources], [source.bytes for source in sources]
     batches = LaneIterator(names, sizes, make_readers, config, lanes=config.stream.lanes, **mine)
     fingerprint = fingerprint_stream(sources, tokenizer, config)
-    sample = BlockReader(sources[0], 0, tokenizer, dataclasses.replace(config, on_bad_row="skip"), 0).draw()
+    first = dataclasses.replace(_from_the_start(config), on_bad_row="skip")
+    sample = BlockReader(sources[0], 0, tokenizer, first, 0).draw()
     if sample is None:
         raise UserError(f"{config.train[0].path}: no row of it can be trained on: `postrain preview` shows why")
     return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample[1][0])
+
+
+def _from_the_start(config: DataConfig) -> DataConfig:
+    """One lane, in the order of the files."""
+    return dataclasses.replace(config, shuffle=False, stream=dataclasses.replace(config.stream, lanes=1))
+
+
+def sample_stream(tokenizer: Tokenizer, config: DataConfig) -> ExampleSet:
+    """The first documents of each source of a stream, a packing window of them in all, as ``load_examples`` gives all.
+
+    Raises UserError as ``open_block_source`` does, and where ``config`` has a bad row stop the run.
+    """
+    config = _from_the_start(config)
+    examples: list[Rendered] = []
+    reports = []
+    for index, source in enumerate(config.train):
+        stop = len(examples) + -(-config.packing_window // len(config.train))
+        opened = open_block_source(dataclasses.replace(source, max_epochs=1), config)
+        reader = BlockReader(opened, index, tokenizer, config, 0)
+        reports.append(reader.report)
+        while len(examples) < stop and (drawn := reader.draw()):
+            examples += drawn[1]
+    if not examples:
+        raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
+    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {})
+    rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
+    example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
+    return example_set
 
 
 def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer, config: DataConfig) -> dict:
