@@ -13,6 +13,7 @@ import typing
 from typing import Any
 
 from postrain.config_limits import CHOICES, RANGES
+from postrain.config_rules import check_rules
 from postrain.errors import UserError
 from postrain.nested import flatten
 
@@ -24,6 +25,35 @@ class SourceConfig:
     path: str = ""  # a .jsonl or .parquet file, a glob of them, or a folder saved by `datasets`
     name: str = ""  # in reports; empty: the file's stem
     kind: str = "auto"  # "messages", "prompt_completion", "text", or "auto" (by the keys of the first row)
+    weight: float = 0.0  # its share beside the other sources' weights; 0 for all of them: by size
+    max_epochs: int = 0  # times that its rows may come; 0: as often as its share needs
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """Other weights of the sources from an update on."""
+
+    step: int = 2  # the first update with these weights
+    weights: tuple[float, ...] = ()  # of the sources, in the order of data.train
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureSection:
+    """Shares of the sources of ``data.train``. Without any weights or caps every row comes once an epoch."""
+
+    by: str = "tokens"  # what the shares are of: "tokens", "rows"
+    temperature: float = 1.0  # T: without weights, the share of a source is its size to the power of 1 / T
+    phases: tuple[PhaseConfig, ...] = ()  # weights that change while training, in the order of their updates
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSection:
+    """How ``data.streaming`` reads."""
+
+    lanes: int = 8  # parts of the data that are read side by side, each by one process; divides data.batch_size
+    block_mebibytes: int = 16  # read in one piece and shuffled as a whole; smaller where a lane had fewer than 16
+    cache_folder: str = ""  # pieces of remote files are kept here
+    cache_gibibytes: float = 0.0  # up to so much; 0: no cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +74,9 @@ class DataConfig:
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
+    mixture: MixtureSection = MixtureSection()
+    streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
+    stream: StreamSection = StreamSection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,102 +261,8 @@ def resolve(values: Any) -> Config:
         raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
-    _check_rows(config)
-    _check_adapters(config.model)
-    _check_new_tokens(config.model)
-    _check_best(config)
+    check_rules(config)
     return config
-
-
-def _check_rows(config: Config) -> None:
-    """The rows of an update are shared out evenly; over how many devices is known here where no axis is -1."""
-    rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
-    free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
-    if len(free) > 1:
-        raise UserError(
-            f"config keys {' and '.join(free)} are -1, what is left by the others: give all but one a number"
-        )
-    if rows % micro_batches:
-        raise UserError(
-            f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
-        )
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
-    if rows % (micro_batches * shards):
-        raise UserError(
-            f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
-            f"times 'mesh.data' x 'mesh.fsdp' x 'mesh.expert' = {shards}"
-        )
-    if config.data.sequence_length % max(mesh.sequence, 1):
-        raise UserError(
-            f"config key 'data.sequence_length' = {config.data.sequence_length} must be a multiple of "
-            f"'mesh.sequence' = {mesh.sequence}"
-        )
-
-
-def _check_adapters(model: ModelSection) -> None:
-    """Adapters that could not change the model are a mistake, and so is what goes with adapters that are not there."""
-    lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
-    own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
-    if not lora.rank:
-        if model.quantization != "none":
-            raise UserError(f"config key 'model.quantization' = {model.quantization!r} is for a frozen base, but {off}")
-        if lora.dora or own_ranks:
-            raise UserError(
-                f"config key 'model.lora.{'dora' if lora.dora else 'ranks.' + own_ranks[0]}' is set, but {off}"
-            )
-    if lora.targets and (others := [target for target in own_ranks if target not in lora.targets]):
-        raise UserError(
-            f"config key 'model.lora.ranks.{others[0]}' is set, but 'model.lora.targets' is {', '.join(lora.targets)}: "
-            f"add {others[0]} there, or set its rank to 0"
-        )
-    if lora.rank and not lora.targets:
-        raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
-    if model.fp8 and model.quantization != "none":
-        raise UserError(
-            f"config keys 'model.fp8' and 'model.quantization' = {model.quantization!r}: a product is in one of them: "
-            "switch the other off"
-        )
-    if lora.rank and not lora.alpha:
-        raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
-
-
-def _check_new_tokens(model: ModelSection) -> None:
-    """What the tokens themselves must be is checked where they are read (``postrain.data.new_tokens``)."""
-    section, where = model.new_tokens, "config key 'model.new_tokens."
-    if section.tokens and section.file:
-        raise UserError(f"{where}tokens' and 'model.new_tokens.file' are both given: put all tokens in one of them")
-    if section.train_alone and not (section.tokens or section.file):
-        raise UserError(f"{where}train_alone' is True, but there are no new tokens: give tokens or a file of them")
-    if section.train_alone and model.lora.rank:
-        raise UserError(
-            f"{where}train_alone' is True and 'model.lora.rank' is {model.lora.rank}: set one of them; with adapters "
-            "the rows of new tokens train beside them anyway"
-        )
-
-
-def _check_best(config: Config) -> None:
-    """``checkpoint.metric`` must be one that the run will have, if checkpoints are to be kept by it."""
-    metric, scored = config.checkpoint.metric, CHOICES["eval.metrics"]
-    if not config.checkpoint.keep_best:
-        return
-    where = f"config key 'checkpoint.metric' = {metric!r}"
-    if not metric.startswith(("train/", "eval/")):
-        raise UserError(f"{where}: expected a name that starts with train/ or eval/, such as eval/loss")
-    if metric.startswith("eval/") and not config.data.eval:
-        raise UserError(f"{where} needs held-out rows: give 'data.eval', or set 'checkpoint.keep_best' to 0")
-    name = metric.removeprefix("eval/")
-    answered = config.eval.metrics if config.eval.generate_rows else ()
-    if metric.startswith("eval/") and name in scored and name not in answered:
-        raise UserError(f"{where} needs 'eval.generate_rows' above 0 and {name!r} in 'eval.metrics'")
-    key, every = "train.log_every", config.train.log_every
-    if metric.startswith("eval/"):
-        key, every = "eval.every", config.eval.every
-    saved = config.checkpoint.every  # 0: the only checkpoint is the last, which is always measured
-    if saved and (every == 0 or saved % every):
-        raise UserError(
-            f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
-            f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
-        )
 
 
 HOW_TO_GET_A_MODEL = (

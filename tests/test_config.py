@@ -25,6 +25,8 @@ def with_key(key, value):
     *sections, leaf = key.split(".")
     place = values
     for section in sections:
+        if isinstance(place.get(section), str):
+            place[section] = {"path": place[section]}
         place = place.setdefault(section, {})
     place[leaf] = value
     return values

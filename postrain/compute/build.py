@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from postrain.compute.vocabulary import find_new_tokens, find_rows, grow_config, start_rows, write_rows
 from postrain.config import Config, DataConfig, LoraSection, RouterSection
-from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
@@ -169,17 +168,6 @@ def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:
         return name
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return "float32" if platform == "cpu" else "bfloat16"
-
-
-def check_token_ids(examples: Sequence[Rendered], config: ModelConfig) -> None:
-    """Raises UserError naming the first row with a token that the model has no embedding for."""
-    for example in examples:
-        largest = int(example.tokens.max())
-        if largest >= config.vocab_size:
-            raise UserError(
-                f"{example.ref}: token id {largest} is outside the model's vocabulary of {config.vocab_size}: "
-                "model.tokenizer must be the model's own tokenizer"
-            )
 
 
 def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:

@@ -14,10 +14,12 @@ from postrain.compute.build import make_lora_config
 from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
+from postrain.data.block_reader import open_block_source
 from postrain.data.fingerprint import compare_fingerprints, make_fingerprint
 from postrain.data.schema import BadRow
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
+from postrain.data.train_rows import fingerprint_stream
 from postrain.errors import UserError
 
 _SHOWN = 8  # changes in one message
@@ -78,6 +80,9 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple
 
 
 def _compare_data(saved: dict, config: Config, tokenizer: Tokenizer) -> list[str]:
+    if config.data.streaming:
+        sources = [open_block_source(source, config.data) for source in config.data.train]
+        return compare_fingerprints(saved, fingerprint_stream(sources, tokenizer, config.data))
     files = [_list_files(source) for source in config.data.train]
     now = make_fingerprint(files, tokenizer, [], config.data)
     return compare_fingerprints(saved, now | {"documents": saved.get("documents")})

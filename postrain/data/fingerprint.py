@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.config_rules import has_mixture
+from postrain.data.lane import LANE_VERSION
 from postrain.data.packing import PACKING_VERSION
 from postrain.data.plan import PLAN_VERSION
 from postrain.data.rendering import Rendered
@@ -31,14 +33,35 @@ def make_fingerprint(
       sources: name and files of each.
       examples: the rendered documents, in order.
     """
+    described = [{"name": name, "files": _describe_files(files)} for name, files in sources]
+    return describe_pipeline(described, tokenizer, config) | {"documents": hash_documents(examples)}
+
+
+def describe_pipeline(sources: list[dict], tokenizer: Tokenizer, config: DataConfig) -> dict:
+    """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
     return {
-        "data": {key: getattr(config, key) for key in _KEYS},
-        "sources": [{"name": name, "files": _describe_files(files)} for name, files in sources],
+        "data": {key: getattr(config, key) for key in _KEYS} | _describe_mixture(config),
+        "sources": sources,
         "tokenizer": tokenizer.fingerprint(),
         "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION},
-        "documents": hash_documents(examples),
+        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
+        | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
     }
+
+
+def _describe_mixture(config: DataConfig) -> dict:
+    """Keys that say nothing at their defaults stay out, so that they count only where they are used."""
+    mixture = {
+        "weights": [source.weight for source in config.train],
+        "max_epochs": [source.max_epochs for source in config.train],
+        "phases": [[phase.step, list(phase.weights)] for phase in config.mixture.phases],
+        "temperature": config.mixture.temperature,
+        "by": config.mixture.by,
+    }
+    described = {f"mixture.{key}": value for key, value in mixture.items()} if has_mixture(config) else {}
+    if config.streaming:
+        described |= {"stream.lanes": config.stream.lanes, "stream.block_mebibytes": config.stream.block_mebibytes}
+    return described
 
 
 def hash_documents(examples: Iterable[Rendered]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from postrain.config import DataConfig, SourceConfig
 from postrain.data.fingerprint import make_fingerprint
 from postrain.data.plan import RowPlan
+from postrain.data.policy import RowPolicy
 from postrain.data.rendering import Rendered, render_many
 from postrain.data.report import DataReport, SourceReport, count
 from postrain.data.schema import BadRow, Example
@@ -76,10 +77,10 @@ def load_examples(
         if rejected_path is not None:
             _write_rejected(pathlib.Path(rejected_path), loaders)
     asked = collections.Counter(how for example in examples for how in example.asked if how)
-    report = DataReport([loader.report for loader in loaders], config.sequence_length, asked=dict(asked))
+    report = DataReport([loader.policy.report for loader in loaders], config.sequence_length, asked=dict(asked))
     if not examples:
         raise UserError(_describe_empty(report, config))
-    files = [(loader.report.name, list(loader.files)) for loader in loaders]
+    files = [(loader.policy.report.name, list(loader.files)) for loader in loaders]
     example_set = ExampleSet(examples, report, make_fingerprint(files, tokenizer, examples, config))
     report.packed_rows = len(RowPlan(example_set.lengths, config).rows_of_epoch(0))
     report.used_slots = int(example_set.lengths.sum())
@@ -90,35 +91,23 @@ class _SourceLoader:
     """One source's rows through the policies, counted.
 
     Attributes:
-      report: the counts.
+      policy: with the counts and the bad rows left out.
       files: the files that rows came from, in order (as a dict without values).
-      rejected: bad rows left out.
     """
 
     def __init__(self, source: Source, tokenizer: Tokenizer, config: DataConfig):
         self.source, self.tokenizer, self.config = source, tokenizer, config
-        self.report = SourceReport(source.name, rows=len(source))
+        self.policy = RowPolicy(SourceReport(source.name, rows=len(source)), config)
         self.files: dict[str, None] = {}
-        self.rejected: list[BadRow] = []
 
     def load(self) -> list[Rendered]:
-        kept: list[Rendered] = []
         rendered = render_many(
             self._read(),
             self.tokenizer,
             template_date=self.config.template_date,
             default_system=self.config.default_system,
         )
-        for documents in rendered:
-            if isinstance(documents, BadRow):
-                self._reject(documents)
-                continue
-            self.report.split += len(documents) > 1
-            kept += [fitted for fitted in map(self._fit, documents) if fitted is not None]
-        self.report.documents = len(kept)
-        self.report.tokens = sum(len(d.tokens) for d in kept)
-        self.report.trained = sum(int(d.loss_mask[1:].sum()) for d in kept)
-        return kept
+        return [kept for documents in rendered for kept in self.policy.keep(documents)]
 
     def _read(self) -> Iterator[Example]:
         for i in range(len(self.source)):
@@ -126,47 +115,10 @@ class _SourceLoader:
                 example = self.source[i]
             except BadRow as e:
                 self.files[e.ref.file] = None
-                self._reject(e)
+                self.policy.reject(e)
                 continue
             self.files[example.ref.file] = None
             yield example
-
-    def _reject(self, bad: BadRow) -> None:
-        if self.config.on_bad_row == "error":
-            if bad.advice:
-                raise bad
-            raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
-        self.rejected.append(bad)
-        self.report.skipped += 1
-        allowed = self.config.max_bad_fraction
-        if self.report.skipped > allowed * self.report.rows:
-            raise UserError(
-                f"source {self.report.name!r}: {count(self.report.skipped, 'bad row')} of {self.report.rows:,}, more "
-                f"than data.max_bad_fraction = {allowed} allows; the last one is {bad}"
-            )
-
-    def _fit(self, document: Rendered) -> Rendered | None:
-        """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
-        report, limit = self.report, self.config.sequence_length + 1  # the last token is only predicted: no slot
-        length = len(document.tokens)
-        report.longest = max(report.longest, length)
-        if length > limit:
-            if self.config.too_long == "error":
-                raise UserError(
-                    f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit - 1} "
-                    f"takes up to {limit}: raise it, or set data.too_long to 'drop' or 'truncate'"
-                )
-            if self.config.too_long == "drop":
-                report.too_long += 1
-                return None
-            tokens, loss_mask = document.tokens[:limit], document.loss_mask[:limit]
-            answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
-            document = Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers])
-        if not document.loss_mask[1:].any():
-            report.untrained += 1
-            return None
-        report.truncated += length > limit
-        return document
 
 
 def _describe_empty(report: DataReport, config: DataConfig) -> str:
@@ -185,7 +137,9 @@ def _describe_empty(report: DataReport, config: DataConfig) -> str:
 def _write_rejected(path: pathlib.Path, loaders: list[_SourceLoader]) -> None:
     """Replaces the lines about the files that were read, so that a resume or a second call does not repeat them."""
     files = {file for loader in loaders for file in loader.files}
-    rejected = sorted((bad for loader in loaders for bad in loader.rejected), key=lambda b: (b.ref.file, b.ref.line))
+    rejected = sorted(
+        (bad for loader in loaders for bad in loader.policy.rejected), key=lambda b: (b.ref.file, b.ref.line)
+    )
     known = [entry for _, entry in read_jsonl(path)] if path.exists() else []
     entries = [entry for entry in known if entry.get("file") not in files]
     entries += [{"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason} for bad in rejected]

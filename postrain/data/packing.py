@@ -57,12 +57,9 @@ def pack(lengths: np.ndarray, capacity: int, *, window: int = 10_000, method: st
       ValueError: a length below 1 or above ``capacity``, or an unknown method.
     """
     lengths = np.asarray(lengths, np.int64)
-    if method not in METHODS:
-        raise ValueError(f"packing method must be one of {', '.join(METHODS)}; found {method!r}")
     if window < 1:
         raise ValueError(f"the packing window must be at least 1 document; found {window}")
-    if lengths.size and not (1 <= lengths.min() and lengths.max() <= capacity):
-        raise ValueError(f"lengths must be from 1 to {capacity}; found {lengths.min()} to {lengths.max()}")
+    _check(lengths, capacity, method)
     if method == "none":
         return list(np.arange(lengths.size)[:, None])
     rows: list[np.ndarray] = []
@@ -72,19 +69,47 @@ def pack(lengths: np.ndarray, capacity: int, *, window: int = 10_000, method: st
         stop = min(start + max(window - held.size, 1), lengths.size)
         documents = np.concatenate([held, np.arange(start, stop)])
         start = stop
-        row_of = _pack_window(lengths[documents], capacity)
-        fill = np.bincount(row_of, weights=lengths[documents]).astype(np.int64)
-        size = np.bincount(row_of)
-        kept = np.ones(fill.size, bool)
-        if start < lengths.size:
-            kept[_rows_to_reopen(fill, size, capacity, window)] = False
-        by_row = np.argsort(row_of, kind="stable")
-        in_kept = kept[row_of]
-        held = np.sort(documents[~in_kept])
-        documents = documents[by_row][in_kept[by_row]]
-        ends = np.cumsum(size[kept]).tolist()
-        rows += [documents[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        packed, left = _pack_some(lengths[documents], capacity, window if start < lengths.size else 0)
+        rows += [documents[row] for row in packed]
+        held = documents[left]
     return rows
+
+
+def pack_window(
+    lengths: np.ndarray, capacity: int, *, method: str = "best_fit", last: bool = False
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """``pack`` for a stream: of one window the rows that are full, and the documents to begin the next window with.
+
+    ``last``: nothing comes after this window, so all of it goes into rows. The other arguments, the rows and the
+    errors are those of ``pack``; what is left is int [M], ascending.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    _check(lengths, capacity, method)
+    if method == "none" or not lengths.size:
+        return list(np.arange(lengths.size)[:, None]), np.zeros(0, np.int64)
+    return _pack_some(lengths, capacity, 0 if last else lengths.size)
+
+
+def _check(lengths: np.ndarray, capacity: int, method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"packing method must be one of {', '.join(METHODS)}; found {method!r}")
+    if lengths.size and not (1 <= lengths.min() and lengths.max() <= capacity):
+        raise ValueError(f"lengths must be from 1 to {capacity}; found {lengths.min()} to {lengths.max()}")
+
+
+def _pack_some(lengths: np.ndarray, capacity: int, window: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows of these documents, and those of rows that are taken apart; none are where ``window`` is 0."""
+    row_of = _pack_window(lengths, capacity)
+    fill = np.bincount(row_of, weights=lengths).astype(np.int64)
+    size = np.bincount(row_of)
+    kept = np.ones(fill.size, bool)
+    if window:
+        kept[_rows_to_reopen(fill, size, capacity, window)] = False
+    by_row = np.argsort(row_of, kind="stable")
+    in_kept = kept[row_of]
+    documents = by_row[in_kept[by_row]]
+    ends = np.cumsum(size[kept]).tolist()
+    return [documents[a:b] for a, b in zip([0, *ends], ends, strict=False)], np.flatnonzero(~in_kept)
 
 
 def _rows_to_reopen(fill: np.ndarray, size: np.ndarray, capacity: int, window: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from postrain.config import DataConfig
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.packing import assemble_row, pack
 from postrain.data.plan import RowPlan
+from postrain.data.rendering import check_token_ids
 from postrain.errors import UserError
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
@@ -33,7 +34,7 @@ class TrainIterator:
     """
 
     def __init__(self, example_set: ExampleSet, config: DataConfig, process_index: int, process_count: int):
-        self._config = config
+        self._example_set, self._config = example_set, config
         self._plan = RowPlan(example_set.lengths, config)
         batches = _Batches(example_set, self._plan, config, process_index, process_count)
         # One thread: assembling a batch is far quicker than a step, and more threads would contend for the GIL.
@@ -59,6 +60,18 @@ class TrainIterator:
         """
         self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
+        check_token_ids(self._example_set.examples, vocab_size)
+
+    def describe_rows(self, row_ids: np.ndarray) -> str:
+        """``file:line, file:line, ...`` of the documents in ``row_ids``, see ``describe_rows``."""
+        return describe_rows(self._example_set, row_ids)
+
+    def describe_drawn(self) -> list[str]:
+        """Nothing: every document comes once an epoch."""
+        return []
 
     def num_steps(self, epochs: float) -> int:
         """The smallest number of updates that shows every document at least ``epochs`` times."""

@@ -92,15 +92,16 @@ class RowPlan:
         config = self._config
         order = np.arange(self._lengths.size)
         if config.shuffle:
-            order = _permutation(order.size, (config.seed, epoch, 0))
+            order = permutation(order.size, (config.seed, epoch, 0))
         packed = pack(self._lengths[order], config.sequence_length, window=config.packing_window, method=config.packing)
         if config.shuffle:
-            packed = [packed[i] for i in _permutation(len(packed), (config.seed, epoch, 1))]
+            packed = [packed[i] for i in permutation(len(packed), (config.seed, epoch, 1))]
         else:  # rows by their first document: as near to the order of the source as packing allows
             packed.sort(key=lambda documents: int(documents[0]))
         return [order[documents] for documents in packed]
 
 
-def _permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:
+def permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:
+    """int [size]: 0 to size - 1 in an order that ``seed`` alone decides."""
     bits = np.random.Philox(np.random.SeedSequence([part % 2**64 for part in seed]))
     return np.argsort(bits.random_raw(size), kind="stable")

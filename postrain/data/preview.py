@@ -14,6 +14,7 @@ from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.rendering import Rendered
 from postrain.data.report import count
 from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
+from postrain.data.train_rows import sample_stream
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
 
@@ -55,9 +56,13 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path)
-    parts = [("data.train", config.data.train)] + [("data.eval", config.data.eval)] * bool(config.data.eval)
-    sets = {key: load_examples(sources, tokenizer, config.data) for key, sources in parts}
-    examples = sets["data.train"].examples
+    if config.data.streaming:
+        sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data)}
+    else:
+        sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
+    examples = next(iter(sets.values())).examples
+    if config.data.eval:
+        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown = [examples[i] for i in picked]
     if html_path is not None:

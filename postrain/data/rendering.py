@@ -91,6 +91,17 @@ def render_many(
     yield from _encode(batch, tokenizer)
 
 
+def check_token_ids(documents: Iterable[Rendered], vocab_size: int) -> None:
+    """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
+    for document in documents:
+        largest = int(document.tokens.max())
+        if largest >= vocab_size:
+            raise UserError(
+                f"{document.ref}: token id {largest} is outside the model's vocabulary of {vocab_size}: "
+                "model.tokenizer must be the model's own tokenizer"
+            )
+
+
 def render_prompt(
     messages,
     tokenizer: Tokenizer,

@@ -45,14 +45,19 @@ IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split
 
 @dataclasses.dataclass(frozen=True)
 class RowRef:
-    """Where a row comes from; ``line`` counts from 1 (for Parquet and Arrow: the row of that file)."""
+    """Where a row comes from; ``line`` counts from 1 (the row of that file where it has no lines, as Parquet).
+
+    ``line`` is 0 for a row found in the middle of a file, whose lines before are not counted; ``byte`` is where it
+    begins then, from 0.
+    """
 
     source: str
     file: str
     line: int
+    byte: int = 0
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return f"{self.file}:{self.line}" if self.line else f"{self.file}@{self.byte}"
 
 
 class BadRow(UserError):

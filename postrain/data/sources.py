@@ -165,16 +165,21 @@ class _JsonLines:
         return int(self._lines[row])
 
     def read(self, row: int, ref: RowRef) -> Any:
-        data = self._bytes[self._begins[row] : self._ends[row]]
-        try:
-            return json.loads(data.decode("utf-8-sig" if self._begins[row] == 0 else "utf-8"))
-        except UnicodeDecodeError as e:
-            raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
-        except json.JSONDecodeError as e:
-            hint = "" if ref.line > 1 or data[:1] != b"[" else "; one JSON object per line is expected, not a list"
-            raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
-        except (ValueError, RecursionError) as e:
-            raise BadRow(ref, f"invalid JSON: {e}") from None
+        begin = int(self._begins[row])
+        return decode_line(self._bytes[begin : self._ends[row]], ref, first=begin == 0)
+
+
+def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
+    """The value of a line of JSON; ``first`` of its file, where a byte order mark may stand. Raises BadRow."""
+    try:
+        return json.loads(data.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as e:
+        raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
+    except json.JSONDecodeError as e:
+        hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
+        raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
+    except (ValueError, RecursionError) as e:
+        raise BadRow(ref, f"invalid JSON: {e}") from None
 
 
 def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,9 +210,9 @@ class _Table:
             try:
                 self._rows = self._slice(block * BLOCK, BLOCK).to_pylist()
             except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-                raise BadRow(ref, f"the file cannot be read here: {_one_line(e)}") from None
+                raise BadRow(ref, f"the file cannot be read here: {one_line(e)}") from None
             self._block = block
-        return _without_nulls(self._rows[inside])
+        return without_nulls(self._rows[inside])
 
 
 class _Parquet(_Table):
@@ -216,7 +221,7 @@ class _Parquet(_Table):
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path} cannot be read as Parquet: {_one_line(e)}") from None
+            raise UserError(f"{path} cannot be read as Parquet: {one_line(e)}") from None
         meta = self._file.metadata
         self._group_ends = np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
         self._group, self._table = -1, None
@@ -250,7 +255,7 @@ class _Arrow(_Table):
                 data.seek(0)
                 self._table = pa.ipc.open_file(data).read_all()
         except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path} cannot be read as Arrow: {_one_line(e)}") from None
+            raise UserError(f"{path} cannot be read as Arrow: {one_line(e)}") from None
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -259,11 +264,11 @@ class _Arrow(_Table):
         return self._table.slice(start, length)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]

@@ -17,7 +17,7 @@ import time
 import jax
 from jax.sharding import Mesh
 
-from postrain.compute.build import Model, Step, abstract_batch, check_token_ids, load_model
+from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.checkpoint import Checkpointer
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
@@ -36,9 +36,11 @@ from postrain.compute.summary import (
 )
 from postrain.compute.workdir import describe_changes, last_values, make_workdir, save_config
 from postrain.config import Config, to_dict
-from postrain.data.pipeline import describe_rows, load_examples, make_train_iterator
+from postrain.data.loading import load_examples
 from postrain.data.preview import render_tokens_html
+from postrain.data.rendering import check_token_ids
 from postrain.data.tokenizer import load_run_tokenizer
+from postrain.data.train_rows import open_train_rows
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_base
@@ -68,26 +70,29 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     lead = jax.process_index() == 0
     say = print if lead else lambda *_: None
 
-    # Data: every row is rendered, checked and counted before anything else happens.
+    # Data: unless it is streamed, every row is rendered, checked and counted before anything else happens.
     tokenizer = load_run_tokenizer(config, folder)
     check_resume(workdir / "checkpoints", config, tokenizer, folder)
-    rejected = workdir / "rejected.jsonl" if lead else None
-    train_set = load_examples(config.data.train, tokenizer, config.data, rejected)
-    eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected) if config.data.eval else None
+    rejected = workdir / "rejected.jsonl"
     process, processes = data_process(mesh)
-    batches = make_train_iterator(train_set, config.data, process_index=process, process_count=processes)
+    train_rows = open_train_rows(tokenizer, config.data, rejected, process_index=process, process_count=processes)
+    batches, held_out, eval_set = train_rows.batches, None, None
+    if config.data.eval:
+        eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None)
+        held_out = eval_set.fingerprint
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
     check_length(workdir / "checkpoints", total_steps)
 
     # Model, optimizer, step. With adapters the base model is frozen.
     model = load_model(config, folder, mesh)
-    check_token_ids(train_set.examples + (eval_set.examples if eval_set else []), model.config)
+    batches.check_token_ids(model.config.vocab_size)
+    check_token_ids(eval_set.examples if eval_set else [], model.config.vocab_size)
     program = make_step(config, model, mesh, total_steps)
     say(format_summary(config, mesh, model, total_steps))
     if checked := check_backend(model.config):
         say(f"attention   {checked}")
-    say(f"{train_set.report}" + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
-    for warning in (describe_overlong(train_set.lengths, model.config), describe_cut(config.optimizer, total_steps)):
+    say(train_rows.summary + (f"\nheld out\n{eval_set.report}" if eval_set else ""))
+    for warning in (describe_overlong(train_rows.lengths, model.config), describe_cut(config.optimizer, total_steps)):
         if warning:
             say(warning)
     train_step = program.train_step.lower(program.state, program.batch).compile()
@@ -97,8 +102,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
-        prints = {"fingerprint": train_set.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
-        held_out = eval_set.fingerprint if eval_set else None
+        prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
         restored = checkpointer.restore(program.state, **prints)
         first_step = restored.step if restored else 0
         if restored:
@@ -129,9 +133,11 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
         # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
         intervals = config.train.log_every, config.eval.every, config.checkpoint.every
-        unchecked, clock, stats = [], time.perf_counter(), BatchStats(0, 0, 0)
+        unchecked, clock, stats, waited = [], time.perf_counter(), BatchStats(0, 0, 0), 0.0
         for step in range(first_step + 1, total_steps + 1):
+            asked = time.perf_counter()
             arrays = next(batches)
+            waited += time.perf_counter() - asked
             row_ids = arrays.pop("row_ids")
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             stats += count_batch(arrays, model.config)
@@ -143,9 +149,11 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             now = last or stop.number or any(is_due(step, every) for every in intervals)
             while len(unchecked) > (0 if now else 1):
                 finished, number, rows = unchecked.pop(0)
-                check_finite(finished, number, lambda rows=rows: describe_rows(train_set, rows))
+                check_finite(finished, number, lambda rows=rows: batches.describe_rows(rows))
             if last or is_due(step, config.train.log_every):
-                perf = compute_perf(model.config, stats, time.perf_counter() - clock, mesh.local_devices, processes)
+                seconds = time.perf_counter() - clock
+                perf = compute_perf(model.config, stats, seconds, mesh.local_devices, processes)
+                perf["perf/input_wait_fraction"] = waited / seconds
                 line = {name: float(value) for name, value in metrics.items() if name != "finite"} | perf
                 progress.update(step, line)
             if eval_set and (last or is_due(step, config.eval.every)):
@@ -162,7 +170,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
                 raise SystemExit(128 + stop.number)
             if line:
-                clock, stats = time.perf_counter(), BatchStats(0, 0, 0)
+                clock, stats, waited = time.perf_counter(), BatchStats(0, 0, 0), 0.0
+        for line in batches.describe_drawn():
+            say(f"drawn       {line}")
         batches.close()
 
     form = config.export.format
@@ -173,7 +183,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             say(note)
     metrics = last_values(workdir)
     if lead:
-        row = render_tokens_html(train_set.examples[0], tokenizer)
+        row = render_tokens_html(train_rows.sample, tokenizer)
         write_report(workdir, conversation_html=row, environment=describe_environment(mesh))
     minutes = (time.monotonic() - started) / 60
     say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}")

@@ -1,5 +1,6 @@
 """The preview shows what is trained on, exactly, and lets nothing in a row steer the terminal or the page."""
 
+import dataclasses
 import html.parser
 import re
 
@@ -123,3 +124,10 @@ def test_what_cannot_be_done_is_said(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         preview(config, tmp_path / "file" / "preview.html")
+
+
+def test_the_first_rows_of_a_stream_are_shown(config):
+    data = dataclasses.replace(config.data, streaming=True)
+    shown, whole = (preview(dataclasses.replace(config, data=d), color=False) for d in (data, config.data))
+    assert shown.startswith("data.train (the first rows)\n")
+    assert shown.split("\n", 1)[1] == whole.split("\n", 1)[1]  # all of so few rows

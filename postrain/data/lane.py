@@ -1,0 +1,201 @@
+"""One lane of the data: rows of the sources, mixed, packed window by window, endless, from any saved position.
+
+The rows of a global batch are dealt to a fixed number of lanes, whatever the number of processes; a lane is the same
+stream wherever it runs. It draws documents from its sources (``postrain.data.mixture`` says from which), packs a window
+of them, and gives the rows in a seeded order. Documents of rows that came out poorly filled begin the next window.
+Where the weights change at an update, the window ends there: the few documents that were drawn too early come first in
+the next phase and are counted to it.
+
+The position is where the window began and how many of its rows were given: a restore draws that window again.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from postrain.config import DataConfig
+from postrain.data.mixture import Phase, choose, phase_at
+from postrain.data.packing import pack_window
+from postrain.data.plan import permutation
+from postrain.data.rendering import Rendered
+from postrain.errors import UserError
+
+# Part of the data fingerprint: to be counted up whenever the same data would come in another order.
+LANE_VERSION = 1
+
+
+class Reader(Protocol):
+    """A lane's share of a source, row by row. ``position`` (JSON-able) is after the last row drawn."""
+
+    position: Any
+
+    def draw(self) -> tuple[Any, list[Rendered]] | None:
+        """Key (JSON-able) and documents, at least one, of the next row that has any; None where there is no more."""
+
+    def seek(self, position: Any) -> None:
+        """Goes on where ``position`` was taken."""
+
+    def fetch(self, keys: Sequence[Any]) -> list[list[Rendered]]:
+        """The documents of rows drawn before, by their keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A document and where it is to be found again: part ``part`` of row ``key`` of a source."""
+
+    source: int
+    key: Any
+    part: int
+    document: Rendered
+
+    @property
+    def slots(self) -> int:
+        return len(self.document.tokens) - 1
+
+
+class Lane:
+    """Packed rows without end, see above.
+
+    Args:
+      readers: one for each source.
+      phases: from ``make_phases``.
+      rows_a_batch: rows of each update that are of this lane.
+      window: documents that are packed together; the first window of lane i of n is shorter, so that not all lanes
+        draw their windows before the same update.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        phases: Sequence[Phase],
+        config: DataConfig,
+        *,
+        index: int,
+        lanes: int,
+        rows_a_batch: int,
+        window: int,
+    ):
+        self._readers, self._phases, self._config = readers, phases, config
+        self._index, self._lanes, self._rows_a_batch, self._window = index, lanes, rows_a_batch, window
+        self._number = -1  # of the window
+        self._first_row = 0  # of the window, in the stream of this lane
+        self._drawn = [0.0] * len(readers)  # in this phase
+        self._phase = 0
+        self.totals = [[0, 0] for _ in readers]  # documents and tokens drawn of each source, in all phases
+        self._carry: list[Drawn] = []
+        self._rows: list[list[Drawn]] = []
+        self._given = 0
+        self._start: dict[str, Any] = {}
+
+    def next_rows(self, count: int) -> list[list[Rendered]]:
+        """Raises UserError where the sources have no more rows."""
+        rows: list[list[Rendered]] = []
+        while len(rows) < count:
+            if self._given == len(self._rows):
+                self._next_window()
+            piece = self._rows[self._given : self._given + count - len(rows)]
+            rows += [[drawn.document for drawn in row] for row in piece]
+            self._given += len(piece)
+        return rows
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last row that was given, JSON-able; {} before the first."""
+        return self._start and self._start | {"given": self._given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state`` was taken, with the same rows."""
+        if not state:
+            return
+        for reader, position in zip(self._readers, state["positions"], strict=True):
+            reader.seek(position)
+        self._number, self._first_row = state["window"] - 1, state["first_row"]
+        self._drawn, self._phase = list(state["drawn"]), state["phase"]
+        self.totals = [list(total) for total in state["totals"]]
+        self._carry = self._fetch(state["carry"])
+        self._rows = []
+        self._next_window()
+        self._given = state["given"]
+
+    def _next_window(self) -> None:
+        self._first_row += len(self._rows)
+        self._number += 1
+        self._start = {
+            "window": self._number,
+            "first_row": self._first_row,
+            "positions": [reader.position for reader in self._readers],
+            "drawn": list(self._drawn),
+            "totals": [list(total) for total in self.totals],
+            "phase": self._phase,
+            "carry": [[drawn.source, drawn.key, drawn.part] for drawn in self._carry],
+        }
+        phase = phase_at(self._phases, self._first_row // self._rows_a_batch + 1)
+        if phase != self._phase:
+            self._phase, self._drawn = phase, [0.0] * len(self._readers)
+            for drawn in self._carry:
+                self._drawn[drawn.source] += self._amount(drawn)
+        documents, is_last = self._draw_window()
+        lengths = np.array([drawn.slots for drawn in documents], np.int64)
+        config = self._config
+        rows, left = pack_window(lengths, config.sequence_length, method=config.packing, last=is_last)
+        if config.shuffle:
+            rows = [rows[i] for i in permutation(len(rows), (config.seed, self._index, self._number, 1))]
+        else:
+            rows.sort(key=lambda row: int(row[0]))
+        stop = int(min(len(rows), self._rows_of_phase()))
+        late = np.sort(np.concatenate([left, *rows[stop:]])).astype(np.int64)
+        self._carry = [documents[i] for i in late]
+        self._rows, self._given = [[documents[i] for i in row] for row in rows[:stop]], 0
+
+    def _draw_window(self) -> tuple[list[Drawn], bool]:
+        """The carried documents and as many more as make a window, and whether these are the last."""
+        documents = list(self._carry)
+        window = max(self._window * (self._index + 1) // self._lanes, 1) if self._number == 0 else self._window
+        available = set(range(len(self._readers)))
+        phase, rows = self._phases[self._phase], self._rows_of_phase()
+        while len(documents) < max(window, len(self._carry) + 1) and self._least_rows(documents) < rows:
+            source = choose(phase, self._drawn, available)
+            if source < 0:
+                if not documents:
+                    raise UserError(
+                        f"the sources have no more rows for update {self._first_row // self._rows_a_batch + 1}: set "
+                        "train.steps below it, or raise max_epochs of a source"
+                    )
+                return documents, True
+            row = self._readers[source].draw()
+            if row is None:
+                available.remove(source)
+                continue
+            drawn = [Drawn(source, row[0], part, document) for part, document in enumerate(row[1])]
+            self._drawn[source] += sum(map(self._amount, drawn))
+            self.totals[source][0] += len(drawn)
+            self.totals[source][1] += sum(len(one.document.tokens) for one in drawn)
+            documents += drawn
+        return documents, False
+
+    def _rows_of_phase(self) -> float:
+        """Rows that are still to come before the next phase; at least one: a phase begins with a window."""
+        if self._phase + 1 == len(self._phases):
+            return math.inf
+        return (self._phases[self._phase + 1].step - 1) * self._rows_a_batch - self._first_row
+
+    def _least_rows(self, documents: list[Drawn]) -> float:
+        """Rows that the documents fill at the best packing."""
+        if self._config.packing == "none":
+            return len(documents)
+        return sum(drawn.slots for drawn in documents) / self._config.sequence_length
+
+    def _amount(self, drawn: Drawn) -> float:
+        return len(drawn.document.tokens) if self._config.mixture.by == "tokens" else float(drawn.part == 0)
+
+    def _fetch(self, carried: list) -> list[Drawn]:
+        found: dict[int, Drawn] = {}
+        for source, reader in enumerate(self._readers):
+            places = [i for i, item in enumerate(carried) if item[0] == source]
+            rows = reader.fetch([carried[i][1] for i in places])
+            for i, documents in zip(places, rows, strict=True):
+                _, key, part = carried[i]
+                found[i] = Drawn(source, key, part, documents[part])
+        return [found[i] for i in range(len(carried))]

@@ -1,0 +1,102 @@
+"""What becomes of a row: kept, left out for its length or as a bad one; each way is counted, none is silent."""
+
+import json
+import pathlib
+
+from postrain.config import DataConfig
+from postrain.data.rendering import Rendered
+from postrain.data.report import SourceReport, count
+from postrain.data.schema import BadRow
+from postrain.errors import UserError
+from postrain.files import read_jsonl
+
+
+class RowPolicy:
+    """``data.too_long``, ``data.on_bad_row`` and ``data.max_bad_fraction`` on the rows of one source.
+
+    Attributes:
+      report: the counts; what ``rows`` says is up to the caller.
+      rejected: bad rows left out.
+    """
+
+    def __init__(
+        self, report: SourceReport, config: DataConfig, *, least_rows: int = 0, rejected: "RejectedLog | None" = None
+    ):
+        """``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
+
+        ``rejected``: bad rows are written there as they are met, and not kept.
+        """
+        self.report, self.config, self.rejected = report, config, []
+        self._least_rows, self._log = least_rows, rejected
+
+    def keep(self, documents: list[Rendered] | BadRow) -> list[Rendered]:
+        """What is trained of a row as ``render_many`` gives it, counted. Raises UserError as the config says."""
+        if isinstance(documents, BadRow):
+            self.reject(documents)
+            return []
+        report = self.report
+        report.split += len(documents) > 1
+        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
+        report.documents += len(kept)
+        report.tokens += sum(len(d.tokens) for d in kept)
+        report.trained += sum(int(d.loss_mask[1:].sum()) for d in kept)
+        return kept
+
+    def reject(self, bad: BadRow) -> None:
+        """Leaves a bad row out. Raises UserError where the config has none of it, or of so many."""
+        if self.config.on_bad_row == "error":
+            if bad.advice:
+                raise bad
+            raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
+        if self._log is None:
+            self.rejected.append(bad)
+        else:
+            self._log.write(bad)
+        self.report.skipped += 1
+        allowed = self.config.max_bad_fraction
+        if self.report.skipped > allowed * max(self.report.rows, self._least_rows):
+            raise UserError(
+                f"source {self.report.name!r}: {count(self.report.skipped, 'bad row')} of {self.report.rows:,}, more "
+                f"than data.max_bad_fraction = {allowed} allows; the last one is {bad}"
+            )
+
+    def _fit(self, document: Rendered) -> Rendered | None:
+        """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
+        report, limit = self.report, self.config.sequence_length + 1  # the last token is only predicted: no slot
+        length = len(document.tokens)
+        report.longest = max(report.longest, length)
+        if length > limit:
+            if self.config.too_long == "error":
+                raise UserError(
+                    f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit - 1} "
+                    f"takes up to {limit}: raise it, or set data.too_long to 'drop' or 'truncate'"
+                )
+            if self.config.too_long == "drop":
+                report.too_long += 1
+                return None
+            tokens, loss_mask = document.tokens[:limit], document.loss_mask[:limit]
+            answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
+            document = Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers])
+        if not document.loss_mask[1:].any():
+            report.untrained += 1
+            return None
+        report.truncated += length > limit
+        return document
+
+
+class RejectedLog:
+    """rejected.jsonl of a stream: each bad row once, however often it is met (in other epochs, after a resume)."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._known = path, set()
+        if path.exists():
+            self._known = {(entry.get("file"), entry.get("line")) for _, entry in read_jsonl(path)}
+
+    def write(self, bad: BadRow) -> None:
+        place = (bad.ref.file, bad.ref.line)
+        if place in self._known:
+            return
+        self._known.add(place)
+        entry = {"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,0 +1,200 @@
+"""``data.train`` as batches, in whichever of three ways the config asks for:
+
+* rendered before training, each document once an epoch (``postrain.data.pipeline``): all is known beforehand
+* rendered before training, and mixed by weights while it goes on
+* read while training goes on (``data.streaming``): nothing is known beforehand but names and sizes of files
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from postrain.config import DataConfig
+from postrain.config_rules import has_mixture
+from postrain.data.block_reader import BlockReader, BlockSource, open_block_source
+from postrain.data.fingerprint import describe_pipeline
+from postrain.data.loading import ExampleSet, load_examples
+from postrain.data.packing import pack
+from postrain.data.pipeline import make_train_iterator
+from postrain.data.plan import permutation
+from postrain.data.policy import RejectedLog
+from postrain.data.rendering import Rendered
+from postrain.data.report import DataReport, count
+from postrain.data.storage import StoredFile, is_local, open_file
+from postrain.data.stream import LaneIterator
+from postrain.data.tokenizer import Tokenizer
+from postrain.errors import UserError
+
+_SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
+
+
+class Batches(Protocol):
+    """An endless iterator with a position; see ``make_train_iterator`` and ``LaneIterator``."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def check_token_ids(self, vocab_size: int) -> None: ...
+    def describe_rows(self, row_ids: np.ndarray) -> str: ...
+    def describe_drawn(self) -> list[str]: ...
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainRows:
+    """What a recipe needs of ``data.train``.
+
+    Attributes:
+      batches: of this process.
+      fingerprint: JSON-able; see ``postrain.data.fingerprint``.
+      summary: what is known of the rows, to print before training.
+      lengths: slots of each document where all were rendered before training, else empty.
+      sample: a document to show.
+    """
+
+    batches: Batches
+    fingerprint: dict
+    summary: str
+    lengths: np.ndarray
+    sample: Rendered
+
+
+def open_train_rows(
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    rejected_path: str | os.PathLike | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainRows:
+    """Opens ``config.train``. Raises UserError as ``load_examples``, ``open_block_source`` and ``LaneIterator`` do.
+
+    ``rejected_path``: a JSONL file for bad rows, where ``config.on_bad_row`` is "skip"; a stream's are written as they
+    are met, those of process i > 0 to a file of its own beside it.
+    """
+    mine = {"process_index": process_index, "process_count": process_count}
+    if config.streaming:
+        return _open_stream(tokenizer, config, rejected_path, **mine)
+    example_set = load_examples(config.train, tokenizer, config, rejected_path if process_index == 0 else None)
+    make = _mix if has_mixture(config) else make_train_iterator
+    batches = make(example_set, config, **mine)
+    report, sample = str(example_set.report), example_set.examples[0]
+    return TrainRows(batches, example_set.fingerprint, report, example_set.lengths, sample)
+
+
+def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> LaneIterator:
+    """One lane, which every process runs whole: the documents are in memory anyway."""
+    reports = example_set.report.sources
+    ends = np.cumsum([report.documents for report in reports]).tolist()
+    parts = [range(end - report.documents, end) for end, report in zip(ends, reports, strict=True)]
+    sizes = [report.tokens if config.mixture.by == "tokens" else report.rows for report in reports]
+    make_readers = lambda lane: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
+    return LaneIterator([report.name for report in reports], sizes, make_readers, config, lanes=1, **mine)
+
+
+class _MemoryReader:
+    """A ``postrain.data.lane.Reader`` of the documents ``part`` of an example set, shuffled in each epoch."""
+
+    def __init__(self, example_set: ExampleSet, part: range, index: int, config: DataConfig):
+        self._examples, self._part, self._index, self._config = example_set.examples, part, index, config
+        self.seek([0, 0])
+
+    def seek(self, position: list[int]) -> None:
+        self.position = list(position)  # epoch, documents of it
+        seed = self._config.seed, self.position[0], self._index, 3
+        self._order = permutation(len(self._part), seed) if self._config.shuffle else range(len(self._part))
+
+    def draw(self) -> tuple[int, list[Rendered]] | None:
+        epoch, given = self.position
+        if given == len(self._part):
+            limit = self._config.train[self._index].max_epochs
+            if not self._part or epoch + 1 == limit:
+                return None
+            self.seek([epoch + 1, 0])
+            given = 0
+        self.position = [self.position[0], given + 1]
+        document = self._part[int(self._order[given])]
+        return document, [self._examples[document]]
+
+    def fetch(self, keys: Sequence[int]) -> list[list[Rendered]]:
+        return [[self._examples[key]] for key in keys]
+
+
+def _open_stream(tokenizer: Tokenizer, config: DataConfig, rejected_path, **mine: int) -> TrainRows:
+    sources = [open_block_source(source, config) for source in config.train]
+    rejected = None
+    if rejected_path is not None:
+        path, process = pathlib.Path(rejected_path), mine["process_index"]
+        rejected = RejectedLog(path.with_stem(f"{path.stem}-{process:05}") if process else path)
+
+    def make_readers(lane: int) -> list[BlockReader]:
+        return [BlockReader(s, i, tokenizer, config, lane, rejected) for i, s in enumerate(sources)]
+
+    names, sizes = [source.name for source in sources], [source.bytes for source in sources]
+    batches = LaneIterator(names, sizes, make_readers, config, lanes=config.stream.lanes, **mine)
+    fingerprint = fingerprint_stream(sources, tokenizer, config)
+    first = dataclasses.replace(_from_the_start(config), on_bad_row="skip")
+    sample = BlockReader(sources[0], 0, tokenizer, first, 0).draw()
+    if sample is None:
+        raise UserError(f"{config.train[0].path}: no row of it can be trained on: `postrain preview` shows why")
+    return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample[1][0])
+
+
+def _from_the_start(config: DataConfig) -> DataConfig:
+    """One lane, in the order of the files."""
+    return dataclasses.replace(config, shuffle=False, stream=dataclasses.replace(config.stream, lanes=1))
+
+
+def sample_stream(tokenizer: Tokenizer, config: DataConfig) -> ExampleSet:
+    """The first documents of each source of a stream, a packing window of them in all, as ``load_examples`` gives all.
+
+    Raises UserError as ``open_block_source`` does, and where ``config`` has a bad row stop the run.
+    """
+    config = _from_the_start(config)
+    examples: list[Rendered] = []
+    reports = []
+    for index, source in enumerate(config.train):
+        stop = len(examples) + -(-config.packing_window // len(config.train))
+        opened = open_block_source(dataclasses.replace(source, max_epochs=1), config)
+        reader = BlockReader(opened, index, tokenizer, config, 0)
+        reports.append(reader.report)
+        while len(examples) < stop and (drawn := reader.draw()):
+            examples += drawn[1]
+    if not examples:
+        raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
+    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {})
+    rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
+    example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
+    return example_set
+
+
+def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer, config: DataConfig) -> dict:
+    """The pipeline, its files by what can be told without reading them."""
+    files = [{"name": source.name, "files": [_describe(file, source) for file in source.files]} for source in sources]
+    return describe_pipeline(files, tokenizer, config)
+
+
+def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
+    lines = [
+        f"{source.name}: {count(len(source.files), 'file')}, {source.bytes / 2**20:,.1f} MiB, "
+        f"{count(len(source.blocks), 'block')}, kind {source.kind}"
+        for source in sources
+    ]
+    return "\n".join([*lines, f"streamed in {count(config.stream.lanes, 'lane')}: rows are checked when they are read"])
+
+
+def _describe(file: StoredFile, source: BlockSource) -> dict:
+    """A local file by its size and three pieces, so that it may be copied; another by size and version."""
+    name = file.url.rpartition("/")[2]
+    if not is_local(file.url):
+        return {"name": name, "bytes": file.bytes, "version": file.version}
+    digest = hashlib.blake2b(digest_size=20)
+    for start in (0, file.bytes // 2, max(file.bytes - _SAMPLE, 0)):
+        with open_file(file, source.options, start) as f:
+            digest.update(f.read(_SAMPLE))
+    return {"name": name, "bytes": file.bytes, "sample": digest.hexdigest()}

@@ -1,0 +1,222 @@
+"""Streams: the same rows on any number of processes, from any saved position; every row once an epoch; the shares."""
+
+import collections
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
+
+from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
+from postrain.data.block_reader import BlockReader, open_block_source
+from postrain.data.packing import shift
+from postrain.data.rendering import render_many
+from postrain.data.sources import open_source
+from postrain.data.tokenizer import load_tokenizer
+from postrain.data.train_rows import open_train_rows
+from postrain.errors import UserError
+
+FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three sources of ragged rows: a in 11 files (one empty), b in 3 files, c in one."""
+    folder = tmp_path_factory.mktemp("rows")
+    rng = np.random.default_rng(0)
+    for name, files, rows in (("a", 11, 30), ("b", 3, 20), ("c", 1, 40)):
+        for number in range(files):
+            count = 0 if (name, number) == ("a", 4) else rows - number
+            words = [" ".join(["word"] * int(rng.integers(1, 30))) for _ in range(count)]
+            lines = [chat(f"{name} {number} {i}?", f"{name}{number}.{i} {text}") for i, text in enumerate(words)]
+            write_jsonl(folder / f"{name}-{number:02}.jsonl", lines)
+    return folder
+
+
+def open_stream(tokenizer, config, **process):
+    return open_train_rows(tokenizer, config, **process).batches
+
+
+def make_config(folder, names="ab", weights=(), lanes=4, **changes):
+    weights = weights or (0.0,) * len(names)
+    sources = tuple(
+        SourceConfig(path=str(folder / f"{name}-*.jsonl"), name=name, weight=weight)
+        for name, weight in zip(names, weights, strict=True)
+    )
+    values = {"sequence_length": 96, "batch_size": BATCH, "packing_window": 80, "seed": 3}
+    return DataConfig(train=sources, streaming=True, stream=StreamSection(lanes=lanes), **(values | changes))
+
+
+def take(stream, count):
+    """``count`` batches of one or more processes' iterators, joined to global batches."""
+    streams = stream if isinstance(stream, list) else [stream]
+    parts = [[next(one) for one in streams] for _ in range(count)]
+    return [{name: np.concatenate([part[name] for part in batch]) for name in FIELDS} for batch in parts]
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        for name in FIELDS:
+            np.testing.assert_array_equal(batch[name], other[name], name)
+
+
+def documents_of(batches, tokenizer):
+    """(source, file, row) of each document, from its text."""
+    found = []
+    for batch in batches:
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+            for segment in range(1, segments.max() + 1):
+                text = tokenizer.decode(tokens[segments == segment])
+                found.append(tuple(text.split("user\n")[1].split("?")[0].split()))
+    return found
+
+
+def close(*streams):
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("lanes", [1, 4, 8])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_order_does_not_depend_on_the_number_of_processes(folder, tokenizer, lanes, processes):
+    config = make_config(folder, lanes=lanes)
+    whole = open_stream(tokenizer, config)
+    parts = [open_stream(tokenizer, config, process_index=i, process_count=processes) for i in range(processes)]
+    assert_same(take(whole, 12), take(parts, 12))
+    close(whole, *parts)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("name", "lanes"), [("a", 1), ("a", 4), ("b", 1), ("b", 8), ("c", 5)])
+def test_the_lanes_have_every_row_once_an_epoch(folder, tokenizer, name, lanes, shuffle):
+    config = make_config(folder, name, lanes=lanes, shuffle=shuffle, sequence_length=512)  # none is too long
+    source = open_block_source(dataclasses.replace(config.train[0], max_epochs=2), config)
+    epochs, orders = (collections.Counter(), collections.Counter()), ([], [])
+    for lane in range(lanes):
+        reader = BlockReader(source, 0, tokenizer, config, lane)
+        while drawn := reader.draw():
+            epochs[reader.position["epoch"]][drawn[0]] += 1
+            orders[reader.position["epoch"]].append(drawn[0])
+    rows = [(block, i) for block, file in enumerate(source.files) for i in range(len(open(file.url).readlines()))]
+    blocks = {block.file.url: i for i, block in enumerate(source.blocks)}
+    rows = {(blocks[source.files[file].url], i) for file, i in rows if source.files[file].bytes}
+    assert epochs[0] == epochs[1] == collections.Counter(rows)
+    if name == "a":  # the others have few blocks, whose orders may well be the same
+        assert (orders[0] == orders[1]) == (not shuffle)
+
+
+def test_documents_are_what_rendering_gives(folder, tokenizer):
+    config = make_config(folder, "c")
+    source = open_source(SourceConfig(path=str(folder / "c-00.jsonl")))
+    expected = collections.Counter()
+    for (document,) in render_many(list(source), tokenizer):
+        tokens, targets, mask = shift(document)
+        expected[tuple(tokens), tuple(targets), tuple(mask)] += 1
+    stream = open_stream(tokenizer, config)
+    for batch in take(stream, 6):
+        for row in range(BATCH):
+            segments = batch["segment_ids"][row]
+            for segment in range(1, segments.max() + 1):
+                at = segments == segment
+                assert expected[tuple(tuple(batch[name][row][at]) for name in ("tokens", "targets", "loss_mask"))] == 1
+                np.testing.assert_array_equal(batch["positions"][row][at], np.arange(at.sum()))
+    close(stream)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 11])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 4), (4, 2)])
+def test_restored_anywhere_on_any_number_of_processes_it_goes_on_with_the_same_batches(
+    folder, tokenizer, stop, before, after
+):
+    config = make_config(folder, weights=(3.0, 1.0), mixture=MixtureSection(phases=(PhaseConfig(7, (1.0, 2.0)),)))
+    whole = open_stream(tokenizer, config)
+    expected = take(whole, stop + 8)
+    parts = [open_stream(tokenizer, config, process_index=i, process_count=before) for i in range(before)]
+    assert_same(take(parts, stop), expected[:stop])
+    lanes = {}
+    for part in parts:
+        lanes |= part.get_state()["lanes"]
+    state = json.loads(json.dumps({"lanes": lanes}))
+    resumed = [open_stream(tokenizer, config, process_index=i, process_count=after) for i in range(after)]
+    for one in resumed:
+        one.set_state(state)
+    assert_same(take(resumed, 8), expected[stop:])
+    close(whole, *parts, *resumed)
+
+
+@pytest.mark.parametrize("by", ["tokens", "rows"])
+def test_shares_are_those_of_the_weights(folder, tokenizer, by):
+    config = make_config(folder, "abc", (5.0, 2.0, 1.0), lanes=2, mixture=MixtureSection(by=by))
+    stream = open_stream(tokenizer, config)
+    batches = take(stream, 60)
+    close(stream)
+    amounts = collections.Counter()
+    for batch in batches:
+        for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
+            for segment in range(1, segments.max() + 1):
+                text = tokenizer.decode(tokens[segments == segment])
+                amounts[text.split("user\n")[1][0]] += (segments == segment).sum() + 1 if by == "tokens" else 1
+    total = sum(amounts.values())
+    for name, share in zip("abc", (5 / 8, 2 / 8, 1 / 8), strict=True):
+        assert abs(amounts[name] / total - share) < 0.02, amounts
+
+
+def test_weights_change_at_the_given_update(folder, tokenizer):
+    phases = (PhaseConfig(6, (0.0, 1.0)), PhaseConfig(9, (1.0, 0.0)))
+    config = make_config(folder, weights=(1.0, 0.0), mixture=MixtureSection(phases=phases), packing="none")
+    stream = open_stream(tokenizer, config)
+    found = [{document[0] for document in documents_of([batch], tokenizer)} for batch in take(stream, 14)]
+    close(stream)
+    assert found == [{"a"}] * 5 + [{"b"}] * 3 + [{"a"}] * 6
+
+
+def test_temperature_flattens_the_sizes(folder, tokenizer):
+    def shares(temperature):
+        mixture = MixtureSection(temperature=temperature)
+        stream = open_stream(tokenizer, make_config(folder, "ac", lanes=1, mixture=mixture))
+        counts = collections.Counter(document[0] for document in documents_of(take(stream, 40), tokenizer))
+        close(stream)
+        return counts["c"] / sum(counts.values())
+
+    assert shares(1.0) < 0.2 < shares(3.0) < shares(1e9) < 0.52
+
+
+def test_bad_rows_are_refused_or_left_out_and_named(tmp_path, tokenizer):
+    rows = [chat(f"a 0 {i}?", f"a0.{i}") for i in range(50)]
+    rows[20] = '{"messages": ['
+    write_jsonl(tmp_path / "a-00.jsonl", rows)
+    stream = open_stream(tokenizer, make_config(tmp_path, "a"))
+    with pytest.raises(UserError, match="a-00.jsonl:21: invalid JSON"):
+        take(stream, 5)
+    close(stream)
+    stream = open_stream(tokenizer, make_config(tmp_path, "a", on_bad_row="skip"))
+    seen = {document[2] for document in documents_of(take(stream, 12), tokenizer)}
+    assert seen == {str(i) for i in range(50)} - {"20"}
+    close(stream)
+
+
+def test_rows_of_the_last_batches_are_named(folder, tokenizer):
+    stream = open_stream(tokenizer, make_config(folder, "b", packing="none"))
+    batch = [next(stream) for _ in range(3)][-1]
+    named = stream.describe_rows(batch["row_ids"])
+    assert len(named.split(", ")) == BATCH and "b-0" in named and ".jsonl:" in named
+    close(stream)
+
+
+def test_what_cannot_be_is_refused(folder, tokenizer):
+    with pytest.raises(UserError, match="'data.batch_size' = 8 must be a multiple of 'data.stream.lanes' = 3"):
+        open_stream(tokenizer, make_config(folder, lanes=3))
+    with pytest.raises(UserError, match="no row of a known kind"):
+        write_jsonl(folder / "z-0.jsonl", [{"x": 1}])
+        open_stream(tokenizer, make_config(folder, "z"))
+    stream, other = (open_stream(tokenizer, make_config(folder, lanes=lanes)) for lanes in (2, 8))
+    with pytest.raises(UserError, match="no lane 2"):
+        other.set_state(stream.get_state())
+    close(stream, other)

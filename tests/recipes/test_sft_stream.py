@@ -1,0 +1,100 @@
+"""Runs whose rows are streamed or mixed: they learn, go on to the same bytes, and say what they drew."""
+
+import pathlib
+import shutil
+
+import pytest
+from sft_runs import make_values, read_folder, read_lines, without_perf, write_rows
+
+import postrain
+from postrain.errors import UserError
+
+WAYS = {
+    "streamed": {"streaming": True, "stream": {"lanes": 2}},
+    "mixed": {"mixture": {"phases": [{"step": 5, "weights": [1.0, 3.0]}]}},
+    "streamed and mixed": {"streaming": True, "stream": {"lanes": 1}, "mixture": {"by": "rows"}},
+}
+
+
+def values_of(inputs, way, **sections):
+    second = inputs / "second.jsonl"
+    if not second.exists():
+        write_rows(second, 30, first=100)
+    sources = [{"path": str(inputs / "train.jsonl"), "weight": 3.0}, {"path": str(second), "weight": 1.0}]
+    if way == "streamed":
+        sources = [str(inputs / "train.jsonl"), str(second)]
+    values = make_values(inputs, train={"steps": 8}, checkpoint={"every": 3, "keep": 9}, eval={"every": 4}, **sections)
+    values["data"] |= {"train": sources, "packing_window": 12} | WAYS[way]
+    return values
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_learns_and_goes_on_to_the_same_bytes(inputs, way, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    postrain.train(values_of(inputs, way), whole)
+    assert "drawn       train: " in capsys.readouterr().out
+    losses = [line["train/loss"] for line in read_lines(whole / "metrics.jsonl") if "train/loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    # The run as it was when a kill came between its checkpoint of step 3 and that of step 6.
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "export")
+    for step in (6, 8):
+        shutil.rmtree(cut / "checkpoints" / str(step))
+    postrain.train(values_of(inputs, way), cut)
+    assert "goes on from step 3" in capsys.readouterr().out
+    assert without_perf(read_lines(cut / "metrics.jsonl")) == without_perf(read_lines(whole / "metrics.jsonl"))
+    assert read_folder(cut / "export") == read_folder(whole / "export")
+
+
+def test_the_time_that_the_step_waits_for_rows_is_logged(inputs, tmp_path):
+    postrain.train(values_of(inputs, "streamed", export={"format": "none"}), tmp_path / "run")
+    waited = [line["perf/input_wait_fraction"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")[1:]]
+    assert len(waited) == 8 and all(0 <= share < 1 for share in waited)
+
+
+def test_a_resume_with_other_lanes_or_files_is_refused(inputs, tmp_path):
+    workdir, values = tmp_path / "run", values_of(inputs, "streamed", export={"format": "none"})
+    postrain.train(values, workdir)
+    values["train"]["steps"] = 9
+    values["data"]["stream"] = {"lanes": 1}
+    with pytest.raises(UserError, match="data.stream.lanes: was 2, is 1"):
+        postrain.train(values, workdir)
+    values["data"]["stream"] = {"lanes": 2}
+    rows = pathlib.Path(values["data"]["train"][1])
+    other = write_rows(tmp_path / rows.name, 31, first=100)
+    values["data"]["train"] = [values["data"]["train"][0], str(other)]
+    with pytest.raises(UserError, match=r"file second.jsonl has other content: was [\d,]+ bytes, is [\d,]+"):
+        postrain.train(values, workdir)
+
+
+def test_bad_rows_are_written_down_once(inputs, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    lines = rows.read_text().splitlines()
+    lines[7] = "{"
+    rows.write_text("\n".join(lines))
+    values = values_of(inputs, "streamed", export={"format": "none"})
+    values["data"] |= {"train": str(rows), "on_bad_row": "skip"}
+    postrain.train(values, tmp_path / "run")
+    (entry,) = read_lines(tmp_path / "run" / "rejected.jsonl")  # though 8 updates read the file several times
+    assert entry["line"] == 8 and entry["file"].endswith("rows.jsonl") and "invalid JSON" in entry["reason"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"streaming": True}, "'data.streaming': such data have no end that is known beforehand: set 'train.steps'"),
+        ({"mixture": {"temperature": 2.0}}, "set 'train.steps'"),
+        ({"streaming": True, "stream": {"lanes": 3}}, "must be a multiple of 'data.stream.lanes' = 3"),
+        ({"stream": {"cache_folder": "x"}}, "'data.stream.cache_folder' and 'data.stream.cache_gibibytes'"),
+        ({"mixture": {"phases": [{"step": 5, "weights": [1.0, 1.0]}]}}, "2 weights for 1 sources"),
+        ({"mixture": {"phases": [{"step": 5, "weights": [0.0]}]}}, "one of them above"),
+        ({"mixture": {"phases": [{"step": 5, "weights": [1.0]}] * 2}}, "expected an update after 5"),
+        ({"train": [{"path": "a", "weight": 1.0}, "b"]}, "source 'b' has no weight and others have"),
+        ({"train": [{"path": "a", "weight": 1.0}], "mixture": {"temperature": 2.0}}, "leave one of them out"),
+    ],
+)
+def test_keys_that_do_not_fit(inputs, data, words):
+    steps = 0 if "train.steps" in words else 6
+    values = make_values(inputs, data=data, train={"steps": steps})
+    with pytest.raises(UserError, match=words.replace("(", r"\(")):
+        postrain.config.resolve(values)
