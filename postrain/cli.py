@@ -136,6 +136,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("train", run_train, "train as a config says; goes on from the workdir's checkpoint", config=True)
     command.add_argument("--workdir", required=True, help="everything of the run is written here")
+    several = command.add_argument_group("one of several processes (found without these under SLURM, mpirun, TPU pods)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; the port after it is used, too")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="from 0 on")
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
     command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
@@ -196,10 +200,14 @@ def read_config(args, overrides):
 
 
 def run_train(args, overrides) -> None:
-    config = read_config(args, overrides)
-    from postrain.recipes import train
+    from postrain.compute.cluster import find_cluster
+    from postrain.compute.distributed import join
 
-    train(config, args.workdir)
+    with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
+        config = read_config(args, overrides)
+        from postrain.recipes import train
+
+        train(config, args.workdir)
 
 
 def run_preview(args, overrides) -> None:
