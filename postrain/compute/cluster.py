@@ -1,7 +1,7 @@
 """Which process of how many this one is, as the command line or whatever started it says. Nothing is started here.
 
-Asked in this order: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or ``POSTRAIN_COORDINATOR``, ... in the
-environment), Open MPI, SLURM, a TPU pod. The first that speaks is believed: mpirun inside of a SLURM job counts.
+Asked in this order: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or ``POSTRAIN_COORDINATOR``, ... in
+the environment), Open MPI, SLURM, a TPU pod. The first that speaks is believed: mpirun inside of a SLURM job counts.
 """
 
 import dataclasses

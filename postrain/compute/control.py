@@ -20,7 +20,6 @@ from postrain.errors import UserError
 
 SECONDS_TO_MEET = 300.0  # from the first process's start to the last one's
 SECONDS_TO_END = 5.0  # for the others to end, so that process 0, which they all depend on, is the last
-STEPS_APART = 3  # more than processes can be apart: a step is dispatched once the one before the last is done
 LOST = "died without a word (killed, out of memory, or its machine is gone)"
 LOST_CODE = EXIT_CODES[15]  # the run can go on from its checkpoint: launchers start it again
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
@@ -77,8 +76,8 @@ class Hub:
         self._lines: dict[int, _Line] = {}
         self._hosts: dict[int, str] = {}
         self._values: dict[str, dict[int, Any]] = {}
-        self._acknowledged: dict[str, set[int]] = {}
-        self._stop: dict | None = None
+        self._passed: dict[int, int] = {}  # the last step after which a process went on
+        self._signal: int | None = None
         self._failed = self._finished = False
         self._gone = queue.SimpleQueue()  # processes whose connection has closed
         try:
@@ -142,16 +141,15 @@ class Hub:
                 self._tell({"gathered": name, "values": [values[i] for i in range(self._count)]})
         elif "stop" in message:
             with self._lock:
-                if self._stop is None:
-                    self._stop = {"stop_at": message["step"] + STEPS_APART, "number": message["stop"]}
-            self._tell(self._stop)
-        elif "knows" in message:
+                first, self._signal = self._signal is None, self._signal or message["stop"]
+            if first:
+                self._tell({"stopping": True})
+        elif "passed" in message:
             with self._lock:
-                known = self._acknowledged.setdefault("stop", set())
-                known.add(process)
-                complete = len(known) == self._count
+                self._passed[process] = message["passed"]
+                complete = len(self._passed) == self._count
             if complete:
-                self._tell({"all_know": True})
+                self._tell({"stop_at": max(self._passed.values()) + 1, "number": self._signal})
 
     def _tell(self, message: dict) -> None:
         """To process 0 last: where it ends then, the others have been told."""
@@ -188,10 +186,10 @@ class Channel:
         """Returns when all processes have come. Raises UserError naming those that did not, within five minutes."""
         self.process, self.num_processes = process, num_processes
         self._on_failure, self._changed = on_failure, threading.Condition()
-        self._failing = self._told = self._left = self._all_know = False
+        self._failing = self._told = self._left = self._stopping = False
         self._gathered: dict[str, list] = {}
         self._number = 0
-        self._stop: dict | None = None
+        self._passed, self._stop = -1, None
         self.hosts: list[str] = []  # of every process, by number
         deadline = time.monotonic() + SECONDS_TO_MEET
         self._line = _Line(_connect(address, deadline))
@@ -210,7 +208,7 @@ class Channel:
             failure = Failure(*message["failed"]) if "failed" in message else None
             with self._changed:
                 self.hosts = message.get("met", self.hosts)
-                self._all_know |= "all_know" in message
+                self._stopping |= "stopping" in message
                 if "gathered" in message:
                     self._gathered[message["gathered"]] = message["values"]
                     self._left |= message["gathered"] == "leave"
@@ -218,8 +216,9 @@ class Channel:
                     self._stop = message
                 self._told |= failure is not None and self._failing
                 self._changed.notify_all()
-            if "stop_at" in message:
-                self._line.send({"knows": self.process})
+                passed = self._passed
+            if "stopping" in message:
+                self._line.send({"passed": passed})
             if failure is not None and not self._failing:
                 self._on_failure(failure)
         if not (self._left or self._failing):
@@ -237,7 +236,7 @@ class Channel:
             return self._gathered.pop(name)
 
     def fail(self, error: str, code: int) -> None:
-        """Tells all why this process ends; returns when they know, and where this is process 0, when they have ended."""
+        """Tells all why this process ends; returns when they know, and in process 0 when they have ended."""
         with self._changed:
             self._failing = True
         self._line.send({"failed": Failure(self.process, socket.gethostname(), error, code)})
@@ -247,14 +246,18 @@ class Channel:
     def agree_on_stop(self, number: int | None, step: int) -> int | None:
         """The signal because of which all processes stop after ``step``; None: they go on.
 
-        ``number``: the signal that came to this process, None without. One that got a signal waits here until all
-        know after which step the run stops; as it waits, none can be past that step.
+        ``number``: the signal that came to this process, None without. From the first signal on each process waits
+        here, and says which step it was last let past: the run stops after the first one that none is past.
         """
-        if number is not None and self._stop is None:
-            self._line.send({"stop": int(number), "step": step})
-            with self._changed:
-                self._changed.wait_for(lambda: self._all_know)
-        return self._stop["number"] if self._stop and step >= self._stop["stop_at"] else None
+        with self._changed:
+            if number is not None and not self._stopping:
+                self._stopping = True
+                self._line.send({"stop": int(number)})
+            self._changed.wait_for(lambda: self._stop or not self._stopping)
+            if self._stop and step >= self._stop["stop_at"]:
+                return self._stop["number"]
+            self._passed = step
+            return None
 
     @property
     def stopping(self) -> bool:
