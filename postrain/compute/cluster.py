@@ -44,26 +44,25 @@ def find_cluster(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """This process's place; None where it is the only one.
+    """This process's place; None where it is the only one and the first three settings are not given.
 
     The arguments are those of the command line, None where not given. Raises UserError when settings are given by
     half, cannot be read or contradict each other, naming what was found.
     """
     given, said = _read_explicit(coordinator, num_processes, process_id, environment)
-    if len(given) == 3:
-        cluster = Cluster(*given.values(), found=said)
-    else:
-        found = (find(environment) for find in (_find_open_mpi, _find_slurm, _find_tpu_pod))
-        cluster = next((one for one in found if one is not None), None)
-        if given and (cluster is None or list(given) != ["coordinator"]):
-            missing = [name for name in _KEYS if name not in given]
-            raise UserError(
-                f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
-                "three, or none of them under srun, mpirun or on a TPU pod"
-            )
-        if given:
-            cluster = dataclasses.replace(cluster, coordinator=given["coordinator"], found=f"{cluster.found}, {said}")
-    return _check(cluster) if cluster is not None else None
+    if len(given) == 3:  # even where it is one process: jax's collectives then add up in the order that several have
+        return _check(Cluster(*given.values(), found=said))
+    found = (find(environment) for find in (_find_open_mpi, _find_slurm, _find_tpu_pod))
+    cluster = next((one for one in found if one is not None), None)
+    if given and (cluster is None or list(given) != ["coordinator"]):
+        missing = [name for name in _KEYS if name not in given]
+        raise UserError(
+            f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
+            "three, or none of them under srun, mpirun or on a TPU pod"
+        )
+    if given:
+        cluster = dataclasses.replace(cluster, coordinator=given["coordinator"], found=f"{cluster.found}, {said}")
+    return _check(cluster) if cluster is not None and cluster.num_processes > 1 else None
 
 
 _KEYS = ("coordinator", "num_processes", "process_id")
@@ -97,7 +96,7 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-def _check(cluster: Cluster) -> Cluster | None:
+def _check(cluster: Cluster) -> Cluster:
     if cluster.process_id >= cluster.num_processes:
         raise UserError(
             f"several processes: process {cluster.process_id} of {cluster.num_processes} ({cluster.found}): they are "
@@ -109,7 +108,7 @@ def _check(cluster: Cluster) -> Cluster | None:
             f"several processes: coordinator {cluster.coordinator!r} ({cluster.found}): expected HOST:PORT of process "
             "0, the port and the one after it free"
         )
-    return cluster if cluster.num_processes > 1 else None
+    return cluster
 
 
 def _find_slurm(environment: Mapping[str, str]) -> Cluster | None:
