@@ -60,6 +60,11 @@ def find_cluster(
             f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
             "three, or none of them under srun, mpirun or on a TPU pod"
         )
+    if cluster is not None and not cluster.coordinator and not given:
+        raise UserError(
+            f"several processes: {cluster.found}, but Open MPI does not say where process 0 is: give "
+            "--coordinator=HOST:PORT, the machine of rank 0"
+        )
     if given:
         cluster = dataclasses.replace(cluster, coordinator=given["coordinator"], found=f"{cluster.found}, {said}")
     return _check(cluster) if cluster is not None and cluster.num_processes > 1 else None
@@ -157,14 +162,8 @@ def _find_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
     address = re.search(r"tcp://([^,:]+)|tcp6://\[([^\],]+)", uri)
     host = "127.0.0.1" if local_size == size else address and next(part for part in address.groups() if part)
     said = f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE={size}"
-    coordinator = environment.get("POSTRAIN_COORDINATOR")
-    if not host and not coordinator:
-        raise UserError(
-            f"several processes: {said}, but Open MPI does not say where process 0 is: give "
-            "--coordinator=HOST:PORT, the machine of rank 0"
-        )
-    job = environment.get("PMIX_NAMESPACE", uri)
-    coordinator = coordinator or f"{f'[{host}]' if ':' in host else host}:{_choose_port(job)}"
+    port = _choose_port(environment.get("PMIX_NAMESPACE", uri))
+    coordinator = f"{f'[{host}]' if ':' in host else host}:{port}" if host else ""
     local_id = get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
     return Cluster(coordinator, size, rank, said, _own_gpu(environment, local_id) if local_size > 1 else None)
 

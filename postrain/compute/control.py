@@ -106,18 +106,18 @@ class Hub:
             return
         process = hello["hello"]
         with self._lock:
-            known = process in self._lines
             wrong = None
             if hello["of"] != self._count:
                 wrong = f"says that it is one of {hello['of']} processes, process 0 that there are {self._count}"
-            elif known:
+            elif process in self._lines:
                 wrong = f"is there twice: {hello['host']} and {self._hosts[process]} both have that number"
-            if not known:
+            else:
                 self._lines[process], self._hosts[process] = line, hello["host"]
             complete = len(self._lines) == self._count
         if wrong:
-            line.send({"failed": Failure(process, hello["host"], wrong, 2)})
-            self._fail(Failure(process, hello["host"], wrong, 2))
+            failure = Failure(process, hello["host"], wrong, 2)
+            line.send({"failed": failure})
+            self._fail(failure)
             return
         if complete:
             self._tell({"met": [self._hosts[process] for process in range(self._count)]})
@@ -162,10 +162,9 @@ class Hub:
             if self._failed:
                 return
             self._failed = True
-        others = [process for process in self._lines if process not in (0, failure.process)]
-        for process in [*others, failure.process]:
+        for process, line in self._lines.items():
             if process:
-                self._lines[process].send({"failed": failure})
+                line.send({"failed": failure})
         deadline = time.monotonic() + SECONDS_TO_END
         waiting = {process for process in self._lines if process}
         while waiting and (left := deadline - time.monotonic()) > 0:
