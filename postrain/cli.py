@@ -1,4 +1,4 @@
-"""The command line: ``postrain train | preview | plan | export | import | generate | verify``.
+"""The command line: ``postrain train | launch | preview | plan | export | import | generate | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Anything heavy is
 imported by the command that needs it, so that ``--help`` and a wrong key answer at once.
@@ -136,6 +136,20 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("train", run_train, "train as a config says; goes on from the workdir's checkpoint", config=True)
     command.add_argument("--workdir", required=True, help="everything of the run is written here")
+    several = command.add_argument_group("one of several processes (found without these under SLURM, mpirun, TPU pods)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; the port after it is used, too")
+    several.add_argument("--num-processes", type=int, metavar="N")
+    several.add_argument("--process-id", type=int, metavar="I", help="from 0 on")
+
+    command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
+    command.add_argument("--workdir", required=True, help="of the run, on a disk that all machines share")
+    command.add_argument(
+        "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
+    )
+    command.add_argument("--gpus", type=int, default=8, help="of each host, for slurm and k8s (default 8)")
+    command.add_argument("--image", default="", help="of the containers, for k8s")
+    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help="shared by all hosts, for k8s")
+    command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
     command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
@@ -196,10 +210,28 @@ def read_config(args, overrides):
 
 
 def run_train(args, overrides) -> None:
-    config = read_config(args, overrides)
-    from postrain.recipes import train
+    from postrain.compute.cluster import find_cluster
+    from postrain.compute.distributed import join
 
-    train(config, args.workdir)
+    with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
+        config = read_config(args, overrides)
+        from postrain.recipes import train
+
+        train(config, args.workdir)
+
+
+def run_launch(args, overrides) -> int:
+    from postrain.compute.launch import Job, launch, parse_target
+    from postrain.config_file import load_config
+
+    if parse_target(args.target)[0] in ("local", "slurm"):  # the files of other machines cannot be looked for here
+        read_config(args, overrides)
+    else:
+        load_config(args.config, overrides)
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    arguments = ["train", f"--config={args.config}", f"--workdir={args.workdir}", *words]
+    job = Job(args.target, arguments, args.workdir, args.gpus, args.image, args.volume)
+    return launch(job, dry_run=args.dry_run)
 
 
 def run_preview(args, overrides) -> None:

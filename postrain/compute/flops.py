@@ -177,14 +177,19 @@ def measure_matmul_rate(device: jax.Device, size: int = 1024, repeats: int = 8) 
 
 
 def compute_perf(
-    config: ModelConfig, stats: BatchStats, seconds: float, devices: Sequence[jax.Device], num_hosts: int = 1
+    config: ModelConfig, stats: BatchStats, seconds: float, devices: Sequence[jax.Device], row_groups: int = 1
 ) -> dict[str, float]:
     """``perf/tokens_per_second`` (of all hosts, padding excluded) and, where the peak is known, ``perf/mfu``.
 
-    ``stats``: this host's rows of all batches worked off in ``seconds``; ``devices``: this host's.
+    Args:
+        stats: this host's rows of all batches worked off in ``seconds``.
+        devices: this host's; the others have as many.
+        row_groups: hosts with rows of their own (``data_process``); those that share rows work on them together. The
+            rows of other groups are taken to cost what these do.
     """
-    perf = {"perf/tokens_per_second": stats.tokens * num_hosts / seconds}
+    perf = {"perf/tokens_per_second": stats.tokens * row_groups / seconds}
     peak = peak_flops(devices)
     if peak is not None:
-        perf["perf/mfu"] = sum(count_flops(config, stats).values()) / seconds / peak
+        flops = sum(count_flops(config, stats).values()) * row_groups
+        perf["perf/mfu"] = flops / seconds / (peak * jax.process_count())
     return perf

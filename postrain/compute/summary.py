@@ -15,14 +15,14 @@ from postrain.models import grouped_dot
 from postrain.models.attention import select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.params import adapter_specs, axes_of, frozen_specs, shapes_of
-from postrain.sharding import describe_mesh, mesh_context, num_row_shards, undivided_dimensions
+from postrain.sharding import data_process, describe_mesh, mesh_context, num_row_shards, undivided_dimensions
 
 
 def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -> str:
     """Config, devices, parameters, the batch equation, the back ends; several lines."""
     trained, frozen = count_params(model)
     data, train = config.data, config.train
-    hosts = jax.process_count()
+    _, hosts = data_process(mesh)  # those that share rows count as one
     rows = data.batch_size // (train.micro_batches * hosts)
     slots = data.batch_size * data.sequence_length
     lines = [

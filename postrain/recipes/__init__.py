@@ -5,7 +5,9 @@ import importlib
 import os
 from typing import Any
 
+from postrain.compute import distributed
 from postrain.compute.plan import PlanReport, make_plan
+from postrain.compute.preflight import check_processes
 from postrain.compute.workdir import open_workdir
 from postrain.config import Config, check_model_path, check_paths, resolve, to_dict
 from postrain.config_file import load_config
@@ -29,6 +31,8 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     else:  # a Config may have been changed by hand
         config = resolve(to_dict(config) if isinstance(config, Config) else config)
     check_paths(config)
+    if processes := distributed.current():
+        check_processes(processes, config, workdir)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
     with open_workdir(workdir) as folder:
         return recipe.train(config, folder)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.checkpoint import Checkpointer
+from postrain.compute.distributed import agree_on_stop, stop_all_on_error
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
@@ -68,7 +69,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     if config.export.format == "adapter":
         check_base(folder)
     lead = jax.process_index() == 0
-    say = print if lead else lambda *_: None
+    say = print if lead else lambda *_, **__: None
 
     # Data: unless it is streamed, every row is rendered, checked and counted before anything else happens.
     tokenizer = load_run_tokenizer(config, folder)
@@ -101,6 +102,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     # The state: where the newest checkpoint left it, or new.
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
+        stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
         restored = checkpointer.restore(program.state, **prints)
@@ -142,11 +144,11 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             stats += count_batch(arrays, model.config)
 
-            line, last = {}, step == total_steps
+            line, last, stop_signal = {}, step == total_steps, agree_on_stop(stop.number, step)
             # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
             # where something is written.
             unchecked.append((metrics, step, row_ids))
-            now = last or stop.number or any(is_due(step, every) for every in intervals)
+            now = last or stop_signal or any(is_due(step, every) for every in intervals)
             while len(unchecked) > (0 if now else 1):
                 finished, number, rows = unchecked.pop(0)
                 check_finite(finished, number, lambda rows=rows: batches.describe_rows(rows))
@@ -162,13 +164,13 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 line |= scores
             if line:
                 writer.write(step, line)
-            if last or stop.number or is_due(step, config.checkpoint.every):
+            if last or stop_signal or is_due(step, config.checkpoint.every):
                 told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out}
                 checkpointer.save(step, state, data_position=batches.get_state(), **prints, **told)
-            if stop.number and not last:
+            if stop_signal and not last:
                 checkpointer.wait()
                 progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
-                raise SystemExit(128 + stop.number)
+                raise SystemExit(128 + stop_signal)
             if line:
                 clock, stats, waited = time.perf_counter(), BatchStats(0, 0, 0), 0.0
         for line in batches.describe_drawn():

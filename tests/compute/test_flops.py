@@ -144,9 +144,20 @@ def test_unknown_accelerator_has_no_mfu_and_cpu_devices_share_their_cores():
         assert "perf/mfu" not in compute_perf(CONFIG, stats, 2.0, [FakeDevice(kind)])
     cpu = jax.devices()
     assert peak_flops(cpu) == peak_flops(cpu * 8) > 1e9
-    perf = compute_perf(CONFIG, stats, 2.0, cpu, num_hosts=3)
-    assert perf["perf/tokens_per_second"] == 1500
+    perf = compute_perf(CONFIG, stats, 2.0, cpu)
+    assert perf["perf/tokens_per_second"] == 500
     np.testing.assert_allclose(perf["perf/mfu"], sum(count_flops(CONFIG, stats).values()) / 2 / peak_flops(cpu))
+
+
+@pytest.mark.parametrize("row_groups", [6, 2, 1])
+def test_rows_that_hosts_share_count_once(monkeypatch, row_groups):
+    """Six hosts: each with rows of its own, three to a row, or all at the same rows."""
+    stats, cpu = BatchStats(1000, 200, 5000), jax.devices()
+    alone = compute_perf(CONFIG, stats, 2.0, cpu)
+    monkeypatch.setattr(jax, "process_count", lambda: 6)
+    together = compute_perf(CONFIG, stats, 2.0, cpu, row_groups)
+    assert together["perf/tokens_per_second"] == alone["perf/tokens_per_second"] * row_groups
+    np.testing.assert_allclose(together["perf/mfu"], alone["perf/mfu"] * row_groups / 6)
 
 
 def test_of_experts_those_that_a_token_meets_count():

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One process on each machine of a Cloud TPU slice, from any machine that has gcloud. `postrain launch
+# --target=tpu-pod:NAME ...` fills in what stands between @s and runs it; project and zone are gcloud's own
+# (CLOUDSDK_CORE_PROJECT, CLOUDSDK_COMPUTE_ZONE). Each machine needs postrain[tpu] in its python3, and the config file.
+set -euo pipefail
+
+script=$(cat <<'END'
+while true; do
+    @COMMAND@
+    code=$?
+    # 143: stopped by a signal, or another machine was lost. The same command goes on from the checkpoint.
+    [ "$code" = 143 ] || exit "$code"
+    sleep 10
+done
+END
+)
+exec gcloud compute tpus tpu-vm ssh @NAME@ --worker=all --command="$script"

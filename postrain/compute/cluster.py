@@ -1,0 +1,220 @@
+"""Which process of how many this one is, as the command line or whatever started it says. Nothing is started here.
+
+Asked in this order: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or ``POSTRAIN_COORDINATOR``, ... in
+the environment), Open MPI, SLURM, a TPU pod. The first that speaks is believed: mpirun inside of a SLURM job counts.
+"""
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import re
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping
+
+from postrain.errors import UserError
+
+TPU_PORT = 8482  # as jax has it
+_PORTS = range(61440, 65535, 2)  # of the coordinator; the one after it is for what processes tell each other
+_SECONDS = 2.0  # that Google's metadata server, a link-local address, may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A place among several processes."""
+
+    coordinator: str  # host:port of process 0, where jax.distributed listens; postrain does at the port after it
+    num_processes: int
+    process_id: int
+    found: str  # what said so, for messages
+    local_device_ids: tuple[int, ...] | None = None  # of the GPUs of this machine; None: all that the process sees
+
+    @property
+    def control(self) -> tuple[str, int]:
+        """Host and port where the processes meet."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port) + 1
+
+
+def find_cluster(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Cluster | None:
+    """This process's place; None where it is the only one and the first three settings are not given.
+
+    The arguments are those of the command line, None where not given. Raises UserError when settings are given by
+    half, cannot be read or contradict each other, naming what was found.
+    """
+    given, said = _read_explicit(coordinator, num_processes, process_id, environment)
+    if len(given) == 3:  # even where it is one process: jax's collectives then add up in the order that several have
+        return _check(Cluster(*given.values(), found=said))
+    found = (find(environment) for find in (_find_open_mpi, _find_slurm, _find_tpu_pod))
+    cluster = next((one for one in found if one is not None), None)
+    if given and (cluster is None or list(given) != ["coordinator"]):
+        missing = [name for name in _KEYS if name not in given]
+        raise UserError(
+            f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
+            "three, or none of them under srun, mpirun or on a TPU pod"
+        )
+    if cluster is not None and not cluster.coordinator and not given:
+        raise UserError(
+            f"several processes: {cluster.found}, but Open MPI does not say where process 0 is: give "
+            "--coordinator=HOST:PORT, the machine of rank 0"
+        )
+    if given:
+        cluster = dataclasses.replace(cluster, coordinator=given["coordinator"], found=f"{cluster.found}, {said}")
+    return _check(cluster) if cluster is not None and cluster.num_processes > 1 else None
+
+
+_KEYS = ("coordinator", "num_processes", "process_id")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_explicit(coordinator, num_processes, process_id, environment) -> tuple[dict, str]:
+    """What is set by flags or POSTRAIN_* in the order of Cluster's fields, and in words where it was found."""
+    given, said = {}, []
+    for name, value in zip(_KEYS, (coordinator, num_processes, process_id), strict=True):
+        variable = f"POSTRAIN_{name.upper()}"
+        other = environment.get(variable) or None
+        if value is not None and other is not None and str(value) != other:
+            raise UserError(f"several processes: {_flag(name)}={value}, but {variable}={other}: leave one of them out")
+        found = (_flag(name), str(value)) if value is not None else (variable, other)
+        # An indexed Job of Kubernetes numbers its pods; alone, the number does not make them one run.
+        if found[1] is None and name == "process_id" and len(given) == 2 and "JOB_COMPLETION_INDEX" in environment:
+            found = ("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
+        if found[1] is not None:
+            given[name] = found[1] if name == "coordinator" else _number(*found)
+            said.append("=".join(found))
+    return given, ", ".join(said)
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdigit():
+        raise UserError(f"several processes: {name}={text!r}: expected a whole number from 0 on")
+    return int(text)
+
+
+def _check(cluster: Cluster) -> Cluster:
+    if cluster.process_id >= cluster.num_processes:
+        raise UserError(
+            f"several processes: process {cluster.process_id} of {cluster.num_processes} ({cluster.found}): they are "
+            "numbered from 0, so the number must be below their count"
+        )
+    host, _, port = cluster.coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise UserError(
+            f"several processes: coordinator {cluster.coordinator!r} ({cluster.found}): expected HOST:PORT of process "
+            "0, the port and the one after it free"
+        )
+    return cluster
+
+
+def _find_slurm(environment: Mapping[str, str]) -> Cluster | None:
+    """Of `srun`, which sets SLURM_STEP_*; in the batch script itself there is no step and one process."""
+    if "SLURM_STEP_NODELIST" not in environment or "SLURM_PROCID" not in environment:
+        return None
+    get = lambda name, default: _number(name, environment.get(name, default))
+    tasks, nodes = get("SLURM_STEP_NUM_TASKS", "1"), get("SLURM_STEP_NUM_NODES", "1")
+    step = f"{environment.get('SLURM_JOB_ID', '')}.{environment.get('SLURM_STEP_ID', '')}"
+    one_each = tasks <= nodes
+    return Cluster(
+        f"{first_host(environment['SLURM_STEP_NODELIST'])}:{_choose_port(step)}",
+        tasks,
+        get("SLURM_PROCID", "0"),
+        f"SLURM_PROCID={environment['SLURM_PROCID']}, SLURM_STEP_NUM_TASKS={tasks}",
+        None if one_each else _own_gpu(environment, get("SLURM_LOCALID", "0")),
+    )
+
+
+def _own_gpu(environment: Mapping[str, str], local_id: int) -> tuple[int, ...] | None:
+    """Of several processes on a machine each takes the GPU of its number, unless it sees just one anyway."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
+    return None if visible and "," not in visible else (local_id,)
+
+
+def first_host(nodes: str) -> str:
+    """``node[007-009,12],other`` -> ``node007``: SLURM's way to list machines."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise UserError(f"several processes: SLURM_STEP_NODELIST={nodes!r}: expected names of machines")
+    return "".join(part or "" for part in match.groups())
+
+
+def _choose_port(name: str) -> int:
+    """The same on every machine, and hardly that of another job there."""
+    return _PORTS[zlib.crc32(name.encode()) % len(_PORTS)]
+
+
+def _find_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
+    if "OMPI_COMM_WORLD_RANK" not in environment:
+        return None
+    get = lambda name, default: _number(name, environment.get(name, default))
+    size, rank = get("OMPI_COMM_WORLD_SIZE", "1"), get("OMPI_COMM_WORLD_RANK", "0")
+    local_size = get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
+    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")  # of mpirun up to Open MPI 4
+    address = re.search(r"tcp://([^,:]+)|tcp6://\[([^\],]+)", uri)
+    host = "127.0.0.1" if local_size == size else address and next(part for part in address.groups() if part)
+    said = f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE={size}"
+    port = _choose_port(environment.get("PMIX_NAMESPACE", uri))
+    coordinator = f"{f'[{host}]' if ':' in host else host}:{port}" if host else ""
+    local_id = get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    return Cluster(coordinator, size, rank, said, _own_gpu(environment, local_id) if local_size > 1 else None)
+
+
+def _find_tpu_pod(environment: Mapping[str, str]) -> Cluster | None:
+    """From Kubernetes' TPU_WORKER_* or, on a TPU VM, from the metadata server; several slices from MEGASCALE_*."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms:
+        return None
+    names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if names:
+        read, said = environment.get, "TPU_WORKER_HOSTNAMES"
+        hosts, worker = names.split(","), environment.get("TPU_WORKER_ID", "")
+    elif has_tpu() and "TPU_SKIP_MDS_QUERY" not in environment:
+        attributes = {name: _read_metadata(name, environment) for name in ("agent-worker-number", "tpu-env")}
+        if attributes["agent-worker-number"] is None:
+            return None
+        read, said = _parse_tpu_env(attributes["tpu-env"] or "", environment), "the metadata of the TPU VM"
+        endpoints = (_read_metadata("worker-network-endpoints", environment) or "").split(",")
+        hosts, worker = [end.split(":")[-1] for end in endpoints], attributes["agent-worker-number"]
+    else:
+        return None
+    slices, own_slice = (_number(name, read(name) or default) for name, default in _SLICES.items())
+    process = _number("TPU_WORKER_ID", worker.strip()) + own_slice * len(hosts)
+    lead = (read("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+    return Cluster(f"{lead}:{TPU_PORT}", len(hosts) * slices, process, f"{said}: worker {worker} of {len(hosts)}")
+
+
+_SLICES = {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+
+
+def has_tpu() -> bool:
+    """Whether a TPU's device files are here, and libtpu to use them."""
+    devices = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
+
+
+def _read_metadata(name: str, environment: Mapping[str, str]) -> str | None:
+    """An attribute of this virtual machine; None where there is no such attribute, or no such server."""
+    host = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{host}/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            return answer.read().decode()
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def _parse_tpu_env(text: str, environment: Mapping[str, str]) -> Callable[[str], str | None]:
+    """``NAME: 'value'`` a line; what is in the environment comes first."""
+    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    values = {name.strip(): value.strip().strip("'") for name, value in lines.items()}
+    return lambda name: environment.get(name) or values.get(name)
