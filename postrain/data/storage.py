@@ -63,8 +63,8 @@ class StoredFile:
 def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -> list[StoredFile]:
     """The files at a path or at each of several, in their order; those of one path are sorted by name.
 
-    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder stands
-    for all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with
+    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder is
+    all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with
     ``_`` in front are left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
     ``NAME-00000-of-00032``, all 32 must be there.
 
