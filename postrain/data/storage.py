@@ -63,9 +63,10 @@ class StoredFile:
 def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -> list[StoredFile]:
     """The files at a path or at each of several, in their order; those of one path are sorted by name.
 
-    A path is a file, a glob, a folder (all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather
-    a description there; names with ``.`` or ``_`` in front are left out) or has braces: ``part-{00000..00031}.jsonl``,
-    ``{a,b}/*.parquet``. Where a glob or a folder gives shards named ``NAME-00000-of-00032``, all 32 must be there.
+    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder is
+    all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with
+    ``_`` in front are left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
+    ``NAME-00000-of-00032``, all 32 must be there.
 
     Raises:
       UserError: nothing there, a missing shard, a file given twice, a storage that refuses or does not answer, a
@@ -304,6 +305,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
             if not isinstance(real_error(e), FileNotFoundError):
                 raise
             entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
+            entries = {n: i for n, i in entries.items() if not n.rpartition("/")[2].startswith(".")}
         else:
             one_name = info["type"] != "directory"
             entries = {info["name"]: info} if one_name else fs.find(inner, detail=True)
