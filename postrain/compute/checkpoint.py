@@ -49,6 +49,8 @@ class Restored:
     config: dict[str, Any]  # resolved, as the run that saved it had it
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
+    rollbacks: int  # that the run had made
+    owed: dict[str, Any] | None  # metrics of ``step`` that are not in metrics.jsonl, as their evaluation is yet to be
 
 
 class Checkpointer:
@@ -104,13 +106,16 @@ class Checkpointer:
         base_fingerprint: dict | None = None,
         eval_fingerprint: dict | None = None,
         metrics: dict | None = None,
+        rollbacks: int = 0,
+        owed: dict | None = None,
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
 
         All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
         ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
         ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
-        be another one when the run goes on, so all are kept. Raises UserError when the previous save failed.
+        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``. ``owed``: the metrics
+        of this step so far, where a signal stopped its evaluation. Raises UserError when the previous save failed.
         """
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
@@ -124,6 +129,8 @@ class Checkpointer:
             "base_fingerprint": base_fingerprint,
             "eval_fingerprint": eval_fingerprint,
             "metrics": metrics,
+            "rollbacks": rollbacks,
+            "owed": owed,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
         unfinished = self._folder / f"{step}{UNFINISHED_SUFFIX}"
@@ -144,6 +151,9 @@ class Checkpointer:
         write_checksums(unfinished)
         unfinished.rename(self._folder / str(step))
         sync_folder(self._folder)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
         kept = self._choose_kept()
         for old in [old for old in self.steps() if old not in kept]:
             try:  # by another name first: what is half deleted must not look like a damaged checkpoint
@@ -270,8 +280,10 @@ class Checkpointer:
             except Exception as error:
                 self._set_aside(candidate, error)
                 continue
-            told = {key: run[key] for key in ("data_position", "config", "metrics")}
-            return Restored(candidate, state, **told, eval_fingerprint=run.get("eval_fingerprint"))
+            told = [field.name for field in dataclasses.fields(Restored) if field.name not in ("step", "state")]
+            if self._lead and not self._read_only and step is None:
+                self._delete_old()  # which a kill may have kept the save from
+            return Restored(candidate, state, **{key: run[key] for key in told})
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(

@@ -38,6 +38,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 LATER = 0.03  # seconds after an instant
+STEPS, SPIKE = 28, 23  # updates of a run; the one that is rolled back
 LIMIT = 300  # seconds that a run may take
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
@@ -138,17 +139,27 @@ def fork(work, log: pathlib.Path) -> int:
 def make_values(inputs: pathlib.Path) -> dict:
     import sft_runs
 
-    values = sft_runs.make_values(
+    return sft_runs.make_values(
         inputs,
         model={"lora": {"rank": 0}},
-        data={"sequence_length": 64},
-        optimizer={"learning_rate": 1e-2, "ema_decay": 0.9},
-        train={"steps": 8},
-        eval={"every": 4, "generate_rows": 2, "max_new_tokens": 4},
-        checkpoint={"every": 2},
+        data={"sequence_length": 64, "shuffle": False, "packing": "none"},
+        optimizer={"learning_rate": 1e-2, "ema_decay": 0.9, "schedule": "constant"},
+        train={"steps": STEPS, "spike": {"policy": "rollback", "threshold": 4.0}},
+        eval={"every": 14, "generate_rows": 2, "max_new_tokens": 4, "before": False},
+        checkpoint={"every": 4},
         trackers={"tensorboard": True},
     )
-    return values
+
+
+def make_inputs(folder: pathlib.Path) -> None:
+    """Those of ``sft_runs``, with a row in the batch of step SPIKE that is nothing like the others."""
+    import sft_runs
+
+    sft_runs.make_inputs(folder)
+    rows = sft_runs.write_rows(folder / "train.jsonl", 2 * STEPS).read_text().splitlines(keepends=True)
+    odd = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}
+    rows.insert(2 * SPIKE - 2, json.dumps(odd) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
 
 
 def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.Path | None = None) -> None:
@@ -169,7 +180,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     from postrain.compute.checksums import verify_checksums
 
     found = {"files": sorted(path.name for path in workdir.iterdir())}
-    steps = sorted((path.name for path in (workdir / "checkpoints").iterdir()))
+    steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())
     found["checkpoints"] = steps
     newest = workdir / "checkpoints" / steps[-1]
     for step in steps:
@@ -237,13 +248,12 @@ def compare(found: dict, expected: dict, where: str) -> None:
         raise SystemExit(f"{where} differs from a run that was not killed:\n{shown}")
 
 
-def measure(kills: int, seed: int, folder: pathlib.Path, inputs: pathlib.Path | None = None) -> dict:
+def measure(kills: int, seed: int, folder: pathlib.Path) -> dict:
     """Kills runs ``kills`` times; raises SystemExit at the first that does not end in the bytes of an unkilled one."""
     warm_up()
-    if inputs is None:
-        inputs = folder / "inputs"
-        inputs.mkdir()
-        fork(lambda: importlib.import_module("sft_runs").make_inputs(inputs), folder / "inputs.log")
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    fork(lambda: make_inputs(inputs), folder / "inputs.log")
     output = folder / "values.json"
     fork(lambda: output.write_text(json.dumps(make_values(inputs))), folder / "inputs.log")
     values, draw, counts = json.loads(output.read_text()), random.Random(seed), folder / "counts.json"
@@ -251,6 +261,8 @@ def measure(kills: int, seed: int, folder: pathlib.Path, inputs: pathlib.Path | 
     if fork(lambda: run(values, reference.folder, None, counts), reference.log):
         raise SystemExit(reference.log.read_text())
     kinds, expected = json.loads(counts.read_text()), reference.describe()
+    if [line["train/rollbacks"] for line in expected["metrics"]] != [0.0] * 20 + [1.0] * (STEPS - 20):
+        raise SystemExit(f"the run was not rolled back from step {SPIKE} to 20:\n{reference.log.read_text()}")
     started, done, hit, trials = time.monotonic(), 0, collections.Counter(), 0
     while done < kills:
         trial = Trial(folder / f"run{trials}", values, kinds)
@@ -279,11 +291,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", type=pathlib.Path, help="of sft_runs.make_inputs; default: made")
     parser.add_argument("--write", action="store_true", help=f"write the figures into {PAGE.name}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
-        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), arguments.inputs)
+        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder))
     print(json.dumps(found, indent=2))
     if arguments.write:
         importlib.import_module("workloads").write_section(PAGE, "kills", format_figures(found))
@@ -293,9 +304,9 @@ def format_figures(found: dict) -> str:
     """A table of what was killed where, for the page."""
     rows = "\n".join(f"| {kind} | {count} |" for kind, count in sorted(found["hit"].items()))
     return (
-        f"{found['kills']} kills in {found['runs']} runs, of which **{found['runs']}** ended in the bytes of a run that "
-        f"was not killed; {found['seconds'] / found['kills']:.1f} s a kill; {len(found['hit'])} of {found['kinds']} "
-        f"kinds of instants met.\n\n| killed at, or up to 30 ms after | kills |\n|---|---|\n{rows}"
+        f"{found['kills']} kills in {found['runs']} runs, of which **{found['runs']}** ended in the bytes of a run "
+        f"that was not killed; {found['seconds'] / found['kills']:.1f} s a kill; {len(found['hit'])} of "
+        f"{found['kinds']} kinds of instants met.\n\n| killed at, or up to 30 ms after | kills |\n|---|---|\n{rows}"
     )
 
 

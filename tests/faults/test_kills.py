@@ -1,4 +1,4 @@
-"""Thirty kills of training runs: every run ends in the bytes of one that was not killed. By hand: kills.py --kills=1000"""
+"""Thirty kills of training runs; every run ends in the bytes of one that was not killed. By hand: a thousand."""
 
 import json
 import pathlib
