@@ -178,6 +178,15 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpikeSection:
+    """A step whose loss or gradient norm is not finite, or above ``threshold`` times its median over the last 64."""
+
+    policy: str = "none"  # "stop", "skip" (no update), "rollback"; none: only what is not finite stops the run
+    threshold: float = 8.0  # judged from the 16th step on; steps that were skipped do not count
+    limit: int = 10  # more skips in a row, or more rollbacks, stop the run
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainSection:
     """How long and how."""
 
@@ -186,6 +195,8 @@ class TrainSection:
     micro_batches: int = 1  # splits of a batch; the result does not depend on it
     seed: int = 0  # of new parameters and of anything drawn while training
     log_every: int = 1  # steps between lines of metrics.jsonl
+    hang_timeout: float = 1800.0  # seconds without progress after which the run stops, naming where it hangs; 0: never
+    spike: SpikeSection = SpikeSection()
     count_moved: bool = False  # log the share of weights that an update changes; holds the parameters twice
 
 

@@ -20,6 +20,8 @@ def check_rules(config: Config) -> None:
     _check_adapters(config.model)
     _check_new_tokens(config.model)
     _check_best(config)
+    if config.train.spike.policy == "rollback" and not config.checkpoint.every:
+        raise UserError("config key 'train.spike.policy' = 'rollback' needs 'checkpoint.every' above 0")
 
 
 def has_mixture(config: DataConfig) -> bool:

@@ -1,13 +1,17 @@
 """Checkpoints: one atomic unit of all that a run needs to go on as if it had never stopped.
 
-A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax) and
-``run/data.json``: data position, resolved config, fingerprint of the data pipeline, fingerprint of the model,
-metrics. It is written under another name and renamed when it is whole and on disk, so a run killed at any
-instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder, and a
-folder that has changed since is refused.
+A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json``
+(data position, resolved config, fingerprint of the data pipeline, fingerprint of the model, metrics) and
+``checksums.txt``, by which a file that is torn, missing or has a flipped bit is found and named. Orbax writes it as
+``STEP.saving``; when it is whole, its checksums are written, all of it is on disk, and then it gets its name: a run
+killed at any instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder,
+and a folder that has changed since is refused.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -17,8 +21,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from postrain.compute.checksums import sync_folder, verify_checksums, write_checksums
 from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.config import CheckpointConfig
 from postrain.data.fingerprint import compare_fingerprints
@@ -26,7 +33,8 @@ from postrain.errors import UserError
 from postrain.nested import flatten
 from postrain.types import TrainState
 
-TEMPORARY_SUFFIX = ".orbax-checkpoint-tmp"
+UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
+DELETED_SUFFIX = ".deleting"
 UNREADABLE_SUFFIX = ".unreadable"
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
@@ -41,6 +49,8 @@ class Restored:
     config: dict[str, Any]  # resolved, as the run that saved it had it
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
+    rollbacks: int  # that the run had made
+    owed: dict[str, Any] | None  # metrics of ``step`` that are not in metrics.jsonl, as their evaluation is yet to be
 
 
 class Checkpointer:
@@ -60,46 +70,30 @@ class Checkpointer:
     ):
         self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
         self._read_only, self._warned = read_only, False
-        if read_only and not self._folder.is_dir():  # Orbax would make it
+        if read_only and not self._folder.is_dir():
             raise UserError(f"{self._folder}: no finished checkpoint in it, expected the checkpoints of a run")
-        self._pending = None  # response of the save under way
+        self._lead = jax.process_index() == 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None  # the save under way
         self._failure: UserError | None = None
         # Orbax logs the traceback of a failed save from five threads; the exception itself reaches the caller.
         logging.getLogger("absl").addFilter(_is_not_from_orbax)
-        try:
-            cleans = jax.process_index() == 0 and not read_only
-            for part in sorted(self._folder.glob(f"*{TEMPORARY_SUFFIX}")) if cleans else ():
-                report(f"checkpoint {part}: an unfinished save, removed")
-                shutil.rmtree(part)
-            self._orbax = self._open()
-        except OSError as error:
-            raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
-
-    def _open(self) -> ocp.training.Checkpointer:
-        policies, config = ocp.training.preservation_policies, self._config
-        worst = math.inf if config.mode == "min" else -math.inf  # of a checkpoint saved without the metric
-        keep = [policies.LatestN(config.keep)]
-        if config.keep_best:
-            keep.append(
-                policies.BestN(  # Orbax keeps the last of the sorted ones
-                    get_metric_fn=lambda metrics: metrics.get(config.metric, worst),
-                    reverse=config.mode == "min",
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
-        context = ocp.Context()
-        context.checkpointables.registry = registry
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = registry
         # Float32 weights shrink by 8% and saving takes ten times as long: not worth a pause in training.
-        context.array.saving.use_compression = False
-        return ocp.training.Checkpointer(
-            self._folder,
-            context=context,
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-        )
+        self._context.array.saving.use_compression = False
+        try:
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            cleans = self._lead and not read_only
+            for suffix, what in ((UNFINISHED_SUFFIX, "save"), (DELETED_SUFFIX, "deletion")) if cleans else ():
+                for part in sorted(self._folder.glob(f"*{suffix}*")):
+                    report(f"checkpoint {part}: an unfinished {what}, removed")
+                    shutil.rmtree(part)
+        except OSError as error:
+            raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
 
     def save(
         self,
@@ -112,13 +106,16 @@ class Checkpointer:
         base_fingerprint: dict | None = None,
         eval_fingerprint: dict | None = None,
         metrics: dict | None = None,
+        rollbacks: int = 0,
+        owed: dict | None = None,
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
 
         All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
         ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
         ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
-        be another one when the run goes on, so all are kept. Raises UserError when the previous save failed.
+        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``. ``owed``: the metrics
+        of this step so far, where a signal stopped its evaluation. Raises UserError when the previous save failed.
         """
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
@@ -132,15 +129,53 @@ class Checkpointer:
             "base_fingerprint": base_fingerprint,
             "eval_fingerprint": eval_fingerprint,
             "metrics": metrics,
+            "rollbacks": rollbacks,
+            "owed": owed,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
-        ranked = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        unfinished = self._folder / f"{step}{UNFINISHED_SUFFIX}"
         try:
-            self._pending = self._orbax.save_checkpointables_async(step, items, metrics=ranked or None, force=True)
+            with self._context:
+                written = ocp.save_checkpointables_async(unfinished, items)
         except (OSError, ValueError) as error:
             self._fail(error)
+        self._pending = self._thread.submit(self._finish, step, unfinished, written)
         if not self._config.asynchronous:
             self.wait()
+
+    def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
+        """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
+        written.result()
+        if not self._lead:
+            return
+        write_checksums(unfinished)
+        unfinished.rename(self._folder / str(step))
+        sync_folder(self._folder)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        kept = self._choose_kept()
+        for old in [old for old in self.steps() if old not in kept]:
+            try:  # by another name first: what is half deleted must not look like a damaged checkpoint
+                deleted = (self._folder / str(old)).rename(self._folder / f"{old}{DELETED_SUFFIX}")
+                shutil.rmtree(deleted)
+            except OSError as error:
+                self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
+
+    def _choose_kept(self) -> set[int]:
+        """Steps of the newest checkpoints and of the best; of equally good ones the newer."""
+        steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
+
+        def rank(step: int) -> float:
+            with contextlib.suppress(OSError, ValueError):
+                run = json.loads((self._folder / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
+                value = run["metrics"].get(self._config.metric)
+                if value is not None and math.isfinite(value):
+                    return sign * value
+            return -math.inf  # a checkpoint saved without the metric
+
+        best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
+        return {*steps[-self._config.keep :], *best}
 
     def _check_metric(self, step: int, metrics: dict) -> None:
         """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
@@ -153,21 +188,31 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Until the save under way is on disk. Raises UserError if it, or any save before it, failed."""
+        """Until the save under way is on disk. Raises UserError if it, or any save before it, failed.
+
+        With several processes every one must call it, and all raise when the save of one failed.
+        """
         if self._failure is not None:
             raise self._failure
         pending, self._pending = self._pending, None
         if pending is not None:
-            try:
-                pending.result()
-            except Exception as error:  # whatever went wrong in Orbax's threads must not be lost
-                self._fail(error)
+            self._agree(pending.exception(), self._fail)
 
-    def _fail(self, error: Exception) -> None:
-        for part in self._folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            shutil.rmtree(part, ignore_errors=True)  # room for the log of what happened; never a finished one
-        kept = self._orbax.latest
-        left = f"the checkpoint of step {kept.step} is whole" if kept else "there is no earlier one"
+    def _agree(self, error: BaseException | None, fail: Callable[[BaseException], Any]) -> bool:
+        """Calls ``fail`` in every process with its own error, or with that of another; True when none has one."""
+        others = _gather(describe_cause(error) if error else "")
+        if error is None and any(others):
+            error = Damaged(next(filter(None, others)))
+        if error is not None:
+            fail(error)
+        return error is None
+
+    def _fail(self, error: BaseException) -> None:
+        if self._lead:
+            for part in self._folder.glob(f"*{UNFINISHED_SUFFIX}*"):
+                shutil.rmtree(part, ignore_errors=True)  # room for the log of what happened; never a finished one
+        steps = self.steps()
+        left = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier one"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         advice = "look at the folder's disk and permissions"
         if any(text in str(error) for text in DISK_FULL):
@@ -178,7 +223,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending; one that is still being written is not among them."""
-        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
     def find_step(self, step: int) -> int:
         """``step``; raises UserError when there is no finished checkpoint of it, naming those that there are."""
@@ -212,15 +257,18 @@ class Checkpointer:
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
         for candidate in candidates:
+            where = self._folder / str(candidate)
+            if not self._agree(_catch(self._verify, where), functools.partial(self._set_aside, candidate)):
+                continue
             try:
-                run = self._orbax.load_checkpointables(candidate, {"run": None})["run"]
-                saved = _shapes(self._orbax.checkpointables_metadata(candidate).metadata["state"])
+                run = self._load(where, {"run": None})["run"]
+                with self._context:
+                    saved = _shapes(ocp.checkpointables_metadata(where).metadata["state"])
                 if not saved:
                     raise Damaged("its list of arrays is damaged")
             except Exception as error:  # Orbax has no one type for a torn folder
                 self._set_aside(candidate, error)
                 continue
-            where = self._folder / str(candidate)
             if fingerprint is not None:
                 changes = compare_fingerprints(run["fingerprint"], fingerprint)
                 _refuse(f"{where}: the data pipeline", changes, "another workdir")
@@ -228,12 +276,14 @@ class Checkpointer:
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
             try:
-                state = self._orbax.load_checkpointables(candidate, {"state": abstract})["state"]
+                state = self._load(where, {"state": abstract})["state"]
             except Exception as error:
                 self._set_aside(candidate, error)
                 continue
-            told = {key: run[key] for key in ("data_position", "config", "metrics")}
-            return Restored(candidate, state, **told, eval_fingerprint=run.get("eval_fingerprint"))
+            told = [field.name for field in dataclasses.fields(Restored) if field.name not in ("step", "state")]
+            if self._lead and not self._read_only and step is None:
+                self._delete_old()  # which a kill may have kept the save from
+            return Restored(candidate, state, **{key: run[key] for key in told})
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(
@@ -244,6 +294,13 @@ class Checkpointer:
             raise UserError(f"checkpoints in {self._folder}: step {step} cannot be read, there are {self.steps()}")
         return None
 
+    def _verify(self, folder: pathlib.Path) -> None:
+        verify_checksums(folder, share=(jax.process_index(), jax.process_count()))
+
+    def _load(self, folder: pathlib.Path, items: dict) -> dict:
+        with self._context:
+            return ocp.load_checkpointables(folder, items)
+
     def _set_aside(self, step: int, error: Exception) -> None:
         """Rename a damaged checkpoint, so that the run can save that step again; nothing is ever deleted.
 
@@ -251,7 +308,6 @@ class Checkpointer:
         """
         path, cause = self._folder / str(step), describe_cause(error)
         if self._read_only and not path.exists():
-            self._orbax.reload()
             raise UserError(
                 f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
                 f"{self.steps()}, or have it keep more (checkpoint.keep)"
@@ -267,20 +323,18 @@ class Checkpointer:
             number += 1
             target = path.with_name(f"{path.name}{UNREADABLE_SUFFIX}.{number}")
         self._report(f"checkpoint {path}: cannot be read ({cause}), moved to {target.name}")
-        if jax.process_index() == 0:
+        if self._lead:
             try:
                 path.rename(target)
             except OSError as failure:
                 raise UserError(f"checkpoint {path}: is damaged ({cause}) and cannot be renamed: {failure}") from error
-        self._orbax.reload()
 
     def close(self) -> None:
         """Wait for the save under way and release the threads. Raises UserError if a save failed."""
         try:
             self.wait()
         finally:
-            if self._failure is None:
-                self._orbax.close()
+            self._thread.shutdown()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -294,6 +348,23 @@ class Checkpointer:
         except UserError as failure:  # the run is stopping for another reason, which must be the one that is seen
             if failure is not error:
                 self._report(str(failure))
+
+
+def _catch(call: Callable, *arguments) -> Exception | None:
+    """What ``call`` raised."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def _gather(text: str) -> list[str]:
+    """The text of every process, in every process."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = np.frombuffer(text.encode()[:1000].ljust(1000), np.uint8)
+    return [bytes(row).decode(errors="replace").rstrip() for row in multihost_utils.process_allgather(padded)]
 
 
 def _place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

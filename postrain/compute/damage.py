@@ -29,7 +29,8 @@ def describe_cause(error: BaseException) -> str:
     """The first cause that is known to say something, else the innermost, on one line of at most 200 characters."""
     telling = [cause for cause in list_causes(error) if _is_machine(cause) or _is_damage(cause)]
     cause = (telling or list_causes(error)[-1:])[0]
-    return (" ".join(str(cause).split()) or type(cause).__name__)[:200]
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return text if isinstance(cause, Damaged) else text[:200]
 
 
 def list_causes(error: BaseException) -> list[BaseException]:

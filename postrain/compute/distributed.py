@@ -8,6 +8,7 @@ One process alone meets nobody, and everything here leaves it as it is.
 
 import contextlib
 import datetime
+import json
 import os
 import pathlib
 import socket
@@ -15,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from postrain.compute.cluster import Cluster
 from postrain.compute.control import Channel, Failure, Hub
@@ -169,6 +171,19 @@ def agree_on_stop(number: int | None, step: int) -> int | None:
     """The signal because of which the run ends after ``step``: ``number``, or in several processes the one for which
     they all agreed on this step, whichever of them it came to. None: it goes on. To be asked once after each step."""
     return number if _current is None else _current.channel.agree_on_stop(number, step)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON-able ``value`` of every process, in their order. A collective: to be called by all at the same point."""
+    if _current is None:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 def _flush() -> None:

@@ -11,6 +11,7 @@ import os
 import pathlib
 
 from postrain.compute.build import make_lora_config
+from postrain.compute.checksums import verify_checksums
 from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
@@ -71,6 +72,7 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple
     steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
         try:
+            verify_checksums(path, ["run/data.json"])
             saved = json.loads((path / "run" / "data.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue

@@ -5,13 +5,44 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import jax
+
+from postrain.compute.distributed import agree_on_stop
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
-class StopRequest:
-    """``number`` is the signal that came, None as long as none did."""
+class Interrupted(BaseException):
+    """A signal came in a block of ``StopRequest.interrupts``. No library may take it for an error of its own."""
 
-    number: int | None = None
+
+class StopRequest:
+    """``number`` is the signal that came, None as long as none did; of several processes: one that all know of."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self._noted, self._interrupts, self._alone = 0, False, jax.process_count() == 1
+
+    @contextlib.contextmanager
+    def interrupts(self) -> Iterator[None]:
+        """In the block a signal raises Interrupted; of a run of one process: others would wait for this one."""
+        self._interrupts = self._alone
+        try:
+            yield
+        finally:
+            self._interrupts = False
+
+    def agree(self, step: int) -> None:
+        """Every process learns of a signal that one has got, all after the same step. To be called once a step."""
+        if not self._alone:
+            self.number = agree_on_stop(self._noted or None, step)
+
+    def note(self, number: int) -> None:
+        self._noted = number
+        if self._alone:
+            self.number = number
+        if self._interrupts:
+            raise Interrupted
 
 
 @contextlib.contextmanager
@@ -24,8 +55,8 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
     def note(number, frame):
         del frame
-        request.number = number
         signal.signal(number, before[number])
+        request.note(number)
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, note) for number in EXIT_CODES}

@@ -4,9 +4,9 @@
 The step adds the sums up over micro-batches (and, by the partitioner, over devices), divides once by the weight
 of the whole batch, clips by the global norm, updates. So a result does not depend on how a batch is split.
 
-A batch without a single trained token (weight 0) or with a loss or gradient that is not finite changes no
-parameter and no optimizer state; only ``state.step``, the number of batches consumed, goes on. The loop
-hands ``metrics`` to ``check_finite``, which stops the run at the latter.
+A batch without a single trained token (weight 0), with a loss or gradient that is not finite, or far above what is
+usual (``postrain.compute.spikes``) changes no parameter and no optimizer state; only ``state.step``, the number of
+batches consumed, goes on. The loop hands ``metrics`` to a ``SpikeGuard``, which does as the config says.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from postrain.compute.spikes import compute_limits, new_history, update_history
 from postrain.errors import UserError
 from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, mesh_context, num_row_shards, replicated
@@ -38,6 +39,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     schedule: Callable | None = None,
     count_moved_in: str = "",
+    spike_threshold: float = 0.0,
 ):
     """Jitted ``train_step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
@@ -45,7 +47,9 @@ def make_train_step(
     shards of ``mesh``. ``state_shardings``: ``shardings_of(abstract_train_state(...))``, needed with a mesh:
     left alone, XLA replicates gradients and FSDP silently degrades. ``metrics``: float32 scalars
     ``train/loss``, ``train/grad_norm`` (before clipping), ``train/weight``, ``train/learning_rate`` (with a
-    ``schedule``), ``train/NAME`` for each of ``metric_sums`` divided by the weight, and bool ``finite``. With
+    ``schedule``), ``train/NAME`` for each of ``metric_sums`` divided by the weight; and for ``SpikeGuard``
+    ``finite``, ``usual``, ``loss_limit``, ``grad_norm_limit``, ``skipped``, ``in_a_row``. ``spike_threshold``: how many
+    times the medians of the last steps a step may be, 0: any. With
     ``count_moved_in``, a dtype, also ``train/weights_moved``: the share of the trained weights that the update changes,
     seen in that dtype; the old parameters then stay in memory beside the new ones.
     """
@@ -60,16 +64,22 @@ def make_train_step(
             loss, norm = loss_sum * per_token, optax.global_norm(grads) * per_token
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            loss_limit, norm_limit = compute_limits(state.history, spike_threshold)
+            usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
+            taken = usual & (weight > 0)
 
             update = functools.partial(_update, optimizer, grads, per_token * clip, ema_decay)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema = jax.lax.cond(
-                finite & (weight > 0), update, lambda *same: same, state.params, state.opt_state, state.ema
+                taken, update, lambda *same: same, state.params, state.opt_state, state.ema
             )
+            history = update_history(state.history, loss, norm, taken, ~usual)
             moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
         metrics = {f"train/{name}": value * per_token for name, value in sums.items()}
-        metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/weight": weight, "finite": finite}
+        metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/weight": weight}
+        metrics |= {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
+        metrics |= {name: history[name] for name in ("skipped", "in_a_row")}
         if count_moved_in:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
@@ -233,20 +243,7 @@ def init_train_state(
 def _new_state(params, frozen, optimizer, rng, ema: bool) -> TrainState:
     # The average is a copy: a buffer cannot be donated twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), rng, average)
-
-
-def check_finite(metrics: dict, step: int, describe_rows: Callable[[], str]) -> None:
-    """Raise UserError naming ``step`` and the rows of its batch when loss or gradient was not finite.
-
-    The update was not applied: the state is still the one before the step.
-    """
-    if not bool(metrics["finite"]):
-        loss, norm = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
-        raise UserError(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite, rows {describe_rows()}: "
-            "look at them with `postrain preview`, or lower optimizer.learning_rate"
-        )
+    return TrainState(jnp.zeros((), jnp.int32), params, frozen, optimizer.init(params), rng, average, new_history())
 
 
 @contextlib.contextmanager

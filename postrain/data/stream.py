@@ -112,6 +112,12 @@ class LaneIterator:
         self._batches.close()
 
 
+def join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position of a run out of those of its processes, which differ only by the lanes that each has."""
+    lanes = {lane: state for position in positions for lane, state in position.get("lanes", {}).items()}
+    return positions[0] | ({"lanes": lanes} if lanes else {})
+
+
 class _Batches(grain.IterDataset):
     """What Grain's background thread iterates over: rows ``mine`` of each global batch, ``each`` of them a lane's."""
 

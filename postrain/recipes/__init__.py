@@ -5,9 +5,12 @@ import importlib
 import os
 from typing import Any
 
+import jax
+
 from postrain.compute import distributed
 from postrain.compute.plan import PlanReport, make_plan
 from postrain.compute.preflight import check_processes
+from postrain.compute.watchdog import Watchdog
 from postrain.compute.workdir import open_workdir
 from postrain.config import Config, check_model_path, check_paths, resolve, to_dict
 from postrain.config_file import load_config
@@ -35,7 +38,9 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
         check_processes(processes, config, workdir)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
     with open_workdir(workdir) as folder:
-        return recipe.train(config, folder)
+        where = {"process": jax.process_index(), "processes": jax.process_count()}
+        with Watchdog(folder, config.train.hang_timeout, **where) as watch:
+            return recipe.train(config, folder, watch)
 
 
 def plan(config: Config, target: str) -> PlanReport:

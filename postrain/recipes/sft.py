@@ -19,15 +19,16 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.distributed import agree_on_stop, stop_all_on_error
+from postrain.compute.distributed import gather, stop_all_on_error
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
 from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
 from postrain.compute.resume import check_length, check_resume
-from postrain.compute.signals import catch_stop_signals
-from postrain.compute.step import abstract_train_state, check_finite, init_train_state, make_train_step, shardings_of
+from postrain.compute.signals import Interrupted, StopRequest, catch_stop_signals
+from postrain.compute.spikes import SpikeGuard
+from postrain.compute.step import abstract_train_state, init_train_state, make_train_step, shardings_of
 from postrain.compute.summary import (
     describe_environment,
     describe_overlong,
@@ -35,13 +36,17 @@ from postrain.compute.summary import (
     format_metrics,
     format_summary,
 )
+from postrain.compute.watchdog import Watchdog
 from postrain.compute.workdir import describe_changes, last_values, make_workdir, save_config
 from postrain.config import Config, to_dict
 from postrain.data.loading import load_examples
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering import check_token_ids
 from postrain.data.tokenizer import load_run_tokenizer
+from postrain.data.stream import join_positions
+from postrain.data.tokenizer import load_run_tokenizer
 from postrain.data.train_rows import open_train_rows
+from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_base
@@ -50,15 +55,15 @@ from postrain.models.transformer import compute_hidden, compute_hidden_and_terms
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
 from postrain.sharding import data_process, make_global_batch, make_mesh
-from postrain.types import Batch
+from postrain.types import Batch, TrainState
 
 
-def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[str, float]:
     """Fine-tunes ``config.model.path`` on ``config.data.train``; returns the last value of every metric.
 
     Goes on from the newest checkpoint in ``workdir``, to the same bytes as a run that was never stopped. Raises
     UserError for what the user can put right, and when loss or gradient stop being finite; SystemExit after
-    SIGTERM or ^C, when a checkpoint has been saved.
+    SIGTERM or ^C, when a checkpoint has been saved. ``watch`` stops a run that hangs in one of the phases told to it.
     """
     started = time.monotonic()
     workdir, mesh = make_workdir(workdir), make_mesh(config.mesh)
@@ -74,13 +79,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     # Data: unless it is streamed, every row is rendered, checked and counted before anything else happens.
     tokenizer = load_run_tokenizer(config, folder)
     check_resume(workdir / "checkpoints", config, tokenizer, folder)
-    rejected = workdir / "rejected.jsonl"
+    rejected, eval_set = workdir / "rejected.jsonl", None
     process, processes = data_process(mesh)
-    train_rows = open_train_rows(tokenizer, config.data, rejected, process_index=process, process_count=processes)
-    batches, held_out, eval_set = train_rows.batches, None, None
-    if config.data.eval:
-        eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None)
-        held_out = eval_set.fingerprint
+    mine = {"process_index": process, "process_count": processes}
+    with watch.phase("data"):
+        train_rows = open_train_rows(tokenizer, config.data, rejected, **mine)
+        if config.data.eval:
+            eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None)
+    batches = train_rows.batches
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
     check_length(workdir / "checkpoints", total_steps)
 
@@ -105,7 +111,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
         stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
-        restored = checkpointer.restore(program.state, **prints)
+        held_out = eval_set.fingerprint if eval_set else None
+        with watch.phase("checkpoint"):
+            restored = checkpointer.restore(program.state, **prints)
         first_step = restored.step if restored else 0
         if restored:
             state = restored.state.replace(frozen=model.frozen)
@@ -120,67 +128,104 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         model = model._replace(params=None)  # the state has taken them over
         if lead:
             save_config(workdir, config)
-        writer = stack.enter_context(
-            MetricsWriter(workdir, config.trackers, step=first_step or None, run_config=to_dict(config))
+        open_writer = lambda step: stack.enter_context(
+            MetricsWriter(workdir, config.trackers, step=step or None, run_config=to_dict(config))
         )
+        writer = open_writer(first_step)
 
         if eval_set:
             evaluate = Evaluator(
                 config, model.config, tokenizer, eval_set, program.eval_loss_fn, mesh, workdir / "samples.jsonl"
             )
-        if eval_set and config.eval.before and not restored:
-            line = evaluate(state)
-            writer.write(0, line)
-            say(format_metrics(0, line), flush=True)
+        owed = restored.owed if restored else {} if config.eval.before else None
+        if eval_set and owed is not None:
+            with watch.phase("evaluation"):
+                scores = evaluate_unless(stop, evaluate, state)
+            if scores is None:
+                say(f"stopped in the evaluation of step {first_step}; the same command goes on from there")
+                raise SystemExit(128 + stop.number)
+            writer.write(first_step, owed | scores)
+            say(format_metrics(first_step, scores), flush=True)
 
         # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
+        guard = SpikeGuard(config.train.spike, progress.print, restored.rollbacks if restored else 0)
         intervals = config.train.log_every, config.eval.every, config.checkpoint.every
         unchecked, clock, stats, waited = [], time.perf_counter(), BatchStats(0, 0, 0), 0.0
-        for step in range(first_step + 1, total_steps + 1):
+        step = first_step
+        while step < total_steps:
+            step = watch.step = step + 1
             asked = time.perf_counter()
-            arrays = next(batches)
+            with watch.phase("data"):
+                arrays = next(batches)
             waited += time.perf_counter() - asked
-            row_ids = arrays.pop("row_ids")
+            row_ids, after = arrays.pop("row_ids"), batches.get_state() if guard.rolls_back else None
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             stats += count_batch(arrays, model.config)
 
-            line, last, stop_signal = {}, step == total_steps, agree_on_stop(stop.number, step)
+            line, owed, last = {}, None, step == total_steps
             # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
             # where something is written.
-            unchecked.append((metrics, step, row_ids))
-            now = last or stop_signal or any(is_due(step, every) for every in intervals)
-            while len(unchecked) > (0 if now else 1):
-                finished, number, rows = unchecked.pop(0)
-                check_finite(finished, number, lambda rows=rows: batches.describe_rows(rows))
+            unchecked.append((metrics, step, row_ids, after))
+            now, undone = last or any(is_due(step, every) for every in intervals), None
+            with watch.phase("step", watches_cpu=False):
+                stop.agree(step)
+                stopping = stop.number is not None
+                while not undone and len(unchecked) > (0 if now or stopping else 1):
+                    finished, number, rows, after = unchecked.pop(0)
+                    if guard.must_roll_back(finished, number, lambda rows=rows: batches.describe_rows(rows)):
+                        undone = after
+            if undone:
+                unchecked, state = [], None  # makes room
+                with watch.phase("checkpoint"):
+                    restored = checkpointer.restore(program.state, **prints)
+                if not restored:
+                    raise UserError(f"step {number}: no checkpoint yet to go back to: lower checkpoint.every")
+                step, state = restored.step, restored.state.replace(frozen=model.frozen)
+                batches.set_state(undone)
+                writer.close()
+                writer, clock, stats, waited = open_writer(step), time.perf_counter(), BatchStats(0, 0, 0), 0.0
+                continue
             if last or is_due(step, config.train.log_every):
                 seconds = time.perf_counter() - clock
                 perf = compute_perf(model.config, stats, seconds, mesh.local_devices, processes)
                 perf["perf/input_wait_fraction"] = waited / seconds
-                line = {name: float(value) for name, value in metrics.items() if name != "finite"} | perf
+                line = {name: float(value) for name, value in metrics.items() if name.startswith("train/")}
+                line |= guard.count(metrics) | perf
                 progress.update(step, line)
             if eval_set and (last or is_due(step, config.eval.every)):
-                scores = evaluate(state)
-                progress.print(format_metrics(step, scores))
-                line |= scores
-            if line:
+                with watch.phase("evaluation"):
+                    scores = evaluate_unless(stop, evaluate, state)
+                if scores is None:
+                    owed = line
+                else:
+                    progress.print(format_metrics(step, scores))
+                    line |= scores
+            if line and owed is None:
                 writer.write(step, line)
-            if last or stop_signal or is_due(step, config.checkpoint.every):
-                told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out}
-                checkpointer.save(step, state, data_position=batches.get_state(), **prints, **told)
-            if stop_signal and not last:
-                checkpointer.wait()
+            stopping |= owed is not None
+            if last or stopping or is_due(step, config.checkpoint.every):
+                told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out, "owed": owed}
+                told |= {"data_position": join_positions(gather(batches.get_state())), "rollbacks": guard.rollbacks}
+                with watch.phase("checkpoint"):
+                    checkpointer.save(step, state, **prints, **told)
+            if stopping and (owed is not None or not last):
+                with watch.phase("checkpoint"):
+                    checkpointer.wait()
                 progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
-                raise SystemExit(128 + stop_signal)
+                raise SystemExit(128 + stop.number)
             if line:
                 clock, stats, waited = time.perf_counter(), BatchStats(0, 0, 0), 0.0
         for line in batches.describe_drawn():
             say(f"drawn       {line}")
         batches.close()
+        with watch.phase("checkpoint"):
+            checkpointer.wait()
 
     form = config.export.format
     if form != "none":
         place = workdir / "export"
-        note = export_state(place, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
+        with watch.phase("export"):
+            note = export_state(place, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer)
         if note:
             say(note)
     metrics = last_values(workdir)
@@ -216,9 +261,19 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
         max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.optimizer.ema_decay,
         schedule=schedule,
+        spike_threshold=config.train.spike.threshold if config.train.spike.policy != "none" else 0.0,
         count_moved_in=model.config.compute_dtype if config.train.count_moved else "",
     )
     return Step(optimizer, loss_fn, eval_loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
+
+
+def evaluate_unless(stop: StopRequest, evaluate: Evaluator, state: TrainState) -> dict[str, float] | None:
+    """The scores, None when a signal to stop the run came before they were there."""
+    try:
+        with stop.interrupts():
+            return None if stop.number else evaluate(state)
+    except Interrupted:
+        return None
 
 
 def is_due(step: int, every: int) -> bool:

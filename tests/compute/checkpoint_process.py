@@ -60,8 +60,7 @@ def kill(folder):
     save(checkpointer, 1)
     checkpointer.wait()
     save(checkpointer, 2)
-    unfinished = os.path.join(folder, "2.orbax-checkpoint-tmp")
-    while not os.path.exists(unfinished):
+    while not any(name.startswith("2.saving") for name in os.listdir(folder)):
         time.sleep(0.0005)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -190,14 +190,14 @@ def test_a_failing_machine_moves_nothing(tmp_path, monkeypatch, error, words, pa
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, make_state(), **RUN)
         checkpointer.wait()
-        orbax, load = checkpointer._orbax, checkpointer._orbax.load_checkpointables
+        load = checkpointer._load
 
-        def fail(step, items):
+        def fail(folder, items):
             if part in items:
                 raise KeyError("incompatible handler") from error  # as Orbax wraps what happens
-            return load(step, items)
+            return load(folder, items)
 
-        monkeypatch.setattr(orbax, "load_checkpointables", fail)
+        monkeypatch.setattr(checkpointer, "_load", fail)
         with pytest.raises(UserError, match=f"cannot be read now .*{words}.* start again") as caught:
             checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
         assert "nothing was moved" in str(caught.value) and "\n" not in str(caught.value)
@@ -210,7 +210,7 @@ def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tm
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, make_state(), **RUN)
         checkpointer.save(2, make_state(), **RUN)
-    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "3.saving.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "2" / "run" / "data.json").write_text("{")
     with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
         assert checkpointer.steps() == [1, 2] and checkpointer.find_step(1) == 1
@@ -219,7 +219,7 @@ def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tm
             checkpointer.restore(abstract(), fingerprint=FINGERPRINT)
         with pytest.raises(ValueError, match="read-only"):
             checkpointer.save(4, make_state(), **RUN)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3.saving.orbax-checkpoint-tmp"]
     with pytest.raises(UserError, match="no finished checkpoint in it"):
         Checkpointer(tmp_path / "none", CheckpointConfig(), read_only=True)
     assert not (tmp_path / "none").exists()
@@ -231,14 +231,14 @@ def test_a_checkpoint_that_a_live_run_deletes_meanwhile_is_said(tmp_path, monkey
         checkpointer.save(1, make_state(), **RUN)
         checkpointer.save(2, make_state(), **RUN)
     with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
-        load = checkpointer._orbax.load_checkpointables
+        load = checkpointer._load
 
-        def delete_first(step, items):
+        def delete_first(folder, items):
             if part in items:
-                shutil.rmtree(tmp_path / str(step), ignore_errors=True)
-            return load(step, items)
+                shutil.rmtree(folder, ignore_errors=True)
+            return load(folder, items)
 
-        monkeypatch.setattr(checkpointer._orbax, "load_checkpointables", delete_first)
+        monkeypatch.setattr(checkpointer, "_load", delete_first)
         with pytest.raises(UserError, match=r"/1: was deleted meanwhile .* another of steps \[2\]") as caught:
             checkpointer.restore(abstract(), fingerprint=None, step=1)
     assert "\n" not in str(caught.value)
@@ -309,14 +309,14 @@ def test_restores_onto_other_meshes(tmp_path):
 def test_killed_in_mid_save_the_previous_one_is_there(tmp_path):
     result = run_script("kill", tmp_path)
     assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
-    assert [path.name for path in tmp_path.glob("*tmp*")] == ["2.orbax-checkpoint-tmp"], "killed too late"
+    assert [path.name for path in tmp_path.glob("*tmp*")] == ["2.saving.orbax-checkpoint-tmp"], "killed too late"
     lines = []
     with Checkpointer(tmp_path, CheckpointConfig(), report=lines.append) as checkpointer:
         assert checkpointer.latest_step() == 1
         # A fresh process has another state in mind; the folder decides.
         saved = json.loads((tmp_path / "1" / "run" / "data.json").read_text())
         assert saved["data_position"] == {"rows": 1}
-    assert lines == [f"checkpoint {tmp_path}/2.orbax-checkpoint-tmp: an unfinished save, removed"]
+    assert lines == [f"checkpoint {tmp_path}/2.saving.orbax-checkpoint-tmp: an unfinished save, removed"]
     assert not list(tmp_path.glob("*tmp*"))
     result = run_script("read", tmp_path)
     assert result.returncode == 0 and "step 1 ok" in result.stdout, result.stdout + result.stderr

@@ -10,8 +10,9 @@ import torch
 from toy_network import compute_loss, make_batch, make_params, torch_loss
 
 from postrain.compute.optimizer import decay_mask, make_optimizer
-from postrain.compute.step import check_finite, count_compilations, init_train_state, make_eval_step, make_train_step
-from postrain.config import OptimizerConfig
+from postrain.compute.spikes import SpikeGuard
+from postrain.compute.step import count_compilations, init_train_state, make_eval_step, make_train_step
+from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 
 CONFIG = OptimizerConfig(
@@ -128,9 +129,10 @@ def test_nan_stops_naming_step_and_rows_and_keeps_the_state():
     before, _ = run(CONFIG, [good], loss_fn=poisoned)
     after, history = run(CONFIG, [good, bad], loss_fn=poisoned)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
-    check_finite(history[0], 1, lambda: "never asked")
+    guard = SpikeGuard(SpikeSection(), print)
+    assert not guard.must_roll_back(history[0], 1, lambda: "never asked")
     with pytest.raises(UserError, match=r"step 2: loss nan .* rows chat.jsonl:3:"):
-        check_finite(history[1], 2, lambda: "chat.jsonl:3")
+        guard.must_roll_back(history[1], 2, lambda: "chat.jsonl:3")
 
 
 def test_moving_average_is_the_average_of_the_weights():

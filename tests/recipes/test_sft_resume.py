@@ -109,9 +109,9 @@ def test_full_training_killed_in_a_save_and_in_the_export_ends_in_the_same_state
         assert result.returncode == -signal.SIGKILL, result.stdout + result.stderr
         return result.stdout, sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
-    assert run_until("saving:6")[1] == ["3", "6.orbax-checkpoint-tmp"]
+    assert run_until("saving:6")[1] == ["3", "6.saving"]
     printed, left = run_until("exporting")
-    assert "6.orbax-checkpoint-tmp: an unfinished save, removed" in printed and "goes on from step 3\n" in printed
+    assert "6.saving: an unfinished save, removed" in printed and "goes on from step 3\n" in printed
     assert left == ["6", "8"]
     assert [path.name for path in workdir.glob(".export*")] == [".export.unchecked"]
     size = sum(path.stat().st_size for path in workdir.glob(".export*/**/*.safetensors"))

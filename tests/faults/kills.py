@@ -1,0 +1,314 @@
+"""Training runs that are killed (SIGKILL), started again, killed again, and end in the bytes of a run that never was.
+
+    python tests/faults/kills.py --kills=30              # one process a run
+    python tests/faults/kills.py --kills=1000 --write    # and writes the figures into docs/reliability.md
+
+An instant to be killed at is drawn from those that an undisturbed run passes: each file that Python opens to write,
+each rename, removal, new folder and fsync in the workdir, and each batch of the data worker, update, line of a tracker,
+batch of an evaluation and answer. Every kind has the same chance, however often it happens. Half of the kills come at
+the instant itself, in the thread that is there; the others up to 30 ms later, wherever the run is then: in what
+TensorStore and safetensors write without Python, in a compiled step.
+
+This process imports what a run needs, starts no backend of JAX, and forks each run: the import is paid for once.
+"""
+
+import argparse
+import collections
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+HERE = pathlib.Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "reliability.md"
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "recipes"), str(HERE.parent / "benchmarks")]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(HERE.parents[1] / "build" / "jax_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+LATER = 0.03  # seconds after an instant
+STEPS, SPIKE = 28, 23  # updates of a run; the one that is rolled back
+LIMIT = 300  # seconds that a run may take
+AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
+CALLS = {  # what is called at instants of the run that write nothing
+    "data worker": ("postrain.data.pipeline", "_assemble_batch"),
+    "update": ("postrain.recipes.sft", "make_global_batch"),
+    "metrics line": ("postrain.compute.metrics", "_to_number"),
+    "tracker": ("postrain.compute.trackers", "TensorBoard.write"),
+    "evaluation": ("postrain.rollout.evaluation", "compute_eval_loss"),
+    "answers": ("postrain.rollout.evaluation", "answer_questions"),
+    "export checked": ("postrain.compute.export", "check_logits"),
+    "report": ("postrain.recipes.sft", "write_report"),
+}
+
+
+class Instants:
+    """Counts the instants that this process passes, by kind, and kills it at one of them."""
+
+    def __init__(self, workdir: pathlib.Path, plan: dict | None):
+        """``plan``: {"kind", "number", "later": seconds}, None: only count."""
+        self.counts, self._plan, self._root = collections.Counter(), plan, f"{workdir}/"
+        sys.addaudithook(self._audit)
+        for kind, (module, name) in CALLS.items():
+            owner = importlib.import_module(module)
+            *parents, name = name.split(".")
+            for parent in parents:
+                owner = getattr(owner, parent)
+            setattr(owner, name, self._counted(kind, getattr(owner, name)))
+        os.fsync = self._counted_fsync(os.fsync)
+
+    def _counted(self, kind, call):
+        def counted(*arguments, **options):
+            self.pass_by(kind)
+            return call(*arguments, **options)
+
+        return counted
+
+    def _counted_fsync(self, call):
+        def counted(descriptor):
+            self._pass_path("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            return call(descriptor)
+
+        return counted
+
+    def _audit(self, event, arguments):
+        if event not in AUDITED or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        self._pass_path(event.removeprefix("os."), os.fspath(arguments[0]))
+
+    def _pass_path(self, what, path):
+        if path.startswith(self._root):
+            name = re.sub(r"[0-9a-f]{32}|events\.out.*|\d+", "N", path.removeprefix(self._root))
+            self.pass_by(f"{what} {name}")
+
+    def pass_by(self, kind: str) -> None:
+        self.counts[kind] += 1
+        plan = self._plan
+        if plan and (kind, self.counts[kind]) == (plan["kind"], plan["number"]):
+            if plan["later"]:
+                threading.Thread(target=lambda: (time.sleep(plan["later"]), kill()), daemon=True).start()
+            else:
+                kill()
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork(work, log: pathlib.Path) -> int:
+    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise SystemExit(f"a run takes longer than {LIMIT} s:\n{log.read_text()}")
+
+
+def make_values(inputs: pathlib.Path) -> dict:
+    import sft_runs
+
+    return sft_runs.make_values(
+        inputs,
+        model={"lora": {"rank": 0}},
+        data={"sequence_length": 64, "shuffle": False, "packing": "none"},
+        optimizer={"learning_rate": 1e-2, "ema_decay": 0.9, "schedule": "constant"},
+        train={"steps": STEPS, "spike": {"policy": "rollback", "threshold": 4.0}},
+        eval={"every": 14, "generate_rows": 2, "max_new_tokens": 4, "before": False},
+        checkpoint={"every": 4},
+        trackers={"tensorboard": True},
+    )
+
+
+def make_inputs(folder: pathlib.Path) -> None:
+    """Those of ``sft_runs``, with a row in the batch of step SPIKE that is nothing like the others."""
+    import sft_runs
+
+    sft_runs.make_inputs(folder)
+    rows = sft_runs.write_rows(folder / "train.jsonl", 2 * STEPS).read_text().splitlines(keepends=True)
+    odd = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}
+    rows.insert(2 * SPIKE - 2, json.dumps(odd) + "\n")
+    (folder / "train.jsonl").write_text("".join(rows))
+
+
+def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.Path | None = None) -> None:
+    """One start of a training run, to be forked."""
+    instants = Instants(workdir, plan)
+    from postrain import recipes
+
+    recipes.train(values, workdir)
+    if counts:
+        counts.write_text(json.dumps(instants.counts))
+
+
+def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes what a finished run left, by name, as hashes of bytes; to be forked."""
+    import jax
+    from orbax.checkpoint import v1 as ocp
+
+    from postrain.compute.checksums import verify_checksums
+
+    found = {"files": sorted(path.name for path in workdir.iterdir())}
+    steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+    found["checkpoints"] = steps
+    newest = workdir / "checkpoints" / steps[-1]
+    for step in steps:
+        verify_checksums(workdir / "checkpoints" / step)
+    state = ocp.load_checkpointables(newest, {"state": None})["state"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        found[f"state{jax.tree_util.keystr(path)}"] = (
+            f"{leaf.dtype}{leaf.shape} {digest(jax.device_get(leaf).tobytes())}"
+        )
+    told = json.loads((newest / "run" / "data.json").read_text())
+    found["run"] = {key: told[key] for key in ("data_position", "config", "fingerprint", "base_fingerprint")}
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    for name in ("samples.jsonl", "config.json"):
+        found[name] = digest((workdir / name).read_bytes())
+    for path in sorted((workdir / "export").iterdir()):
+        found[f"export/{path.name}"] = digest(path.read_bytes())
+    output.write_text(json.dumps(found))
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def warm_up() -> None:
+    """Imports everything that a run imports; starts nothing."""
+    importlib.import_module("postrain.recipes.sft")
+    for module, _ in CALLS.values():
+        importlib.import_module(module)
+    importlib.import_module("tensorboardX")
+    importlib.import_module("jax.experimental.multihost_utils")
+
+
+class Trial:
+    """A workdir whose run is killed again and again, until it has come to its end."""
+
+    def __init__(self, folder: pathlib.Path, values: dict, kinds: dict[str, int]):
+        self.folder, self.values, self.kinds = folder, values, kinds
+        self.log = folder.parent / f"{folder.name}.log"
+
+    def start(self, plan: dict | None) -> int:
+        with self.log.open("a") as log:
+            log.write(f"\n--- {plan}\n")
+        return fork(lambda: run(self.values, self.folder, plan), self.log)
+
+    def describe(self) -> dict:
+        output = self.folder.parent / "found.json"
+        if fork(lambda: describe(self.folder, output), self.log):
+            raise SystemExit(f"{self.folder} cannot be read:\n{self.log.read_text()}")
+        return json.loads(output.read_text())
+
+
+def draw_plan(draw: random.Random, kinds: dict[str, int]) -> dict:
+    kind = draw.choice(sorted(kinds))
+    later = draw.choice((0.0, draw.uniform(0, LATER)))
+    return {"kind": kind, "number": draw.randint(1, kinds[kind]), "later": later}
+
+
+def compare(found: dict, expected: dict, where: str) -> None:
+    wrong = [key for key in sorted(found.keys() | expected.keys()) if found.get(key) != expected.get(key)]
+    if wrong:
+        shown = "\n".join(f"  {key}: {found.get(key)}\n  expected {expected.get(key)}" for key in wrong[:4])
+        raise SystemExit(f"{where} differs from a run that was not killed:\n{shown}")
+
+
+def measure(kills: int, seed: int, folder: pathlib.Path) -> dict:
+    """Kills runs ``kills`` times; raises SystemExit at the first that does not end in the bytes of an unkilled one."""
+    warm_up()
+    inputs = folder / "inputs"
+    inputs.mkdir()
+    fork(lambda: make_inputs(inputs), folder / "inputs.log")
+    output = folder / "values.json"
+    fork(lambda: output.write_text(json.dumps(make_values(inputs))), folder / "inputs.log")
+    values, draw, counts = json.loads(output.read_text()), random.Random(seed), folder / "counts.json"
+    reference = Trial(folder / "reference", values, {})
+    if fork(lambda: run(values, reference.folder, None, counts), reference.log):
+        raise SystemExit(reference.log.read_text())
+    kinds, expected = json.loads(counts.read_text()), reference.describe()
+    if [line["train/rollbacks"] for line in expected["metrics"]] != [0.0] * 20 + [1.0] * (STEPS - 20):
+        raise SystemExit(f"the run was not rolled back from step {SPIKE} to 20:\n{reference.log.read_text()}")
+    started, done, hit, trials = time.monotonic(), 0, collections.Counter(), 0
+    while done < kills:
+        trial = Trial(folder / f"run{trials}", values, kinds)
+        trials += 1
+        for _ in range(draw.randint(1, 12)):  # kills of this run, as long as it lasts
+            plan = draw_plan(draw, kinds)
+            status = trial.start(plan)
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                done, _ = done + 1, hit.update([plan["kind"]])
+            elif status == 0:
+                break
+            else:
+                raise SystemExit(f"seed {seed}, {trial.folder.name}: failed:\n{trial.log.read_text()}")
+            if done == kills:
+                break
+        if trial.start(None):
+            raise SystemExit(f"seed {seed}, {trial.folder.name}: did not finish:\n{trial.log.read_text()}")
+        compare(trial.describe(), expected, f"seed {seed}, {trial.folder.name} ({trial.log})")
+        shutil.rmtree(trial.folder)
+        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / done:.2f} s a kill", flush=True)
+    seconds = time.monotonic() - started
+    return {"kills": done, "runs": trials, "kinds": len(kinds), "met": len(hit), "seconds": seconds, "hit": hit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help=f"write the figures into {PAGE.name}")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kills") as folder:
+        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder))
+    print(json.dumps(found, indent=2))
+    if arguments.write:
+        importlib.import_module("workloads").write_section(PAGE, "kills", format_figures(found))
+
+
+def format_figures(found: dict) -> str:
+    """A table of what was killed where, for the page."""
+    rows = "\n".join(f"| {kind} | {count} |" for kind, count in sorted(found["hit"].items()))
+    return (
+        f"{found['kills']} kills in {found['runs']} runs, of which **{found['runs']}** ended in the bytes of a run "
+        f"that was not killed; {found['seconds'] / found['kills']:.1f} s a kill; {len(found['hit'])} of "
+        f"{found['kinds']} kinds of instants met.\n\n| killed at, or up to 30 ms after | kills |\n|---|---|\n{rows}"
+    )
+
+
+if __name__ == "__main__":
+    main()
