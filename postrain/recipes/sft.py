@@ -42,7 +42,6 @@ from postrain.config import Config, to_dict
 from postrain.data.loading import load_examples
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering import check_token_ids
-from postrain.data.tokenizer import load_run_tokenizer
 from postrain.data.stream import join_positions
 from postrain.data.tokenizer import load_run_tokenizer
 from postrain.data.train_rows import open_train_rows
