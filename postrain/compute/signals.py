@@ -3,11 +3,9 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
-
-from postrain.compute.distributed import agree_on_stop
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -19,9 +17,11 @@ class Interrupted(BaseException):
 class StopRequest:
     """``number`` is the signal that came, None as long as none did; of several processes: one that all know of."""
 
-    def __init__(self):
+    def __init__(self, agree: Callable[[int | None, int], int | None] | None = None):
+        """``agree``: of several processes, ``postrain.compute.distributed.agree_on_stop``."""
         self.number: int | None = None
-        self._noted, self._interrupts, self._alone = 0, False, jax.process_count() == 1
+        self._agree = agree
+        self._noted, self._interrupts, self._alone = 0, False, agree is None or jax.process_count() == 1
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
@@ -35,7 +35,7 @@ class StopRequest:
     def agree(self, step: int) -> None:
         """Every process learns of a signal that one has got, all after the same step. To be called once a step."""
         if not self._alone:
-            self.number = agree_on_stop(self._noted or None, step)
+            self.number = self._agree(self._noted or None, step)
 
     def note(self, number: int) -> None:
         self._noted = number
@@ -46,12 +46,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def catch_stop_signals() -> Iterator[StopRequest]:
+def catch_stop_signals(agree: Callable[[int | None, int], int | None] | None = None) -> Iterator[StopRequest]:
     """Inside the block the first SIGTERM or SIGINT only sets ``number``; a second one ends the program as ever.
 
     Outside the main thread, where Python cannot set handlers, nothing is caught.
     """
-    request, before = StopRequest(), {}
+    request, before = StopRequest(agree), {}
 
     def note(number, frame):
         del frame

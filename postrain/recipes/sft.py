@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.distributed import gather, stop_all_on_error
+from postrain.compute.distributed import agree_on_stop, gather, stop_all_on_error
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
@@ -108,7 +108,8 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
-        stop, progress = stack.enter_context(catch_stop_signals()), stack.enter_context(ProgressLine(total_steps))
+        stop = stack.enter_context(catch_stop_signals(agree_on_stop))
+        progress = stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
         held_out = eval_set.fingerprint if eval_set else None
         with watch.phase("checkpoint"):
