@@ -165,7 +165,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
     command.add_argument("--step", type=int, help="of another checkpoint that was kept (default: the newest)")
 
-    command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3) into a Hugging Face folder")
+    command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
     command.add_argument("file", metavar="FILE.gguf")
     command.add_argument("output", metavar="OUT")
 
@@ -175,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", metavar="MODEL_DIR", help="a Hugging Face folder, or an adapter's")
     command.add_argument("--random", action="store_true", help="random weights for its config.json: needs no weights")
-    command.add_argument("--layers", type=int, default=0, metavar="N", help="with --random: the first N layers alone")
+    command.add_argument("--layers", type=int, metavar="N", help="with --random: the first N layers alone")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -311,11 +311,13 @@ def run_verify(args, overrides) -> int:
     from postrain.config import check_model_path
 
     check_model_path(args.model, "MODEL_DIR")
+    if args.layers is not None and args.layers < 1:
+        raise UserError(f"--layers {args.layers}: expected at least 1; without it all layers are verified")
     if args.layers and not args.random:
         raise UserError("--layers goes with --random: a model's own weights are verified whole")
     from postrain.hf.verify import verify, verify_random
 
-    report = verify_random(args.model, num_layers=args.layers) if args.random else verify(args.model)
+    report = verify_random(args.model, num_layers=args.layers or 0) if args.random else verify(args.model)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
     return 0 if report.passed else 1
 

@@ -138,9 +138,7 @@ class ModelSection:
     attention: str = "auto"  # "chunked" (runs everywhere), "flash_tpu", "flash_gpu"; auto: by the platform
     attention_chunk: int = 128  # positions per block of the back end chunked
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
-    quantization: str = (
-        "none"  # of the base under adapters: "nf4" (QLoRA, arXiv:2305.14314) or "int8"; embeddings: int8
-    )
+    quantization: str = "none"  # of the base under adapters: "nf4" (arXiv:2305.14314), "int8"; of embeddings int8
     lora: LoraSection = LoraSection()
     new_tokens: NewTokensSection = NewTokensSection()
     router: RouterSection = RouterSection()
@@ -349,6 +347,8 @@ def _nearest(key: str, prefix: str, siblings: dict) -> str:
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"; did you mean '{prefix}{near[0]}'?"
+    if prefix == "mesh.":  # whose axes have other names elsewhere
+        return f"; 'mesh' has {', '.join(siblings)}"
     everywhere = {name.rsplit(".", 1)[-1]: name for name in flatten(to_dict(Config()))}
     near = difflib.get_close_matches(key, everywhere, n=1)
     if near:

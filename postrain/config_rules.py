@@ -71,6 +71,9 @@ def _check_adapters(model: ModelSection) -> None:
             f"config key 'model.lora.ranks.{others[0]}' is set, but 'model.lora.targets' is {', '.join(lora.targets)}: "
             f"add {others[0]} there, or set its rank to 0"
         )
+    twice = [target for i, target in enumerate(lora.targets) if target in lora.targets[:i]]
+    if twice:
+        raise UserError(f"config key 'model.lora.targets' names {twice[0]!r} twice: name each layer once")
     if lora.rank and not lora.targets:
         raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
     if model.fp8 and model.quantization != "none":
@@ -86,9 +89,12 @@ def _check_new_tokens(model: ModelSection) -> None:
     """What the tokens themselves must be is checked where they are read (``postrain.data.new_tokens``)."""
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
-        raise UserError(f"{where}tokens' and 'model.new_tokens.file' are both given: put all tokens in one of them")
-    if section.train_alone and not (section.tokens or section.file):
-        raise UserError(f"{where}train_alone' is True, but there are no new tokens: give tokens or a file of them")
+        raise UserError(
+            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both given: put all tokens in one of them"
+        )
+    for key in ("train_alone", "special"):
+        if getattr(section, key) and not (section.tokens or section.file):
+            raise UserError(f"{where}{key}' is True, but there are no new tokens: give tokens or a file of them")
     if section.train_alone and model.lora.rank:
         raise UserError(
             f"{where}train_alone' is True and 'model.lora.rank' is {model.lora.rank}: set one of them; with adapters "

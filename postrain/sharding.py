@@ -57,7 +57,11 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise UserError(f"mesh: every axis must be at least 1 and one at most may be -1, found {asked}: set mesh.*")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
-        advice = "one axis to -1, or sizes whose product is that number"
+        if free:
+            asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
+            advice = f"sizes whose product divides it (mesh.{free[0]} = -1 takes what is left)"
+        else:
+            advice = "one axis to -1, or sizes whose product is that number"
         raise UserError(f"mesh: {asked} does not divide into {len(devices)} devices: set {advice}")
     if free:
         sizes[free[0]] = len(devices) // fixed

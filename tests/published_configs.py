@@ -73,13 +73,13 @@ def gemma3():
 
 
 CONFIGS = {
-    "Qwen3-0.6B": lambda: qwen3(1024, 3072, 28, 16, True),
-    "Qwen3-8B": lambda: qwen3(4096, 12288, 36, 32, False),
-    "Qwen3-30B-A3B": qwen3_moe,
-    "gemma-3-4b-it": gemma3,
-    "Llama-3.1-8B-Instruct": lambda: llama(4096, 14336, 32, 32),
-    "Llama-3.1-70B-Instruct": lambda: llama(8192, 28672, 80, 64),
-    "gpt-oss-20b": lambda: transformers.GptOssConfig(  # its defaults are the 120B's
+    "Qwen/Qwen3-0.6B": lambda: qwen3(1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-8B": lambda: qwen3(4096, 12288, 36, 32, False),
+    "Qwen/Qwen3-30B-A3B": qwen3_moe,
+    "google/gemma-3-4b-it": gemma3,
+    "meta-llama/Llama-3.1-8B-Instruct": lambda: llama(4096, 14336, 32, 32),
+    "meta-llama/Llama-3.1-70B-Instruct": lambda: llama(8192, 28672, 80, 64),
+    "openai/gpt-oss-20b": lambda: transformers.GptOssConfig(  # its defaults are the 120B's
         architectures=["GptOssForCausalLM"], num_hidden_layers=24, num_local_experts=32
     ),
 }

@@ -55,7 +55,7 @@ def test_tables_know_every_axis_of_the_config_and_the_model():
     ("sizes", "message"),
     [
         ((3, 1, 1), "mesh: data=3 does not divide into 1 devices: set one axis to -1"),
-        ((2, -1, 1), "data=2 x fsdp=-1 does not divide into 1 devices"),
+        ((2, -1, 1), "mesh: data=2 does not divide into 1 devices: set sizes whose"),
         ((-1, -1, 1), "one at most may be -1, found data=-1 x fsdp=-1"),
         ((0, 1, 1), "every axis must be at least 1"),
         ((1, -2, 1), "every axis must be at least 1"),

@@ -23,11 +23,12 @@ from postrain.models.params import (
     frozen_specs,
     init_lora,
     lora_specs,
+    name_broken,
     num_params,
     param_specs,
     shapes_of,
 )
-from postrain.sharding import batch_sharding, named_shardings, num_row_shards
+from postrain.sharding import BATCH_AXES, batch_sharding, named_shardings, num_row_shards
 from postrain.types import Batch, TrainState
 
 
@@ -55,7 +56,7 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
     dtype, or quantised, and the adapters start from ``train.seed``. Rows of new tokens train beside a frozen base, else
-    in their table. Raises UserError as load_pretrained and find_new_tokens do.
+    in their table. Raises UserError as load_pretrained and find_new_tokens do, and where a weight is not finite.
     """
     frozen = freezes_base(config)
     source = read_config(folder)
@@ -68,6 +69,10 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         vocab_size=model_config.vocab_size,
         quantization=model_config.quantization,
     )
+    if broken := name_broken(base):
+        raise UserError(
+            f"{folder}: {broken} holds numbers that are not finite: download the model again, or train anew"
+        )
     rows = find_rows(new, source.vocab_size) if new else None
     started = start_rows(base, new, rows, mesh) if new else {}
     if not frozen:
@@ -179,7 +184,8 @@ def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:
     if config.batch_size % shards:
         raise UserError(
             f"config key 'data.batch_size' = {config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
-            f"mesh.expert = {shards}"
+            f"mesh.expert = {' x '.join(str(mesh.shape[axis]) for axis in BATCH_AXES)} = {shards}: change one of them "
+            "(mesh.fsdp takes all devices that are left unless it is set)"
         )
     if config.sequence_length % mesh.shape["sequence"]:
         raise UserError(

@@ -39,9 +39,13 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
     model = fingerprint_model(
         folder, make_lora_config(config.model.lora), config.model.new_tokens, config.model.quantization
     )
+    models = _compare_models(saved["base_fingerprint"], model)
+    data = _compare_data(saved["fingerprint"], config, tokenizer)
+    if any(change.startswith("model.new_tokens") for change in models):  # which make it another tokenizer
+        data = [change for change in data if not change.startswith("the tokenizer")]
     changes = [
-        *_compare_data(saved["fingerprint"], config, tokenizer),
-        *_compare_models(saved["base_fingerprint"], model),
+        *data,
+        *models,
         *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
     ]
     if changes:

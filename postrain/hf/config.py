@@ -119,7 +119,13 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         activation=ACTIVATIONS[activation],
         init_std=float(values.get("initializer_range", 0.02)),
     )
-    return ModelConfig(**shared | ropes | family.mechanisms(values))
+    config = ModelConfig(**shared | ropes | family.mechanisms(values))
+    if config.moe is not None and not 1 <= config.moe.experts_per_token <= config.moe.num_experts:
+        raise UserError(
+            f"{where}: num_experts_per_tok is {config.moe.experts_per_token}, expected 1 to the number of experts, "
+            f"{config.moe.num_experts}"
+        )
+    return config
 
 
 def source_dtype(folder: str | os.PathLike) -> np.dtype | None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.quantized import as_array, is_quantized, quantize, quantize_rows
+from postrain.sharding import find_mesh, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +299,24 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
         merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
     rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b", "magnitude")}
     return rest | {"kernel": merged.astype(dtype)}
+
+
+def name_broken(tree: Any) -> str:
+    """The first array that holds a number that is not finite: its path, and its layer where it is a stack; else ""."""
+    is_stack = lambda path: path[0].key == "layers"
+
+    def check(path, array):
+        finite = jnp.isfinite(array)
+        return finite.reshape(array.shape[0], -1).all(1) if is_stack(path) else finite.all()
+
+    mesh = find_mesh(tree)
+    everywhere = replicated(mesh) if mesh is not None else None  # so that every process can read it
+    checked = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, check), out_shardings=everywhere)(tree)
+    for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(checked)):
+        if not finite.all():
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return f"layer {finite.argmin()}, {name.removeprefix('layers.')}" if is_stack(path) else name
+    return ""
 
 
 def num_params(tree: Any) -> int:

@@ -45,7 +45,7 @@ def read_table() -> dict[str, str]:
 def plan(name: str, recipe) -> dict:
     """The JSON report, of a folder with config.json alone."""
     with tempfile.TemporaryDirectory() as made:
-        folder = write_published_config(made, recipe.folder)
+        folder = write_published_config(made, recipe.model)
         words = [f"--config={FILE}:{name}", f"--target={recipe.target}", f"--config.model.path={folder}", "--json"]
         result = subprocess.run([sys.executable, "-m", "postrain.cli", "plan", *words], capture_output=True, text=True)
     if not result.stdout:

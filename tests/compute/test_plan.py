@@ -233,7 +233,11 @@ def test_text_shows_every_figure(cpu, tpu, gpu):
 
 BAD_INPUT = [
     ("v5p:3x5x7", (), "--target=v5p:3x5x7: there is no such slice: Topology layout"),
-    ("cpu:8", ("--config.mesh.tensor=3",), "mesh: fsdp=-1 x tensor=3 does not divide into 8 devices"),
+    (
+        "cpu:8",
+        ("--config.mesh.tensor=3",),
+        "mesh: tensor=3 does not divide into 8 devices: set sizes whose product divides it (mesh.fsdp",
+    ),
     ("cpu:8", ("--config.mesh.tensor=8",), "config key 'mesh.tensor' = 8: 4 heads over 2 key heads do not divide"),
     ("cpu:8", ("--config.data.batch_size=12",), "config key 'data.batch_size' = 12 must be a multiple of mesh.data x"),
     ("cpu:8", ("--config.train.micro_batches=4",), "data.batch_size=16 is not a multiple of train.micro_batches=4"),

@@ -24,7 +24,7 @@ spec.loader.exec_module(models)
 @pytest.mark.parametrize("name", models.RECIPES)
 def test_a_recipe_loads(name):
     recipe, config = models.RECIPES[name], load_config(f"{FILE}:{name}", {"data.train": "unread"})
-    assert config.model.path == recipe.folder and recipe.folder in CONFIGS
+    assert config.model.path == recipe.model and recipe.model in CONFIGS
     assert config.model.lora.rank == recipe.rank
 
 
@@ -41,7 +41,7 @@ def test_a_recipe_fits_its_target(tmp_path):
     """Eight billion parameters on a node; tests/benchmarks/recipes.py compiles them all."""
     name = "qwen3-8b-h100"
     recipe = models.RECIPES[name]
-    folder = write_published_config(tmp_path, recipe.folder)
+    folder = write_published_config(tmp_path, recipe.model)
     words = [f"--config={FILE}:{name}", f"--target={recipe.target}", f"--config.model.path={folder}"]
     command = [sys.executable, "-m", "postrain.cli", "plan", *words, "--json"]
     result = subprocess.run(command, capture_output=True, text=True)

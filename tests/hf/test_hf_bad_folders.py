@@ -108,6 +108,15 @@ def test_config_that_changes_the_maths_is_refused_by_name(one, keys, named):
     assert named in message and str(one / "config.json") in message
 
 
+@pytest.mark.parametrize("used", [0, 5])
+def test_more_experts_a_token_than_there_are(tmp_path, used):
+    folder = make_tiny_model(
+        tmp_path / "m", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    )
+    edit_config(folder, num_experts_per_tok=used)
+    assert f"num_experts_per_tok is {used}, expected 1 to the number of experts, 4" in refusal(read_config, folder)
+
+
 def test_harmless_keys_are_accepted(one):
     before = read_config(one)
     edit_config(

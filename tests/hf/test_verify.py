@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -33,6 +34,16 @@ def test_a_right_model_passes(folder):
         assert 0 < c.relative < 5e-5 and c.kl_max < 1e-8 and c.top1_agreement == 1.0 and c.num_tokens > 100
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
     assert "PASS" in str(report) and "random ids" in str(report)
+
+
+def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, broken / "model.safetensors")
+    report = verify(broken, prompt_texts=[])
+    assert not report.passed
+    assert report.first_departure == "in layer 1, mlp.up.kernel, which holds numbers that are not finite"
 
 
 def test_prompts_and_no_random_tokens(folder):

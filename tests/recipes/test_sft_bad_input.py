@@ -42,6 +42,12 @@ MODELS = {
         f"{NORM} [7] instead of [40]",
     ),
     "corrupt file": (cut_in_half, "model.safetensors"),
+    "not a number": (
+        lambda folder: change_tensors(
+            folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((0, 0), np.nan)
+        ),
+        "layer 1, mlp.up.kernel holds numbers that are not finite",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
@@ -57,6 +63,15 @@ CONFIGS = {
     "missing tokenizer": ({"model": {"tokenizer": "nowhere"}}, "config key 'model.tokenizer' = 'nowhere' is a folder"),
     "wrong key": ({"train": {"step": 3}}, "config key 'train.step' does not exist; did you mean 'train.steps'?"),
     "mesh": ({"mesh": {"tensor": 2, "fsdp": 2}}, "mesh: fsdp=2 x tensor=2 does not divide into 1 devices"),
+    "mesh axis": ({"mesh": {"model": 2}}, "config key 'mesh.model' does not exist; 'mesh' has data, fsdp, tensor"),
+    "a layer twice": (
+        {"model": {"lora": {"rank": 4, "targets": ["q", "v", "q"]}}},
+        "config key 'model.lora.targets' names 'q' twice",
+    ),
+    "special without tokens": (
+        {"model": {"new_tokens": {"special": True}}},
+        "config key 'model.new_tokens.special' is True, but there are no new tokens",
+    ),
     "number": ({"optimizer": {"b1": 1.5}}, "config key 'optimizer.b1' must be below 1, found 1.5"),
     "long rows": ({"data": {"too_long": "error", "sequence_length": 20}}, "train.jsonl:1"),
     "all rows long": ({"data": {"sequence_length": 20}}, "too long for data.sequence_length = 20"),
