@@ -185,7 +185,8 @@ class Channel:
         """Returns when all processes have come. Raises UserError naming those that did not, within five minutes."""
         self.process, self.num_processes = process, num_processes
         self._on_failure, self._changed = on_failure, threading.Condition()
-        self._failing = self._told = self._left = self._stopping = False
+        self._failing = self._left = self._stopping = False
+        self._told: Failure | None = None  # why the run ends, where it is not this process alone that does
         self._gathered: dict[str, list] = {}
         self._number = 0
         self._passed, self._stop = -1, None
@@ -213,7 +214,7 @@ class Channel:
                     self._left |= message["gathered"] == "leave"
                 if "stop_at" in message:
                     self._stop = message
-                self._told |= failure is not None and self._failing
+                self._told = self._told or failure
                 self._changed.notify_all()
                 passed = self._passed
             if "stopping" in message:
@@ -234,13 +235,18 @@ class Channel:
             self._changed.wait_for(lambda: name in self._gathered)
             return self._gathered.pop(name)
 
-    def fail(self, error: str, code: int) -> None:
-        """Tells all why this process ends; returns when they know, and in process 0 when they have ended."""
+    def fail(self, error: str, code: int) -> Failure:
+        """Tells all why this process ends; returns when they know, and in process 0 when they have ended.
+
+        Returns why the run ends: this, or what another process had said before.
+        """
+        own = Failure(self.process, socket.gethostname(), error, code)
         with self._changed:
             self._failing = True
-        self._line.send({"failed": Failure(self.process, socket.gethostname(), error, code)})
+        self._line.send({"failed": own})
         with self._changed:
             self._changed.wait_for(lambda: self._told, SECONDS_TO_END + 1)
+            return self._told or own
 
     def agree_on_stop(self, number: int | None, step: int) -> int | None:
         """The signal because of which all processes stop after ``step``; None: they go on.

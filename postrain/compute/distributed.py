@@ -112,10 +112,10 @@ class Processes:
             message, code = known or f"{type(error).__name__}: {error}", 1
         message = " ".join(message.splitlines())
         with self._ending:
-            self.channel.fail(f"stopped: {message}", code)
+            cause = self.channel.fail(f"stopped: {message}", code)
             _flush()
-            print(f"error: {message}", file=sys.stderr)
-            _exit(code)
+            print(f"error: {message if cause.process == self.index else cause}", file=sys.stderr)
+            _exit(cause.code)
 
     def leave(self) -> None:
         """Returns when all processes have come to their end."""
@@ -169,6 +169,13 @@ def agree_on_stop(number: int | None, step: int) -> int | None:
     """The signal because of which the run ends after ``step``: ``number``, or in several processes the one for which
     they all agreed on this step, whichever of them it came to. None: it goes on. To be asked once after each step."""
     return number if _current is None else _current.channel.agree_on_stop(number, step)
+
+
+def meet() -> None:
+    """Returns when all processes have called it: after compiling, which takes one longer than another, and before
+    the first collective, which on CPUs waits for thirty seconds only."""
+    if _current is not None:
+        _current.channel.gather(None)
 
 
 def _flush() -> None:

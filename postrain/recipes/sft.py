@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, check_token_ids, load_model
 from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.distributed import agree_on_stop, stop_all_on_error
+from postrain.compute.distributed import agree_on_stop, meet, stop_all_on_error
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
@@ -93,6 +93,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             say(warning)
     train_step = program.train_step.lower(program.state, program.batch).compile()
     say(format_memory(train_step), flush=True)
+    meet()
 
     # The state: where the newest checkpoint left it, or new.
     with contextlib.ExitStack() as stack:
