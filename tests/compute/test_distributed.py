@@ -165,6 +165,7 @@ def place(environment, **given):
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, ("gpu07", 4, 2, (1,))),
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "3"}, ("gpu07", 4, 2, None)),
         (MPI | URI, ("10.96.0.1", 2, 1, None)),
+        (MPI | {"PMIX_NAMESPACE": "prterun-gpu-07-28157@1"}, ("gpu-07", 2, 1, None)),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, ("127.0.0.1", 2, 1, (1,))),
         (SLURM | MPI | URI, ("10.96.0.1", 2, 1, None)),
         (POD, ("run-workers-0-0.run", 4, 3, None)),
