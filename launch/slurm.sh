@@ -23,8 +23,8 @@ done
 wait $!
 code=$?
 
-# 143: stopped by a signal, or a machine was lost. The same command goes on from the checkpoint.
-if [ "$code" = 143 ] && [ "$told" = 0 ]; then
+# 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
+if [[ "$code" =~ ^(124|143)$ && "$told" = 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -9,19 +9,19 @@ A process that fails says so before it ends; one whose connection closes without
 import json
 import os
 import queue
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from postrain.compute.signals import EXIT_CODES
 from postrain.errors import UserError
 
 SECONDS_TO_MEET = 300.0  # from the first process's start to the last one's
 SECONDS_TO_END = 5.0  # for the others to end, so that process 0, which they all depend on, is the last
 LOST = "died without a word (killed, out of memory, or its machine is gone)"
-LOST_CODE = EXIT_CODES[15]  # the run can go on from its checkpoint: launchers start it again
+LOST_CODE = 128 + signal.SIGTERM  # the run can go on from its checkpoint: launchers start it again
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
 
 
@@ -76,7 +76,7 @@ class Hub:
         self._lines: dict[int, _Line] = {}
         self._hosts: dict[int, str] = {}
         self._values: dict[str, dict[int, Any]] = {}
-        self._passed: dict[int, int] = {}  # the last step after which a process went on
+        self._passed: dict[int, int] = {}  # steps after which a process went on
         self._signal: int | None = None
         self._failed = self._finished = False
         self._gone = queue.SimpleQueue()  # processes whose connection has closed
@@ -189,7 +189,7 @@ class Channel:
         self._told: Failure | None = None  # why the run ends, where it is not this process alone that does
         self._gathered: dict[str, list] = {}
         self._number = 0
-        self._passed, self._stop = -1, None
+        self._passed, self._stop = 0, None
         self.hosts: list[str] = []  # of every process, by number
         deadline = time.monotonic() + SECONDS_TO_MEET
         self._line = _Line(_connect(address, deadline))
@@ -248,20 +248,21 @@ class Channel:
             self._changed.wait_for(lambda: self._told, SECONDS_TO_END + 1)
             return self._told or own
 
-    def agree_on_stop(self, number: int | None, step: int) -> int | None:
-        """The signal because of which all processes stop after ``step``; None: they go on.
+    def agree_on_stop(self, number: int | None) -> int | None:
+        """The signal because of which all processes stop after this step; None: they go on. For after every step.
 
         ``number``: the signal that came to this process, None without. From the first signal on each process waits
-        here, and says which step it was last let past: the run stops after the first one that none is past.
+        here, and says how many steps it was let past: the run stops after the first one that none is past. Steps are
+        counted by the calls, since a run may go back to an earlier step.
         """
         with self._changed:
             if number is not None and not self._stopping:
                 self._stopping = True
                 self._line.send({"stop": int(number)})
             self._changed.wait_for(lambda: self._stop or not self._stopping)
-            if self._stop and step >= self._stop["stop_at"]:
+            if self._stop and self._passed + 1 >= self._stop["stop_at"]:
                 return self._stop["number"]
-            self._passed = step
+            self._passed += 1
             return None
 
     @property

@@ -165,10 +165,10 @@ def stop_all_on_error() -> Iterator[None]:
         _current.stop_all(error)
 
 
-def agree_on_stop(number: int | None, step: int) -> int | None:
-    """The signal because of which the run ends after ``step``: ``number``, or in several processes the one for which
+def agree_on_stop(number: int | None) -> int | None:
+    """The signal because of which the run ends after this step: ``number``, or in several processes the one for which
     they all agreed on this step, whichever of them it came to. None: it goes on. To be asked once after each step."""
-    return number if _current is None else _current.channel.agree_on_stop(number, step)
+    return number if _current is None else _current.channel.agree_on_stop(number)
 
 
 def meet() -> None:

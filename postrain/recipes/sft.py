@@ -139,7 +139,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
             state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             stats += count_batch(arrays, model.config)
 
-            line, last, stop_signal = {}, step == total_steps, agree_on_stop(stop.number, step)
+            line, last, stop_signal = {}, step == total_steps, agree_on_stop(stop.number)
             # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
             # where something is written.
             unchecked.append((metrics, step, row_ids))
