@@ -161,19 +161,18 @@ class Hub:
         with self._lock:
             if self._failed:
                 return
-            self._failed = True
-        for process, line in self._lines.items():
-            if process:
-                line.send({"failed": failure})
-        deadline = time.monotonic() + SECONDS_TO_END
-        waiting = {process for process in self._lines if process}
+            self._failed, lines = True, dict(self._lines)
+        lead = lines.pop(0, None)
+        for line in lines.values():
+            line.send({"failed": failure})
+        deadline, waiting = time.monotonic() + SECONDS_TO_END, set(lines)
         while waiting and (left := deadline - time.monotonic()) > 0:
             try:
                 waiting.discard(self._gone.get(timeout=left))
             except queue.Empty:
                 break
-        if 0 in self._lines:
-            self._lines[0].send({"failed": failure})
+        if lead is not None:
+            lead.send({"failed": failure})
 
 
 class Channel:
