@@ -78,7 +78,8 @@ class Hub:
         self._values: dict[str, dict[int, Any]] = {}
         self._passed: dict[int, int] = {}  # steps after which a process went on
         self._signal: int | None = None
-        self._failed = self._finished = False
+        self._failure: Failure | None = None
+        self._finished = False
         self._gone = queue.SimpleQueue()  # processes whose connection has closed
         try:
             self._listener = socket.create_server(("", port), backlog=num_processes + 16)
@@ -113,11 +114,13 @@ class Hub:
                 wrong = f"is there twice: {hello['host']} and {self._hosts[process]} both have that number"
             else:
                 self._lines[process], self._hosts[process] = line, hello["host"]
-            complete = len(self._lines) == self._count
+            complete, failure = len(self._lines) == self._count, self._failure
         if wrong:
             failure = Failure(process, hello["host"], wrong, 2)
-            line.send({"failed": failure})
             self._fail(failure)
+        if failure is not None:  # of one that was there earlier, or its own
+            line.send({"failed": failure})
+        if wrong:
             return
         if complete:
             self._tell({"met": [self._hosts[process] for process in range(self._count)]})
@@ -159,9 +162,9 @@ class Hub:
     def _fail(self, failure: Failure) -> None:
         """The first failure is the cause, what follows from it is not told."""
         with self._lock:
-            if self._failed:
+            if self._failure is not None:
                 return
-            self._failed, lines = True, dict(self._lines)
+            self._failure, lines = failure, dict(self._lines)
         lead = lines.pop(0, None)
         for line in lines.values():
             line.send({"failed": failure})

@@ -15,6 +15,7 @@ import pytest
 
 from postrain.compute import cluster
 from postrain.compute.cluster import Cluster, find_cluster, first_host
+from postrain.compute.control import Hub
 from postrain.compute.launch import find_ports
 from postrain.errors import UserError
 
@@ -107,6 +108,25 @@ def test_processes_that_count_differently_are_told():
         error = process.communicate(timeout=30)[1]
         assert process.returncode == 2
         assert "process 1" in error and "says that it is one of 3 processes, process 0 that there are 2" in error
+
+
+def test_one_that_comes_late_hears_of_an_earlier_failure():
+    """Process 1 counts wrongly and is gone before process 0's own connection is there."""
+    port = find_ports()
+    hub = Hub(port, 2)
+    stranger = socket.create_connection(("127.0.0.1", port))
+    stranger.sendall(b'{"hello": 1, "of": 3, "host": "far"}\n')
+    assert b"says that it is one of 3 processes" in stranger.recv(1000)
+    late = socket.create_connection(("127.0.0.1", port))
+    late.sendall(b'{"hello": 0, "of": 2, "host": "near"}\n')
+    late.settimeout(5)
+    assert json.loads(late.recv(1000))["failed"] == [
+        1,
+        "far",
+        "says that it is one of 3 processes, process 0 that there are 2",
+        2,
+    ]
+    assert hub.missing() == [1]
 
 
 def test_a_taken_port_is_named():
