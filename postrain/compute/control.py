@@ -82,7 +82,8 @@ class Hub:
         self._finished = False
         self._gone = queue.SimpleQueue()  # processes whose connection has closed
         try:
-            self._listener = socket.create_server(("", port), backlog=num_processes + 16)
+            both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+            self._listener = socket.create_server(("", port), backlog=num_processes + 16, **both)
         except OSError as error:
             raise UserError(
                 f"several processes: port {port} of this machine cannot be listened on ({error.strerror}): choose "
@@ -117,10 +118,10 @@ class Hub:
             complete, failure = len(self._lines) == self._count, self._failure
         if wrong:
             failure = Failure(process, hello["host"], wrong, 2)
-            self._fail(failure)
-        if failure is not None:  # of one that was there earlier, or its own
+        if failure is not None:  # its own, or of one that was there earlier
             line.send({"failed": failure})
         if wrong:
+            self._fail(failure)
             return
         if complete:
             self._tell({"met": [self._hosts[process] for process in range(self._count)]})

@@ -55,7 +55,7 @@ def test_an_error_of_one_is_the_error_of_all(culprit):
     for process, (_, _, error) in enumerate(ends):
         prefix = "" if process == culprit else rf"process {culprit} \({HOST}\) stopped: "
         assert re.fullmatch(rf"error: {prefix}data.jsonl:7: no assistant message\n", error), error
-    assert seconds < 8
+    assert seconds < 30  # jax would take minutes
 
 
 def test_a_bug_of_one_stops_all_and_keeps_its_traceback():
@@ -72,7 +72,7 @@ def test_one_that_is_killed_is_named_by_the_others(culprit):
     assert [code for code, _, _ in ends] == [-9 if process == culprit else 143 for process in range(3)]
     for process in {0, 1, 2} - {culprit}:
         assert re.fullmatch(rf"error: process {culprit} \({HOST}\) {LOST}\n", ends[process][2])
-    assert seconds < 8
+    assert seconds < 30  # jax would take minutes
 
 
 def test_what_follows_from_a_death_is_not_told_as_the_cause():
