@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One process a machine under SLURM. `postrain launch --target=slurm:HOSTS ...` fills in what stands between @s and gives
-# it to sbatch; what else sbatch needs it reads from the environment: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT.
+# One process a machine under SLURM. `postrain launch --target=slurm:HOSTS ...` fills in what stands between @s and
+# gives it to sbatch, which reads what else it needs from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, ...
 #SBATCH --job-name=@NAME@
 #SBATCH --nodes=@HOSTS@
 #SBATCH --ntasks-per-node=1
@@ -12,8 +12,8 @@
 #SBATCH --signal=TERM@300
 set -uo pipefail
 
-# Before the time limit SLURM sends SIGTERM to the processes alone, which save and exit with 143. This shell gets it when
-# the job is cancelled or preempted: then SLURM itself starts it again, or not, and the shell only waits for the save.
+# Before the time limit SLURM sends SIGTERM to the processes alone, which save and exit with 143. This shell gets it
+# when the job is cancelled or preempted: then SLURM itself starts it again, or not, and the shell waits for the save.
 told=0
 trap 'told=1' TERM
 srun --kill-on-bad-exit=0 @COMMAND@ &
@@ -23,8 +23,8 @@ done
 wait $!
 code=$?
 
-# 143: stopped by a signal, or a machine was lost. The same command goes on from the checkpoint.
-if [ "$code" = 143 ] && [ "$told" = 0 ]; then
+# 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
+if [[ "$code" =~ ^(124|143)$ && "$told" = 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -8,8 +8,8 @@ script=$(cat <<'END'
 while true; do
     @COMMAND@
     code=$?
-    # 143: stopped by a signal, or another machine was lost. The same command goes on from the checkpoint.
-    [ "$code" = 143 ] || exit "$code"
+    # 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
+    [[ "$code" =~ ^(124|143)$ ]] || exit "$code"
     sleep 10
 done
 END

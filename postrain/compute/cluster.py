@@ -153,19 +153,24 @@ def _choose_port(name: str) -> int:
 
 
 def _find_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
+    """Rank 0 is taken to be where mpirun is, as it is unless told otherwise."""
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
     get = lambda name, default: _number(name, environment.get(name, default))
     size, rank = get("OMPI_COMM_WORLD_SIZE", "1"), get("OMPI_COMM_WORLD_RANK", "0")
-    local_size = get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
-    uri = environment.get("OMPI_MCA_orte_hnp_uri", "")  # of mpirun up to Open MPI 4
-    address = re.search(r"tcp://([^,:]+)|tcp6://\[([^\],]+)", uri)
+    local_size, local_rank = get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"), get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
+    # Of version 4: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911. Of version 5: prterun-HOST-PID@1.
+    uri, namespace = environment.get("OMPI_MCA_orte_hnp_uri", ""), environment.get("PMIX_NAMESPACE", "")
+    address = re.search(r"tcp://([^,:]+)|tcp6://\[([^\],]+)", uri) or re.match(r"prterun-(.+)-\d+@", namespace)
     host = "127.0.0.1" if local_size == size else address and next(part for part in address.groups() if part)
-    said = f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE={size}"
-    port = _choose_port(environment.get("PMIX_NAMESPACE", uri))
-    coordinator = f"{f'[{host}]' if ':' in host else host}:{port}" if host else ""
-    local_id = get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
-    return Cluster(coordinator, size, rank, said, _own_gpu(environment, local_id) if local_size > 1 else None)
+    port = _choose_port(namespace or uri)
+    return Cluster(
+        f"{f'[{host}]' if ':' in host else host}:{port}" if host else "",
+        size,
+        rank,
+        f"OMPI_COMM_WORLD_RANK={rank}, OMPI_COMM_WORLD_SIZE={size}",
+        _own_gpu(environment, local_rank) if local_size > 1 else None,
+    )
 
 
 def _find_tpu_pod(environment: Mapping[str, str]) -> Cluster | None:

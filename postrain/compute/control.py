@@ -9,19 +9,19 @@ A process that fails says so before it ends; one whose connection closes without
 import json
 import os
 import queue
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from postrain.compute.signals import EXIT_CODES
 from postrain.errors import UserError
 
 SECONDS_TO_MEET = 300.0  # from the first process's start to the last one's
 SECONDS_TO_END = 5.0  # for the others to end, so that process 0, which they all depend on, is the last
 LOST = "died without a word (killed, out of memory, or its machine is gone)"
-LOST_CODE = EXIT_CODES[15]  # the run can go on from its checkpoint: launchers start it again
+LOST_CODE = 128 + signal.SIGTERM  # the run can go on from its checkpoint: launchers start it again
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
 
 
@@ -76,12 +76,14 @@ class Hub:
         self._lines: dict[int, _Line] = {}
         self._hosts: dict[int, str] = {}
         self._values: dict[str, dict[int, Any]] = {}
-        self._passed: dict[int, int] = {}  # the last step after which a process went on
+        self._passed: dict[int, int] = {}  # steps after which a process went on
         self._signal: int | None = None
-        self._failed = self._finished = False
+        self._failure: Failure | None = None
+        self._finished = False
         self._gone = queue.SimpleQueue()  # processes whose connection has closed
         try:
-            self._listener = socket.create_server(("", port), backlog=num_processes + 16)
+            both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+            self._listener = socket.create_server(("", port), backlog=num_processes + 16, **both)
         except OSError as error:
             raise UserError(
                 f"several processes: port {port} of this machine cannot be listened on ({error.strerror}): choose "
@@ -113,10 +115,12 @@ class Hub:
                 wrong = f"is there twice: {hello['host']} and {self._hosts[process]} both have that number"
             else:
                 self._lines[process], self._hosts[process] = line, hello["host"]
-            complete = len(self._lines) == self._count
+            complete, failure = len(self._lines) == self._count, self._failure
         if wrong:
             failure = Failure(process, hello["host"], wrong, 2)
+        if failure is not None:  # its own, or of one that was there earlier
             line.send({"failed": failure})
+        if wrong:
             self._fail(failure)
             return
         if complete:
@@ -159,21 +163,20 @@ class Hub:
     def _fail(self, failure: Failure) -> None:
         """The first failure is the cause, what follows from it is not told."""
         with self._lock:
-            if self._failed:
+            if self._failure is not None:
                 return
-            self._failed = True
-        for process, line in self._lines.items():
-            if process:
-                line.send({"failed": failure})
-        deadline = time.monotonic() + SECONDS_TO_END
-        waiting = {process for process in self._lines if process}
+            self._failure, lines = failure, dict(self._lines)
+        lead = lines.pop(0, None)
+        for line in lines.values():
+            line.send({"failed": failure})
+        deadline, waiting = time.monotonic() + SECONDS_TO_END, set(lines)
         while waiting and (left := deadline - time.monotonic()) > 0:
             try:
                 waiting.discard(self._gone.get(timeout=left))
             except queue.Empty:
                 break
-        if 0 in self._lines:
-            self._lines[0].send({"failed": failure})
+        if lead is not None:
+            lead.send({"failed": failure})
 
 
 class Channel:
@@ -185,10 +188,11 @@ class Channel:
         """Returns when all processes have come. Raises UserError naming those that did not, within five minutes."""
         self.process, self.num_processes = process, num_processes
         self._on_failure, self._changed = on_failure, threading.Condition()
-        self._failing = self._told = self._left = self._stopping = False
+        self._failing = self._left = self._stopping = False
+        self._told: Failure | None = None  # why the run ends, where it is not this process alone that does
         self._gathered: dict[str, list] = {}
         self._number = 0
-        self._passed, self._stop = -1, None
+        self._passed, self._stop = 0, None
         self.hosts: list[str] = []  # of every process, by number
         deadline = time.monotonic() + SECONDS_TO_MEET
         self._line = _Line(_connect(address, deadline))
@@ -213,7 +217,7 @@ class Channel:
                     self._left |= message["gathered"] == "leave"
                 if "stop_at" in message:
                     self._stop = message
-                self._told |= failure is not None and self._failing
+                self._told = self._told or failure
                 self._changed.notify_all()
                 passed = self._passed
             if "stopping" in message:
@@ -234,28 +238,34 @@ class Channel:
             self._changed.wait_for(lambda: name in self._gathered)
             return self._gathered.pop(name)
 
-    def fail(self, error: str, code: int) -> None:
-        """Tells all why this process ends; returns when they know, and in process 0 when they have ended."""
+    def fail(self, error: str, code: int) -> Failure:
+        """Tells all why this process ends; returns when they know, and in process 0 when they have ended.
+
+        Returns why the run ends: this, or what another process had said before.
+        """
+        own = Failure(self.process, socket.gethostname(), error, code)
         with self._changed:
             self._failing = True
-        self._line.send({"failed": Failure(self.process, socket.gethostname(), error, code)})
+        self._line.send({"failed": own})
         with self._changed:
             self._changed.wait_for(lambda: self._told, SECONDS_TO_END + 1)
+            return self._told or own
 
-    def agree_on_stop(self, number: int | None, step: int) -> int | None:
-        """The signal because of which all processes stop after ``step``; None: they go on.
+    def agree_on_stop(self, number: int | None) -> int | None:
+        """The signal because of which all processes stop after this step; None: they go on. For after every step.
 
         ``number``: the signal that came to this process, None without. From the first signal on each process waits
-        here, and says which step it was last let past: the run stops after the first one that none is past.
+        here, and says how many steps it was let past: the run stops after the first one that none is past. Steps are
+        counted by the calls, since a run may go back to an earlier step.
         """
         with self._changed:
             if number is not None and not self._stopping:
                 self._stopping = True
                 self._line.send({"stop": int(number)})
             self._changed.wait_for(lambda: self._stop or not self._stopping)
-            if self._stop and step >= self._stop["stop_at"]:
+            if self._stop and self._passed + 1 >= self._stop["stop_at"]:
                 return self._stop["number"]
-            self._passed = step
+            self._passed += 1
             return None
 
     @property

@@ -8,7 +8,6 @@ One process alone meets nobody, and everything here leaves it as it is.
 
 import contextlib
 import datetime
-import json
 import os
 import pathlib
 import socket
@@ -114,10 +113,10 @@ class Processes:
             message, code = known or f"{type(error).__name__}: {error}", 1
         message = " ".join(message.splitlines())
         with self._ending:
-            self.channel.fail(f"stopped: {message}", code)
+            cause = self.channel.fail(f"stopped: {message}", code)
             _flush()
-            print(f"error: {message}", file=sys.stderr)
-            _exit(code)
+            print(f"error: {message if cause.process == self.index else cause}", file=sys.stderr)
+            _exit(cause.code)
 
     def leave(self) -> None:
         """Returns when all processes have come to their end."""
@@ -167,23 +166,22 @@ def stop_all_on_error() -> Iterator[None]:
         _current.stop_all(error)
 
 
-def agree_on_stop(number: int | None, step: int) -> int | None:
-    """The signal because of which the run ends after ``step``: ``number``, or in several processes the one for which
+def agree_on_stop(number: int | None) -> int | None:
+    """The signal because of which the run ends after this step: ``number``, or in several processes the one for which
     they all agreed on this step, whichever of them it came to. None: it goes on. To be asked once after each step."""
-    return number if _current is None else _current.channel.agree_on_stop(number, step)
+    return number if _current is None else _current.channel.agree_on_stop(number)
+
+
+def meet() -> None:
+    """Returns when all processes have called it: after compiling, which takes one longer than another, and before
+    the first collective, which on CPUs waits for thirty seconds only."""
+    if _current is not None:
+        _current.channel.gather(None)
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON-able ``value`` of every process, in their order. A collective: to be called by all at the same point."""
-    if _current is None:
-        return [value]
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
+    """The JSON-able ``value`` of every process, in their order. To be called by all of them at the same point."""
+    return [value] if _current is None else _current.channel.gather(value)
 
 
 def _flush() -> None:

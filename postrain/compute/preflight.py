@@ -8,6 +8,7 @@ import collections
 import glob
 import hashlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -44,6 +45,9 @@ def check_processes(processes: Processes, config: Config, workdir: str | os.Path
 
 
 def _compare(processes: Processes, facts: Mapping[str, str], expected: str) -> None:
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if len(set(processes.channel.gather(digest))) == 1:  # as a rule, and hundreds of hosts have much to say
+        return
     statements = processes.channel.gather(dict(facts))
     differences = compare(statements, processes.channel.hosts)
     if differences:

@@ -3,9 +3,9 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import jax
+from postrain.compute import distributed
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -17,11 +17,9 @@ class Interrupted(BaseException):
 class StopRequest:
     """``number`` is the signal that came, None as long as none did; of several processes: one that all know of."""
 
-    def __init__(self, agree: Callable[[int | None, int], int | None] | None = None):
-        """``agree``: of several processes, ``postrain.compute.distributed.agree_on_stop``."""
+    def __init__(self):
         self.number: int | None = None
-        self._agree = agree
-        self._noted, self._interrupts, self._alone = 0, False, agree is None or jax.process_count() == 1
+        self._noted, self._interrupts, self._alone = 0, False, distributed.current() is None
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
@@ -32,10 +30,10 @@ class StopRequest:
         finally:
             self._interrupts = False
 
-    def agree(self, step: int) -> None:
-        """Every process learns of a signal that one has got, all after the same step. To be called once a step."""
+    def agree(self) -> None:
+        """``number`` becomes the signal that any process has got, in all after the same step. For after every step."""
         if not self._alone:
-            self.number = self._agree(self._noted or None, step)
+            self.number = distributed.agree_on_stop(self._noted or None)
 
     def note(self, number: int) -> None:
         self._noted = number
@@ -46,12 +44,12 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def catch_stop_signals(agree: Callable[[int | None, int], int | None] | None = None) -> Iterator[StopRequest]:
+def catch_stop_signals() -> Iterator[StopRequest]:
     """Inside the block the first SIGTERM or SIGINT only sets ``number``; a second one ends the program as ever.
 
     Outside the main thread, where Python cannot set handlers, nothing is caught.
     """
-    request, before = StopRequest(agree), {}
+    request, before = StopRequest(), {}
 
     def note(number, frame):
         del frame

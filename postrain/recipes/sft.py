@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.distributed import agree_on_stop, gather, stop_all_on_error
+from postrain.compute.distributed import gather, meet, stop_all_on_error
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.flops import BatchStats, compute_perf, count_batch
 from postrain.compute.metrics import MetricsWriter, ProgressLine
@@ -103,12 +103,13 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
             say(warning)
     train_step = program.train_step.lower(program.state, program.batch).compile()
     say(format_memory(train_step), flush=True)
+    meet()
 
     # The state: where the newest checkpoint left it, or new.
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
         stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
-        stop = stack.enter_context(catch_stop_signals(agree_on_stop))
+        stop = stack.enter_context(catch_stop_signals())
         progress = stack.enter_context(ProgressLine(total_steps))
         prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
         held_out = eval_set.fingerprint if eval_set else None
@@ -168,7 +169,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
             unchecked.append((metrics, step, row_ids, after))
             now, undone = last or any(is_due(step, every) for every in intervals), None
             with watch.phase("step", watches_cpu=False):
-                stop.agree(step)
+                stop.agree()
                 stopping = stop.number is not None
                 while not undone and len(unchecked) > (0 if now or stopping else 1):
                     finished, number, rows, after = unchecked.pop(0)

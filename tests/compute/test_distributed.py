@@ -15,6 +15,7 @@ import pytest
 
 from postrain.compute import cluster
 from postrain.compute.cluster import Cluster, find_cluster, first_host
+from postrain.compute.control import Hub
 from postrain.compute.launch import find_ports
 from postrain.errors import UserError
 
@@ -54,7 +55,7 @@ def test_an_error_of_one_is_the_error_of_all(culprit):
     for process, (_, _, error) in enumerate(ends):
         prefix = "" if process == culprit else rf"process {culprit} \({HOST}\) stopped: "
         assert re.fullmatch(rf"error: {prefix}data.jsonl:7: no assistant message\n", error), error
-    assert seconds < 8
+    assert seconds < 30  # jax would take minutes
 
 
 def test_a_bug_of_one_stops_all_and_keeps_its_traceback():
@@ -71,7 +72,7 @@ def test_one_that_is_killed_is_named_by_the_others(culprit):
     assert [code for code, _, _ in ends] == [-9 if process == culprit else 143 for process in range(3)]
     for process in {0, 1, 2} - {culprit}:
         assert re.fullmatch(rf"error: process {culprit} \({HOST}\) {LOST}\n", ends[process][2])
-    assert seconds < 8
+    assert seconds < 30  # jax would take minutes
 
 
 def test_what_follows_from_a_death_is_not_told_as_the_cause():
@@ -107,6 +108,25 @@ def test_processes_that_count_differently_are_told():
         error = process.communicate(timeout=30)[1]
         assert process.returncode == 2
         assert "process 1" in error and "says that it is one of 3 processes, process 0 that there are 2" in error
+
+
+def test_one_that_comes_late_hears_of_an_earlier_failure():
+    """Process 1 counts wrongly and is gone before process 0's own connection is there."""
+    port = find_ports()
+    hub = Hub(port, 2)
+    stranger = socket.create_connection(("127.0.0.1", port))
+    stranger.sendall(b'{"hello": 1, "of": 3, "host": "far"}\n')
+    assert b"says that it is one of 3 processes" in stranger.recv(1000)
+    late = socket.create_connection(("127.0.0.1", port))
+    late.sendall(b'{"hello": 0, "of": 2, "host": "near"}\n')
+    late.settimeout(5)
+    assert json.loads(late.recv(1000))["failed"] == [
+        1,
+        "far",
+        "says that it is one of 3 processes, process 0 that there are 2",
+        2,
+    ]
+    assert hub.missing() == [1]
 
 
 def test_a_taken_port_is_named():
@@ -165,6 +185,7 @@ def place(environment, **given):
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}, ("gpu07", 4, 2, (1,))),
         (SLURM | {"SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "3"}, ("gpu07", 4, 2, None)),
         (MPI | URI, ("10.96.0.1", 2, 1, None)),
+        (MPI | {"PMIX_NAMESPACE": "prterun-gpu-07-28157@1"}, ("gpu-07", 2, 1, None)),
         (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, ("127.0.0.1", 2, 1, (1,))),
         (SLURM | MPI | URI, ("10.96.0.1", 2, 1, None)),
         (POD, ("run-workers-0-0.run", 4, 3, None)),

@@ -38,7 +38,8 @@ def test_slurm_gets_a_script(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "cancelled", "requeued"), [(0, False, False), (2, False, False), (143, False, True), (143, True, False)]
+    ("code", "cancelled", "requeued"),
+    [(0, False, False), (2, False, False), (143, False, True), (124, False, True), (143, True, False)],
 )
 def test_slurm_starts_again_what_can_go_on(tmp_path, code, cancelled, requeued):
     """The real script, with commands in place of SLURM's that write down what they get."""
@@ -73,7 +74,7 @@ def test_kubernetes_gets_a_job_set():
     assert (failed["action"], failed["onExitCodes"]["operator"], failed["onExitCodes"]["values"]) == (
         "FailJob",
         "NotIn",
-        [143],
+        [124, 143],
     )
     pod = job["template"]["spec"]
     [container] = pod["containers"]

@@ -236,7 +236,7 @@ BAD_INPUT = [
     (
         "cpu:8",
         ("--config.mesh.tensor=3",),
-        "mesh: tensor=3 does not divide into 8 devices: set sizes whose product divides it (mesh.fsdp",
+        "mesh: tensor=3 does not divide into 8 devices: set sizes whose product divides it (mesh.fsdp = -1",
     ),
     ("cpu:8", ("--config.mesh.tensor=8",), "config key 'mesh.tensor' = 8: 4 heads over 2 key heads do not divide"),
     ("cpu:8", ("--config.data.batch_size=12",), "config key 'data.batch_size' = 12 must be a multiple of mesh.data x"),
