@@ -120,6 +120,8 @@ def fork(work, log: pathlib.Path) -> int:
             os.dup2(output, 2)
             work()
             code = 0
+        except SystemExit as stopped:
+            code = stopped.code
         except BaseException:
             traceback.print_exc()
         finally:
