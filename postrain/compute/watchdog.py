@@ -1,8 +1,9 @@
 """A thread that stops a run which hangs, and says where: what it was doing, and the stacks of all its threads.
 
 Better an exit that a launcher restarts on than a machine that is paid for and does nothing. A hang is named by its
-phase: "data", "step", "checkpoint", "evaluation", "export", or "run", whatever else a recipe does. With several processes one that has stopped keeps
-all others waiting in the collectives of the step: the one that hangs in another phase, or says nothing, is the culprit.
+phase: "data", "step", "checkpoint", "evaluation", "export", or "run", whatever else a recipe does. With several
+processes one that has stopped keeps all others waiting in the collectives of the step: the one that hangs in another
+phase, or says nothing, is the culprit.
 """
 
 import contextlib

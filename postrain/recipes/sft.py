@@ -69,7 +69,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     if config.export.format == "adapter":
         check_base(folder)
     lead = jax.process_index() == 0
-    say = print if lead else lambda *_: None
+    say = print if lead else lambda *_, **__: None
 
     # Data: every row is rendered, checked and counted before anything else happens.
     tokenizer = load_run_tokenizer(config, folder)

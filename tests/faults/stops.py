@@ -65,12 +65,12 @@ def main() -> None:
         values["train"]["steps"] = 6
         values["checkpoint"] |= {"every": 2, "asynchronous": False}
         values["eval"] |= {"every": 4, "before": True}
-        reference = kills.Trial(folder / "reference", values, {})
+        reference = kills.Trial(folder / "reference", values)
         if reference.start(None):
             raise SystemExit(reference.log.read_text())
         expected = reference.describe()
         for name, place in PLACES.items():
-            trial = kills.Trial(folder / name, values, {})
+            trial = kills.Trial(folder / name, values)
             status = kills.fork(functools.partial(run, values, trial.folder, place), trial.log)
             checkpoints = trial.folder / "checkpoints"
             found[name] = {
