@@ -10,9 +10,9 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
-import time
 
 import kills
 
@@ -73,6 +73,26 @@ def run(values: dict, workdir: pathlib.Path, block, fifo: pathlib.Path) -> None:
     importlib.import_module("postrain.recipes").train(values, workdir)
 
 
+def run_beside_a_stopped(values: dict, workdir: pathlib.Path, index: int, port: int) -> None:
+    """One of two processes; the second is stopped (SIGSTOP) before its third step."""
+    sft = importlib.import_module("postrain.recipes.sft")
+    make_batch, steps = sft.make_global_batch, []
+
+    def stopped(*arguments):
+        steps.append(1)
+        if index == 1 and len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return make_batch(*arguments)
+
+    sft.make_global_batch = stopped
+    kills.run_one_of(2, values, workdir, None, None, index, port)
+
+
+def describe(phase: str, status: int, log: pathlib.Path, stacks: pathlib.Path) -> dict:
+    code, stacks = os.waitstatus_to_exitcode(status), stacks.read_text() if stacks.exists() else ""
+    return {"phase": phase, "code": code, "printed": log.read_text(), "stacks": stacks}
+
+
 def main(inputs: pathlib.Path) -> None:
     kills.warm_up()
     found = {}
@@ -86,16 +106,16 @@ def main(inputs: pathlib.Path) -> None:
         fifo = folder / "fifo"
         os.mkfifo(fifo)
         for name, (phase, block) in CASES.items():
-            workdir, log, start = folder / name, folder / f"{name}.log", time.monotonic()
+            workdir, log = folder / name, folder / f"{name}.log"
             status = kills.fork(functools.partial(run, values, workdir, block, fifo), log)
-            stacks = workdir / "hang.txt"
-            found[name] = {
-                "phase": phase,
-                "code": os.waitstatus_to_exitcode(status),
-                "seconds": time.monotonic() - start,
-                "printed": log.read_text(),
-                "stacks": stacks.read_text() if stacks.exists() else "",
-            }
+            found[name] = describe(phase, status, log, workdir / "hang.txt")
+        workdir, log = folder / "partner", folder / "partner.log"
+        output.unlink()
+        kills.fork(lambda: output.write_text(json.dumps(kills.make_values(inputs, 2))), folder / "values.log")
+        values = json.loads(output.read_text())
+        values["train"]["hang_timeout"] = 4 * TIMEOUT  # the partner is awaited in its start, too
+        status = kills.fork(functools.partial(run_beside_a_stopped, values, workdir), log, 2)
+        found["partner"] = describe("step", status, log, workdir / "hang.0.txt")
     print(json.dumps(found))
 
 

@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_at_writes_of_every_eighth_kind():
     script = pathlib.Path(__file__).with_name("full_disks.py")
     result = subprocess.run([sys.executable, script, "--every=8"], capture_output=True, text=True)

@@ -24,6 +24,7 @@ def hangs(tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows", "evaluator", "data worker", "device", "save", "evaluation", "export"])
 def test_a_hang_is_named_by_its_phase_and_the_run_stopped(hangs, name):
     found = hangs[name]
@@ -32,6 +33,14 @@ def test_a_hang_is_named_by_its_phase_and_the_run_stopped(hangs, name):
     assert found["stacks"].splitlines()[0] in found["printed"]
     assert "(most recent call first)" in found["stacks"] and "recipes/sft.py" in found["stacks"]
     assert "read_bytes" in found["stacks"] and "read_bytes" in found["printed"], "the thread that waits is shown"
+
+
+@pytest.mark.slow
+def test_processes_whose_partner_has_stopped_name_the_step(hangs):
+    found = hangs["partner"]
+    assert found["code"] == EXIT_CODE, found["printed"]
+    first = found["stacks"].splitlines()[0]
+    assert "in phase 'step'" in first and "Process 0 of 2: one that has stopped keeps all others waiting" in first
 
 
 SCRIPT = """
