@@ -105,7 +105,9 @@ class ModelSection:
     attention: str = "auto"  # "chunked" (runs everywhere), "flash_tpu", "flash_gpu"; auto: by the platform
     attention_chunk: int = 128  # positions per block of the back end chunked
     loss_chunk: int = 1024  # loss-bearing tokens per block of the projection onto the vocabulary
-    quantization: str = "none"  # of the base under adapters: "nf4" (QLoRA, arXiv:2305.14314) or "int8"
+    quantization: str = (
+        "none"  # of the base under adapters: "nf4" (QLoRA, arXiv:2305.14314) or "int8"; embeddings: int8
+    )
     lora: LoraSection = LoraSection()
     new_tokens: NewTokensSection = NewTokensSection()
     router: RouterSection = RouterSection()

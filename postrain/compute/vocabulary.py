@@ -15,6 +15,7 @@ from postrain.data.tokenizer import load_run_tokenizer
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig, NewRows
 from postrain.models.params import ParamSpec, axes_of, shapes_of
+from postrain.models.quantized import as_array, shape_of
 from postrain.sharding import named_shardings
 
 
@@ -55,7 +56,7 @@ def find_rows(new: NewTokens, vocab_size: int) -> NewRows:
 
 def start_rows(base: dict, new: NewTokens, rows: NewRows, mesh: Mesh) -> dict:
     """float32 rows [count, D] for each table of ``base``, as ``new_row_specs`` has them: means of old rows."""
-    spec = {"": ParamSpec((rows.count, base["embed"]["embedding"].shape[1]), (None, "embed"))}
+    spec = {"": ParamSpec((rows.count, shape_of(base["embed"]["embedding"])[1]), (None, "embed"))}
     sharding = named_shardings(axes_of(spec), mesh, shapes_of(spec))[""]
     skipped = new.first - rows.first  # rows before those of the tokens
     pairs = [(i + skipped, old) for i, ids in enumerate(new.start_ids) for old in ids]
@@ -67,8 +68,9 @@ def start_rows(base: dict, new: NewTokens, rows: NewRows, mesh: Mesh) -> dict:
 
 def _mean_rows(table_VD, index, ids, *, rows: NewRows):
     """Row i is the mean of the rows ``ids[index == i]``, or of all before ``rows.first`` where there are none."""
-    mean = table_VD[: rows.first].astype(jnp.float32).mean(0)
-    sums = jnp.zeros((rows.count, table_VD.shape[1])).at[index].add(table_VD[ids].astype(jnp.float32))
+    table_VD = as_array(table_VD, jnp.float32)
+    mean = table_VD[: rows.first].mean(0)
+    sums = jnp.zeros((rows.count, table_VD.shape[1])).at[index].add(table_VD[ids])
     counts = jnp.zeros((rows.count, 1)).at[index].add(1)
     return jnp.where(counts > 0, sums / jnp.maximum(counts, 1), mean)
 

@@ -7,6 +7,7 @@ hold, a host holds a piece of one parameter (tests/benchmarks/load.py measures i
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
@@ -24,8 +25,7 @@ from postrain.hf.safetensors_io import TensorFiles
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
-from postrain.models.params import ParamSpec, frozen_specs, stream_axis
-from postrain.models.quantized import quantize
+from postrain.models.params import ParamSpec, frozen_specs, make_packer
 from postrain.nested import flatten
 from postrain.sharding import named_shardings
 
@@ -42,8 +42,8 @@ def load_pretrained(
 ) -> tuple[ModelConfig, dict]:
     """ModelConfig and parameter tree (see postrain.models.params) of a Hugging Face folder.
 
-    ``quantization``: of the linear layers' kernels, as in ModelConfig; each matrix is quantised from the file's numbers
-    as it is read. ``dtype``: of everything else. With ``mesh`` the arrays are global arrays laid out by
+    ``quantization``: of the linear layers' kernels and the embeddings, as in ModelConfig; each matrix is quantised from
+    the file's numbers as it is read. ``dtype``: of everything else. With ``mesh`` the arrays are global, laid out by
     ``postrain.sharding``; without, they are on the default device. ``vocab_size``: rows of the vocabulary that the
     model is to have, where the folder has fewer; those past the folder's are zero. Raises UserError: config.json
     unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen (all of them
@@ -52,13 +52,13 @@ def load_pretrained(
     config = dataclasses.replace(read_config(folder), quantization=quantization)
     files, _ = open_checked(folder, config)
     target = parse_dtype(dtype, "dtype")
-    packed = _packed_specs(config)
-    leaves = {}
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
+    packed = _packed_specs(grown)
+    leaves = {}
     for entry, spec in list_entries(grown, read_family(folder)):
         if entry.param in packed:
             read = make_reader(files, entry, spec, config, np.dtype(np.float32))
-            arrays = place_quantized(read, spec, packed[entry.param], quantization, mesh)
+            arrays = place_quantized(read, spec, packed[entry.param], make_packer(spec, quantization), mesh)
             leaves |= {f"{entry.param}.{name}": array for name, array in arrays.items()}
         else:
             leaves[entry.param] = place(make_reader(files, entry, spec, config, target), spec, mesh)
@@ -66,7 +66,7 @@ def load_pretrained(
 
 
 def _packed_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
-    """Path of each kernel that ``config.quantization`` packs -> its leaves."""
+    """Path of each kernel and embedding that ``config.quantization`` packs -> its leaves."""
     packed: dict[str, dict[str, ParamSpec]] = {}
     for path, spec in flatten(frozen_specs(config)).items():
         if spec.dtype:
@@ -204,8 +204,11 @@ def _write(whole: jax.Array, piece: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, axis=0)
 
 
-def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], kind: str, mesh: Mesh | None) -> dict:
-    """The leaves of a quantised parameter, laid out as ``place`` does: one matrix in float32 at a time on the host."""
+def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], pack, mesh: Mesh | None) -> dict:
+    """The leaves of a quantised parameter, laid out as ``place`` does.
+
+    ``pack``: as ``make_packer`` has it. The host has one matrix, or some rows of an embedding, in float32 at a time.
+    """
     parts, shardings = {}, {}
     for name, leaf in leaves.items():
         shape = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -215,17 +218,18 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], kind: s
         parts[name] = {_bounds(index, leaf.shape): None for index in indices}
         for bounds in parts[name]:
             parts[name][bounds] = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-    pack = jax.jit(functools.partial(quantize, kind=kind, axis=stream_axis(spec)))
-    for stack in np.ndindex(spec.shape[:-2]):  # layers, and experts
-        held = [(name, bounds) for name in parts for bounds in parts[name] if _contains(bounds, stack)]
+    pack = jax.jit(pack)
+    for piece in _pieces(spec):
+        met = [(name, bounds, _overlap(bounds, piece)) for name in parts for bounds in parts[name]]
+        held = [(name, bounds, leading) for name, bounds, leading in met if leading]
         if not held:
             continue
-        one = tuple(slice(i, i + 1) for i in stack)
-        matrix = read((*one, slice(None), slice(None))).reshape(spec.shape[-2:])
-        found = jax.device_get(pack(matrix))
-        for name, bounds in held:
-            place_in = tuple(i - start for i, (start, _) in zip(stack, bounds, strict=False))
-            parts[name][bounds][place_in] = found[name][tuple(slice(*pair) for pair in bounds[-2:])]
+        found = jax.device_get(pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
+        for name, bounds, leading in held:
+            part, rest = parts[name][bounds], tuple(slice(*pair) for pair in bounds[len(piece) :])
+            into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(leading, bounds, strict=False))
+            of = tuple(slice(a - at.start, b - at.start) for (a, b), at in zip(leading, piece, strict=True))
+            part[into] = found[name][(*of, *rest)]
     return {
         name: jax.make_array_from_callback(
             leaf.shape, shardings[name], lambda index, name=name, leaf=leaf: parts[name][_bounds(index, leaf.shape)]
@@ -234,13 +238,23 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], kind: s
     }
 
 
+def _pieces(spec: ParamSpec) -> list[tuple[slice, ...]]:
+    """What is quantised on its own: each matrix of a stack of layers (and experts), or some rows of an embedding."""
+    if "vocab" in spec.axes:
+        rows, step = spec.shape[0], max(1, PIECE_BYTES // (4 * spec.shape[1]))
+        return [(slice(start, min(start + step, rows)),) for start in range(0, rows, step)]
+    return list(itertools.product(*([slice(i, i + 1) for i in range(size)] for size in spec.shape[:-2])))
+
+
+def _overlap(bounds: tuple[tuple[int, int], ...], piece: tuple[slice, ...]) -> list[tuple[int, int]] | None:
+    """Start and stop of what the two share, along the axes of ``piece``; None where they share nothing."""
+    spans = [(max(a, at.start), min(b, at.stop)) for (a, b), at in zip(bounds, piece, strict=False)]
+    return spans if all(a < b for a, b in spans) else None
+
+
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Start and stop along every axis."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _contains(bounds: tuple[tuple[int, int], ...], stack: tuple[int, ...]) -> bool:
-    return all(start <= i < stop for i, (start, stop) in zip(stack, bounds, strict=False))
 
 
 def _natural(name: str) -> list:

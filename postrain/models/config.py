@@ -124,7 +124,7 @@ class ModelConfig:
     attention_chunk: int = 128  # positions per block of the chunked back end
     lora: LoraConfig | None = None
     new_rows: NewRows | None = None
-    quantization: str = "none"  # of the frozen kernels: "none", "nf4", "int8", see postrain.models.quantized
+    quantization: str = "none"  # of a frozen base: "none", "nf4", "int8", see postrain.models.quantized
 
     @property
     def attention_scale(self) -> float:

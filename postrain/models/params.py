@@ -7,14 +7,16 @@ Legend: L layers, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, V' 
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.quantized import dequantize, is_quantized, quantize
+from postrain.models.quantized import as_array, is_quantized, quantize, quantize_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,26 +142,35 @@ def adapter_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def frozen_specs(config: ModelConfig) -> dict[str, Any]:
-    """``param_specs`` of a frozen base: the linear layers' kernels as ``config.quantization`` keeps them."""
+    """``param_specs`` of a frozen base: linear layers' kernels and embeddings as ``config.quantization`` keeps them."""
     specs = param_specs(config)
     if config.quantization == "none":
         return specs
     layers = dict(specs["layers"])
     for part in [part for part in PARTS if part in layers]:
         layers[part] = {
-            name: linear | {"kernel": _quantized_specs(linear["kernel"], config.quantization)}
+            name: linear | {"kernel": _packed_specs(linear["kernel"], config.quantization)}
             if name in LINEARS
             else linear
             for name, linear in layers[part].items()
         }
-    return specs | {"layers": layers}
+    tables = [name for name in ("embed", "unembed") if name in specs]
+    packed = {name: {"embedding": _packed_specs(specs[name]["embedding"], config.quantization)} for name in tables}
+    return specs | packed | {"layers": layers}
 
 
-def _quantized_specs(kernel: ParamSpec, kind: str) -> dict[str, ParamSpec]:
-    leaves = jax.eval_shape(lambda w: quantize(w, kind, stream_axis(kernel)), shapes_of({"": kernel})[""])
+def make_packer(spec: ParamSpec, kind: str) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """What quantises the array of a frozen kernel or embedding, or some of its matrices or rows."""
+    if "vocab" in spec.axes:
+        return quantize_rows
+    return functools.partial(quantize, kind=kind, axis=stream_axis(spec))
+
+
+def _packed_specs(spec: ParamSpec, kind: str) -> dict[str, ParamSpec]:
+    leaves = jax.eval_shape(make_packer(spec, kind), shapes_of({"": spec})[""])
 
     def describe(leaf) -> ParamSpec:
-        axes = tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, kernel.axes, strict=True))
+        axes = tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, spec.axes, strict=True))
         return ParamSpec(leaf.shape, axes, dtype=leaf.dtype.name)
 
     return {name: describe(leaf) for name, leaf in leaves.items()}
@@ -238,14 +249,10 @@ def _init_magnitudes(adapters: dict, params: dict) -> dict:
 def column_norms(p: dict, scale: float = 1.0) -> jax.Array:
     """Norm of each output channel of kernel + ``scale`` A B over its inputs, float32 [..., O]; a constant to AD."""
     p = jax.lax.stop_gradient(p)
-    kernel = _as_float32(p["kernel"])
+    kernel = as_array(p["kernel"], jnp.float32)
     if "lora_a" in p:
         kernel = kernel + scale * _product(p)
     return jnp.linalg.norm(kernel, axis=-2)
-
-
-def _as_float32(kernel) -> jax.Array:
-    return dequantize(kernel, jnp.float32) if is_quantized(kernel) else kernel.astype(jnp.float32)
 
 
 def _product(p: dict) -> jax.Array:
@@ -277,14 +284,16 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     if not isinstance(params, dict):
         return params
     if "new_rows" in params:
-        first, rows = config.new_rows.first, params["new_rows"].astype(params["embedding"].dtype)
-        return {"embedding": jax.lax.dynamic_update_slice_in_dim(params["embedding"], rows, first, axis=0)}
+        table = params["embedding"]
+        table = as_array(table, config.compute_dtype) if is_quantized(table) else table
+        rows = params["new_rows"].astype(table.dtype)
+        return {"embedding": jax.lax.dynamic_update_slice_in_dim(table, rows, config.new_rows.first, axis=0)}
     if "lora_a" not in params:
         return {key: merge_lora(value, config, dtype) for key, value in params.items()}
     assert config.lora is not None
     kernel, scale = params["kernel"], config.lora.scale_of(params["lora_a"])
     dtype = dtype or (config.compute_dtype if is_quantized(kernel) else kernel.dtype)
-    merged = _as_float32(kernel) + scale * _product(params)
+    merged = as_array(kernel, jnp.float32) + scale * _product(params)
     if "magnitude" in params:
         merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
     rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b", "magnitude")}

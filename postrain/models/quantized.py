@@ -1,4 +1,4 @@
-"""Frozen kernels in 4 or 8 bits, and matrix products with them.
+"""Frozen kernels in 4 or 8 bits, matrix products with them, and frozen embeddings in 8 bits.
 
 A quantised kernel is a dict of arrays in the place of the array [..., I, O]:
 
@@ -8,13 +8,16 @@ A quantised kernel is a dict of arrays in the place of the array [..., I, O]:
   4.125 bits a parameter and 8 bytes a column.
 - int8: ``int8`` times the float32 ``scale`` of its output channel, the channel's absolute maximum / 127.
 
+An embedding [V, D] is int8 beside kernels of either kind, each token with a ``scale`` [V, 1] of its own: 4 bits would
+show, and as the projection onto the vocabulary the tokens are its output channels.
+
 Blocks, bytes and columns of NF4 run along one axis, which the caller chooses: that of the residual stream, so that
 tensor parallelism, which splits the other one, cuts none of them.
 
 Nothing dequantised is kept: one layer's matrix (one expert's, where products are by blocks) exists while it is
 multiplied, and is made again for backward, which needs no gradient of it.
 
-Legend: N rows, I and O the sizes in and out.
+Legend: N rows, I and O the sizes in and out, V tokens, D the residual stream.
 """
 
 import functools
@@ -51,8 +54,7 @@ def quantize(kernel: jax.Array, kind: str, axis: int = -2) -> dict[str, jax.Arra
     """
     kernel = kernel.astype(jnp.float32)
     if kind == "int8":
-        scale = jnp.abs(kernel).max(-2, keepdims=True) / 127
-        return {"int8": jnp.round(kernel / _nonzero(scale)).astype(jnp.int8), "scale": scale}
+        return _scale_to_int8(kernel, -2)
     if kind != "nf4":
         raise ValueError(f"quantisation {kind!r} is none of {', '.join(KINDS)}")
     axis += kernel.ndim
@@ -72,6 +74,21 @@ def quantize(kernel: jax.Array, kind: str, axis: int = -2) -> dict[str, jax.Arra
         "absmax_low": low,
         "absmax_step": step,
     }
+
+
+def quantize_rows(table_VD: jax.Array) -> dict[str, jax.Array]:
+    """The int8 embedding of an array [V, D], from float32."""
+    return _scale_to_int8(table_VD.astype(jnp.float32), -1)
+
+
+def take_rows(table_VD, ids: jax.Array, dtype) -> jax.Array:
+    """Rows ``ids`` [...] of an embedding, quantised or not: [..., D] in ``dtype``."""
+    return as_array(jax.tree.map(lambda leaf: leaf[ids], table_VD), dtype)
+
+
+def as_array(kernel, dtype) -> jax.Array:
+    """A kernel or embedding, quantised or not, in ``dtype``."""
+    return dequantize(kernel, dtype) if is_quantized(kernel) else kernel.astype(dtype)
 
 
 def dequantize(kernel: dict[str, jax.Array], dtype) -> jax.Array:
@@ -120,6 +137,11 @@ def _quantized_dot_backward(kernel, grad):
 
 
 _quantized_dot.defvjp(lambda x, kernel: (_quantized_dot(x, kernel), kernel), _quantized_dot_backward)
+
+
+def _scale_to_int8(x: jax.Array, axis: int) -> dict[str, jax.Array]:
+    scale = jnp.abs(x).max(axis, keepdims=True) / 127
+    return {"int8": jnp.round(x / _nonzero(scale)).astype(jnp.int8), "scale": scale}
 
 
 def _blocked_axis(kernel) -> int:

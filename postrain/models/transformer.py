@@ -17,7 +17,7 @@ from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import column_norms, merge_lora
-from postrain.models.quantized import dequantize_params, dot
+from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain, splits_positions
 
@@ -121,8 +121,8 @@ def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding in the compute dtype, [..., D]."""
     # Whole rows on every device: a table that is split along D too would be gathered after the look-up,
     # which the partitioner can only do by replicating the batch.
-    table = constrain(params["embed"]["embedding"], ("vocab", "embed_act"))
-    x = table[tokens].astype(config.compute_dtype)
+    table = jax.tree.map(lambda leaf: constrain(leaf, ("vocab", "embed_act")), params["embed"]["embedding"])
+    x = take_rows(table, tokens, config.compute_dtype)
     if "new_rows" in params["embed"]:
         index = tokens - config.new_rows.first
         is_new = (index >= 0) & (index < config.new_rows.count)
@@ -195,10 +195,12 @@ def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, position
 def split_layers(params: dict, config: ModelConfig) -> dict:
     """``params`` with a tuple of L trees as ``layers``, adapters merged, for ``compute_hidden_cached`` to run in turn.
 
-    A copy of the layers, nothing in it quantised. Where XLA copies what a scan slices (CPU), a step of generation would
-    otherwise copy every weight; on accelerators the scan needs no second copy in memory.
+    A copy of the layers, and nothing is quantised any more. Where XLA copies what a scan slices (CPU), a step of
+    generation would otherwise copy every weight; on accelerators the scan needs no second copy in memory.
     """
-    return params | {"layers": tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))}
+    layers = tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))
+    rest = {name: dequantize_params(p, config.compute_dtype) for name, p in params.items() if name != "layers"}
+    return rest | {"layers": layers}
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -259,9 +261,10 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
 def unembedding(params: dict, config: ModelConfig) -> jax.Array:
     """The projection onto the vocabulary, [V', D]: the embedding itself where the two are tied."""
     p = params["embed" if config.tie_embeddings else "unembed"]
-    if "new_rows" not in p:
-        return p["embedding"]
     table, new = p["embedding"], config.new_rows
+    table = as_array(table, config.compute_dtype) if is_quantized(table) else table
+    if "new_rows" not in p:
+        return table
     # Padded and selected, not written in place: that is how the partitioner keeps the table split.
     after = table.shape[0] - new.first - new.count
     rows = jnp.pad(p["new_rows"].astype(table.dtype), ((new.first, after), (0, 0)))

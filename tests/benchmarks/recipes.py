@@ -1,6 +1,6 @@
 """`postrain plan` for every recipe of configs/models.py at its target, into docs/plan.md.
 
-    python tests/benchmarks/recipes.py --write [--only NAME ...]
+    python tests/benchmarks/recipes.py --write [--only NAME ...]    (the other lines stay)
 
 Compiles real steps of models of up to 70 billion parameters: minutes each, on any machine.
 """
@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from published_configs import write_published_config  # noqa: E402
 
 FILE = ROOT / "configs" / "models.py"
+PAGE = ROOT / "docs" / "plan.md"
 GIB = 2**30
 HEADER = (
     "| recipe | target | trains | rows x tokens | a device needs | of | bound of MFU | limited by |\n"
@@ -33,6 +35,11 @@ def load_recipes() -> dict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.RECIPES
+
+
+def read_table() -> dict[str, str]:
+    """Recipe -> its line in the page."""
+    return {match[1]: match[0] for match in re.finditer(r"^\| `([^`]+)` \|.*$", PAGE.read_text("utf-8"), re.MULTILINE)}
 
 
 def plan(name: str, recipe) -> dict:
@@ -61,16 +68,18 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the table into docs/plan.md")
     parser.add_argument("--only", nargs="+", help="these recipes")
     arguments = parser.parse_args()
-    recipes, lines, missed = load_recipes(), [], []
+    recipes, missed = load_recipes(), []
+    lines = {name: line for name, line in read_table().items() if name in recipes}
     for name in arguments.only or recipes:
         report = plan(name, recipes[name])
-        lines.append(describe(name, recipes[name], report))
-        print(lines[-1], flush=True)
+        lines[name] = describe(name, recipes[name], report)
+        print(lines[name], flush=True)
         if not report["fits"]:
             missed.append(name)
             print(json.dumps(report["advice"]), flush=True)
-    if arguments.write:
-        workloads.write_section(ROOT / "docs" / "plan.md", "recipes", "\n".join([HEADER, *lines]))
+        if arguments.write:
+            known = [lines[name] for name in recipes if name in lines]
+            workloads.write_section(PAGE, "recipes", "\n".join([HEADER, *known]))
     if missed:
         raise SystemExit(f"do not fit: {', '.join(missed)}")
 

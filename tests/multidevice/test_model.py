@@ -20,12 +20,11 @@ from postrain.models.params import (
     init_lora,
     init_params,
     lora_specs,
+    make_packer,
     merge_params,
     param_specs,
     shapes_of,
-    stream_axis,
 )
-from postrain.models.quantized import quantize
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
 from postrain.types import Batch
@@ -179,11 +178,12 @@ def make_quantized(kind):
     lora = LoraConfig(rank=4, ranks=(("q", 2),), dora=True)
     config = dataclasses.replace(CONFIG, quantization=kind, lora=lora, remat="full")
     base, specs = init_params(config, jax.random.key(0)), param_specs(config)
+    for name in ("embed", "unembed"):
+        base[name] = {"embedding": make_packer(specs[name]["embedding"], kind)(base[name]["embedding"])}
     for part in ("attention", "mlp"):
         for name, linear in base["layers"][part].items():
             if "kernel" in linear:
-                axis = stream_axis(specs["layers"][part][name]["kernel"])
-                linear["kernel"] = quantize(linear["kernel"], kind, axis)
+                linear["kernel"] = make_packer(specs["layers"][part][name]["kernel"], kind)(linear["kernel"])
     adapters = init_lora(config, jax.random.key(1), base)
     return config, base, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), adapters)
 

@@ -41,7 +41,9 @@ def test_learns_and_exports_the_quantised_base_with_its_adapters(inputs, run):
         a, b, c = (tree["layers"][part][name]["kernel"] for tree in (exported, base, source))
         assert np.abs(b - c).max() > 1e-3  # quantising does something
         assert trained != np.array_equal(a, b)
-    np.testing.assert_array_equal(exported["embed"]["embedding"], source["embed"]["embedding"])
+    table, original = exported["embed"]["embedding"], source["embed"]["embedding"]
+    np.testing.assert_array_equal(table, base["embed"]["embedding"])
+    assert (np.abs(table - original) <= 0.51 / 127 * np.abs(original).max(1, keepdims=True)).all()  # int8, by token
 
 
 def test_the_adapter_alone_is_exported_and_the_rest_cannot_change(inputs, run, tmp_path):
