@@ -219,12 +219,9 @@ def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts
     run(values, workdir, plan if plan and plan["process"] == index else None, counts if index == 0 else None)
 
 
-def describe(workdir: pathlib.Path, output: pathlib.Path, processes: int) -> None:
+def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     """Writes what a finished run left, by name, as hashes of bytes; to be forked."""
     import jax
-
-    if processes > 1:  # the checkpoint names their devices
-        jax.config.update("jax_num_cpu_devices", processes * DEVICES)
     from orbax.checkpoint import v1 as ocp
 
     from postrain.compute.checksums import verify_checksums
@@ -235,7 +232,10 @@ def describe(workdir: pathlib.Path, output: pathlib.Path, processes: int) -> Non
     newest = workdir / "checkpoints" / steps[-1]
     for step in steps:
         verify_checksums(workdir / "checkpoints" / step)
-    state = ocp.load_checkpointables(newest, {"state": None})["state"]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not those that it was saved from
+    saved = ocp.checkpointables_metadata(newest).metadata["state"]
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
+    state = ocp.load_checkpointables(newest, {"state": abstract})["state"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
@@ -283,7 +283,7 @@ class Trial:
 
     def describe(self) -> dict:
         output = self.folder.parent / "found.json"
-        if fork(functools.partial(describe, self.folder, output, self.processes), self.log):
+        if fork(functools.partial(describe, self.folder, output), self.log):
             raise SystemExit(f"{self.folder} cannot be read:\n{self.log.read_text()}")
         return json.loads(output.read_text())
 
