@@ -70,7 +70,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(prefix="full") as folder:
         folder = pathlib.Path(folder)
-        values, counts, expected = kills.make_reference(folder)
+        values, [counts], expected = kills.make_reference(folder)
         kinds = sorted(kind for kind in counts if kind.split()[0] in WRITES)
         for index, kind in enumerate(kinds[:: arguments.every]):
             trial = kills.Trial(folder / f"run{index}", values)

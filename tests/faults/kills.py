@@ -216,7 +216,8 @@ def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", processes, index)
-    run(values, workdir, plan if plan and plan["process"] == index else None, counts if index == 0 else None)
+    own = counts.with_name(f"{counts.name}.{index}") if counts else None
+    run(values, workdir, plan if plan and plan["process"] == index else None, own)
 
 
 def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
@@ -288,10 +289,12 @@ class Trial:
         return json.loads(output.read_text())
 
 
-def draw_plan(draw: random.Random, kinds: dict[str, int], processes: int) -> dict:
+def draw_plan(draw: random.Random, counts: list[dict[str, int]]) -> dict:
+    """``counts``: how often each process passes each kind of instant."""
+    process = draw.randrange(len(counts))
+    kinds = counts[process]
     kind = draw.choice(sorted(kinds))
     later = draw.choice((0.0, draw.uniform(0, LATER)))
-    process = draw.randrange(processes)
     return {"kind": kind, "number": draw.randint(1, kinds[kind]), "later": later, "process": process}
 
 
@@ -302,8 +305,8 @@ def compare(found: dict, expected: dict, where: str) -> None:
         raise SystemExit(f"{where} differs from a run that was not killed:\n{shown}")
 
 
-def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, dict[str, int], dict]:
-    """Config values of a run, how often it passes each kind of instant, and what it ends in, undisturbed."""
+def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, list[dict[str, int]], dict]:
+    """Config values of a run, how often each process passes each kind of instant, and what an undisturbed one leaves."""
     inputs, output, counts = folder / "inputs", folder / "values.json", folder / "counts.json"
     inputs.mkdir()
     fork(lambda: make_inputs(inputs), folder / "inputs.log")
@@ -315,7 +318,8 @@ def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, dict
     rollbacks = [line.get("train/rollbacks") for line in expected["metrics"]]
     if processes == 1 and rollbacks != [0.0] * 20 + [1.0] * (STEPS - 20):
         raise SystemExit(f"the run was not rolled back from step {SPIKE} to 20:\n{reference.log.read_text()}")
-    return reference.values, json.loads(counts.read_text()), expected
+    passed = [json.loads(path.read_text()) for path in sorted(folder.glob("counts.json*"))]
+    return reference.values, passed, expected
 
 
 def measure(kills: int, seed: int, folder: pathlib.Path, processes: int = 1) -> dict:
@@ -328,7 +332,7 @@ def measure(kills: int, seed: int, folder: pathlib.Path, processes: int = 1) -> 
         trial = Trial(folder / f"run{trials}", values, processes)
         trials += 1
         for _ in range(draw.randint(1, 12)):  # kills of this run, as long as it lasts
-            plan = draw_plan(draw, kinds, processes)
+            plan = draw_plan(draw, kinds)
             status = trial.start(plan)
             if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
                 done, _ = done + 1, hit.update([plan["kind"]])
@@ -342,9 +346,16 @@ def measure(kills: int, seed: int, folder: pathlib.Path, processes: int = 1) -> 
             raise SystemExit(f"seed {seed}, {trial.folder.name}: did not finish:\n{trial.log.read_text()}")
         compare(trial.describe(), expected, f"seed {seed}, {trial.folder.name} ({trial.log})")
         shutil.rmtree(trial.folder)
-        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / done:.2f} s a kill", flush=True)
+        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / max(done, 1):.2f} s a kill", flush=True)
     seconds = time.monotonic() - started
-    return {"kills": done, "runs": trials, "kinds": len(kinds), "met": len(hit), "seconds": seconds, "hit": hit}
+    return {
+        "kills": done,
+        "runs": trials,
+        "kinds": len(set().union(*kinds)),
+        "met": len(hit),
+        "seconds": seconds,
+        "hit": hit,
+    }
 
 
 def main() -> None:
