@@ -306,7 +306,7 @@ def compare(found: dict, expected: dict, where: str) -> None:
 
 
 def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, list[dict[str, int]], dict]:
-    """Config values of a run, how often each process passes each kind of instant, and what an undisturbed one leaves."""
+    """Config values of a run, how often each process passes each kind of instant, what it leaves undisturbed."""
     inputs, output, counts = folder / "inputs", folder / "values.json", folder / "counts.json"
     inputs.mkdir()
     fork(lambda: make_inputs(inputs), folder / "inputs.log")
