@@ -1,8 +1,9 @@
 """A thread that stops a run which hangs, and says where: what it was doing, and the stacks of all its threads.
 
 Better an exit that a launcher restarts on than a machine that is paid for and does nothing. A hang is named by its
-phase: "data", "step", "checkpoint", "evaluation", "export". With several processes one that has stopped keeps
-all others waiting in the collectives of the step: the one that hangs in another phase, or says nothing, is the culprit.
+phase: "data", "step", "checkpoint", "evaluation", "export", or "run", whatever else a recipe does. With several
+processes one that has stopped keeps all others waiting in the collectives of the step: the one that hangs in another
+phase, or says nothing, is the culprit.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ class Phase(NamedTuple):
 
 
 class Watchdog:
-    """``with Watchdog(...) as watch:`` and in it ``with watch.phase("data"): ...``; only phases are watched.
+    """``with Watchdog(...) as watch:``, and in it ``with watch.phase("data"): ...``.
 
     ``timeout``: seconds without progress, 0: never. Time in which this process did not run (stopped by a signal, or the
     machine asleep) does not count. ``process``, ``processes``: of the run.
@@ -34,7 +35,7 @@ class Watchdog:
     def __init__(self, workdir: pathlib.Path, timeout: float, *, process: int = 0, processes: int = 1):
         self._timeout, self._process, self._processes = timeout, process, processes
         self._file = workdir / (f"hang.{process}.txt" if processes > 1 else "hang.txt")
-        self._phase: Phase | None = None
+        self._phase = Phase("run", watches_cpu=True)
         self._progress, self._end = 0, threading.Event()  # a count: reading it needs no lock
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.step = 0  # the loop's, for the message
@@ -68,8 +69,8 @@ class Watchdog:
             passed, used = time.monotonic() - now, time.process_time() - cpu
             now, cpu = now + passed, cpu + used
             phase, progress = self._phase, self._progress
-            works = phase is not None and phase.watches_cpu and used > 0.05 * passed
-            idle = 0.0 if phase is None or works or progress != seen else idle + min(passed, 2 * tick)
+            works = phase.watches_cpu and used > 0.02 * passed
+            idle = 0.0 if works or progress != seen else idle + min(passed, 2 * tick)
             seen = progress
             if idle >= self._timeout:
                 self._stop(phase.name, idle)

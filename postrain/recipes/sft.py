@@ -160,7 +160,8 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
                 arrays = next(batches)
             waited += time.perf_counter() - asked
             row_ids, after = arrays.pop("row_ids"), batches.get_state() if guard.rolls_back else None
-            state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
+            with watch.phase("step", watches_cpu=False):
+                state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             stats += count_batch(arrays, model.config)
 
             line, owed, last = {}, None, step == total_steps

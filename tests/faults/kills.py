@@ -2,6 +2,7 @@
 
     python tests/faults/kills.py --kills=30              # one process a run
     python tests/faults/kills.py --kills=1000 --write    # and writes the figures into docs/reliability.md
+    python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
 
 An instant to be killed at is drawn from those that an undisturbed run passes: each file that Python opens to write,
 each rename, removal, new folder and fsync in the workdir, and each batch of the data worker, update, line of a tracker,
@@ -14,6 +15,8 @@ This process imports what a run needs, starts no backend of JAX, and forks each 
 
 import argparse
 import collections
+import errno
+import functools
 import hashlib
 import importlib
 import json
@@ -23,6 +26,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -39,7 +43,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 LATER = 0.03  # seconds after an instant
 STEPS, SPIKE = 28, 23  # updates of a run; the one that is rolled back
-LIMIT = 300  # seconds that a run may take
+DEVICES = 4  # of each of several processes
+LIMIT = 600  # seconds that a run may take
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
     "data worker": ("postrain.data.pipeline", "_assemble_batch"),
@@ -57,8 +62,10 @@ class Instants:
     """Counts the instants that this process passes, by kind, and kills it at one of them."""
 
     def __init__(self, workdir: pathlib.Path, plan: dict | None):
-        """``plan``: {"kind", "number", "later": seconds}, None: only count."""
-        self.counts, self._plan, self._root = collections.Counter(), plan, f"{workdir}/"
+        """``plan``: {"kind", "number", "later": seconds}, None: only count; with "errno" the process is not killed, but
+        from then on nothing can be written in the workdir.
+        """
+        self.counts, self._plan, self._root, self._broken = collections.Counter(), plan, f"{workdir}/", False
         sys.addaudithook(self._audit)
         for kind, (module, name) in CALLS.items():
             owner = importlib.import_module(module)
@@ -93,12 +100,16 @@ class Instants:
         if path.startswith(self._root):
             name = re.sub(r"[0-9a-f]{32}|events\.out.*|\d+", "N", path.removeprefix(self._root))
             self.pass_by(f"{what} {name}")
+            if self._broken and (what in ("open", "mkdir", "fsync") or self._plan["errno"] == errno.EROFS):
+                raise OSError(self._plan["errno"], os.strerror(self._plan["errno"]), path)
 
     def pass_by(self, kind: str) -> None:
         self.counts[kind] += 1
         plan = self._plan
         if plan and (kind, self.counts[kind]) == (plan["kind"], plan["number"]):
-            if plan["later"]:
+            if "errno" in plan:
+                self._broken = True
+            elif plan["later"]:
                 threading.Thread(target=lambda: (time.sleep(plan["later"]), kill()), daemon=True).start()
             else:
                 kill()
@@ -108,8 +119,37 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(work, log: pathlib.Path) -> int:
-    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status."""
+def fork(work, log: pathlib.Path, processes: int = 1) -> int:
+    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status.
+
+    With ``processes`` it is ``work(index, port)`` in each; once one of them fails, the others are killed, as launchers
+    do, and its status is returned.
+    """
+    if processes == 1:
+        children = [start(work, log)]
+    else:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        children = [start(functools.partial(work, index, port), log) for index in range(processes)]
+    deadline, failed = time.monotonic() + LIMIT, 0
+    while children and not failed and time.monotonic() < deadline:
+        for child in list(children):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                children.remove(child)
+                failed = failed or status
+        time.sleep(0.005)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if children and not failed:
+        raise SystemExit(f"a run takes longer than {LIMIT} s:\n{log.read_text()}")
+    return failed
+
+
+def start(work, log: pathlib.Path) -> int:
+    """Starts ``work`` in a process of its own; returns its id."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -120,26 +160,20 @@ def fork(work, log: pathlib.Path) -> int:
             os.dup2(output, 2)
             work()
             code = 0
+        except SystemExit as stopped:
+            code = stopped.code
         except BaseException:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)
-    deadline = time.monotonic() + LIMIT
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise SystemExit(f"a run takes longer than {LIMIT} s:\n{log.read_text()}")
+    return child
 
 
-def make_values(inputs: pathlib.Path) -> dict:
+def make_values(inputs: pathlib.Path, processes: int = 1) -> dict:
     import sft_runs
 
-    return sft_runs.make_values(
+    values = sft_runs.make_values(
         inputs,
         model={"lora": {"rank": 0}},
         data={"sequence_length": 64, "shuffle": False, "packing": "none"},
@@ -149,6 +183,11 @@ def make_values(inputs: pathlib.Path) -> dict:
         checkpoint={"every": 4},
         trackers={"tensorboard": True},
     )
+    if processes > 1:  # a row a device; the odd row is one of many there, and no spike
+        values["data"]["batch_size"] = values["eval"]["batch_size"] = processes * DEVICES
+        values["train"] = {"steps": 8}
+        values["eval"]["every"], values["checkpoint"]["every"] = 4, 2
+    return values
 
 
 def make_inputs(folder: pathlib.Path) -> None:
@@ -165,11 +204,20 @@ def make_inputs(folder: pathlib.Path) -> None:
 def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.Path | None = None) -> None:
     """One start of a training run, to be forked."""
     instants = Instants(workdir, plan)
-    from postrain import recipes
-
-    recipes.train(values, workdir)
+    importlib.import_module("postrain.recipes").train(values, workdir)
     if counts:
         counts.write_text(json.dumps(instants.counts))
+
+
+def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts, index: int, port: int) -> None:
+    """``run`` as process ``index`` of several, of which the plan names the one that is killed."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", processes, index)
+    own = counts.with_name(f"{counts.name}.{index}") if counts else None
+    run(values, workdir, plan if plan and plan["process"] == index else None, own)
 
 
 def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
@@ -185,7 +233,10 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     newest = workdir / "checkpoints" / steps[-1]
     for step in steps:
         verify_checksums(workdir / "checkpoints" / step)
-    state = ocp.load_checkpointables(newest, {"state": None})["state"]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not those that it was saved from
+    saved = ocp.checkpointables_metadata(newest).metadata["state"]
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
+    state = ocp.load_checkpointables(newest, {"state": abstract})["state"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
@@ -219,26 +270,32 @@ def warm_up() -> None:
 class Trial:
     """A workdir whose run is killed again and again, until it has come to its end."""
 
-    def __init__(self, folder: pathlib.Path, values: dict, kinds: dict[str, int]):
-        self.folder, self.values, self.kinds = folder, values, kinds
+    def __init__(self, folder: pathlib.Path, values: dict, processes: int = 1):
+        self.folder, self.values, self.processes = folder, values, processes
         self.log = folder.parent / f"{folder.name}.log"
 
-    def start(self, plan: dict | None) -> int:
+    def start(self, plan: dict | None, counts: pathlib.Path | None = None) -> int:
         with self.log.open("a") as log:
             log.write(f"\n--- {plan}\n")
-        return fork(lambda: run(self.values, self.folder, plan), self.log)
+        if self.processes == 1:
+            return fork(lambda: run(self.values, self.folder, plan, counts), self.log)
+        work = functools.partial(run_one_of, self.processes, self.values, self.folder, plan, counts)
+        return fork(work, self.log, self.processes)
 
     def describe(self) -> dict:
         output = self.folder.parent / "found.json"
-        if fork(lambda: describe(self.folder, output), self.log):
+        if fork(functools.partial(describe, self.folder, output), self.log):
             raise SystemExit(f"{self.folder} cannot be read:\n{self.log.read_text()}")
         return json.loads(output.read_text())
 
 
-def draw_plan(draw: random.Random, kinds: dict[str, int]) -> dict:
+def draw_plan(draw: random.Random, counts: list[dict[str, int]]) -> dict:
+    """``counts``: how often each process passes each kind of instant."""
+    process = draw.randrange(len(counts))
+    kinds = counts[process]
     kind = draw.choice(sorted(kinds))
     later = draw.choice((0.0, draw.uniform(0, LATER)))
-    return {"kind": kind, "number": draw.randint(1, kinds[kind]), "later": later}
+    return {"kind": kind, "number": draw.randint(1, kinds[kind]), "later": later, "process": process}
 
 
 def compare(found: dict, expected: dict, where: str) -> None:
@@ -248,24 +305,31 @@ def compare(found: dict, expected: dict, where: str) -> None:
         raise SystemExit(f"{where} differs from a run that was not killed:\n{shown}")
 
 
-def measure(kills: int, seed: int, folder: pathlib.Path) -> dict:
-    """Kills runs ``kills`` times; raises SystemExit at the first that does not end in the bytes of an unkilled one."""
-    warm_up()
-    inputs = folder / "inputs"
+def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, list[dict[str, int]], dict]:
+    """Config values of a run, how often each process passes each kind of instant, what it leaves undisturbed."""
+    inputs, output, counts = folder / "inputs", folder / "values.json", folder / "counts.json"
     inputs.mkdir()
     fork(lambda: make_inputs(inputs), folder / "inputs.log")
-    output = folder / "values.json"
-    fork(lambda: output.write_text(json.dumps(make_values(inputs))), folder / "inputs.log")
-    values, draw, counts = json.loads(output.read_text()), random.Random(seed), folder / "counts.json"
-    reference = Trial(folder / "reference", values, {})
-    if fork(lambda: run(values, reference.folder, None, counts), reference.log):
+    fork(lambda: output.write_text(json.dumps(make_values(inputs, processes))), folder / "inputs.log")
+    reference = Trial(folder / "reference", json.loads(output.read_text()), processes)
+    if reference.start(None, counts):
         raise SystemExit(reference.log.read_text())
-    kinds, expected = json.loads(counts.read_text()), reference.describe()
-    if [line["train/rollbacks"] for line in expected["metrics"]] != [0.0] * 20 + [1.0] * (STEPS - 20):
+    expected = reference.describe()
+    rollbacks = [line.get("train/rollbacks") for line in expected["metrics"]]
+    if processes == 1 and rollbacks != [0.0] * 20 + [1.0] * (STEPS - 20):
         raise SystemExit(f"the run was not rolled back from step {SPIKE} to 20:\n{reference.log.read_text()}")
+    passed = [json.loads(path.read_text()) for path in sorted(folder.glob("counts.json*"))]
+    return reference.values, passed, expected
+
+
+def measure(kills: int, seed: int, folder: pathlib.Path, processes: int = 1) -> dict:
+    """Kills runs ``kills`` times; raises SystemExit at the first that does not end in the bytes of an unkilled one."""
+    warm_up()
+    draw = random.Random(seed)
+    values, kinds, expected = make_reference(folder, processes)
     started, done, hit, trials = time.monotonic(), 0, collections.Counter(), 0
     while done < kills:
-        trial = Trial(folder / f"run{trials}", values, kinds)
+        trial = Trial(folder / f"run{trials}", values, processes)
         trials += 1
         for _ in range(draw.randint(1, 12)):  # kills of this run, as long as it lasts
             plan = draw_plan(draw, kinds)
@@ -282,22 +346,30 @@ def measure(kills: int, seed: int, folder: pathlib.Path) -> dict:
             raise SystemExit(f"seed {seed}, {trial.folder.name}: did not finish:\n{trial.log.read_text()}")
         compare(trial.describe(), expected, f"seed {seed}, {trial.folder.name} ({trial.log})")
         shutil.rmtree(trial.folder)
-        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / done:.2f} s a kill", flush=True)
+        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / max(done, 1):.2f} s a kill", flush=True)
     seconds = time.monotonic() - started
-    return {"kills": done, "runs": trials, "kinds": len(kinds), "met": len(hit), "seconds": seconds, "hit": hit}
+    return {
+        "kills": done,
+        "runs": trials,
+        "kinds": len(set().union(*kinds)),
+        "met": len(hit),
+        "seconds": seconds,
+        "hit": hit,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help=f"2: of a run, with {DEVICES} devices each")
     parser.add_argument("--write", action="store_true", help=f"write the figures into {PAGE.name}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
-        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder))
+        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), arguments.processes)
     print(json.dumps(found, indent=2))
     if arguments.write:
-        importlib.import_module("workloads").write_section(PAGE, "kills", format_figures(found))
+        importlib.import_module("workloads").write_section(PAGE, f"kills_{arguments.processes}", format_figures(found))
 
 
 def format_figures(found: dict) -> str:
