@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from postrain.compute import distributed
+
 EXIT_CODE = 124  # as `timeout` has it
 _TO_WRITE = 10.0  # seconds for hang.txt: the disk may be what hangs
 
@@ -89,6 +91,8 @@ class Watchdog:
         writer = threading.Thread(target=self._write, args=(text,), daemon=True)
         writer.start()
         writer.join(_TO_WRITE)
+        if processes := distributed.current():
+            processes.channel.fail(f"hung in phase '{phase}', step {self.step}", EXIT_CODE)
         os._exit(EXIT_CODE)
 
     def _write(self, text: str) -> None:
