@@ -11,7 +11,6 @@ and a folder that has changed since is refused.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -21,12 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from postrain.compute.checksums import sync_folder, verify_checksums, write_checksums
 from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
+from postrain.compute.distributed import gather
 from postrain.config import CheckpointConfig
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
@@ -167,7 +165,7 @@ class Checkpointer:
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, perhaps
                 run = json.loads((self._folder / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
                 value = run["metrics"].get(self._config.metric)
                 if value is not None and math.isfinite(value):
@@ -196,16 +194,10 @@ class Checkpointer:
             raise self._failure
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._agree(pending.exception(), self._fail)
-
-    def _agree(self, error: BaseException | None, fail: Callable[[BaseException], Any]) -> bool:
-        """Calls ``fail`` in every process with its own error, or with that of another; True when none has one."""
-        others = _gather(describe_cause(error) if error else "")
-        if error is None and any(others):
-            error = Damaged(next(filter(None, others)))
-        if error is not None:
-            fail(error)
-        return error is None
+            error = pending.exception()
+            others = gather(describe_cause(error) if error else "")
+            if error is not None or any(others):
+                self._fail(error or Damaged(next(filter(None, others))))
 
     def _fail(self, error: BaseException) -> None:
         if self._lead:
@@ -256,30 +248,26 @@ class Checkpointer:
         """
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
+        candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
         for candidate in candidates:
             where = self._folder / str(candidate)
-            if not self._agree(_catch(self._verify, where), functools.partial(self._set_aside, candidate)):
+            _, error = _catch(self._verify, where)
+            if not self._is_good(candidate, error):
                 continue
-            try:
-                run = self._load(where, {"run": None})["run"]
-                with self._context:
-                    saved = _shapes(ocp.checkpointables_metadata(where).metadata["state"])
-                if not saved:
-                    raise Damaged("its list of arrays is damaged")
-            except Exception as error:  # Orbax has no one type for a torn folder
-                self._set_aside(candidate, error)
+            found, error = _catch(self._read_run, where)
+            if not self._is_good(candidate, error):
                 continue
+            run, saved = found
             if fingerprint is not None:
                 changes = compare_fingerprints(run["fingerprint"], fingerprint)
                 _refuse(f"{where}: the data pipeline", changes, "another workdir")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
-            try:
-                state = self._load(where, {"state": abstract})["state"]
-            except Exception as error:
-                self._set_aside(candidate, error)
+            found, error = _catch(self._load, where, {"state": abstract})
+            if not self._is_good(candidate, error):
                 continue
+            state = found["state"]
             told = [field.name for field in dataclasses.fields(Restored) if field.name not in ("step", "state")]
             if self._lead and not self._read_only and step is None:
                 self._delete_old()  # which a kill may have kept the save from
@@ -297,23 +285,42 @@ class Checkpointer:
     def _verify(self, folder: pathlib.Path) -> None:
         verify_checksums(folder, share=(jax.process_index(), jax.process_count()))
 
+    def _read_run(self, folder: pathlib.Path) -> tuple[dict, dict]:
+        """What is saved beside the state, and the shapes of the state."""
+        run = self._load(folder, {"run": None})["run"]
+        with self._context:
+            saved = _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
+        if not saved:
+            raise Damaged("its list of arrays is damaged")
+        return run, saved
+
     def _load(self, folder: pathlib.Path, items: dict) -> dict:
         with self._context:
             return ocp.load_checkpointables(folder, items)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _is_good(self, step: int, error: Exception | None) -> bool:
+        """Whether no process has met an error in this checkpoint. If one has, all of them go by one judgement of it,
+        made before anything is moved: it is set aside, or where it may be whole UserError is raised."""
+        own = error and [describe_cause(error), is_damaged(self._folder / str(step), error), is_out_of_memory(error)]
+        found = [judged for judged in gather(own) if judged]
+        if found:
+            self._set_aside(step, *min(found, key=lambda judged: judged[1]), error)
+            gather(None)  # it has been renamed
+        return not found
+
+    def _set_aside(self, step: int, cause: str, damaged: bool, out_of_memory: bool, error: Exception | None) -> None:
         """Rename a damaged checkpoint, so that the run can save that step again; nothing is ever deleted.
 
         Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
         """
-        path, cause = self._folder / str(step), describe_cause(error)
+        path = self._folder / str(step)
         if self._read_only and not path.exists():
             raise UserError(
                 f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
                 f"{self.steps()}, or have it keep more (checkpoint.keep)"
             ) from error
-        if not is_damaged(path, error):
-            advice = "free some memory" if is_out_of_memory(error) else "see to the disk and its permissions"
+        if not damaged:
+            advice = "free some memory" if out_of_memory else "see to the disk and its permissions"
             message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"
             raise UserError(message) from error
         if self._read_only:
@@ -350,21 +357,12 @@ class Checkpointer:
                 self._report(str(failure))
 
 
-def _catch(call: Callable, *arguments) -> Exception | None:
-    """What ``call`` raised."""
+def _catch(call: Callable, *arguments) -> tuple[Any, Exception | None]:
+    """What ``call`` gave, and what it raised: Orbax has no one type for a torn folder."""
     try:
-        call(*arguments)
+        return call(*arguments), None
     except Exception as error:
-        return error
-    return None
-
-
-def _gather(text: str) -> list[str]:
-    """The text of every process, in every process."""
-    if jax.process_count() == 1:
-        return [text]
-    padded = np.frombuffer(text.encode()[:1000].ljust(1000), np.uint8)
-    return [bytes(row).decode(errors="replace").rstrip() for row in multihost_utils.process_allgather(padded)]
+        return None, error
 
 
 def _place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

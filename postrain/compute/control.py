@@ -140,6 +140,8 @@ class Hub:
                 values = self._values.setdefault(name, {})
                 values[process] = message["value"]
                 complete = len(values) == self._count
+                if complete:
+                    del self._values[name]
                 self._finished |= complete and name == "leave"
             if complete:
                 self._tell({"gathered": name, "values": [values[i] for i in range(self._count)]})

@@ -8,6 +8,8 @@ One process alone meets nobody, and everything here leaves it as it is.
 
 import contextlib
 import datetime
+import faulthandler
+import json
 import os
 import pathlib
 import socket
@@ -22,6 +24,7 @@ from postrain.compute.control import Channel, Failure, Hub
 from postrain.errors import UserError
 
 LOGS = "logs"  # in the workdir
+HANG = 124  # exit code after a hang, as `timeout` has it
 _HEARTBEAT_SECONDS = 3600  # the channel knows earlier, and why
 _SHUTDOWN_SECONDS = 30
 # What fails because another process has ended is told after that one's end is known, which comes by another way.
@@ -92,6 +95,8 @@ class Processes:
         with self._ending:
             _flush()
             print(f"error: {failure}", file=sys.stderr)
+            if failure.code == HANG:  # this process may be the one for which that one waited
+                faulthandler.dump_traceback(sys.stderr)
             if failure.process == 0 and self._terminal is not sys.stderr:  # whose terminal shows nothing more
                 print(f"error: {failure}", file=self._terminal, flush=True)
             _exit(failure.code)
@@ -181,7 +186,19 @@ def meet() -> None:
 
 def gather(value: Any) -> list[Any]:
     """The JSON-able ``value`` of every process, in their order. To be called by all of them at the same point."""
-    return [value] if _current is None else _current.channel.gather(value)
+    if _current is not None:
+        return _current.channel.gather(value)
+    import jax
+
+    if jax.process_count() == 1:
+        return [value]
+    import numpy as np  # processes that were started by their own call of jax.distributed
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
 def _flush() -> None:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from postrain.compute import distributed
 
-EXIT_CODE = 124  # as `timeout` has it
 _TO_WRITE = 10.0  # seconds for hang.txt: the disk may be what hangs
 
 
@@ -83,7 +82,7 @@ class Watchdog:
             others = f" Process {self._process} of {self._processes}: one that has stopped keeps all others waiting."
         text = (
             f"error: no progress for {idle:.0f} s (train.hang_timeout) in phase '{phase}', step {self.step}.{others} "
-            f"The stacks of all threads are below and in {self._file}; stopping with code {EXIT_CODE}.\n"
+            f"The stacks of all threads are below and in {self._file}; stopping with code {distributed.HANG}.\n"
         )
         sys.__stderr__.write(text)
         sys.__stderr__.flush()
@@ -92,8 +91,8 @@ class Watchdog:
         writer.start()
         writer.join(_TO_WRITE)
         if processes := distributed.current():
-            processes.channel.fail(f"hung in phase '{phase}', step {self.step}", EXIT_CODE)
-        os._exit(EXIT_CODE)
+            processes.channel.fail(f"hung in phase '{phase}', step {self.step}", distributed.HANG)
+        os._exit(distributed.HANG)
 
     def _write(self, text: str) -> None:
         with self._file.open("w", encoding="utf-8") as file:

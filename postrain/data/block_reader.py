@@ -1,12 +1,12 @@
 """A lane's share of a source that is read while training goes on, block by block.
 
 Epoch e: the source's blocks in a seeded order, dealt to the lanes in turn, so that each block is read once by one
-lane. Where there are fewer blocks than lanes, a block is shared: of its rows each lane keeps every n-th.
+lane. A source that is small, or has fewer blocks than there are lanes, is shared row by row: every lane reads all of
+it and keeps every n-th row.
 """
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +22,8 @@ from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
 
 _LEAST_BLOCKS = 16  # of a lane, where files can be divided: with fewer, some lanes would have much more than others
+_SHARED_BYTES = 64 << 20  # of a source so small that every lane reads all of it, and keeps its share of the rows
+_EMPTY_EPOCHS = 3  # in a row without a document: a lane with such a share of a source has none of it
 _LEAST_ROWS = 1000  # data.max_bad_fraction is of so many rows at first
 
 
@@ -52,6 +54,8 @@ def open_block_source(source: SourceConfig, config: DataConfig) -> BlockSource:
     files = list_files(source.path, options)
     enough = sum(file.bytes for file in files) // (_LEAST_BLOCKS * stream.lanes)
     blocks = list_blocks(files, max(min(stream.block_mebibytes << 20, enough), 1 << 16), options)
+    if not blocks:
+        raise UserError(f"{source.path} has no rows: its {len(files)} files are empty")
     name = source.name or files[0].url.rstrip("/").rpartition("/")[2].partition(".")[0]
     kind = source.kind if source.kind != "auto" else _find_kind(name, source.path, blocks, options)
     return BlockSource(name, kind, files, blocks, source.max_epochs, options)
@@ -85,70 +89,91 @@ class BlockReader:
         rejected: RejectedLog | None = None,
     ):
         self._source, self._index, self._tokenizer, self._config = source, index, tokenizer, config
-        self._lane = lane
+        self._lane, self._lanes = lane, config.stream.lanes
         self._policy = RowPolicy(SourceReport(source.name), config, least_rows=_LEAST_ROWS, rejected=rejected)
-        self.seek({"epoch": 0, "block": 0, "row": 0})
+        self._uncounted = RowPolicy(SourceReport(source.name), config)
+        self.seek({"epoch": 0, "block": 0, "row": 0, "rows": 0, "bad": 0})
 
     @property
     def report(self) -> SourceReport:
-        """What became of the rows read so far."""
+        """What became of the rows of this lane's first epoch, as far as they were read."""
         return self._policy.report
 
     def seek(self, position: dict[str, int]) -> None:
         self.position = dict(position)
         self._ready: collections.deque[tuple[dict, Any, list[Rendered]]] = collections.deque()
-        self._rows = self._read(**position)
+        self._rows = self._read(position["epoch"], position["block"], position["row"])
+        # The share of bad rows is judged after a resume as without one.
+        self.report.rows, self.report.skipped = position["rows"], position["bad"]
+        self._whole, self._kept, self._empty = position["row"] == position["block"] == 0, False, 0
 
     def draw(self) -> tuple[Any, list[Rendered]] | None:
         while not self._ready:
-            rows = list(itertools.islice(self._rows, BATCH))
-            if not rows:
+            if not self._read_some():
                 return None
-            self._policy.report.rows += len(rows)
-            for (place, key, _), documents in zip(rows, self._render([row for *_, row in rows]), strict=True):
-                if kept := self._policy.keep(documents):
-                    self._ready.append((place, key, kept))
         self.position, key, documents = self._ready.popleft()
         return key, documents
+
+    def _read_some(self) -> bool:
+        """Renders the next rows of an epoch. Whether there may be more: not after some epochs without a document."""
+        rows, ended = [], False
+        for row in self._rows:
+            ended = row is None
+            rows += [] if ended else [row]
+            if ended or len(rows) == BATCH:
+                break
+        for (place, key, _), documents in zip(rows, self._render([row for *_, row in rows]), strict=True):
+            kept = self._keep(documents, first_epoch=place["epoch"] == 0)
+            if kept:
+                counts = {"rows": self.report.rows, "bad": self.report.skipped}
+                self._ready.append((place | counts, key, kept))
+                self._kept = True
+        if ended:
+            self._empty = 0 if self._kept or not self._whole else self._empty + 1
+            self._whole, self._kept = True, False
+        return bool(rows or ended) and self._empty < _EMPTY_EPOCHS
+
+    def _keep(self, documents: list[Rendered] | BadRow, first_epoch: bool) -> list[Rendered]:
+        """As the policy says; counted in the first epoch, after which the rows are known."""
+        if not first_epoch:
+            return [] if isinstance(documents, BadRow) else self._uncounted.keep(documents)
+        self.report.rows += 1
+        return self._policy.keep(documents)
 
     def fetch(self, keys: Sequence[tuple[int, int]]) -> list[list[Rendered]]:
         wanted: dict[int, set[int]] = {}
         for block, row in keys:
             wanted.setdefault(block, set()).add(row)
         found = {}
-        policy = RowPolicy(SourceReport(""), self._config, least_rows=_LEAST_ROWS)  # these rows were counted before
         for block, rows in wanted.items():
             examples = self._examples(block)
             parsed = {i: row for i, row in zip(range(max(rows) + 1), examples, strict=False) if i in rows}
             for i, documents in zip(parsed, self._render(list(parsed.values())), strict=True):
-                found[block, i] = policy.keep(documents)
+                found[block, i] = self._uncounted.keep(documents)
         return [found[tuple(key)] for key in keys]
 
-    def _read(self, epoch: int, block: int, row: int) -> Iterator[tuple[dict, tuple[int, int], Example | BadRow]]:
-        """Rows from a position on, each with the position after it and its key."""
+    def _read(
+        self, epoch: int, block: int, row: int
+    ) -> Iterator[tuple[dict, tuple[int, int], Example | BadRow] | None]:
+        """Rows from a position on, each with the position after it and its key; None at the end of every epoch."""
         limit = self._source.max_epochs
         while not limit or epoch < limit:
-            blocks, step, offset = self._share(epoch)
-            empty = block == 0 and row == 0
+            blocks, shared = self._share(epoch)
             for ordinal in range(block, len(blocks)):
                 for i, example in enumerate(self._examples(blocks[ordinal])):
-                    if i < row or i % step != offset:
+                    if i < row or (shared and (i + blocks[ordinal]) % self._lanes != self._lane):
                         continue
-                    empty = False
                     yield {"epoch": epoch, "block": ordinal, "row": i + 1}, (blocks[ordinal], i), example
                 row = 0
-            if empty:
-                return
+            yield None
             epoch, block = epoch + 1, 0
 
-    def _share(self, epoch: int) -> tuple[list[int], int, int]:
-        """This lane's blocks in an epoch, and of their rows i those with i % step == offset."""
-        count, lanes = len(self._source.blocks), self._config.stream.lanes
-        if count < lanes:
-            block = self._lane % count
-            return [block], len(range(block, lanes, count)), self._lane // count
+    def _share(self, epoch: int) -> tuple[list[int], bool]:
+        """This lane's blocks in an epoch, and whether it shares them with all lanes, row by row."""
+        count = len(self._source.blocks)
         order = permutation(count, (self._config.seed, epoch, self._index, 2)) if self._config.shuffle else range(count)
-        return [int(block) for block in order[self._lane :: lanes]], 1, 0
+        shared = count < self._lanes or self._source.bytes < _SHARED_BYTES
+        return [int(block) for block in (order if shared else order[self._lane :: self._lanes])], shared
 
     def _examples(self, block: int) -> Iterator[Example | BadRow]:
         rows = read_block(self._source.blocks[block], self._source.name, self._source.options)

@@ -58,7 +58,8 @@ def _describe_mixture(config: DataConfig) -> dict:
         "temperature": config.mixture.temperature,
         "by": config.mixture.by,
     }
-    described = {f"mixture.{key}": value for key, value in mixture.items()} if has_mixture(config) else {}
+    used = config.streaming or has_mixture(config)
+    described = {f"mixture.{key}": value for key, value in mixture.items()} if used else {}
     if config.streaming:
         described |= {"stream.lanes": config.stream.lanes, "stream.block_mebibytes": config.stream.block_mebibytes}
     return described
@@ -104,6 +105,8 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
         return [f"sources: were {', '.join(was)}; are {', '.join(now)}"]
     changes = []
     for before, after in zip(old, new, strict=True):
+        if before.get("kind") != after.get("kind"):
+            changes.append(f"source {before['name']!r}: kind was {before.get('kind')}, is {after.get('kind')}")
         files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
         where = f"source {before['name']!r}: file"
         changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]

@@ -84,7 +84,7 @@ class Lane:
         self._first_row = 0  # of the window, in the stream of this lane
         self._drawn = [0.0] * len(readers)  # in this phase
         self._phase = 0
-        self.totals = [[0, 0] for _ in readers]  # documents and tokens drawn of each source, in all phases
+        self._totals = [[0, 0] for _ in readers]  # documents and tokens given of each source
         self._carry: list[Drawn] = []
         self._rows: list[list[Drawn]] = []
         self._given = 0
@@ -98,12 +98,15 @@ class Lane:
                 self._next_window()
             piece = self._rows[self._given : self._given + count - len(rows)]
             rows += [[drawn.document for drawn in row] for row in piece]
+            for drawn in (drawn for row in piece for drawn in row):
+                self._totals[drawn.source][0] += 1
+                self._totals[drawn.source][1] += len(drawn.document.tokens)
             self._given += len(piece)
         return rows
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last row that was given, JSON-able; {} before the first."""
-        return self._start and self._start | {"given": self._given}
+        return self._start and self._start | {"given": self._given, "totals": [list(total) for total in self._totals]}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken, with the same rows."""
@@ -113,7 +116,7 @@ class Lane:
             reader.seek(position)
         self._number, self._first_row = state["window"] - 1, state["first_row"]
         self._drawn, self._phase = list(state["drawn"]), state["phase"]
-        self.totals = [list(total) for total in state["totals"]]
+        self._totals = [list(total) for total in state["totals"]]
         self._carry = self._fetch(state["carry"])
         self._rows = []
         self._next_window()
@@ -127,7 +130,6 @@ class Lane:
             "first_row": self._first_row,
             "positions": [reader.position for reader in self._readers],
             "drawn": list(self._drawn),
-            "totals": [list(total) for total in self.totals],
             "phase": self._phase,
             "carry": [[drawn.source, drawn.key, drawn.part] for drawn in self._carry],
         }
@@ -137,14 +139,14 @@ class Lane:
             for drawn in self._carry:
                 self._drawn[drawn.source] += self._amount(drawn)
         documents, is_last = self._draw_window()
-        lengths = np.array([drawn.slots for drawn in documents], np.int64)
+        rows_left = self._rows_of_phase()
         config = self._config
-        rows, left = pack_window(lengths, config.sequence_length, method=config.packing, last=is_last)
+        rows, left = self._pack(documents, last=is_last)
         if config.shuffle:
             rows = [rows[i] for i in permutation(len(rows), (config.seed, self._index, self._number, 1))]
         else:
             rows.sort(key=lambda row: int(row[0]))
-        stop = int(min(len(rows), self._rows_of_phase()))
+        stop = int(min(len(rows), rows_left))
         late = np.sort(np.concatenate([left, *rows[stop:]])).astype(np.int64)
         self._carry = [documents[i] for i in late]
         self._rows, self._given = [[documents[i] for i in row] for row in rows[:stop]], 0
@@ -153,39 +155,56 @@ class Lane:
         """The carried documents and as many more as make a window, and whether these are the last."""
         documents = list(self._carry)
         window = max(self._window * (self._index + 1) // self._lanes, 1) if self._number == 0 else self._window
-        available = set(range(len(self._readers)))
-        phase, rows = self._phases[self._phase], self._rows_of_phase()
-        while len(documents) < max(window, len(self._carry) + 1) and self._least_rows(documents) < rows:
-            source = choose(phase, self._drawn, available)
-            if source < 0:
+        window = max(window, len(documents) + 1)
+        while (goal := self._next_goal(documents, window)) > len(documents):
+            if not self._draw_until(goal, documents):
                 if not documents:
+                    update = self._first_row // self._rows_a_batch + 1
                     raise UserError(
-                        f"the sources have no more rows for update {self._first_row // self._rows_a_batch + 1}: set "
-                        "train.steps below it, or raise max_epochs of a source"
+                        f"lane {self._index} has no more rows for update {update}: set train.steps below it, raise "
+                        "max_epochs of a source, or give few rows fewer data.stream.lanes"
                     )
                 return documents, True
+        return documents, len(documents) < window
+
+    def _next_goal(self, documents: list[Drawn], window: int) -> int:
+        """How many documents to have before looking again; as many as there are: these are enough.
+
+        The last window of a phase has hardly more rows than the phase: what is drawn beyond is of the wrong weights.
+        """
+        rows_left = self._rows_of_phase()
+        if rows_left == math.inf or not documents:
+            return window if rows_left == math.inf else min(window, math.ceil(rows_left / 2))
+        rows = len(self._pack(documents, last=True)[0])
+        if rows >= rows_left:
+            return len(documents)
+        return min(window, len(documents) + max(1, int(0.9 * (rows_left - rows) * len(documents) / rows)))
+
+    def _pack(self, documents: list[Drawn], *, last: bool) -> tuple[list[np.ndarray], np.ndarray]:
+        lengths = np.array([drawn.slots for drawn in documents], np.int64)
+        return pack_window(lengths, self._config.sequence_length, method=self._config.packing, last=last)
+
+    def _draw_until(self, goal: int, documents: list[Drawn]) -> bool:
+        """Whether there were as many."""
+        available = set(range(len(self._readers)))
+        while len(documents) < goal:
+            source = choose(self._phases[self._phase], self._drawn, available)
+            if source < 0:
+                return False
             row = self._readers[source].draw()
             if row is None:
                 available.remove(source)
                 continue
             drawn = [Drawn(source, row[0], part, document) for part, document in enumerate(row[1])]
             self._drawn[source] += sum(map(self._amount, drawn))
-            self.totals[source][0] += len(drawn)
-            self.totals[source][1] += sum(len(one.document.tokens) for one in drawn)
             documents += drawn
-        return documents, False
+        return True
 
     def _rows_of_phase(self) -> float:
         """Rows that are still to come before the next phase; at least one: a phase begins with a window."""
         if self._phase + 1 == len(self._phases):
             return math.inf
         return (self._phases[self._phase + 1].step - 1) * self._rows_a_batch - self._first_row
-
-    def _least_rows(self, documents: list[Drawn]) -> float:
-        """Rows that the documents fill at the best packing."""
-        if self._config.packing == "none":
-            return len(documents)
-        return sum(drawn.slots for drawn in documents) / self._config.sequence_length
 
     def _amount(self, drawn: Drawn) -> float:
         return len(drawn.document.tokens) if self._config.mixture.by == "tokens" else float(drawn.part == 0)

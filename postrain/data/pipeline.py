@@ -69,7 +69,7 @@ class TrainIterator:
         """``file:line, file:line, ...`` of the documents in ``row_ids``, see ``describe_rows``."""
         return describe_rows(self._example_set, row_ids)
 
-    def describe_drawn(self) -> list[str]:
+    def describe_drawn(self, position: dict[str, Any]) -> list[str]:
         """Nothing: every document comes once an epoch."""
         return []
 

@@ -90,13 +90,14 @@ class RejectedLog:
     def __init__(self, path: pathlib.Path):
         self._path, self._known = path, set()
         if path.exists():
-            self._known = {(entry.get("file"), entry.get("line")) for _, entry in read_jsonl(path)}
+            self._known = {(e.get("file"), e.get("line"), e.get("byte", 0)) for _, e in read_jsonl(path)}
 
     def write(self, bad: BadRow) -> None:
-        place = (bad.ref.file, bad.ref.line)
+        place = (bad.ref.file, bad.ref.line, bad.ref.byte)
         if place in self._known:
             return
         self._known.add(place)
-        entry = {"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason}
+        where = {"line": bad.ref.line} if bad.ref.line else {"line": 0, "byte": bad.ref.byte}
+        entry = {"file": bad.ref.file, **where, "reason": bad.reason}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -98,9 +98,9 @@ class LaneIterator:
         named = ", ".join(list(refs)[:limit])
         return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
 
-    def describe_drawn(self) -> list[str]:
-        """For each source: documents and tokens that this process has drawn for training, and their share."""
-        totals = np.sum([lane.totals for lane in self._source.lanes.values()], axis=0)
+    def describe_drawn(self, position: Mapping[str, Any]) -> list[str]:
+        """For each source: documents and tokens that were trained on up to ``position``, and their share."""
+        totals = np.sum([lane["totals"] for lane in position["lanes"].values() if lane], axis=0)
         whole = max(totals[:, 1].sum(), 1)
         return [
             f"{name}: {documents:,} documents, {tokens:,} tokens, {tokens / whole:.1%}"

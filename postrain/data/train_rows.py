@@ -41,7 +41,7 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
     def check_token_ids(self, vocab_size: int) -> None: ...
     def describe_rows(self, row_ids: np.ndarray) -> str: ...
-    def describe_drawn(self) -> list[str]: ...
+    def describe_drawn(self, position: dict[str, Any]) -> list[str]: ...
     def close(self) -> None: ...
 
 
@@ -175,8 +175,11 @@ def sample_stream(tokenizer: Tokenizer, config: DataConfig) -> ExampleSet:
 
 def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer, config: DataConfig) -> dict:
     """The pipeline, its files by what can be told without reading them."""
-    files = [{"name": source.name, "files": [_describe(file, source) for file in source.files]} for source in sources]
-    return describe_pipeline(files, tokenizer, config)
+    described = [
+        {"name": source.name, "kind": source.kind, "files": [_describe(file, source) for file in source.files]}
+        for source in sources
+    ]
+    return describe_pipeline(described, tokenizer, config)
 
 
 def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:

@@ -130,9 +130,10 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
         if lead:
             save_config(workdir, config)
         open_writer = lambda step: stack.enter_context(
-            MetricsWriter(workdir, config.trackers, step=step or None, run_config=to_dict(config))
+            MetricsWriter(workdir, config.trackers, step=step, run_config=to_dict(config))
         )
-        writer = open_writer(first_step)
+        # The line of a step whose evaluation was stopped has not been written yet.
+        writer = open_writer(first_step - (restored.owed is not None) if restored else None)
 
         if eval_set:
             evaluate = Evaluator(
@@ -147,6 +148,8 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
                 raise SystemExit(128 + stop.number)
             writer.write(first_step, owed | scores)
             say(format_metrics(first_step, scores), flush=True)
+        elif owed:
+            writer.write(first_step, owed)
 
         # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
         guard = SpikeGuard(config.train.spike, progress.print, restored.rollbacks if restored else 0)
@@ -177,12 +180,12 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
                     if guard.must_roll_back(finished, number, lambda rows=rows: batches.describe_rows(rows)):
                         undone = after
             if undone:
-                unchecked, state = [], None  # makes room
+                unchecked, frozen, state = [], state.frozen, None  # makes room
                 with watch.phase("checkpoint"):
                     restored = checkpointer.restore(program.state, **prints)
                 if not restored:
                     raise UserError(f"step {number}: no checkpoint yet to go back to: lower checkpoint.every")
-                step, state = restored.step, restored.state.replace(frozen=model.frozen)
+                step, state = restored.step, restored.state.replace(frozen=frozen)
                 batches.set_state(undone)
                 writer.close()
                 writer, clock, stats, waited = open_writer(step), time.perf_counter(), BatchStats(0, 0, 0), 0.0
@@ -217,7 +220,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
                 raise SystemExit(128 + stop.number)
             if line:
                 clock, stats, waited = time.perf_counter(), BatchStats(0, 0, 0), 0.0
-        for line in batches.describe_drawn():
+        for line in batches.describe_drawn(join_positions(gather(batches.get_state()))):
             say(f"drawn       {line}")
         batches.close()
         with watch.phase("checkpoint"):

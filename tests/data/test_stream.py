@@ -10,6 +10,7 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
 from postrain.data.block_reader import BlockReader, open_block_source
+from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.packing import shift
 from postrain.data.rendering import render_many
 from postrain.data.sources import open_source
@@ -220,3 +221,83 @@ def test_what_cannot_be_is_refused(folder, tokenizer):
     with pytest.raises(UserError, match="no lane 2"):
         other.set_state(stream.get_state())
     close(stream, other)
+
+
+def write_lengths(path, count, slots, name):
+    """Rows that take about ``slots`` slots each."""
+    return write_jsonl(path, [chat(f"{name} 0 {i}?", " ".join(["word"] * (slots // 2))) for i in range(count)])
+
+
+def test_weights_change_at_the_given_update_though_rows_are_packed(tmp_path, tokenizer):
+    """Documents of 0.6 rows: their slots say little of the rows that they take."""
+    rows = {
+        name: open_source(SourceConfig(str(write_lengths(tmp_path / f"{name}-0.jsonl", 300, 70, name))))
+        for name in "ab"
+    }
+    (document,) = next(iter(render_many([rows["a"][0]], tokenizer)))
+    phases = (PhaseConfig(21, (0.0, 1.0)), PhaseConfig(26, (1.0, 0.0)))
+    config = make_config(
+        tmp_path,
+        weights=(1.0, 0.0),
+        lanes=1,
+        mixture=MixtureSection(phases=phases),
+        sequence_length=int(len(document.tokens) / 0.6),
+        packing_window=400,
+    )
+    stream = open_stream(tokenizer, config)
+    found = [[document[0] for document in documents_of([batch], tokenizer)] for batch in take(stream, 30)]
+    close(stream)
+    assert [set(names) for names in found] == [{"a"}] * 20 + [{"b"}] * 5 + [{"a"}] * 5
+
+
+def test_sources_and_lanes_without_anything_to_train_on_end(tmp_path, tokenizer):
+    write_lengths(tmp_path / "a-0.jsonl", 20, 400, "a")
+    with pytest.raises(UserError, match="no row of it can be trained on"):
+        open_stream(tokenizer, make_config(tmp_path, "a"))
+    lines = [chat(f"a 0 {i}?", "x" if i % 8 != 5 else "word " * 400) for i in range(16)]
+    write_jsonl(tmp_path / "a-0.jsonl", lines)
+    stream = open_stream(tokenizer, make_config(tmp_path, "a", lanes=8))
+    with pytest.raises(UserError, match="lane 5 has no more rows for update 1"):
+        take(stream, 1)
+    close(stream)
+    (tmp_path / "a-0.jsonl").write_text("")
+    config = make_config(tmp_path, "a")
+    with pytest.raises(UserError, match="has no rows: its 1 files are empty"):
+        open_stream(tokenizer, dataclasses.replace(config, train=(dataclasses.replace(config.train[0], kind="text"),)))
+
+
+def test_the_share_of_bad_rows_is_judged_alike_after_a_resume(tmp_path, tokenizer):
+    lines = [chat(f"a 0 {i}?", "x") if not 2000 <= i < 2060 else "{" for i in range(3000)]
+    write_jsonl(tmp_path / "a-0.jsonl", lines)
+    config = make_config(tmp_path, "a", lanes=1, on_bad_row="skip", max_bad_fraction=0.04, shuffle=False)
+    whole, resumed = open_stream(tokenizer, config), open_stream(tokenizer, config)
+    take(whole, 25)
+    resumed.set_state(json.loads(json.dumps(whole.get_state())))
+    assert_same(take(resumed, 40), take(whole, 40))
+    close(whole, resumed)
+
+
+def test_the_fingerprint_tells_what_changes_the_order(folder, tokenizer):
+    config = make_config(folder)
+    first = dataclasses.replace(config.train[0], kind="messages", weight=2.0)
+    others = {
+        "by": dataclasses.replace(config, mixture=MixtureSection(by="rows")),
+        "lanes": dataclasses.replace(config, stream=StreamSection(lanes=2)),
+        "weights": dataclasses.replace(config, train=(first, dataclasses.replace(config.train[1], weight=1.0))),
+    }
+    print_of = lambda config: open_train_rows(tokenizer, config).fingerprint
+    expected = print_of(config)
+    for name, other in others.items():
+        assert any(name in change for change in compare_fingerprints(expected, print_of(other))), name
+
+
+def test_bad_rows_in_the_middle_of_a_file_are_all_written_down(tmp_path, tokenizer):
+    lines = [chat(f"a 0 {i}?", "word " * 30) if i % 97 else "{" for i in range(1, 3000)]
+    write_jsonl(tmp_path / "a-0.jsonl", lines)
+    config = make_config(tmp_path, "a", on_bad_row="skip", sequence_length=512)
+    rows = open_train_rows(tokenizer, config, tmp_path / "rejected.jsonl")
+    for _ in range(80):
+        next(rows.batches)
+    rows.batches.close()
+    entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert len({(entry["line"], entry.get("byte")) for entry in entries}) == len(entries) == 30

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from postrain.compute.watchdog import EXIT_CODE, Watchdog
+from postrain.compute.distributed import HANG
+from postrain.compute.watchdog import Watchdog
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "recipes"))
@@ -28,7 +29,7 @@ def hangs(tmp_path_factory):
 @pytest.mark.parametrize("name", ["rows", "evaluator", "data worker", "device", "save", "evaluation", "export"])
 def test_a_hang_is_named_by_its_phase_and_the_run_stopped(hangs, name):
     found = hangs[name]
-    assert found["code"] == EXIT_CODE == 124, found["printed"]
+    assert found["code"] == HANG == 124, found["printed"]
     assert f"in phase '{found['phase']}'" in found["stacks"].splitlines()[0], found["stacks"]
     assert found["stacks"].splitlines()[0] in found["printed"]
     assert "(most recent call first)" in found["stacks"] and "recipes/sft.py" in found["stacks"]
@@ -38,7 +39,7 @@ def test_a_hang_is_named_by_its_phase_and_the_run_stopped(hangs, name):
 @pytest.mark.slow
 def test_processes_whose_partner_has_stopped_name_the_step(hangs):
     found = hangs["partner"]
-    assert found["code"] == EXIT_CODE, found["printed"]
+    assert found["code"] == HANG, found["printed"]
     first = found["stacks"].splitlines()[0]
     assert "in phase 'step'" in first and "Process 0 of 2: one that has stopped keeps all others waiting" in first
 
@@ -67,7 +68,7 @@ with Watchdog(pathlib.Path(sys.argv[1]), 0.5) as watch:
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("compute(1.0)", 0), ("time.sleep(60)", EXIT_CODE)])
+@pytest.mark.parametrize(("end", "code"), [("compute(1.0)", 0), ("time.sleep(60)", HANG)])
 def test_only_what_makes_no_progress_is_a_hang(tmp_path, end, code):
     start = time.monotonic()
     result = subprocess.run([sys.executable, "-c", SCRIPT.replace("{end}", end), tmp_path], capture_output=True)
@@ -79,7 +80,7 @@ def test_only_what_makes_no_progress_is_a_hang(tmp_path, end, code):
 def test_a_waiting_accelerator_that_keeps_the_processor_busy_hangs(tmp_path):
     script = SCRIPT.replace("{end}", 'with watch.phase("step", watches_cpu=False): compute(60)')
     result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True)
-    assert result.returncode == EXIT_CODE and b"phase 'step'" in result.stderr
+    assert result.returncode == HANG and b"phase 'step'" in result.stderr
 
 
 def test_a_process_that_was_stopped_did_not_hang(tmp_path):

@@ -23,7 +23,7 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def train(inputs, folder, batches, policy, steps=STEPS, **spike):
+def train(inputs, folder, batches, policy, steps=STEPS, rank=0, **spike):
     """A run over ``batches``, numbers of pairs of rows; the pair SPIKE has a row that is nothing like the others."""
     folder.mkdir()
     rows = write_rows(folder / "all.jsonl", 2 * STEPS + 8).read_text().splitlines(keepends=True)
@@ -31,7 +31,7 @@ def train(inputs, folder, batches, policy, steps=STEPS, **spike):
     (folder / "train.jsonl").write_text("".join("".join(rows[2 * i - 2 : 2 * i]) for i in batches))
     values = make_values(
         inputs,
-        model={"lora": {"rank": 0}},
+        model={"lora": {"rank": rank}},
         data={"shuffle": False, "packing": "none", "eval": [], "train": str(folder / "train.jsonl")},
         optimizer={"learning_rate": 1e-2, "schedule": "constant"},
         train={"steps": steps, "spike": {"policy": policy, "threshold": 4.0} | spike},
@@ -60,14 +60,15 @@ def test_a_step_that_is_skipped_is_as_if_its_batch_had_not_been_there(inputs, tm
     assert_same_updates(state, without)
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_with_what_comes_after_the_batch(inputs, tmp_path, capsys):
-    state, lines = train(inputs, tmp_path / "back", range(1, STEPS + 5), "rollback")
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_rollback_goes_on_from_the_checkpoint_with_what_comes_after_the_batch(inputs, tmp_path, capsys, rank):
+    state, lines = train(inputs, tmp_path / "back", range(1, STEPS + 5), "rollback", rank=rank)
     told = [line for line in capsys.readouterr().out.splitlines() if "a spike" in line]
     assert len(told) == 1 and f"step {SPIKE}: " in told[0] and "going back to the newest checkpoint" in told[0]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["train/rollbacks"] for line in lines] == [0.0] * 20 + [1.0] * (STEPS - 20)
     after = [*range(1, 21), *range(SPIKE + 1, STEPS + 5)]
-    without, _ = train(inputs, tmp_path / "without", after, "none")
+    without, _ = train(inputs, tmp_path / "without", after, "none", rank=rank)
     assert_same_updates(state, without)
     assert int(state["step"]) == int(without["step"]) == STEPS
 
