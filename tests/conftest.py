@@ -17,6 +17,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 collect_ignore = [] if os.environ.get("POSTRAIN_MULTIDEVICE") else ["multidevice"]
 
 
+# Files of one long test: begun last, they would leave one of two processes with nothing to do.
+LONG = ("test_multidevice.py", "test_kills.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
     """Compiled programs of a file end with it: each maps some pages, and Linux gives a process 65,530 mappings."""

@@ -129,7 +129,7 @@ def count_held(step: Step, model: Model) -> dict[str, int]:
     return {
         "parameters_trained": shard_bytes(state.params),
         "parameters_frozen": shard_bytes(state.frozen),
-        "optimizer": shard_bytes((state.opt_state, state.step, state.rng)),
+        "optimizer": shard_bytes((state.opt_state, state.step, state.rng, state.history)),
         "average": shard_bytes(state.ema),
         "batch": shard_bytes(step.batch),
     }

@@ -90,6 +90,7 @@ def check_memory(report, devices, row_shards, slots=2):
     assert memory["parameters_trained"] == memory["gradients"] == params
     assert memory["parameters_frozen"] == 0
     counters = 4 + 4 + 4 + 8  # steps of Adam, of the schedule, of the run; the key
+    counters += 2 * 64 * 4 + 3 * 4  # losses and gradient norms of the last steps, by which a spike is told
     assert memory["optimizer"] == slots * params + counters
     assert memory["batch"] == 5 * 4 * ROWS * LENGTH // row_shards
     assert report["fits"] is True and report["compiled"] is True and report["advice"] == []
