@@ -86,6 +86,10 @@ def make_train_step(
             metrics["train/learning_rate"] = schedule(state.step - 1)
         return state, metrics
 
+    return _jit_step(train_step, mesh, state_shardings)
+
+
+def _jit_step(train_step: Callable, mesh: Mesh | None, state_shardings: TrainState | None):
     if mesh is None:
         return jax.jit(train_step, donate_argnums=0)
     if state_shardings is None:

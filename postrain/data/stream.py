@@ -2,8 +2,8 @@
 
 A global batch of B rows has B / L rows of each of L lanes, in order (``postrain.data.lane``). Which rows a lane gives
 depends on the data and the config alone, so the order of examples is the same for every number of processes; each
-process runs the lanes that its rows of the batch come from. With as many lanes as processes, or a multiple, nothing is
-read by two of them.
+process runs the lanes that its rows of the batch come from. With as many lanes as processes, or a multiple, no block
+of a large source is read by two of them.
 
 Rows are read, rendered, packed and assembled in a background thread, some batches ahead. What is held is a window of
 documents for each lane.
