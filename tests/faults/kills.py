@@ -26,7 +26,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -45,6 +44,8 @@ LATER = 0.03  # seconds after an instant
 STEPS, SPIKE = 28, 23  # updates of a run; the one that is rolled back
 DEVICES = 4  # of each of several processes
 LIMIT = 600  # seconds that a run may take
+SURVIVORS_LIMIT = 30  # seconds that it may outlive one of its processes
+LOST_CODE = 143  # of the processes that one was killed of
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
     "data worker": ("postrain.data.pipeline", "_assemble_batch"),
@@ -98,7 +99,7 @@ class Instants:
 
     def _pass_path(self, what, path):
         if path.startswith(self._root):
-            name = re.sub(r"[0-9a-f]{32}|events\.out.*|\d+", "N", path.removeprefix(self._root))
+            name = re.sub(r"[0-9a-f]{16,}|events\.out.*|\d+", "N", path.removeprefix(self._root))
             self.pass_by(f"{what} {name}")
             if self._broken and (what in ("open", "mkdir", "fsync") or self._plan["errno"] == errno.EROFS):
                 raise OSError(self._plan["errno"], os.strerror(self._plan["errno"]), path)
@@ -119,33 +120,43 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(work, log: pathlib.Path, processes: int = 1) -> int:
-    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status.
+def fork(work, log: pathlib.Path) -> int:
+    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status."""
+    return wait([start(work, log)], log)[0]
 
-    With ``processes`` it is ``work(index, port)`` in each; once one of them fails, the others are killed, as launchers
-    do, and its status is returned.
+
+def fork_all(work, log: pathlib.Path, processes: int) -> tuple[int, float]:
+    """Runs ``work(index, port)`` in several processes; returns the wait status of the first that failed, or was killed,
+    and the seconds that the others took to end by themselves, each with the code of which launchers start it again.
     """
-    if processes == 1:
-        children = [start(work, log)]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        children = [start(functools.partial(work, index, port), log) for index in range(processes)]
-    deadline, failed = time.monotonic() + LIMIT, 0
-    while children and not failed and time.monotonic() < deadline:
-        for child in list(children):
-            done, status = os.waitpid(child, os.WNOHANG)
+    port = importlib.import_module("postrain.compute.launch").find_ports()
+    return wait([start(functools.partial(work, index, port), log) for index in range(processes)], log)
+
+
+def wait(children: list[int], log: pathlib.Path) -> tuple[int, float]:
+    first, ends, deadline = None, {}, time.monotonic() + LIMIT
+    while len(ends) < len(children):
+        for child in children:
+            done, status = (0, 0) if child in ends else os.waitpid(child, os.WNOHANG)
             if done:
-                children.remove(child)
-                failed = failed or status
+                ends[child] = status
+        if first is None and any(ends.values()):
+            first, deadline = time.monotonic(), min(deadline, time.monotonic() + SURVIVORS_LIMIT)
+            for child in set(children) - ends.keys():
+                os.kill(child, signal.SIGCONT)  # one that a test has stopped
+        if time.monotonic() > deadline:
+            for child in set(children) - ends.keys():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            raise SystemExit(f"a run takes longer than {LIMIT} s, or survives others:\n{log.read_text()}")
         time.sleep(0.005)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if children and not failed:
-        raise SystemExit(f"a run takes longer than {LIMIT} s:\n{log.read_text()}")
-    return failed
+    codes = [os.waitstatus_to_exitcode(status) for status in ends.values()]
+    if -signal.SIGKILL in codes:
+        others = [code for code in codes if code != -signal.SIGKILL]
+        if set(others) - {0, LOST_CODE}:  # 0: it was killed when all had left
+            raise SystemExit(f"others of a killed process ended with {others}, not {LOST_CODE}:\n{log.read_text()}")
+        return signal.SIGKILL, time.monotonic() - first
+    return next(filter(None, ends.values()), 0), time.monotonic() - (first or time.monotonic())
 
 
 def start(work, log: pathlib.Path) -> int:
@@ -210,14 +221,38 @@ def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.
 
 
 def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts, index: int, port: int) -> None:
-    """``run`` as process ``index`` of several, of which the plan names the one that is killed."""
+    """``run`` as process ``index`` of several, as the command line starts them; the plan names the one to be killed."""
     import jax
 
+    from postrain import cli
+    from postrain.compute.cluster import find_cluster
+    from postrain.compute.distributed import join
+
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, index)
+    keep_programs()
     own = counts.with_name(f"{counts.name}.{index}") if counts else None
-    run(values, workdir, plan if plan and plan["process"] == index else None, own)
+    with join(find_cluster(f"127.0.0.1:{port}", processes, index), cli.explain):
+        run(values, workdir, plan if plan and plan["process"] == index else None, own)
+
+
+def keep_programs() -> None:
+    """Has this process, too, write jax's cache of compiled programs.
+
+    Only process 0 does, and on CPUs the keys of the others are not the same: they would compile for most of each run.
+    """
+    import jax
+
+    state = jax.distributed.initialize.__globals__["global_state"]
+    compiler = sys.modules["jax._src.compiler"]
+    write, lock = compiler._cache_write, threading.Lock()
+
+    def write_too(*arguments):
+        with lock:
+            own, state.process_id = state.process_id, 0
+            write(*arguments)
+            state.process_id = own
+
+    compiler._cache_write = write_too
 
 
 def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
@@ -272,7 +307,7 @@ class Trial:
 
     def __init__(self, folder: pathlib.Path, values: dict, processes: int = 1):
         self.folder, self.values, self.processes = folder, values, processes
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log, self.outlived = folder.parent / f"{folder.name}.log", 0.0
 
     def start(self, plan: dict | None, counts: pathlib.Path | None = None) -> int:
         with self.log.open("a") as log:
@@ -280,7 +315,9 @@ class Trial:
         if self.processes == 1:
             return fork(lambda: run(self.values, self.folder, plan, counts), self.log)
         work = functools.partial(run_one_of, self.processes, self.values, self.folder, plan, counts)
-        return fork(work, self.log, self.processes)
+        status, seconds = fork_all(work, self.log, self.processes)
+        self.outlived = max(self.outlived, seconds)
+        return status
 
     def describe(self) -> dict:
         output = self.folder.parent / "found.json"
