@@ -28,12 +28,14 @@ from postrain.compute.distributed import gather
 from postrain.config import CheckpointConfig
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
+from postrain.files import write_whole
 from postrain.nested import flatten
 from postrain.types import TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
 UNREADABLE_SUFFIX = ".unreadable"
+LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of it changes
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -141,6 +143,11 @@ class Checkpointer:
         if not self._config.asynchronous:
             self.wait()
 
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Those of a checkpoint whose evaluation came after it was saved: by them it is ranked from now on."""
+        if self._lead:
+            write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
+
     def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
         """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
         written.result()
@@ -166,8 +173,11 @@ class Checkpointer:
 
         def rank(step: int) -> float:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, perhaps
-                run = json.loads((self._folder / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
-                value = run["metrics"].get(self._config.metric)
+                folder = self._folder / str(step)
+                metrics = json.loads((folder / "run" / "data.json").read_text(encoding="utf-8"))["metrics"]
+                if (folder / LATER_METRICS).exists():
+                    metrics = json.loads((folder / LATER_METRICS).read_text(encoding="utf-8"))
+                value = metrics.get(self._config.metric)
                 if value is not None and math.isfinite(value):
                     return sign * value
             return -math.inf  # a checkpoint saved without the metric
