@@ -26,7 +26,7 @@ from postrain.compute.checksums import sync_folder, verify_checksums, write_chec
 from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.compute.distributed import gather
 from postrain.config import CheckpointConfig
-from postrain.data.fingerprint import compare_fingerprints
+from postrain.data.fingerprint import compare_fingerprints, digest_change
 from postrain.errors import UserError
 from postrain.files import write_whole
 from postrain.nested import flatten
@@ -47,6 +47,7 @@ class Restored:
     state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved, as the run that saved it had it
+    fingerprint: dict[str, Any]  # of the data pipeline
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
     rollbacks: int  # that the run had made
@@ -245,12 +246,14 @@ class Checkpointer:
         *,
         fingerprint: dict | None,
         base_fingerprint: dict | None = None,
+        accept_change: str = "",
         step: int | None = None,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
         A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
@@ -270,7 +273,9 @@ class Checkpointer:
             run, saved = found
             if fingerprint is not None:
                 changes = compare_fingerprints(run["fingerprint"], fingerprint)
-                _refuse(f"{where}: the data pipeline", changes, "another workdir")
+                change = digest_change(run["fingerprint"], fingerprint)
+                if change != accept_change:
+                    _refuse(f"{where}: the data pipeline", changes, f"another workdir, or data.accept_change={change}")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")

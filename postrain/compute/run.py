@@ -36,6 +36,7 @@ from postrain.compute.summary import format_metrics
 from postrain.compute.watchdog import Watchdog
 from postrain.compute.workdir import describe_changes, save_config
 from postrain.config import Config, to_dict
+from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.stream import join_positions
 from postrain.data.train_rows import Batches
 from postrain.errors import UserError
@@ -124,7 +125,14 @@ class Run:
             return None
         self.step, self._owed = restored.step, restored.owed
         self._guard.rollbacks = restored.rollbacks
-        self._batches.set_state(restored.data_position)
+        before, after = restored.fingerprint, self._fingerprints.data
+        if changed := compare_fingerprints(before, after):
+            self._batches.carry_over(restored.data_position, before, after)
+            self.say(
+                f"the data changed, as accepted: {'; '.join(changed)}: some rows may come again, others not at all"
+            )
+        else:
+            self._batches.set_state(restored.data_position)
         changes = describe_changes(
             restored.config, to_dict(self._config), restored.eval_fingerprint, self._fingerprints.held_out
         )
@@ -134,7 +142,9 @@ class Run:
     def _read_newest(self) -> Restored | None:
         prints = {"fingerprint": self._fingerprints.data, "base_fingerprint": self._fingerprints.base}
         with self._watch.phase("checkpoint"):
-            return self._checkpointer.restore(self._abstract_state, **prints)
+            return self._checkpointer.restore(
+                self._abstract_state, accept_change=self._config.data.accept_change, **prints
+            )
 
     def begin(self, state: TrainState) -> None:
         """Writes what is due before the next step: the evaluation of a new run, or one that a signal had stopped."""
