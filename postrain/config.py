@@ -75,6 +75,7 @@ class DataConfig:
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
     mixture: MixtureSection = MixtureSection()
+    accept_change: str = ""  # go on although the data changed: the code that the refusal names, for that change alone
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
     stream: StreamSection = StreamSection()
 

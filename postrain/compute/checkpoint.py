@@ -26,14 +26,16 @@ from postrain.compute.checksums import sync_folder, verify_checksums, write_chec
 from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.compute.distributed import gather
 from postrain.config import CheckpointConfig
-from postrain.data.fingerprint import compare_fingerprints
+from postrain.data.fingerprint import compare_fingerprints, digest_change
 from postrain.errors import UserError
+from postrain.files import write_whole
 from postrain.nested import flatten
 from postrain.types import TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
 UNREADABLE_SUFFIX = ".unreadable"
+LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of it changes
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -45,6 +47,7 @@ class Restored:
     state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved, as the run that saved it had it
+    fingerprint: dict[str, Any]  # of the data pipeline
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
     rollbacks: int  # that the run had made
@@ -141,6 +144,11 @@ class Checkpointer:
         if not self._config.asynchronous:
             self.wait()
 
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Those of a checkpoint whose evaluation came after it was saved: by them it is ranked from now on."""
+        if self._lead:
+            write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
+
     def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
         """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
         written.result()
@@ -166,8 +174,11 @@ class Checkpointer:
 
         def rank(step: int) -> float:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, perhaps
-                run = json.loads((self._folder / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
-                value = run["metrics"].get(self._config.metric)
+                folder = self._folder / str(step)
+                metrics = json.loads((folder / "run" / "data.json").read_text(encoding="utf-8"))["metrics"]
+                if (folder / LATER_METRICS).exists():
+                    metrics = json.loads((folder / LATER_METRICS).read_text(encoding="utf-8"))
+                value = metrics.get(self._config.metric)
                 if value is not None and math.isfinite(value):
                     return sign * value
             return -math.inf  # a checkpoint saved without the metric
@@ -235,12 +246,14 @@ class Checkpointer:
         *,
         fingerprint: dict | None,
         base_fingerprint: dict | None = None,
+        accept_change: str = "",
         step: int | None = None,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
         A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
@@ -260,7 +273,9 @@ class Checkpointer:
             run, saved = found
             if fingerprint is not None:
                 changes = compare_fingerprints(run["fingerprint"], fingerprint)
-                _refuse(f"{where}: the data pipeline", changes, "another workdir")
+                change = digest_change(run["fingerprint"], fingerprint)
+                if change != accept_change:
+                    _refuse(f"{where}: the data pipeline", changes, f"another workdir, or data.accept_change={change}")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.data.carry_over import count_updates
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.packing import assemble_row, pack
 from postrain.data.plan import RowPlan
@@ -51,7 +52,8 @@ class TrainIterator:
         """The position: a small dict of plain integers, for JSON."""
         position = self._batches.get_state()
         epoch = self._plan.epoch_at(position["next_index"] * self._config.batch_size)
-        return {"grain": position, "epoch": epoch, "epoch_first_row": self._plan.first_row(epoch)}
+        rows = len(self._plan.rows_of_epoch(epoch))
+        return {"grain": position, "epoch": epoch, "epoch_first_row": self._plan.first_row(epoch), "epoch_rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch after which ``state`` was taken, with the very same batches.
@@ -60,6 +62,19 @@ class TrainIterator:
         """
         self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
+
+    def carry_over(self, state: dict[str, Any], before: dict, after: dict) -> None:
+        """``set_state`` with a ``state`` of another pipeline, from the same part of the epoch on.
+
+        ``before``, ``after``: fingerprints of that pipeline and of this one.
+        """
+        updates, epoch, done = count_updates(state, before), 0, 0.0
+        if "epoch_rows" in state:
+            epoch = state["epoch"]
+            done = (updates * before["data"]["batch_size"] - state["epoch_first_row"]) / state["epoch_rows"]
+        rows = round(done * len(self._plan.rows_of_epoch(epoch)))
+        self._plan.set_first_row(epoch, updates * self._config.batch_size - rows)
+        self._batches.set_state(self._batches.get_state() | {"next_index": updates})
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""

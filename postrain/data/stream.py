@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.data.carry_over import carry_over_lanes
 from postrain.data.lane import Lane, Reader
 from postrain.data.mixture import make_phases
 from postrain.data.packing import assemble_row
@@ -58,7 +59,7 @@ class LaneIterator:
                 f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.lanes' = {lanes} and of the "
                 f"number of processes, {process_count}"
             )
-        self._names, each = list(names), rows // lanes
+        self._names, self._lanes, each = list(names), lanes, rows // lanes
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
         phases, window = make_phases(config, sizes), max(config.packing_window // lanes, each)
         made = {
@@ -86,6 +87,10 @@ class LaneIterator:
         if missing:
             raise UserError(f"the data position has no lane {missing[0]}: it is not of this data.stream.lanes")
         self._batches.set_state(dict(state))
+
+    def carry_over(self, state: Mapping[str, Any], before: dict, after: dict) -> None:
+        """``set_state`` with a ``state`` of another pipeline: see ``postrain.data.carry_over``."""
+        self.set_state(carry_over_lanes(state, before, after, list(self._source.lanes), self._lanes))
 
     def check_token_ids(self, vocab_size: int) -> None:
         """From now on a document with an id from ``vocab_size`` on raises UserError when its batch is made."""
