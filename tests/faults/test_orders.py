@@ -1,4 +1,4 @@
-"""The order of example ids, on devices: alike for 1, 2, 4, 8 of them, for 1, 2, 4 processes, and from one to another."""
+"""The order of examples is the same on 1, 2, 4, 8 devices, of 1, 2, 4 processes, and from one to another."""
 
 import json
 import pathlib
