@@ -35,7 +35,7 @@ from postrain.compute.signals import Interrupted, catch_stop_signals
 from postrain.compute.spikes import SpikeGuard
 from postrain.compute.summary import format_metrics
 from postrain.compute.watchdog import Watchdog
-from postrain.compute.workdir import describe_changes, save_config
+from postrain.compute.workdir import check_reports, describe_changes, describe_reports, save_config
 from postrain.config import Config, to_dict
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.stream import join_positions
@@ -143,6 +143,8 @@ class Run:
             )
         else:
             self._batches.set_state(restored.data_position)
+        for line in check_reports(self._workdir, restored.reports) if self._lead else ():
+            self.say(line)
         changes = describe_changes(
             restored.config, to_dict(self._config), restored.eval_fingerprint, self._fingerprints.held_out
         )
@@ -323,5 +325,6 @@ class Run:
                 eval_fingerprint=self._fingerprints.held_out,
                 metrics=line,
                 rollbacks=self._guard.rollbacks,
+                reports=describe_reports(self._workdir) if self._lead else None,
                 owed=owed,
             )
