@@ -173,7 +173,7 @@ class Checkpointer:
                 self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
 
     def _choose_kept(self) -> set[int]:
-        """Steps of the newest checkpoints and of the best; of equally good ones the newer."""
+        """Steps of the newest checkpoints, the newest due one, and the best; of equally good ones the newer."""
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
@@ -188,7 +188,12 @@ class Checkpointer:
             return -math.inf  # a checkpoint saved without the metric
 
         best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
-        return {*steps[-self._config.keep :], *best}
+        due = [step for step in steps if self._was_due(step)]
+        return {*steps[-self._config.keep :], *due[-1:], *best}
+
+    def _was_due(self, step: int) -> bool:
+        """Whether a run that no signal stops has a checkpoint of ``step``, or might have."""
+        return not self._config.every or step % self._config.every == 0
 
     def _check_metric(self, step: int, metrics: dict) -> None:
         """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
@@ -252,12 +257,14 @@ class Checkpointer:
         base_fingerprint: dict | None = None,
         accept_change: str = "",
         step: int | None = None,
+        due_only: bool = False,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
         ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
+        ``due_only``: not one that was saved out of turn, for a signal.
         A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
@@ -265,6 +272,8 @@ class Checkpointer:
         """
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
+        if due_only:
+            candidates = [candidate for candidate in candidates if self._was_due(candidate)]
         candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
         for candidate in candidates:
             where = self._folder / str(candidate)

@@ -151,11 +151,11 @@ class Run:
         self.say(f"goes on from step {self.step}{changes}")
         return restored.state.replace(frozen=frozen)
 
-    def _read_newest(self) -> Restored | None:
+    def _read_newest(self, **options) -> Restored | None:
         prints = {"fingerprint": self._fingerprints.data, "base_fingerprint": self._fingerprints.base}
         with self._watch.phase("checkpoint"):
             return self._checkpointer.restore(
-                self._abstract_state, accept_change=self._config.data.accept_change, **prints
+                self._abstract_state, accept_change=self._config.data.accept_change, **prints, **options
             )
 
     def begin(self, state: TrainState) -> None:
@@ -201,8 +201,10 @@ class Run:
     def _stop_before_next(self, state: TrainState, position: dict) -> None:
         """SystemExit, once ``state`` is saved; where it is bad, the newest checkpoint is what to go on from anyway."""
         undone = [self._must_undo(taken) for taken in self._unchecked]
-        saved = self.step == self._checkpointer.latest_step()
-        if self.step and not saved and not any(undone):
+        newest = self._checkpointer.latest_step() or 0
+        if self.step == newest or any(undone):
+            self.step = newest
+        else:
             self._save(state, self._line, None, position)
         self._raise_stopped()
 
@@ -238,9 +240,12 @@ class Run:
         return False
 
     def go_back(self, frozen: Any) -> TrainState:
-        """The state of the newest checkpoint; the data goes on after the step that is undone."""
+        """The state of the newest checkpoint; the data goes on after the step that is undone.
+
+        Not of one that a signal made: a run that was stopped goes back to where one that was not goes back to.
+        """
         self._unchecked, self._line = [], {}
-        restored = self._read_newest()
+        restored = self._read_newest(due_only=True)
         if not restored:
             raise UserError(f"step {self._undone.step}: no checkpoint yet to go back to: lower checkpoint.every")
         self.step = restored.step

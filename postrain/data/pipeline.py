@@ -23,7 +23,6 @@ from postrain.errors import UserError
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
 
-_PREFETCHED_BATCHES = 4
 _ENDLESS = 2**62  # Grain wants a length
 
 
@@ -39,7 +38,7 @@ class TrainIterator:
         self._plan = RowPlan(example_set.lengths, config)
         batches = _Batches(example_set, self._plan, config, process_index, process_count)
         # One thread: assembling a batch is far quicker than a step, and more threads would contend for the GIL.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
         self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
     def __iter__(self) -> "TrainIterator":
