@@ -32,3 +32,8 @@ def test_a_store_that_comes_back_in_time_leaves_no_trace_in_the_run(found):
     assert back["code"] == 0, back["printed"]
     assert "try 1 of 12 failed" in back["printed"]
     assert back["differs"] == []
+
+
+@pytest.mark.slow
+def test_damaged_pieces_of_the_cache_are_fetched_again(found):
+    assert found["cache damaged"]["pieces"] >= 6 and found["cache damaged"]["differs"] == []

@@ -1,16 +1,20 @@
-"""Streamed training runs whose object store is killed in the middle, for good or for a while. Prints a JSON object.
+"""Streamed training runs whose object store is killed in the middle, for good or for a while, or whose cache is damaged.
+
+Prints a JSON object.
 
 python tests/faults/vanishing.py
 """
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import pathlib
 import tempfile
 import time
 
+import bad_reads
 import full_disks
 import kills
 import store
@@ -59,6 +63,18 @@ def try_case(name: str, trial: kills.Trial, source: store.Store) -> dict:
     return found
 
 
+def list_differences(found: dict, expected: dict) -> list[str]:
+    return sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+
+
+def damage_cache(folder: pathlib.Path) -> int:
+    """Every piece of the cache, each in another way; returns how many there are."""
+    pieces = sorted(folder.glob("*.piece"))
+    for piece, damage in zip(pieces, itertools.cycle(bad_reads.DAMAGES.values())):
+        damage(piece)
+    return len(pieces)
+
+
 def main() -> None:
     kills.warm_up("streamed")
     importlib.import_module("postrain.cli")
@@ -68,12 +84,15 @@ def main() -> None:
         values, _, expected = kills.make_reference(folder, "streamed")
         source = store.Store(folder / "inputs" / "store")
         try:
+            trial = kills.Trial(folder / "cache damaged", values)
+            pieces = damage_cache(folder / kills.CACHE)
+            if trial.start(None):
+                raise SystemExit(trial.log.read_text())
+            found["cache damaged"] = {"pieces": pieces, "differs": list_differences(trial.describe(), expected)}
             for name in TRIES:
                 trial = kills.Trial(folder / name, values)
                 found[name] = try_case(name, trial, source)
-                after = trial.describe()
-                keys = expected.keys() | after.keys()
-                found[name]["differs"] = sorted(key for key in keys if expected.get(key) != after.get(key))
+                found[name]["differs"] = list_differences(trial.describe(), expected)
         finally:
             source.kill()
     print(json.dumps(found))
