@@ -1,4 +1,4 @@
-"""Streamed training runs whose object store is killed in the middle, for good or for a while, or whose cache is damaged.
+"""Streamed training runs whose object store is killed, for good or for a while, or whose cache is damaged.
 
 Prints a JSON object.
 
