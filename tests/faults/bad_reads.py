@@ -73,7 +73,8 @@ def make_inputs(folder: pathlib.Path) -> None:
 def make_values(folder: pathlib.Path) -> dict:
     values = kills.make_values(folder)
     values["train"] = {"steps": STEPS}
-    values["checkpoint"]["every"], values["eval"]["every"] = EVERY, EVERY
+    values["checkpoint"] |= {"every": EVERY, "keep": 3}  # so that there is one before that of step 4
+    values["eval"]["every"] = EVERY
     values["trackers"] = {}
     return values
 

@@ -26,7 +26,7 @@ def stopped():
         ("rows", ENDS_AT_ONCE, []),
         ("compile", ENDS_AT_ONCE, []),
         ("first evaluation", 143, []),
-        ("batch", 143, ["2", "3"]),
+        ("batch", 143, ["1"]),
         ("update", 143, ["2", "3"]),
         ("evaluation", 143, ["2", "4"]),
         ("save", 143, ["2"]),
