@@ -16,6 +16,7 @@ def sweep(*words):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_damage_of_a_shard_is_found_when_a_run_goes_on():
     found = sweep("--only=goes on, inputs/model/model-00001")
     assert len(found) == 9 and set(found.values()) == {"named"}, found
