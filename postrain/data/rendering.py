@@ -9,11 +9,11 @@ strings is plain text of which the completion and the EOS are trained. Special t
 ordinary text, everywhere; an EOS already spelt at the end of plain text is taken as the end.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from postrain.data.documents import Rendered
 from postrain.data.encoding import encode_sequences
 from postrain.data.schema import (
     BadRow,
@@ -31,27 +31,6 @@ from postrain.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"  # as data.template_date
 BATCH = 256  # rows that render_many encodes together
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """One training sequence.
-
-    Attributes:
-      tokens: int32 [L].
-      loss_mask: bool [L]; ``loss_mask[t]``: token ``t`` is itself to be produced by the model (not shifted).
-        Never true at ``t = 0``, which nothing predicts, and true somewhere.
-      ref: the row that it comes from.
-      truncated: its end was cut off (``data.too_long``), and with it at least part of its last answer.
-      asked: for each answer the switch of the template that its prompt was rendered with, as "enable_thinking=False",
-        where that differs from the default prompt, else ""; nothing at all where that is so of all.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    ref: RowRef
-    truncated: bool = False
-    asked: tuple[str, ...] = ()
 
 
 def render(
@@ -89,17 +68,6 @@ def render_many(
             yield from _encode(batch, tokenizer)
             batch = []
     yield from _encode(batch, tokenizer)
-
-
-def check_token_ids(documents: Iterable[Rendered], vocab_size: int) -> None:
-    """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
-    for document in documents:
-        largest = int(document.tokens.max())
-        if largest >= vocab_size:
-            raise UserError(
-                f"{document.ref}: token id {largest} is outside the model's vocabulary of {vocab_size}: "
-                "model.tokenizer must be the model's own tokenizer"
-            )
 
 
 def render_prompt(

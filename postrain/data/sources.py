@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
-from postrain.data.schema import KINDS, BadRow, Example, RowRef, has_kind, parse_row, row_kind
+from postrain.data.kinds import RowParser
+from postrain.data.schema import BadRow, RowRef
 from postrain.errors import UserError
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
@@ -30,28 +31,26 @@ BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects tog
 class Source:
     """Rows of one ``SourceConfig``, in the order of its files.
 
-    ``len(source)``; ``source[i]`` gives a Conversation, PromptCompletion or TextRow and raises BadRow.
+    ``len(source)``; ``source[i]`` gives the example of a row (``postrain.data.kinds``), None where the source's
+    function leaves it out, and raises BadRow.
 
     Attributes:
       name: in reports.
-      kind: "messages", "prompt_completion" or "text"; "auto" where no row tells.
+      parser: of its rows.
     """
 
-    def __init__(self, name: str, kind: str, files: list):
-        self.name, self._files = name, files
+    def __init__(self, name: str, parser: RowParser, files: list):
+        self.name, self.parser, self._files = name, parser, files
         self._ends = np.cumsum([len(f) for f in files])
-        self.kind, self._decided_by = self._find_kind() if kind == "auto" else (kind, None)
+        parser.decide(self._raw_rows())
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Example:
-        ref, raw = self.raw(index)
-        if isinstance(raw, dict) and self.kind != "auto" and not has_kind(raw, self.kind):
-            self._refuse_kind(ref, row_kind(raw))
-        return parse_row(raw, self.kind, ref)
+    def __getitem__(self, index: int) -> Any:
+        return self.parser.parse(*self.raw(index))
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
     def raw(self, index: int) -> tuple[RowRef, Any]:
@@ -66,27 +65,12 @@ class Source:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[which], index - (int(self._ends[which - 1]) if which else 0)
 
-    def _find_kind(self) -> tuple[str, RowRef | None]:
-        """The kind of the first row that has one, and where it stands."""
+    def _raw_rows(self) -> Iterator[tuple[RowRef, Any]]:
         for i in range(len(self)):
             try:
-                ref, raw = self.raw(i)
+                yield self.raw(i)
             except BadRow:
                 continue
-            if isinstance(raw, dict) and (kind := row_kind(raw)):
-                return kind, ref
-        return "auto", None
-
-    def _refuse_kind(self, ref: RowRef, kind: str) -> None:
-        """Raises BadRow for a row of another kind than the source's; a row of no kind is parse_row's to refuse."""
-        if kind and self._decided_by is None:
-            raise BadRow(ref, f"expected a row of the source's kind, {self.kind}; found one of kind {kind}")
-        if kind:
-            raise BadRow(
-                ref,
-                f"expected a row of kind {self.kind}, as the first at {self._decided_by}; found one of kind {kind}",
-                f"a source has one kind: put the {kind} rows into a file of their own, and list both in the config",
-            )
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -95,14 +79,13 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
       UserError: nothing at the path, no rows, a file that cannot be read, an unknown kind or file type.
     """
-    if config.kind not in ("auto", *KINDS):
-        raise UserError(f"kind of source {config.path} must be one of auto, {', '.join(KINDS)}; found {config.kind!r}")
+    parser = RowParser(config)
     if not config.path:
         raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a datasets folder")
     files = [file for path in _paths(config.path) for file in _open(path)]
     if not sum(len(f) for f in files):
         raise UserError(f"{config.path} has no rows")
-    return Source(config.name or pathlib.Path(config.path).stem, config.kind, [f for f in files if len(f)])
+    return Source(config.name or pathlib.Path(config.path).stem, parser, [f for f in files if len(f)])
 
 
 def _paths(path: str) -> list[pathlib.Path]:
