@@ -121,6 +121,8 @@ NO_LAYOUT = Layout()
 def layout_of(document: Document) -> Layout:
     """The layout of a data set with such documents."""
     first = document.sequences[0]
+    if not first.fields and first.metadata is None:
+        return NO_LAYOUT
     arrays = {field.name: (field.values.dtype, field.values.shape[1:]) for field in first.fields}
     if isinstance(document, Group):
         arrays["group_ids"] = np.dtype(np.int32), ()
@@ -139,7 +141,7 @@ class SameLayout:
         layout = layout_of(document)
         if self.layout is None:
             self.layout, self._ref = layout, document.ref
-        elif layout != self.layout:
+        elif layout is not self.layout and layout != self.layout:
             raise BadRow(document.ref, f"expected {self.layout}, as at {self._ref}; found {layout}")
 
 

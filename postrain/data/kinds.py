@@ -125,7 +125,7 @@ class RowParser:
         if row is None and self._function:
             return None
         row = check_object(row, ref)
-        if not self.form or find_form(row, {self.form: _FORMS[self.form]}) == "":
+        if not self.form or not all(key in row for key in _FORMS[self.form]):
             self._refuse_other(row, ref)
         return self.kind.parse(row, self.form, ref)
 

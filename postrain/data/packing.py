@@ -248,7 +248,7 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
     row = {name: np.zeros(capacity, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     row["loss_mask"] = np.zeros(capacity, np.float32)
     row |= {name: np.zeros((capacity, *shape), dtype) for name, (dtype, shape) in layout.arrays.items()}
-    start = segment = 0
+    places, start, segment = np.arange(capacity), 0, 0
     for number, document in enumerate(documents, 1):
         first = start
         for sequence in document.sequences:
@@ -260,7 +260,7 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
             row["targets"][start:stop] = targets
             row["loss_mask"][start:stop] = loss_mask
             row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = np.arange(len(tokens))
+            row["positions"][start:stop] = places[: len(tokens)]
             for name, values, of_target in sequence.fields:
                 row[name][start:stop] = values[1:] if of_target else values[:-1]
             start = stop

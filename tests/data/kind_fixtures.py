@@ -118,7 +118,9 @@ def assert_same_batches(batches, others):
 
 def join_processes(parts):
     """One step's batches of several processes as the global one."""
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].keys() - {"metadata", "row_ids"}}
+    joined = {
+        name: np.concatenate([part[name] for part in parts]) for name in parts[0].keys() - {"metadata", "row_ids"}
+    }
     if "metadata" in parts[0]:
         joined["metadata"] = [row for part in parts for row in part["metadata"]]
     return joined

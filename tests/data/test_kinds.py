@@ -157,7 +157,8 @@ def test_preview_shows_every_kind(kind, paths, tokenizer_folder, tmp_path, strea
     row = make_rows(kind, 1)[0]
     told = {
         "sft": "⟦word", "preference": "[scores 0]", "preference/list": "[scores 1]", "kd": "teacher_ids",
-        "prompts": '[metadata {"answer": "0", "tests": [{"in": 0}]}]', "events": "⟦" + " ".join(map(str, row.get("items", [])[1:])),
+        "prompts": '[metadata {"answer": "0", "tests": [{"in": 0}]}]',
+        "events": "⟦" + " ".join(map(str, row.get("items", [])[1:])),
     }[kind]  # fmt: skip
     assert told in text and "documents by length" in text
     assert page.count("<pre ") == {"preference": 4, "preference/list": text.count("[scores")}.get(kind, 2)
