@@ -89,10 +89,8 @@ def render_prompt(
     Raises:
       BadRow: the messages are malformed or the template refuses them.
     """
-    options = {"template_date": template_date, "default_system": default_system}
-    (result,) = render_prompts(
-        [(messages, tools, RowRef("prompt", "prompt", 1))], tokenizer, thinking=thinking, **options
-    )
+    options = {"template_date": template_date, "default_system": default_system, "thinking": thinking}
+    (result,) = encode_prompts([(messages, tools, RowRef("prompt", "prompt", 1))], tokenizer, **options)
     if isinstance(result, BadRow):
         raise result
     return result
