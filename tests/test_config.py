@@ -11,6 +11,8 @@ import pytest
 from postrain import config as config_lib
 from postrain.config import Config, RowFunction, check_paths, format_config, resolve, to_dict
 from postrain.config_limits import CHOICES, RANGES
+from postrain.data.kinds import KINDS
+from postrain.data.schema import SFT_FORMS
 from postrain.errors import UserError
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -160,6 +162,7 @@ def kinds_of_keys(cls=Config, prefix=""):
 def test_every_choice_is_of_a_key_that_exists():
     kinds = kinds_of_keys()
     assert {kinds[key] for key in CHOICES} == {str, str | RowFunction}
+    assert {*CHOICES["data.train.kind"]} == {*CHOICES["data.eval.kind"]} == {*KINDS, *SFT_FORMS}
 
 
 def test_every_number_has_its_range_and_its_default_is_in_it():

@@ -90,6 +90,15 @@ def hash_documents(examples: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
+def digest_change(old: dict, new: dict) -> str:
+    """Stands for the change from one fingerprint to another, for ``data.accept_change``; documents do not count.
+
+    Those are known only when all rows have been rendered, and they do not change unless something else does.
+    """
+    pair = [{key: value for key, value in print_.items() if key != "documents"} for print_ in (old, new)]
+    return hashlib.sha256(json.dumps(pair, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def compare_fingerprints(old: dict, new: dict) -> list[str]:
     """What changed between two fingerprints, one readable phrase each; empty: nothing did.
 

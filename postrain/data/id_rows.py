@@ -119,7 +119,7 @@ def _parse_table(values: Any, where: str, length: int, ref: RowRef) -> np.ndarra
 
 
 def _to_array(values: Any, where: str, ref: RowRef) -> np.ndarray:
-    if not isinstance(values, list | tuple):
+    if not isinstance(values, list | tuple | np.ndarray):  # a function may well give arrays
         raise BadRow(ref, f"{where} must be a list; found {'nothing' if values is None else repr(values)[:40]}")
     try:
         return np.asarray(values)

@@ -23,6 +23,8 @@ from postrain.functions import PREFIX, describe_function
 # Part of the data fingerprint: to be counted up whenever rows that are not of kind sft would give other documents.
 KINDS_VERSION = 1
 
+_ENOUGH_OTHERS = 100  # rows of other kinds before the first of its own: a source is not read further for one
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -104,7 +106,7 @@ class RowParser:
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
         """Finds the form in the first of the rows that has one, unless it is known."""
-        others: dict[str, str] = {}
+        others = []
         for ref, raw in () if self._told else rows:
             try:
                 row = self._apply(ref, raw)
@@ -116,8 +118,10 @@ class RowParser:
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
             if other := find_form(row, _FORMS):
-                others.setdefault(other, f"{ref} {_describe_other(_KIND_OF[other])}")
-        self.advice = next(iter(others.values()), self.advice)
+                others.append(f"{ref} {_describe_other(_KIND_OF[other])}")
+            if len(others) == _ENOUGH_OTHERS:
+                break
+        self.advice = others[0] if others else self.advice
 
     def parse(self, ref: RowRef, raw: Any) -> Any:
         """The row's example, None where the function leaves it out. Raises BadRow."""

@@ -6,13 +6,14 @@ fed as it is, without any template), and none is trained.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from postrain.data.documents import Rendered
-from postrain.data.rendering import render_prompt
+from postrain.data.rendering import BATCH, encode_prompts
 from postrain.data.schema import BadRow, RowRef, check_keys, checked_strings, name_keys, parse_messages, parse_tools
 from postrain.data.tokenizer import Tokenizer
 
@@ -53,11 +54,12 @@ def render_prompts(
 ) -> Iterator[list[Rendered] | BadRow]:
     """One sequence of each example, or why there is none."""
     options = {"template_date": template_date, "default_system": default_system}
-    for example in examples:
-        try:
-            tokens = render_prompt(example.prompt, tokenizer, tools=example.tools, **options)
-        except BadRow as e:
-            yield BadRow(example.ref, e.reason, e.advice)
-            continue
-        mask = np.zeros(len(tokens), bool)
-        yield [Rendered(tokens, mask, example.ref, is_prompt=True, metadata=example.metadata)]
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, BATCH)):
+        rendered = encode_prompts([(e.prompt, e.tools, e.ref) for e in batch], tokenizer, **options)
+        for example, tokens in zip(batch, rendered, strict=True):
+            if isinstance(tokens, BadRow):
+                yield tokens
+                continue
+            mask = np.zeros(len(tokens), bool)
+            yield [Rendered(tokens, mask, example.ref, is_prompt=True, metadata=example.metadata)]

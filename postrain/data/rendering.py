@@ -89,18 +89,48 @@ def render_prompt(
     Raises:
       BadRow: the messages are malformed or the template refuses them.
     """
-    ref = RowRef("prompt", "prompt", 1)
+    options = {"template_date": template_date, "default_system": default_system, "thinking": thinking}
+    (result,) = encode_prompts([(messages, tools, RowRef("prompt", "prompt", 1))], tokenizer, **options)
+    if isinstance(result, BadRow):
+        raise result
+    return result
+
+
+def encode_prompts(
+    prompts: list[tuple],
+    tokenizer: Tokenizer,
+    *,
+    template_date: str,
+    default_system: str,
+    thinking: bool | None = None,
+) -> Iterator[np.ndarray | BadRow]:
+    """``render_prompt`` for many at once, each (messages, tools, ref); a refused one comes out as its BadRow."""
+    plans: list[tuple[Sequence, list[int]] | BadRow] = []
+    for messages, tools, ref in prompts:
+        try:
+            plans.append(_plan_prompt(messages, tools, ref, tokenizer, template_date, default_system, thinking))
+        except BadRow as e:
+            plans.append(e)
+    encoded = iter(encode_sequences([plan[0] for plan in plans if not isinstance(plan, BadRow)], tokenizer))
+    for (_, _, ref), plan in zip(prompts, plans, strict=True):
+        try:
+            yield plan if isinstance(plan, BadRow) else np.asarray(plan[1] + next(encoded).true_ids(), np.int32)
+        except Refusal as e:
+            yield BadRow(ref, str(e), e.advice)
+
+
+def _plan_prompt(
+    messages, tools, ref, tokenizer, template_date, default_system, thinking
+) -> tuple[Sequence, list[int]]:
+    """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
         checked_strings(messages, "prompt", ref)
-        (encoded,) = encode_sequences([Sequence(mark(messages, tokenizer.control_pattern), ())], tokenizer)
-        return np.asarray(tokenizer.prefix_ids + encoded.true_ids(), np.int32)
+        return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     messages = parse_messages(messages, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
     try:
-        text = renderer.render(len(renderer.messages), True, variables)
-        (encoded,) = encode_sequences([Sequence(text, ())], tokenizer)
-        return np.asarray(encoded.true_ids(), np.int32)
+        return Sequence(renderer.render(len(renderer.messages), True, variables), ()), []
     except Refusal as e:
         raise BadRow(ref, str(e), e.advice) from None
 
