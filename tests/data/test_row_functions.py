@@ -90,7 +90,7 @@ def test_rows_of_two_kinds_are_told(tmp_path, tokenizer):
     text = FUNCTION.replace("return None", "return {'prompt': row['q'], 'chosen': 'a', 'rejected': 'b'}")
     path = write_jsonl(tmp_path / "rows.jsonl", answers(range(1, 4)))
     config = make_config(path, kind=read_function(tmp_path, text))
-    with pytest.raises(UserError, match=f"{path}:3: expected a row of kind messages, as the first at {path}:1; found"):
+    with pytest.raises(UserError, match=f"{path}:3: expected a row of kind sft, as the first at {path}:1; found"):
         load_examples(config.train, tokenizer, config)
 
 
