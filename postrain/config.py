@@ -27,7 +27,7 @@ RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> one of
 class SourceConfig:
     """One source of rows."""
 
-    path: str = ""  # a .jsonl or .parquet file, a glob of them, or a folder saved by `datasets`
+    path: str = ""  # a .jsonl or .parquet file, a glob of them, a folder saved by `datasets`, s3://, ... (docs/data.md)
     name: str = ""  # in reports; empty: the file's stem
     # Of kind sft the first row tells the form, or the kind does: "messages", "prompt_completion", "text".
     kind: str | RowFunction = "sft"  # "preference", "prompts", "kd", "events", or a function that gives rows of them

@@ -16,6 +16,7 @@ from postrain.data.documents import Document, Group
 from postrain.data.lane import LANE_VERSION
 from postrain.data.packing import PACKING_VERSION
 from postrain.data.plan import PLAN_VERSION
+from postrain.data.storage import is_local, list_files
 from postrain.data.tokenizer import Tokenizer
 
 # Keys of the config that decide which rows come when.
@@ -149,12 +150,21 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
 
 
 def _describe_files(files: list[str]) -> list[dict]:
-    """By name, size and content: a folder may move, its files may not change."""
+    """By name, size and content (elsewhere: version): a folder may move, its files may not change."""
     described = []
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files]) if files else ""
-    for file in files:
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        name = os.path.relpath(os.path.abspath(file), folder)
-        described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+    for name, file in zip(name_files(files), files, strict=True):
+        if is_local(file):
+            with open(file, "rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+        else:
+            (stored,) = list_files(file)
+            described.append({"name": name, "bytes": stored.bytes, "version": stored.version})
     return described
+
+
+def name_files(urls: Sequence[str]) -> list[str]:
+    """Names from the folder on that all of them are in."""
+    urls = [os.path.abspath(url) if is_local(url) else url for url in urls]
+    folder = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in urls])
+    return [url[folder.rfind("/") + 1 :] for url in urls]

@@ -1,8 +1,8 @@
 """Files of rows -> random access to checked examples.
 
-A path is a .jsonl file, a .parquet file, a glob of either, or a folder that ``datasets`` saved
-(``save_to_disk``), whose Arrow files are read with pyarrow. Nothing is held but an index of the lines and the
-rows of Parquet last asked for.
+A path is a .jsonl or .parquet file, a glob of either, or a folder that ``datasets`` saved (``save_to_disk``), whose
+Arrow files are read with pyarrow. Of these nothing is held but an index of the lines and the rows of Parquet last asked
+for. Compressed files, .array_record and .tar, and files elsewhere (``s3://``, ...) are read whole.
 
 Arrow gives every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is stored
 as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of Parquet and Arrow rows are therefore
@@ -21,8 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
+from postrain.data.blocks import list_blocks, read_block
+from postrain.data.decoding import decode_line, one_line, without_nulls
 from postrain.data.kinds import RowParser
 from postrain.data.schema import BadRow, RowRef
+from postrain.data.storage import FORMATS, StoredFile, list_files
 from postrain.errors import UserError
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
@@ -82,7 +85,10 @@ def open_source(config: SourceConfig) -> Source:
     parser = RowParser(config)
     if not config.path:
         raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a datasets folder")
-    files = [file for path in _paths(config.path) for file in _open(path)]
+    if "://" in config.path:
+        files = [_Stored(file) for file in list_files(config.path)]
+    else:
+        files = [file for path in _paths(config.path) for file in _open(path)]
     if not sum(len(f) for f in files):
         raise UserError(f"{config.path} has no rows")
     return Source(config.name or pathlib.Path(config.path).stem, parser, [f for f in files if len(f)])
@@ -108,7 +114,10 @@ def _open(path: pathlib.Path) -> list:
         return [_Parquet(path)]
     if path.suffix == ".arrow":
         return [_Arrow(path)]
-    raise UserError(f"{path}: expected .jsonl, .parquet or .arrow; found {path.suffix or 'no suffix'!r}")
+    if path.name.endswith(tuple(FORMATS)):
+        return [_Stored(file) for file in list_files(str(path))]
+    known = ".jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar"
+    raise UserError(f"{path}: expected {known}; found {path.suffix or 'no suffix'!r}")
 
 
 def _open_folder(path: pathlib.Path) -> list:
@@ -152,19 +161,6 @@ class _JsonLines:
         return decode_line(self._bytes[begin : self._ends[row]], ref, first=begin == 0)
 
 
-def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
-    """The value of a line of JSON; ``first`` of its file, where a byte order mark may stand. Raises BadRow."""
-    try:
-        return json.loads(data.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as e:
-        raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
-    except json.JSONDecodeError as e:
-        hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
-        raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRow(ref, f"invalid JSON: {e}") from None
-
-
 def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Begin, end (int64 byte offsets) and number (from 1) of every line with something on it."""
     chunk = 1 << 24
@@ -175,6 +171,35 @@ def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     filled = [e - b > 64 or bool(data[b:e].strip()) for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
     keep = np.flatnonzero(filled)
     return begins[keep], ends[keep], keep + 1
+
+
+class _Stored:
+    """A file that is not on this machine, or can only be read from its start: its rows are read once and held."""
+
+    def __init__(self, file: StoredFile):
+        self.path = file.url
+        self._rows: list[tuple[RowRef, Any]] = []
+        for block in list_blocks([file], max(file.bytes, 1)):
+            rows = read_block(block)
+            while True:
+                try:
+                    self._rows.append(next(rows))
+                except StopIteration:
+                    break
+                except BadRow as e:
+                    self._rows.append((e.ref, e))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def line(self, row: int) -> int:
+        return self._rows[row][0].line
+
+    def read(self, row: int, ref: RowRef) -> Any:
+        value = self._rows[row][1]
+        if isinstance(value, BadRow):
+            raise BadRow(ref, value.reason, value.advice)
+        return value
 
 
 class _Table:
@@ -245,13 +270,3 @@ class _Arrow(_Table):
 
     def _slice(self, start: int, length: int) -> pa.Table:
         return self._table.slice(start, length)
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

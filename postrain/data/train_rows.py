@@ -18,7 +18,7 @@ from postrain.config import DataConfig
 from postrain.config_rules import has_mixture
 from postrain.data.block_reader import BlockReader, BlockSource, open_block_source
 from postrain.data.documents import Document, SameLayout
-from postrain.data.fingerprint import describe_pipeline
+from postrain.data.fingerprint import describe_pipeline, name_files
 from postrain.data.kinds import find_kind
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.packing import pack
@@ -190,9 +190,8 @@ def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer | No
     """The pipeline, its files by what can be told without reading them."""
     described = []
     for source in sources:
-        folder = os.path.commonprefix([file.url.rpartition("/")[0] + "/" for file in source.files])
-        start = folder.rfind("/") + 1  # a folder may move, what stands in it may not
-        files = [{"name": file.url[start:]} | _describe(file, source) for file in source.files]
+        names = name_files([file.url for file in source.files])
+        files = [{"name": n} | _describe(file, source) for n, file in zip(names, source.files, strict=True)]
         described.append({"name": source.name, "kind": source.parser.form, "files": files} | source.parser.identity)
     return describe_pipeline(described, tokenizer, config)
 
