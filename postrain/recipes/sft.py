@@ -126,7 +126,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
 
         # The loop.
         while run.step < total_steps:
-            arrays = run.next_batch()
+            arrays = run.next_batch(state)
             with watch.phase("step", watches_cpu=False):
                 state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             if run.must_go_back(metrics):
