@@ -6,10 +6,12 @@ faster. Which places those are is decided carefully rather than completely (``_U
 
 For the tokenizers whose expression is in ``_SPLITS`` a word begins, whatever stands around it,
 
+* after an ASCII letter, at any ASCII character that is neither a letter nor an apostrophe
+* after an ASCII digit, at any that is no digit
+* after ASCII punctuation, at a space or tab
 * at a single space between two characters that are none
-* after a single line break between two such, unless a slash follows (gpt-oss adds slashes to a word before)
-* at the last space of white space, if an ASCII letter follows
-* after an ASCII letter, at ASCII punctuation that is no apostrophe
+* at the last space of white space, if ASCII punctuation or an ASCII letter follows
+* after a single line break between two other characters, but between punctuation and a slash
 
 and each side, encoded by itself, is cut as it is within the text. Others (Unigram models, a space put in front of text,
 added tokens that take white space with them) are left to the library.
@@ -37,11 +39,16 @@ _O200K = (
 _SPLITS = frozenset({_GPT2, _LLAMA3, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"), _O200K})  # GPT-2, Llama 3, Qwen, gpt-oss
 
 _SPACE, _OTHER = r"[\s\u180e]", r"[^\s\u180e]"  # U+180E was white space in older Unicode
-_PUNCTUATION = r"[!-&(-/:-@\[-`{-~]"
+_WORD, _PUNCTUATION = r"[A-Za-z]++(?:'[A-Za-z]++)*+", r"[!-/:-@\[-`{-~]"
+_LAST_SPACE = r"(?= [!-/:-~])"
 _UNIT = re.compile(
-    rf" ?[A-Za-z]++(?= {_OTHER}|{_PUNCTUATION})"
+    rf" ?{_WORD}(?=[\t\n\r -&(-@\[-`{{-~])"  # nearly all of them
+    rf"|\n(?={_OTHER})"
+    rf"|\s+{_LAST_SPACE}"
+    rf"|\s*+{_PUNCTUATION}*+(?:{_WORD}(?=[\t\n\r -&(-@\[-`{{-~])|[0-9]++(?=[\t\n\r -/:-~]))"
+    rf"|\s*+{_PUNCTUATION}++(?:(?=[ \t])|\n(?=[^\s\u180e/])|\s+{_LAST_SPACE})"
     rf"|{_SPACE}*+{_OTHER}++(?:{_SPACE}++{_OTHER}++)*?"
-    rf"(?:(?= {_OTHER})|\n(?=[^\s\u180e/])|{_SPACE}+(?= [A-Za-z])|{_SPACE}*+\Z)"
+    rf"(?:(?= {_OTHER})|\n(?=[^\s\u180e/])|{_SPACE}+{_LAST_SPACE}|{_SPACE}*+\Z)"
     rf"|{_SPACE}++\Z"
 )
 _KNOWN = 1 << 17  # units that are remembered, some 30 MiB, before all are forgotten
@@ -83,7 +90,7 @@ class Words:
         split = [self._split_added(text) for text in texts]  # text, added token, text, ..., text
         looked_up = [[self._look_up(piece) for piece in pieces[::2]] for pieces in split]
         unknown = {u for pieces in looked_up for units, ids in pieces if None in ids for u in _unknown(units, ids)}
-        encoded = self._encode(list(unknown))
+        encoded = self._encode(list(unknown)) if unknown else {}
         return [self._join(*both, encoded) for both in zip(split, looked_up, strict=True)]
 
     def _look_up(self, text: str) -> tuple[list[str], list[tuple[int, ...] | None]]:
@@ -95,7 +102,8 @@ class Words:
         encoded = {unit: tuple(encoding.ids) for unit, encoding in zip(units, encodings, strict=True)}
         if len(self._known) + len(encoded) > _KNOWN:
             self._known.clear()
-        self._known.update((unit, ids) for unit, ids in encoded.items() if len(unit) <= _LONGEST)
+        short = ((unit, ids) for unit, ids in encoded.items() if len(unit) <= _LONGEST)
+        self._known.update(itertools.islice(short, _KNOWN))
         return encoded
 
     def _join(self, split: list[str], looked_up: list, encoded: dict[str, tuple[int, ...]]) -> Ids:
