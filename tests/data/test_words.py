@@ -88,7 +88,9 @@ def test_words_that_were_met_are_not_encoded_again(load):
     known = words.Words(fast, {})
     text = " ".join(f"word{i % 50} and." for i in range(1000))
     expected = fast.encode(text).ids
-    assert known.encode([text])[0].ids == expected and len(known._known) == 54  # word, 50 numbers, and, the dot; the first word has no space
+    assert (
+        known.encode([text])[0].ids == expected and len(known._known) == 54
+    )  # word, 50 numbers, and, the dot; the first word has no space
     known._fast = None  # all of it is known
     assert known.encode([text, text])[1].ids == expected
 
