@@ -72,11 +72,11 @@ class Encoded:
 
     def _finish(self, group, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         ids, _, end, _ = group[-1]  # only the last of a group may be cut; the others' places are the same in its ids
-        ids = prefix + self.true_ids(ids[:end]) + suffix
+        ids = np.concatenate([prefix, self.true_ids(ids[:end]), suffix], dtype=np.int32, casting="unsafe")
         mask = np.zeros(len(ids), bool)
         for _, first, last, _ in group:
             mask[first + len(prefix) : last + len(prefix)] = True
-            stop = ids[last + len(prefix) - 1]
+            stop = int(ids[last + len(prefix) - 1])
             if not suffix and stop not in self.tokenizer.stop_ids:
                 raise Refusal(f"the last trained token is {self.tokenizer.decode([stop])!r}, which is no stop token")
         mask[len(ids) - len(suffix) :] = True
@@ -84,9 +84,9 @@ class Encoded:
         if not mask.any():
             raise Refusal("it has no token to train on")
         asked = tuple(asked for *_, asked in group)
-        return np.asarray(ids, np.int32), mask, asked if any(asked) else ()
+        return ids, mask, asked if any(asked) else ()
 
-    def _cut(self, begin: int, end: int) -> tuple[list[int], int, int]:
+    def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
         the indices of the first token of the span and of the first after it. The ids are ``self._ids`` itself where
         nothing had to change."""
@@ -98,25 +98,25 @@ class Encoded:
             return ids, 0, last
         anchors = anchor_ids(self.fast)
         before = bisect.bisect_left(starts, begin)
-        left = next((i for i in range(before - 1, -1, -1) if ids[places[i]] in anchors), None)
-        anchor, anchor_text = (0, "") if left is None else (places[left], self.fast.id_to_token(ids[places[left]]))
+        left = next((i for i in range(before - 1, -1, -1) if int(ids[places[i]]) in anchors), None)
+        anchor, anchor_text = (0, "") if left is None else (places[left], self.fast.id_to_token(int(ids[places[left]])))
         head = list(_encode_short(self.fast, self.text[starts[left] if anchor_text else 0 : begin]))
         first = anchor + len(head)
-        if ids[anchor:first] == head:
+        if ids[anchor:first].tolist() == head:
             return ids, first, last
-        right = next((i for i in range(before, len(places)) if ids[places[i]] in anchors), None)
+        right = next((i for i in range(before, len(places)) if int(ids[places[i]]) in anchors), None)
         after, stop = (len(ids), len(self.text)) if right is None else (places[right], starts[right])
         # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
         rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
-        if self._decode([*head, *rest]) != self._decode(ids[anchor:after]):
+        if self._decode([*head, *rest]) != self._decode(ids[anchor:after].tolist()):
             raise Refusal("a token lies over the end of the generation prompt, and its two sides do not encode apart")
-        cut = [*ids[:anchor], *head, *rest, *ids[after:]]
+        cut = np.concatenate([ids[:anchor], np.array([*head, *rest], np.int32), ids[after:]])
         return cut, first, last + len(cut) - len(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
-    def true_ids(self, ids: list[int] | None = None) -> list[int]:
+    def true_ids(self, ids: np.ndarray | None = None) -> np.ndarray:
         """Ids, by default all, as those of ``tokenizer``.
 
         Raises:
@@ -124,11 +124,11 @@ class Encoded:
         """
         ids = self._ids if ids is None else ids
         if self.fast is self.tokenizer.fast:
-            return list(ids)
-        second = second_tokenizer(self.tokenizer)
+            return ids
+        second, ids = second_tokenizer(self.tokenizer), ids.tolist()
         if any(i in second.control_in_vocabulary for i in ids):
             raise Refusal("the row spells a special token, and the tokenizer cannot write it as ordinary text")
-        return [second.true_ids.get(i, i) for i in ids]
+        return np.array([second.true_ids.get(i, i) for i in ids], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

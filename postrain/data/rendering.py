@@ -125,14 +125,14 @@ def render_prompt(
     if isinstance(messages, str):
         checked_strings(messages, "prompt", ref)
         (encoded,) = encode_sequences([Sequence(mark(messages, tokenizer.control_pattern), ())], tokenizer)
-        return np.asarray(tokenizer.prefix_ids + encoded.true_ids(), np.int32)
+        return np.array([*tokenizer.prefix_ids, *encoded.true_ids()], np.int32)
     messages = parse_messages(messages, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
     try:
         text = renderer.render(len(renderer.messages), True, variables)
         (encoded,) = encode_sequences([Sequence(text, ())], tokenizer)
-        return np.asarray(encoded.true_ids(), np.int32)
+        return np.array(encoded.true_ids(), np.int32)
     except Refusal as e:
         raise BadRow(ref, str(e), e.advice) from None
 

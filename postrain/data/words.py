@@ -17,6 +17,7 @@ and each side, encoded by itself, is cut as it is within the text. Others (Unigr
 added tokens that take white space with them) are left to the library.
 """
 
+import array
 import functools
 import itertools
 import json
@@ -24,6 +25,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -59,12 +61,12 @@ class Ids(NamedTuple):
     """One encoded text.
 
     Attributes:
-      ids: of its tokens.
+      ids: int32 [L], of its tokens; not to be written to.
       starts: characters, ascending, at which a token is known to start: of every added token, and of what follows it.
       places: the number of the token that starts there, for each of ``starts``.
     """
 
-    ids: list[int]
+    ids: np.ndarray
     starts: Sequence[int]
     places: Sequence[int]
 
@@ -75,80 +77,88 @@ def encode_texts(fast: tokenizers.Tokenizer, texts: list[str]) -> list[Ids]:
     if words:
         return words.encode(texts)
     encodings = fast.encode_batch(texts, add_special_tokens=False)
-    return [Ids(e.ids, [start for start, _ in e.offsets], range(len(e.ids))) for e in encodings]
+    return [Ids(np.asarray(e.ids, np.int32), [at for at, _ in e.offsets], range(len(e.ids))) for e in encodings]
 
 
 class Words:
     """``encode_texts`` for a tokenizer that ends its words where ``_UNIT`` does. For any number of threads."""
 
     def __init__(self, fast: tokenizers.Tokenizer, added: dict[str, int]):
-        self._fast, self._added, self._known = fast, added, {}
+        self._fast, self._known = fast, {}  # unit -> its ids, the bytes of int32s, which are quickly joined
+        self._added = {text: array.array("i", [i]).tobytes() for text, i in added.items()}
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
         self._split_added = re.compile(f"({'|'.join(longest_first)})").split if added else lambda text: [text]
 
     def encode(self, texts: list[str]) -> list[Ids]:
         split = [self._split_added(text) for text in texts]  # text, added token, text, ..., text
         looked_up = [[self._look_up(piece) for piece in pieces[::2]] for pieces in split]
-        unknown = {u for pieces in looked_up for units, ids in pieces if None in ids for u in _unknown(units, ids)}
+        unknown = {unit for pieces in looked_up for units, found in pieces for unit in _unknown(units, found)}
         encoded = self._encode(list(unknown)) if unknown else {}
         return [self._join(*both, encoded) for both in zip(split, looked_up, strict=True)]
 
-    def _look_up(self, text: str) -> tuple[list[str], list[tuple[int, ...] | None]]:
+    def _look_up(self, text: str) -> tuple[list[str], list[bytes | None]]:
         units = _UNIT.findall(text)
         return units, list(map(self._known.get, units))
 
-    def _encode(self, units: list[str]) -> dict[str, tuple[int, ...]]:
+    def _encode(self, units: list[str]) -> dict[str, bytes]:
         encodings = self._fast.encode_batch_fast(units, add_special_tokens=False)
-        encoded = {unit: tuple(encoding.ids) for unit, encoding in zip(units, encodings, strict=True)}
+        ids = [array.array("i", encoding.ids).tobytes() for encoding in encodings]
+        encoded = dict(zip(units, ids, strict=True))
         if len(self._known) + len(encoded) > _KNOWN:
             self._known.clear()
         short = ((unit, ids) for unit, ids in encoded.items() if len(unit) <= _LONGEST)
         self._known.update(itertools.islice(short, _KNOWN))
         return encoded
 
-    def _join(self, split: list[str], looked_up: list, encoded: dict[str, tuple[int, ...]]) -> Ids:
-        ids, starts, places, start = [], [], [], 0
-        for number, piece in enumerate(split):
-            if not piece:
+    def _join(self, split: list[str], looked_up: list, encoded: dict[str, bytes]) -> Ids:
+        pieces, starts, places, start, place = [], [], [], 0, 0
+        for number, text in enumerate(split):
+            if not text:
                 continue
             starts.append(start)
-            places.append(len(ids))
-            start += len(piece)
+            places.append(place)
+            start += len(text)
             if number % 2:
-                ids.append(self._added[piece])
-                continue
-            units, found = looked_up[number // 2]
-            if None in found:
-                found = [encoded[unit] if known is None else known for unit, known in zip(units, found, strict=True)]
-            ids += itertools.chain.from_iterable(found)
-        return Ids(ids, starts, places)
+                ids = self._added[text]
+            else:
+                units, found = looked_up[number // 2]
+                if not all(found):
+                    found = [known or encoded[unit] for unit, known in zip(units, found, strict=True)]
+                ids = b"".join(found)
+            pieces.append(ids)
+            place += len(ids) // 4
+        return Ids(np.frombuffer(b"".join(pieces), np.int32), starts, places)
 
 
-def _unknown(units: list[str], ids: list) -> list[str]:
-    return [unit for unit, known in zip(units, ids, strict=True) if known is None]
+def _unknown(units: list[str], found: list[bytes | None]) -> list[str]:
+    return [] if all(found) else [unit for unit, known in zip(units, found, strict=True) if not known]
 
 
 @functools.lru_cache(maxsize=8)
 def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
     """None where the tokenizer is not known to end its words at the ends of units."""
-    spec = json.loads(fast.to_str())
-    model, added = spec["model"], spec["added_tokens"]
-    if model.get("type") != "BPE" or model.get("dropout") or spec["truncation"] or spec["padding"]:
+    added = fast.get_added_tokens_decoder()
+    model, normalizer, before = fast.model, _describe(fast.normalizer), _describe(fast.pre_tokenizer)
+    if not isinstance(model, tokenizers.models.BPE) or model.dropout or fast.truncation or fast.padding:
         return None
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
+    if normalizer not in ({}, {"type": "NFC"}):
         return None
-    before = spec["pre_tokenizer"] or {}
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
     if not (all(map(_keeps_units, steps)) and any(map(_cuts_words, steps))):
         return None
-    takes_more = any(t["lstrip"] or t["rstrip"] or t["single_word"] or re.search(r"\s", t["content"]) for t in added)
-    if takes_more or len({t["normalized"] for t in added}) > 1:  # of two sorts one is searched before the other
+    takes_more = any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added.values())
+    if takes_more or len({t.normalized for t in added.values()}) > 1:  # of two sorts one is searched before the other
         return None
-    return Words(fast, {t["content"]: t["id"] for t in added})
+    return Words(fast, {token.content: i for i, token in added.items()})
+
+
+def _describe(part) -> dict:
+    """A part of a tokenizer as tokenizer.json has it; {} for none."""
+    return json.loads(part.__getstate__()) if part is not None else {}
 
 
 def _cuts_words(step: dict) -> bool:
-    return step["type"] == "Split" or bool(step.get("use_regex"))
+    return step.get("type") == "Split" or bool(step.get("use_regex"))
 
 
 def _keeps_units(step: dict) -> bool:
