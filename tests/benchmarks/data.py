@@ -216,7 +216,7 @@ def summarize_preparation(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]
         made = figure["tokens"] + figure.get("documents", 0), figure["trained"]
         if not streamed and made != (theirs["tokens"], theirs["trained"]):
             raise SystemExit(f"{name}: postrain makes {figure}, TRL {theirs}: these are not the same rows")
-        one, trl, every, trl_all = middle("postrain", key), middle("trl", name), middle("postrain_all_cores", key)
+        one, trl, every = middle("postrain", key), middle("trl", name), middle("postrain_all_cores", key)
         trl_all = middle("trl_all_cores", name)
         table.append(
             f"| {key} | {figure['tokens']:,} tokens | {one:,.0f} | {trl:,.0f} | **{one / trl:.2f}x** | {every:,.0f} "
