@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import sysconfig
 from collections.abc import Iterator
 
@@ -71,6 +72,7 @@ def read_paragraphs() -> list[str]:
     files = [f for f in sorted(root.rglob("*.py")) if not {"site-packages", "test", "tests"} & set(f.parts)]
     texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     paragraphs = [p.strip("\n") for text in texts for p in text.split("\n\n") if p.strip() and len(p) < 2000]
+    paragraphs = [p for p in paragraphs if not re.search(r"<[\w|]+>", p)]  # of the form of control tokens
     order = np.random.default_rng(3).permutation(len(paragraphs))
     return [paragraphs[i] for i in order]
 
