@@ -8,8 +8,8 @@
   many, on lists of nulls, so that it moves no tokens).
 * preparation: JSON lines to packed batches, ``--conversations`` rows, beside what TRL's SFTTrainer does with the same
   rows and the same template before training: template with the mask of assistant tokens, tokens, labels, packing. On
-  one core (the process is held to it) and on all (TRL with ``dataset_num_proc``). TRL's collator, which makes batches
-  of its rows, is not timed, and neither is loading the tokenizer.
+  one core, to which the process is held and whose time is counted, and on all (TRL with ``dataset_num_proc``). TRL's
+  collator, which makes batches of its rows, is not timed, and neither is loading the tokenizer.
 * step: useful tokens/s of the train step on the tiny model, packed and with a document a row, at a quarter of the
   lengths. Documents are padded to ``data.sequence_length``, as the step has one shape; the ceiling of packing's gain
   is then slots over useful tokens. Padded rows are of documents at evenly spaced quantiles.
@@ -97,15 +97,16 @@ def write_prepared(folder: str, count: int) -> None:
 
 
 def prepare_all(side: str, folder: str) -> dict:
-    """Seconds, tokens and trained tokens of each file."""
+    """Seconds, tokens and trained tokens of each file; on one core the seconds are those of its processor."""
+    clock, processes = time.perf_counter, len(os.sched_getaffinity(0))
     if not side.endswith("all_cores"):  # before anything starts threads
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    prepare = _prepare_here if side.startswith("postrain") else _prepare_trl
-    return prepare(folder, None if side.startswith("postrain") else len(os.sched_getaffinity(0)))
+        clock, processes = time.process_time, 1
+    return _prepare_here(folder, clock) if side.startswith("postrain") else _prepare_trl(folder, processes, clock)
 
 
-def _prepare_here(folder: str, _) -> dict:
+def _prepare_here(folder: str, clock) -> dict:
     from postrain.data.tokenizer import load_tokenizer
     from postrain.hf.fetch import fetch_smollm2
 
@@ -113,28 +114,28 @@ def _prepare_here(folder: str, _) -> dict:
     figures = {}
     for name in PREPARED:  # a tokenizer each: none begins with the words of another file
         path = str(pathlib.Path(folder, f"{name}.jsonl"))
-        figures[name] = _load(path, load_tokenizer(fetch_smollm2(), template))
-        figures[f"{name}, streamed"] = _stream(path, load_tokenizer(fetch_smollm2(), template))
+        figures[name] = _load(path, load_tokenizer(fetch_smollm2(), template), clock)
+        figures[f"{name}, streamed"] = _stream(path, load_tokenizer(fetch_smollm2(), template), clock)
     return figures
 
 
-def _load(path: str, tokenizer) -> dict:
+def _load(path: str, tokenizer, clock) -> dict:
     from postrain.config import DataConfig, SourceConfig
     from postrain.data.pipeline import load_examples, make_train_iterator
 
     config = DataConfig(train=(SourceConfig(path=path),), sequence_length=PREPARED_LENGTH)
-    start = time.perf_counter()
+    start = clock()
     example_set = load_examples(config.train, tokenizer, config)
     batches = make_train_iterator(example_set, config)
     for _ in range(batches.num_steps(1)):
         next(batches)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     batches.close()
     total = example_set.report.total
     return {"seconds": seconds, "tokens": total.tokens, "trained": total.trained, "documents": total.documents}
 
 
-def _stream(path: str, tokenizer) -> dict:
+def _stream(path: str, tokenizer, clock) -> dict:
     """One lane, once through the file; the last rows, which make no whole batch, are not counted."""
     from postrain.config import DataConfig, SourceConfig, StreamSection
     from postrain.data.train_rows import open_train_rows
@@ -142,7 +143,7 @@ def _stream(path: str, tokenizer) -> dict:
 
     source = SourceConfig(path=path, max_epochs=1)
     config = DataConfig(train=(source,), sequence_length=PREPARED_LENGTH, streaming=True, stream=StreamSection(lanes=1))
-    start, tokens, trained = time.perf_counter(), 0, 0
+    start, tokens, trained = clock(), 0, 0
     batches = open_train_rows(tokenizer, config).batches
     try:
         while True:
@@ -150,12 +151,12 @@ def _stream(path: str, tokenizer) -> dict:
             tokens += int((batch["segment_ids"] > 0).sum()) + int((batch["row_ids"] >= 0).sum())
             trained += int(batch["loss_mask"].sum())
     except UserError:  # the one epoch is over
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     batches.close()
     return {"seconds": seconds, "tokens": tokens, "trained": trained}
 
 
-def _prepare_trl(folder: str, processes: int) -> dict:
+def _prepare_trl(folder: str, processes: int, clock) -> dict:
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -167,9 +168,9 @@ def _prepare_trl(folder: str, processes: int) -> dict:
 
     class Timed(SFTTrainer):
         def _prepare_dataset(self, *args, **kwargs):
-            start = time.perf_counter()
+            start = clock()
             dataset = super()._prepare_dataset(*args, **kwargs)
-            self.seconds = time.perf_counter() - start
+            self.seconds = clock() - start
             return dataset
 
     tokenizer = AutoTokenizer.from_pretrained(fetch_smollm2())
@@ -189,10 +190,10 @@ def _prepare_trl(folder: str, processes: int) -> dict:
             dataset_num_proc=processes if processes > 1 else None,
             disable_tqdm=True,
         )
-        start, path = time.perf_counter(), str(pathlib.Path(folder, f"{name}.jsonl"))
+        start, path = clock(), str(pathlib.Path(folder, f"{name}.jsonl"))
         cache = pathlib.Path(folder, f"cache-{os.getpid()}")
         rows = datasets.load_dataset("json", data_files=path, cache_dir=str(cache), split="train")
-        read = time.perf_counter() - start
+        read = clock() - start
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
         trainer = Timed(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         packed = trainer.train_dataset.with_format("numpy")
