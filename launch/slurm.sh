@@ -24,7 +24,7 @@ wait $!
 code=$?
 
 # 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
-if [[ "$code" =~ ^(124|143)$ && "$told" = 0 ]]; then
+if [[ "$code" =~ ^(124|143)$ && "$told" = 0 && "${SLURM_RESTART_COUNT:-0}" -lt 100 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

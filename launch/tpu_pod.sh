@@ -5,13 +5,14 @@
 set -euo pipefail
 
 script=$(cat <<'END'
-while true; do
+for start in {0..100}; do
     @COMMAND@
     code=$?
     # 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
     [[ "$code" =~ ^(124|143)$ ]] || exit "$code"
     sleep 10
 done
+exit "$code"
 END
 )
 exec gcloud compute tpus tpu-vm ssh @NAME@ --worker=all --command="$script"

@@ -71,10 +71,12 @@ class DataConfig:
     max_bad_fraction: float = 0.05  # a run that skips a larger share of a source's rows stops
     shuffle: bool = True  # a new order of rows each epoch
     seed: int = 0  # of that order
+    prefetch: int = 8  # batches that are prepared while the device works
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
     mixture: MixtureSection = MixtureSection()
+    accept_change: str = ""  # go on although the data changed: the code that the refusal names, for that change alone
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
     stream: StreamSection = StreamSection()
 

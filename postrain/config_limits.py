@@ -75,6 +75,7 @@ RANGES: dict[str, Range] = {
     "data.stream.block_mebibytes": Range(1, 2**20),
     "data.stream.cache_gibibytes": Range(0),
     "data.seed": _SEED,
+    "data.prefetch": Range(1, 2**16),
     "model.attention_chunk": Range(1, 2**24),
     "model.loss_chunk": Range(1, 2**20),
     "model.lora.rank": Range(0, 2**16),

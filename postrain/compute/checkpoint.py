@@ -26,14 +26,16 @@ from postrain.compute.checksums import sync_folder, verify_checksums, write_chec
 from postrain.compute.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.compute.distributed import gather
 from postrain.config import CheckpointConfig
-from postrain.data.fingerprint import compare_fingerprints
+from postrain.data.fingerprint import compare_fingerprints, digest_change
 from postrain.errors import UserError
+from postrain.files import write_whole
 from postrain.nested import flatten
 from postrain.types import TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
 UNREADABLE_SUFFIX = ".unreadable"
+LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of it changes
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -45,6 +47,7 @@ class Restored:
     state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved, as the run that saved it had it
+    fingerprint: dict[str, Any]  # of the data pipeline
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
     rollbacks: int  # that the run had made
@@ -141,6 +144,11 @@ class Checkpointer:
         if not self._config.asynchronous:
             self.wait()
 
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Those of a checkpoint whose evaluation came after it was saved: by them it is ranked from now on."""
+        if self._lead:
+            write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
+
     def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
         """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
         written.result()
@@ -161,19 +169,27 @@ class Checkpointer:
                 self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
 
     def _choose_kept(self) -> set[int]:
-        """Steps of the newest checkpoints and of the best; of equally good ones the newer."""
+        """Steps of the newest checkpoints, the newest due one, and the best; of equally good ones the newer."""
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, perhaps
-                run = json.loads((self._folder / str(step) / "run" / "data.json").read_text(encoding="utf-8"))
-                value = run["metrics"].get(self._config.metric)
+                folder = self._folder / str(step)
+                metrics = json.loads((folder / "run" / "data.json").read_text(encoding="utf-8"))["metrics"]
+                if (folder / LATER_METRICS).exists():
+                    metrics = json.loads((folder / LATER_METRICS).read_text(encoding="utf-8"))
+                value = metrics.get(self._config.metric)
                 if value is not None and math.isfinite(value):
                     return sign * value
             return -math.inf  # a checkpoint saved without the metric
 
         best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
-        return {*steps[-self._config.keep :], *best}
+        due = [step for step in steps if self._was_due(step)]
+        return {*steps[-self._config.keep :], *due[-1:], *best}
+
+    def _was_due(self, step: int) -> bool:
+        """Whether a run that no signal stops has a checkpoint of ``step``, or might have."""
+        return not self._config.every or step % self._config.every == 0
 
     def _check_metric(self, step: int, metrics: dict) -> None:
         """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
@@ -235,12 +251,16 @@ class Checkpointer:
         *,
         fingerprint: dict | None,
         base_fingerprint: dict | None = None,
+        accept_change: str = "",
         step: int | None = None,
+        due_only: bool = False,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
+        ``due_only``: not one that was saved out of turn, for a signal.
         A damaged checkpoint is reported, moved aside, and the one before it taken.
         Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
         when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
@@ -248,6 +268,8 @@ class Checkpointer:
         """
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
+        if due_only:
+            candidates = [candidate for candidate in candidates if self._was_due(candidate)]
         candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
         for candidate in candidates:
             where = self._folder / str(candidate)
@@ -260,7 +282,9 @@ class Checkpointer:
             run, saved = found
             if fingerprint is not None:
                 changes = compare_fingerprints(run["fingerprint"], fingerprint)
-                _refuse(f"{where}: the data pipeline", changes, "another workdir")
+                change = digest_change(run["fingerprint"], fingerprint)
+                if change != accept_change:
+                    _refuse(f"{where}: the data pipeline", changes, f"another workdir, or data.accept_change={change}")
             _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
             _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")

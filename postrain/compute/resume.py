@@ -16,7 +16,7 @@ from postrain.compute.model_fingerprint import fingerprint_model
 from postrain.compute.optimizer import describe_structure
 from postrain.config import Config, OptimizerConfig, SourceConfig
 from postrain.data.block_reader import open_block_source
-from postrain.data.fingerprint import compare_fingerprints, make_fingerprint
+from postrain.data.fingerprint import compare_fingerprints, digest_change, make_fingerprint
 from postrain.data.schema import BadRow
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
@@ -40,7 +40,10 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
         folder, make_lora_config(config.model.lora), config.model.new_tokens, config.model.quantization
     )
     models = _compare_models(saved["base_fingerprint"], model)
-    data = _compare_data(saved["fingerprint"], config, tokenizer)
+    now = _fingerprint_data(saved["fingerprint"], config, tokenizer)
+    data, change = compare_fingerprints(saved["fingerprint"], now), digest_change(saved["fingerprint"], now)
+    if change == config.data.accept_change:
+        data = []
     if any(change.startswith("model.new_tokens") for change in models):  # which make it another tokenizer
         data = [change for change in data if not change.startswith("the tokenizer")]
     changes = [
@@ -50,9 +53,12 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
     ]
     if changes:
         more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
+        ways = ["change it back", "use another workdir"]
+        if len(changes) == len(data):  # other weights or another optimizer are another run
+            ways.append(f"go on with the changed data by data.accept_change={change}")
         raise UserError(
             f"{place}: the run cannot go on from here, since what it stands on has changed: "
-            f"{'; '.join(changes[:_SHOWN])}{more}: change it back, or use another workdir"
+            f"{'; '.join(changes[:_SHOWN])}{more}: {', or '.join(ways)}"
         )
 
 
@@ -85,13 +91,13 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple
     return None, None
 
 
-def _compare_data(saved: dict, config: Config, tokenizer: Tokenizer) -> list[str]:
+def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict:
+    """As it would be saved now; the documents, which are not known yet, as they were."""
     if config.data.streaming:
         sources = [open_block_source(source, config.data) for source in config.data.train]
-        return compare_fingerprints(saved, fingerprint_stream(sources, tokenizer, config.data))
+        return fingerprint_stream(sources, tokenizer, config.data)
     files = [_list_files(source) for source in config.data.train]
-    now = make_fingerprint(files, tokenizer, [], config.data)
-    return compare_fingerprints(saved, now | {"documents": saved.get("documents")})
+    return make_fingerprint(files, tokenizer, [], config.data) | {"documents": saved.get("documents")}
 
 
 def _list_files(config: SourceConfig) -> tuple[str, list[str]]:

@@ -22,7 +22,7 @@ from postrain.nested import flatten
 # the work is done or what is shown of it, not its result. Neither ``data.eval`` nor what is measured on it is among
 # them: they change no update, but evaluations before and after (and the best checkpoints, ranked by them) differ.
 HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
-HARMLESS += ("train.hang_timeout",)
+HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
 

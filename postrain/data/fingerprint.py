@@ -4,6 +4,7 @@ The hash of the rendered documents alone would tell *that* something changed; th
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 
@@ -73,6 +74,15 @@ def hash_documents(examples: Iterable[Rendered]) -> str:
         digest.update(np.ascontiguousarray(example.tokens, "<i4"))
         digest.update(np.packbits(example.loss_mask))
     return digest.hexdigest()
+
+
+def digest_change(old: dict, new: dict) -> str:
+    """Stands for the change from one fingerprint to another, for ``data.accept_change``; documents do not count.
+
+    Those are known only when all rows have been rendered, and they do not change unless something else does.
+    """
+    pair = [{key: value for key, value in print_.items() if key != "documents"} for print_ in (old, new)]
+    return hashlib.sha256(json.dumps(pair, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def compare_fingerprints(old: dict, new: dict) -> list[str]:

@@ -109,11 +109,12 @@ class Lane:
         return self._start and self._start | {"given": self._given, "totals": [list(total) for total in self._totals]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state`` was taken, with the same rows."""
+        """Goes on where ``state`` was taken, with the same rows. A source whose position is None begins anew."""
         if not state:
             return
         for reader, position in zip(self._readers, state["positions"], strict=True):
-            reader.seek(position)
+            if position is not None:
+                reader.seek(position)
         self._number, self._first_row = state["window"] - 1, state["first_row"]
         self._drawn, self._phase = list(state["drawn"]), state["phase"]
         self._totals = [list(total) for total in state["totals"]]

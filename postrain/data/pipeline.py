@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.data.carry_over import count_updates
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.packing import assemble_row, pack
 from postrain.data.plan import RowPlan
@@ -22,7 +23,6 @@ from postrain.errors import UserError
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
 
-_PREFETCHED_BATCHES = 4
 _ENDLESS = 2**62  # Grain wants a length
 
 
@@ -38,7 +38,7 @@ class TrainIterator:
         self._plan = RowPlan(example_set.lengths, config)
         batches = _Batches(example_set, self._plan, config, process_index, process_count)
         # One thread: assembling a batch is far quicker than a step, and more threads would contend for the GIL.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
         self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
 
     def __iter__(self) -> "TrainIterator":
@@ -51,7 +51,8 @@ class TrainIterator:
         """The position: a small dict of plain integers, for JSON."""
         position = self._batches.get_state()
         epoch = self._plan.epoch_at(position["next_index"] * self._config.batch_size)
-        return {"grain": position, "epoch": epoch, "epoch_first_row": self._plan.first_row(epoch)}
+        rows = len(self._plan.rows_of_epoch(epoch))
+        return {"grain": position, "epoch": epoch, "epoch_first_row": self._plan.first_row(epoch), "epoch_rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch after which ``state`` was taken, with the very same batches.
@@ -60,6 +61,19 @@ class TrainIterator:
         """
         self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
+
+    def carry_over(self, state: dict[str, Any], before: dict, after: dict) -> None:
+        """``set_state`` with a ``state`` of another pipeline, from the same part of the epoch on.
+
+        ``before``, ``after``: fingerprints of that pipeline and of this one.
+        """
+        updates, epoch, done = count_updates(state, before), 0, 0.0
+        if "epoch_rows" in state:
+            epoch = state["epoch"]
+            done = (updates * before["data"]["batch_size"] - state["epoch_first_row"]) / state["epoch_rows"]
+        rows = round(done * len(self._plan.rows_of_epoch(epoch)))
+        self._plan.set_first_row(epoch, updates * self._config.batch_size - rows)
+        self._batches.set_state(self._batches.get_state() | {"next_index": updates})
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""

@@ -17,14 +17,14 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.data.carry_over import carry_over_lanes
 from postrain.data.lane import Lane, Reader
 from postrain.data.mixture import make_phases
 from postrain.data.packing import assemble_row
 from postrain.data.rendering import Rendered, check_token_ids
 from postrain.errors import UserError
 
-_PREFETCHED_BATCHES = 8
-_NAMED_BATCHES = _PREFETCHED_BATCHES + 4  # whose rows can still be told: a bad step is found out a step late
+_NAMED_BATCHES = 4  # besides those prepared ahead, whose rows can be told: a bad step is found out a step late
 
 
 class LaneIterator:
@@ -58,16 +58,16 @@ class LaneIterator:
                 f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.lanes' = {lanes} and of the "
                 f"number of processes, {process_count}"
             )
-        self._names, each = list(names), rows // lanes
+        self._names, self._lanes, each = list(names), lanes, rows // lanes
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
         phases, window = make_phases(config, sizes), max(config.packing_window // lanes, each)
         made = {
             lane: Lane(make_readers(lane), phases, config, index=lane, lanes=lanes, rows_a_batch=each, window=window)
             for lane in range(mine.start // each, -(-mine.stop // each))
         }
-        self._source = _Batches(made, mine, each, config.sequence_length)
+        self._source = _Batches(made, mine, each, config)
         # One thread: it is far quicker than a step, and more would contend for the GIL.
-        dataset = grain.experimental.ThreadPrefetchIterDataset(self._source, prefetch_buffer_size=_PREFETCHED_BATCHES)
+        dataset = grain.experimental.ThreadPrefetchIterDataset(self._source, prefetch_buffer_size=config.prefetch)
         self._batches = iter(dataset)
 
     def __iter__(self) -> "LaneIterator":
@@ -86,6 +86,10 @@ class LaneIterator:
         if missing:
             raise UserError(f"the data position has no lane {missing[0]}: it is not of this data.stream.lanes")
         self._batches.set_state(dict(state))
+
+    def carry_over(self, state: Mapping[str, Any], before: dict, after: dict) -> None:
+        """``set_state`` with a ``state`` of another pipeline: see ``postrain.data.carry_over``."""
+        self.set_state(carry_over_lanes(state, before, after, list(self._source.lanes), self._lanes))
 
     def check_token_ids(self, vocab_size: int) -> None:
         """From now on a document with an id from ``vocab_size`` on raises UserError when its batch is made."""
@@ -121,11 +125,11 @@ def join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Batches(grain.IterDataset):
     """What Grain's background thread iterates over: rows ``mine`` of each global batch, ``each`` of them a lane's."""
 
-    def __init__(self, lanes: dict[int, Lane], mine: range, each: int, sequence_length: int):
+    def __init__(self, lanes: dict[int, Lane], mine: range, each: int, config: DataConfig):
         super().__init__()
         self.lanes, self.vocab_size = lanes, 2**31
-        self.named: collections.deque[dict[int, str]] = collections.deque(maxlen=_NAMED_BATCHES)
-        self._mine, self._each, self._sequence_length = mine, each, sequence_length
+        self.named: collections.deque[dict[int, str]] = collections.deque(maxlen=config.prefetch + _NAMED_BATCHES)
+        self._mine, self._each, self._sequence_length = mine, each, config.sequence_length
         self._given = 0  # documents
 
     def __iter__(self) -> "_BatchIterator":

@@ -39,6 +39,7 @@ class Batches(Protocol):
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
+    def carry_over(self, state: dict[str, Any], before: dict, after: dict) -> None: ...
     def check_token_ids(self, vocab_size: int) -> None: ...
     def describe_rows(self, row_ids: np.ndarray) -> str: ...
     def describe_drawn(self, position: dict[str, Any]) -> list[str]: ...
@@ -175,10 +176,12 @@ def sample_stream(tokenizer: Tokenizer, config: DataConfig) -> ExampleSet:
 
 def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer, config: DataConfig) -> dict:
     """The pipeline, its files by what can be told without reading them."""
-    described = [
-        {"name": source.name, "kind": source.kind, "files": [_describe(file, source) for file in source.files]}
-        for source in sources
-    ]
+    described = []
+    for source in sources:
+        folder = os.path.commonprefix([file.url.rpartition("/")[0] + "/" for file in source.files])
+        start = folder.rfind("/") + 1  # a folder may move, what stands in it may not
+        files = [{"name": file.url[start:]} | _describe(file, source) for file in source.files]
+        described.append({"name": source.name, "kind": source.kind, "files": files})
     return describe_pipeline(described, tokenizer, config)
 
 
@@ -193,11 +196,10 @@ def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
 
 def _describe(file: StoredFile, source: BlockSource) -> dict:
     """A local file by its size and three pieces, so that it may be copied; another by size and version."""
-    name = file.url.rpartition("/")[2]
     if not is_local(file.url):
-        return {"name": name, "bytes": file.bytes, "version": file.version}
+        return {"bytes": file.bytes, "version": file.version}
     digest = hashlib.blake2b(digest_size=20)
     for start in (0, file.bytes // 2, max(file.bytes - _SAMPLE, 0)):
         with open_file(file, source.options, start) as f:
             digest.update(f.read(_SAMPLE))
-    return {"name": name, "bytes": file.bytes, "sample": digest.hexdigest()}
+    return {"bytes": file.bytes, "sample": digest.hexdigest()}

@@ -9,7 +9,6 @@ loop, export, report. To change the loop, copy it. Left out: dropout and noise o
 runs on chat data do not need.
 """
 
-import contextlib
 import functools
 import os
 import time
@@ -18,16 +17,12 @@ import jax
 from jax.sharding import Mesh
 
 from postrain.compute.build import Model, Step, abstract_batch, load_model
-from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.distributed import gather, meet, stop_all_on_error
+from postrain.compute.distributed import meet
 from postrain.compute.export import export_state, fingerprint_base
-from postrain.compute.flops import BatchStats, compute_perf, count_batch
-from postrain.compute.metrics import MetricsWriter, ProgressLine
 from postrain.compute.optimizer import describe_cut, make_optimizer
 from postrain.compute.report import write_report
 from postrain.compute.resume import check_length, check_resume
-from postrain.compute.signals import Interrupted, StopRequest, catch_stop_signals
-from postrain.compute.spikes import SpikeGuard
+from postrain.compute.run import Fingerprints, Run
 from postrain.compute.step import abstract_train_state, init_train_state, make_train_step, shardings_of
 from postrain.compute.summary import (
     describe_environment,
@@ -37,15 +32,13 @@ from postrain.compute.summary import (
     format_summary,
 )
 from postrain.compute.watchdog import Watchdog
-from postrain.compute.workdir import describe_changes, last_values, make_workdir, save_config
-from postrain.config import Config, to_dict
+from postrain.compute.workdir import last_values, make_workdir
+from postrain.config import Config
 from postrain.data.loading import load_examples
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering import check_token_ids
-from postrain.data.stream import join_positions
 from postrain.data.tokenizer import load_run_tokenizer
 from postrain.data.train_rows import open_train_rows
-from postrain.errors import UserError
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft import check_base
@@ -54,7 +47,7 @@ from postrain.models.transformer import compute_hidden, compute_hidden_and_terms
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.evaluation import Evaluator
 from postrain.sharding import data_process, make_global_batch, make_mesh
-from postrain.types import Batch, TrainState
+from postrain.types import Batch
 
 
 def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[str, float]:
@@ -106,125 +99,42 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     meet()
 
     # The state: where the newest checkpoint left it, or new.
-    with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(Checkpointer(workdir / "checkpoints", config.checkpoint))
-        stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
-        stop = stack.enter_context(catch_stop_signals())
-        progress = stack.enter_context(ProgressLine(total_steps))
-        prints = {"fingerprint": train_rows.fingerprint, "base_fingerprint": fingerprint_base(model, folder, config)}
-        held_out = eval_set.fingerprint if eval_set else None
-        with watch.phase("checkpoint"):
-            restored = checkpointer.restore(program.state, **prints)
-        first_step = restored.step if restored else 0
-        if restored:
-            state = restored.state.replace(frozen=model.frozen)
-            batches.set_state(restored.data_position)
-            changes = describe_changes(restored.config, to_dict(config), restored.eval_fingerprint, held_out)
-            say(f"goes on from step {first_step}{changes}")
-        else:
-            rng = jax.random.key(config.train.seed)
-            state = init_train_state(
-                model.params, model.frozen, program.optimizer, rng, mesh=mesh, ema=program.state.ema is not None
-            )
+    evaluate = None
+    if eval_set:
+        samples = workdir / "samples.jsonl"
+        evaluate = Evaluator(config, model.config, tokenizer, eval_set, program.eval_loss_fn, mesh, samples)
+    held_out = eval_set.fingerprint if eval_set else None
+    fingerprints = Fingerprints(train_rows.fingerprint, fingerprint_base(model, folder, config), held_out)
+    with Run(
+        config,
+        workdir,
+        model=model.config,
+        mesh=mesh,
+        abstract_state=program.state,
+        batches=batches,
+        fingerprints=fingerprints,
+        total_steps=total_steps,
+        watch=watch,
+        evaluate=evaluate,
+    ) as run:
+        state = run.restore(model.frozen)
+        if state is None:
+            rng, average = jax.random.key(config.train.seed), program.state.ema is not None
+            state = init_train_state(model.params, model.frozen, program.optimizer, rng, mesh=mesh, ema=average)
         model = model._replace(params=None)  # the state has taken them over
-        if lead:
-            save_config(workdir, config)
-        open_writer = lambda step: stack.enter_context(
-            MetricsWriter(workdir, config.trackers, step=step, run_config=to_dict(config))
-        )
-        # The line of a step whose evaluation was stopped has not been written yet.
-        writer = open_writer(first_step - (restored.owed is not None) if restored else None)
+        run.begin(state)
 
-        if eval_set:
-            evaluate = Evaluator(
-                config, model.config, tokenizer, eval_set, program.eval_loss_fn, mesh, workdir / "samples.jsonl"
-            )
-        owed = restored.owed if restored else {} if config.eval.before else None
-        if eval_set and owed is not None:
-            with watch.phase("evaluation"):
-                scores = evaluate_unless(stop, evaluate, state)
-            if scores is None:
-                say(f"stopped in the evaluation of step {first_step}; the same command goes on from there")
-                raise SystemExit(128 + stop.number)
-            writer.write(first_step, owed | scores)
-            say(format_metrics(first_step, scores), flush=True)
-        elif owed:
-            writer.write(first_step, owed)
-
-        # The loop. A step's line is written before its checkpoint is saved: what is restored has been reported.
-        guard = SpikeGuard(config.train.spike, progress.print, restored.rollbacks if restored else 0)
-        intervals = config.train.log_every, config.eval.every, config.checkpoint.every
-        unchecked, clock, stats, waited = [], time.perf_counter(), BatchStats(0, 0, 0), 0.0
-        step = first_step
-        while step < total_steps:
-            step = watch.step = step + 1
-            asked = time.perf_counter()
-            with watch.phase("data"):
-                arrays = next(batches)
-            waited += time.perf_counter() - asked
-            row_ids, after = arrays.pop("row_ids"), batches.get_state() if guard.rolls_back else None
+        # The loop.
+        while run.step < total_steps:
+            arrays = run.next_batch()
             with watch.phase("step", watches_cpu=False):
                 state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
-            stats += count_batch(arrays, model.config)
-
-            line, owed, last = {}, None, step == total_steps
-            # A bad step changes no parameter, so it may be found out a step late: the device is waited for only
-            # where something is written.
-            unchecked.append((metrics, step, row_ids, after))
-            now, undone = last or any(is_due(step, every) for every in intervals), None
-            with watch.phase("step", watches_cpu=False):
-                stop.agree()
-                stopping = stop.number is not None
-                while not undone and len(unchecked) > (0 if now or stopping else 1):
-                    finished, number, rows, after = unchecked.pop(0)
-                    if guard.must_roll_back(finished, number, lambda rows=rows: batches.describe_rows(rows)):
-                        undone = after
-            if undone:
-                unchecked, frozen, state = [], state.frozen, None  # makes room
-                with watch.phase("checkpoint"):
-                    restored = checkpointer.restore(program.state, **prints)
-                if not restored:
-                    raise UserError(f"step {number}: no checkpoint yet to go back to: lower checkpoint.every")
-                step, state = restored.step, restored.state.replace(frozen=frozen)
-                batches.set_state(undone)
-                writer.close()
-                writer, clock, stats, waited = open_writer(step), time.perf_counter(), BatchStats(0, 0, 0), 0.0
-                continue
-            if last or is_due(step, config.train.log_every):
-                seconds = time.perf_counter() - clock
-                perf = compute_perf(model.config, stats, seconds, mesh.local_devices, processes)
-                perf["perf/input_wait_fraction"] = waited / seconds
-                line = {name: float(value) for name, value in metrics.items() if name.startswith("train/")}
-                line |= guard.count(metrics) | perf
-                progress.update(step, line)
-            if eval_set and (last or is_due(step, config.eval.every)):
-                with watch.phase("evaluation"):
-                    scores = evaluate_unless(stop, evaluate, state)
-                if scores is None:
-                    owed = line
-                else:
-                    progress.print(format_metrics(step, scores))
-                    line |= scores
-            if line and owed is None:
-                writer.write(step, line)
-            stopping |= owed is not None
-            if last or stopping or is_due(step, config.checkpoint.every):
-                told = {"config": to_dict(config), "metrics": line, "eval_fingerprint": held_out, "owed": owed}
-                told |= {"data_position": join_positions(gather(batches.get_state())), "rollbacks": guard.rollbacks}
-                with watch.phase("checkpoint"):
-                    checkpointer.save(step, state, **prints, **told)
-            if stopping and (owed is not None or not last):
-                with watch.phase("checkpoint"):
-                    checkpointer.wait()
-                progress.print(f"stopped at step {step} of {total_steps}; the same command goes on from there")
-                raise SystemExit(128 + stop.number)
-            if line:
-                clock, stats, waited = time.perf_counter(), BatchStats(0, 0, 0), 0.0
-        for line in batches.describe_drawn(join_positions(gather(batches.get_state()))):
-            say(f"drawn       {line}")
-        batches.close()
-        with watch.phase("checkpoint"):
-            checkpointer.wait()
+            if run.must_go_back(metrics):
+                frozen, state = state.frozen, None  # makes room
+                state = run.go_back(frozen)
+            else:
+                run.end_step(state, metrics)
+        run.end()
 
     form = config.export.format
     if form != "none":
@@ -270,17 +180,3 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
         count_moved_in=model.config.compute_dtype if config.train.count_moved else "",
     )
     return Step(optimizer, loss_fn, eval_loss_fn, abstract, abstract_batch(config.data, mesh), train_step)
-
-
-def evaluate_unless(stop: StopRequest, evaluate: Evaluator, state: TrainState) -> dict[str, float] | None:
-    """The scores, None when a signal to stop the run came before they were there."""
-    try:
-        with stop.interrupts():
-            return None if stop.number else evaluate(state)
-    except Interrupted:
-        return None
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens at this one; 0 is never."""
-    return every > 0 and step % every == 0

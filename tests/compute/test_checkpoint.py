@@ -100,6 +100,21 @@ def test_keeps_the_newest_and_the_best(tmp_path, mode, best):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, [*best, 7, 8]))
 
 
+def test_a_checkpoint_whose_evaluation_came_later_is_ranked_by_it(tmp_path):
+    """A signal had stopped it: the checkpoint was saved without its scores."""
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=1)) as checkpointer:
+        for step, metrics in {1: {"eval/loss": 2.0}, 2: {"train/loss": 1.0}}.items():
+            checkpointer.save(step, make_state(), metrics=metrics, **RUN)
+        checkpointer.wait()
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=1)) as checkpointer:
+        checkpointer.add_metrics(2, {"eval/loss": 1.0})
+        for step in (3, 4):
+            checkpointer.save(step, make_state(), metrics={"eval/loss": 5.0}, **RUN)
+        checkpointer.wait()
+        assert checkpointer.steps() == [2, 4]
+        checkpointer.restore(jax.eval_shape(make_state), fingerprint=FINGERPRINT, step=2)  # whole as it was
+
+
 def test_changed_pipeline_is_refused_with_what_changed(tmp_path):
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(1, make_state(), **RUN)

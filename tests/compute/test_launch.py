@@ -108,6 +108,10 @@ def test_a_tpu_pod_gets_the_command_on_every_machine(tmp_path):
     given = (tmp_path / "gcloud.out").read_text().splitlines()
     assert given[:6] == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--worker=all"]
     assert (tmp_path / "python3.out").read_text().splitlines() == ["-m", "postrain.cli", *WORDS] * 3
+    # A run that is stopped each time, by a machine that is broken, is not started for ever.
+    (tmp_path / "python3").write_text('#!/bin/bash\necho >> "$0.starts"\nexit 124\n')
+    assert subprocess.run(command, input=text, text=True, env=environment, timeout=30).returncode == 124
+    assert len((tmp_path / "python3.starts").read_text()) == 101
 
 
 @pytest.fixture

@@ -291,6 +291,19 @@ def test_the_fingerprint_tells_what_changes_the_order(folder, tokenizer):
         assert any(name in change for change in compare_fingerprints(expected, print_of(other))), name
 
 
+def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, tokenizer):
+    print_of = lambda place: open_train_rows(tokenizer, make_config(place, ("*/a",), lanes=1)).fingerprint
+    for place in ("first", "moved"):
+        for day, rows in (("1", 8), ("2", 9)):
+            (tmp_path / place / day).mkdir(parents=True)
+            write_jsonl(tmp_path / place / day / "a-0.jsonl", [chat(f"a {day} {i}?", "word") for i in range(rows)])
+    expected = print_of(tmp_path / "first")
+    assert expected == print_of(tmp_path / "moved")
+    write_jsonl(tmp_path / "moved" / "1" / "a-0.jsonl", [chat("a 1 0?", "word")] * 8)
+    (change,) = compare_fingerprints(expected, print_of(tmp_path / "moved"))
+    assert "file 1/a-0.jsonl has other content" in change
+
+
 def test_bad_rows_in_the_middle_of_a_file_are_all_written_down(tmp_path, tokenizer):
     lines = [chat(f"a 0 {i}?", "word " * 30) if i % 97 else "{" for i in range(1, 3000)]
     write_jsonl(tmp_path / "a-0.jsonl", lines)

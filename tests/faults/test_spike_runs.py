@@ -1,6 +1,7 @@
 """Rows that explode in a run: what is left is, bit for bit, what a run without them gives. kills.py kills such runs."""
 
 import pathlib
+import signal
 import sys
 
 import jax
@@ -10,9 +11,10 @@ from orbax.checkpoint import v1 as ocp
 
 import postrain
 from postrain.errors import UserError
+from postrain.recipes import sft
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "recipes"))
-from sft_runs import make_inputs, make_values, read_lines, write_rows  # noqa: E402
+from sft_runs import make_inputs, make_values, read_lines, without_perf, write_rows  # noqa: E402
 
 SPIKE, STEPS = 23, 30  # the batch that is odd, updates
 ODD = '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}\n'
@@ -25,7 +27,7 @@ def inputs(tmp_path_factory):
 
 def train(inputs, folder, batches, policy, steps=STEPS, rank=0, **spike):
     """A run over ``batches``, numbers of pairs of rows; the pair SPIKE has a row that is nothing like the others."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     rows = write_rows(folder / "all.jsonl", 2 * STEPS + 8).read_text().splitlines(keepends=True)
     rows[2 * SPIKE - 1] = ODD
     (folder / "train.jsonl").write_text("".join("".join(rows[2 * i - 2 : 2 * i]) for i in batches))
@@ -70,6 +72,29 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_what_comes_after_the_batch(
     without, _ = train(inputs, tmp_path / "without", after, "none")
     assert_same_updates(state, without)
     assert int(state["step"]) == int(without["step"]) == STEPS
+
+
+def test_a_run_that_was_stopped_goes_back_to_where_one_that_was_not_does(inputs, tmp_path, monkeypatch):
+    """A signal makes a checkpoint of step 21, between that of step 20 and the spike; another one of step 22."""
+    make = lambda folder: train(inputs, tmp_path / folder, range(1, STEPS + 5), "rollback")
+    expected, lines = make("whole")
+    make_batch, calls = sft.make_global_batch, []
+
+    def stopped(*arguments):
+        calls.append(1)
+        if len(calls) in (21, 22):
+            signal.raise_signal(signal.SIGTERM)
+        return make_batch(*arguments)
+
+    monkeypatch.setattr(sft, "make_global_batch", stopped)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            make("cut")
+        assert caught.value.code == 143
+    assert sorted(path.name for path in (tmp_path / "cut" / "run" / "checkpoints").iterdir()) == ["20", "21", "22"]
+    found, cut_lines = make("cut")
+    assert_same_updates(found, expected)
+    assert without_perf(cut_lines) == without_perf(lines)
 
 
 def test_adapters_go_back_with_the_base_that_they_had(inputs, tmp_path, capsys):

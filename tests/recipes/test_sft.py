@@ -12,6 +12,7 @@ from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
 from postrain.compute.export import export_workdir
+from postrain.compute.metrics import MetricsWriter
 from postrain.compute.step import count_compilations
 from postrain.errors import UserError
 from postrain.recipes import sft
@@ -160,7 +161,7 @@ def test_nothing_compiles_after_the_second_step(inputs, tmp_path, monkeypatch):
     """In the loop itself: evaluations with generation and checkpoints at steps 2, 4 and 6, and none before step 1."""
     started, ended = [], {}
     with count_compilations() as compiled:
-        place, write = sft.make_global_batch, sft.MetricsWriter.write
+        place, write = sft.make_global_batch, MetricsWriter.write
         # Called at the start of every step; evaluations place batches with a function of their own name.
         monkeypatch.setattr(sft, "make_global_batch", lambda *rest: started.append(len(compiled)) or place(*rest))
 
@@ -168,7 +169,7 @@ def test_nothing_compiles_after_the_second_step(inputs, tmp_path, monkeypatch):
             ended[step] = len(compiled)
             return write(writer, step, line)
 
-        monkeypatch.setattr(sft.MetricsWriter, "write", note)
+        monkeypatch.setattr(MetricsWriter, "write", note)
         keep = {"every": 2, "asynchronous": False}
         values = make_values(inputs, eval={"before": False}, export={"format": "none"}, checkpoint=keep)
         values["optimizer"]["ema_decay"] = 0.9

@@ -67,6 +67,34 @@ def test_a_resume_with_other_lanes_or_files_is_refused(inputs, tmp_path):
         postrain.train(values, workdir)
 
 
+@pytest.mark.parametrize("way", ["streamed", "in memory"])
+def test_changed_data_are_accepted_by_the_code_that_the_refusal_names(inputs, way, tmp_path, capsys):
+    """From there on the run is as exact as any: killed after its next checkpoint, it ends in the same bytes."""
+    workdir, cut = tmp_path / "run", tmp_path / "cut"
+    values = values_of(inputs, "streamed", export={"format": "none"}) if way == "streamed" else make_values(inputs)
+    values |= {"train": {"steps": 4}, "checkpoint": {"every": 2, "keep": 9}}
+    postrain.train(values, workdir)
+    values["train"]["steps"] = 8
+    changes = [{"stream": {"lanes": 1}}, {"packing_window": 6}] if way == "streamed" else [{"seed": 5}, {"seed": 6}]
+    refused = []
+    for change in (changes[1], changes[0]):
+        changed = values | {"data": values["data"] | change}
+        with pytest.raises(UserError, match=r"go on with the changed data by data\.accept_change=(\w+)$") as caught:
+            postrain.train(changed, workdir)
+        refused.append(str(caught.value).rpartition("=")[2])
+    changed["data"]["accept_change"] = refused[0]
+    with pytest.raises(UserError, match=f"data.accept_change={refused[1]}$"):
+        postrain.train(changed, workdir)
+    changed["data"]["accept_change"] = refused[1]
+    postrain.train(changed, workdir)
+    assert "goes on from step 4" in (output := capsys.readouterr().out) and "the data changed, as accepted: " in output
+    shutil.copytree(workdir, cut)
+    shutil.rmtree(cut / "checkpoints" / "8")
+    postrain.train(changed, cut)
+    assert "as accepted" not in (output := capsys.readouterr().out) and "goes on from step 6" in output
+    assert without_perf(read_lines(cut / "metrics.jsonl")) == without_perf(read_lines(workdir / "metrics.jsonl"))
+
+
 def test_bad_rows_are_written_down_once(inputs, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 30)
     lines = rows.read_text().splitlines()
