@@ -36,8 +36,9 @@ def test_packing_beside_trl():
         assert f"| {key} | " in text
 
 
+@pytest.mark.slow
 def test_both_prepare_the_same_rows():
-    sides, text = run("preparation", "--conversations", "12")
+    sides, _ = run("preparation", "--conversations", "12")
     assert set(sides) == {"postrain", "trl", "postrain_all_cores", "trl_all_cores"}
     for name in ("records", "short"):
         ours, theirs = sides["postrain"][name], sides["trl"][name]
@@ -51,6 +52,19 @@ def test_a_stream_is_watched():
     figures = sides["stream"]
     assert figures["rows"] >= 2000 and figures["resident"] > 50 and figures["spread"] >= 0
     assert f"| {figures['rows']:,} | " in text
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_packed_and_padded(load_benchmark, monkeypatch, tmp_path):
+    data, _ = load_benchmark
+    data.workloads.write_tiny_model(tmp_path)
+    monkeypatch.setattr(data, "STEPS", {"stress": (64, 2)})
+    monkeypatch.setattr(data, "QUANTILES", 4)
+    monkeypatch.setattr(data, "SCALE", 128)
+    figures = {side: data.time_steps(side, str(tmp_path), updates=1)["stress"] for side in ("packed", "padded")}
+    assert figures["packed"]["share"] > 0.9 > figures["padded"]["share"] > 0
+    assert figures["packed"]["to_longest"] == figures["padded"]["to_longest"] > 1
+    assert all(figure["slots_per_second"] > 0 for figure in figures.values())
 
 
 def test_lengths_are_as_measured(load_benchmark):
