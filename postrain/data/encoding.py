@@ -23,32 +23,31 @@ import tokenizers
 
 from postrain.data.tokenizer import Tokenizer
 from postrain.data.turns import MARK_CLOSE, MARK_OPEN, Refusal, Sequence
+from postrain.data.words import Ids, encode_texts
 
 
 def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["Encoded"]:
-    """Encodes many texts at once (the tokenizer then uses all cores); spans are found by ``Encoded.sequences``."""
+    """Encodes many texts at once; spans are found by ``Encoded.sequences``."""
     out: list[Encoded | None] = [None] * len(sequences)
     plain = [i for i, s in enumerate(sequences) if MARK_OPEN not in s.text]
-    encodings = tokenizer.fast.encode_batch([sequences[i].text for i in plain], add_special_tokens=False)
-    for i, encoding in zip(plain, encodings, strict=True):
-        out[i] = Encoded(sequences[i], tokenizer, tokenizer.fast, encoding)
+    for i, ids in zip(plain, encode_texts(tokenizer.fast, [sequences[i].text for i in plain]), strict=True):
+        out[i] = Encoded(sequences[i], tokenizer, tokenizer.fast, ids)
     for i, sequence in enumerate(sequences):
         if out[i] is None:
             escaped = escape(sequence, tokenizer)
             fast = second_tokenizer(tokenizer).fast
-            out[i] = Encoded(escaped, tokenizer, fast, fast.encode(escaped.text, add_special_tokens=False))
+            out[i] = Encoded(escaped, tokenizer, fast, *encode_texts(fast, [escaped.text]))
     return out
 
 
 class Encoded:
     """One encoded text. Ids are those of ``tokenizer``, also where the second tokenizer made them."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoding):
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
         self.text, self.spans = sequence.text, sequence.spans
         self.asked = sequence.asked or ("",) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
-        self._ids = list(encoding.ids)
-        self._starts = [start for start, _ in encoding.offsets]
+        self._ids, self._starts, self._places = encoded
 
     def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
@@ -73,11 +72,11 @@ class Encoded:
 
     def _finish(self, group, prefix: list[int], suffix: list[int]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         ids, _, end, _ = group[-1]  # only the last of a group may be cut; the others' places are the same in its ids
-        ids = prefix + self.true_ids(ids[:end]) + suffix
+        ids = np.concatenate([prefix, self.true_ids(ids[:end]), suffix], dtype=np.int32, casting="unsafe")
         mask = np.zeros(len(ids), bool)
         for _, first, last, _ in group:
             mask[first + len(prefix) : last + len(prefix)] = True
-            stop = ids[last + len(prefix) - 1]
+            stop = int(ids[last + len(prefix) - 1])
             if not suffix and stop not in self.tokenizer.stop_ids:
                 raise Refusal(f"the last trained token is {self.tokenizer.decode([stop])!r}, which is no stop token")
         mask[len(ids) - len(suffix) :] = True
@@ -85,37 +84,39 @@ class Encoded:
         if not mask.any():
             raise Refusal("it has no token to train on")
         asked = tuple(asked for *_, asked in group)
-        return np.asarray(ids, np.int32), mask, asked if any(asked) else ()
+        return ids, mask, asked if any(asked) else ()
 
-    def _cut(self, begin: int, end: int) -> tuple[list[int], int, int]:
+    def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
         the indices of the first token of the span and of the first after it. The ids are ``self._ids`` itself where
         nothing had to change."""
-        last = len(self._ids) if end == len(self.text) else bisect.bisect_left(self._starts, end)
+        ids, starts, places = self._ids, self._starts, self._places
+        # A span ends at the end of the text or after an added token, where the place of a token is always known.
+        at_end = bisect.bisect_left(starts, end)
+        last = places[at_end] if end < len(self.text) and at_end < len(places) else len(ids)
         if begin == 0:
-            return self._ids, 0, last
+            return ids, 0, last
         anchors = anchor_ids(self.fast)
-        before = bisect.bisect_left(self._starts, begin)
-        anchor = next((i for i in range(before - 1, -1, -1) if self._ids[i] in anchors), None)
-        anchor_text = "" if anchor is None else self.fast.id_to_token(self._ids[anchor])
-        anchor = anchor or 0
-        head = list(_encode_short(self.fast, self.text[self._starts[anchor] if anchor_text else 0 : begin]))
+        before = bisect.bisect_left(starts, begin)
+        left = next((i for i in range(before - 1, -1, -1) if int(ids[places[i]]) in anchors), None)
+        anchor, anchor_text = (0, "") if left is None else (places[left], self.fast.id_to_token(int(ids[places[left]])))
+        head = list(_encode_short(self.fast, self.text[starts[left] if anchor_text else 0 : begin]))
         first = anchor + len(head)
-        if self._ids[anchor:first] == head:
-            return self._ids, first, last
-        after = next((i for i in range(before, len(self._ids)) if self._ids[i] in anchors), len(self._ids))
-        stop = self._starts[after] if after < len(self._ids) else len(self.text)
+        if ids[anchor:first].tolist() == head:
+            return ids, first, last
+        right = next((i for i in range(before, len(places)) if int(ids[places[i]]) in anchors), None)
+        after, stop = (len(ids), len(self.text)) if right is None else (places[right], starts[right])
         # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
         rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
-        if self._decode([*head, *rest]) != self._decode(self._ids[anchor:after]):
+        if self._decode([*head, *rest]) != self._decode(ids[anchor:after].tolist()):
             raise Refusal("a token lies over the end of the generation prompt, and its two sides do not encode apart")
-        ids = [*self._ids[:anchor], *head, *rest, *self._ids[after:]]
-        return ids, first, last + len(ids) - len(self._ids)
+        cut = np.concatenate([ids[:anchor], np.array([*head, *rest], np.int32), ids[after:]])
+        return cut, first, last + len(cut) - len(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self.fast.decode(ids, skip_special_tokens=False)
 
-    def true_ids(self, ids: list[int] | None = None) -> list[int]:
+    def true_ids(self, ids: np.ndarray | None = None) -> np.ndarray:
         """Ids, by default all, as those of ``tokenizer``.
 
         Raises:
@@ -123,11 +124,11 @@ class Encoded:
         """
         ids = self._ids if ids is None else ids
         if self.fast is self.tokenizer.fast:
-            return list(ids)
-        second = second_tokenizer(self.tokenizer)
+            return ids
+        second, ids = second_tokenizer(self.tokenizer), ids.tolist()
         if any(i in second.control_in_vocabulary for i in ids):
             raise Refusal("the row spells a special token, and the tokenizer cannot write it as ordinary text")
-        return [second.true_ids.get(i, i) for i in ids]
+        return np.array([second.true_ids.get(i, i) for i in ids], np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

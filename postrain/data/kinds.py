@@ -146,18 +146,20 @@ class RowParser:
     def _refuse_other(self, row: dict, ref: RowRef) -> None:
         """Raises BadRow for a row of another form than the source's; a row of none is the kind's to refuse."""
         other = find_form(row, _FORMS)
-        if not other:
+        if not other or (self.form and other in prompts.FORMS):  # rows of many kinds have a prompt
             return
+        kind, same = _KIND_OF[other], _KIND_OF[other] is self.kind
+        expected, found = (self.form, other) if same else (self.kind.name, kind.name)
         if self._told:
-            raise BadRow(ref, f"expected a row of the source's kind, {self.form}; found one of kind {other}")
+            raise BadRow(ref, f"expected a row of the source's kind, {self.form}; found one of kind {found}")
         if self._decided_by is None:
             keys = ", or ".join(" and ".join(map(repr, keys)) for keys in self.kind.forms.values())
             reason = f"expected a row of {self.expected}, with the keys {keys}; found {name_keys(row)}"
-            raise BadRow(ref, f"{reason}; it {_describe_other(_KIND_OF[other])}")
+            raise BadRow(ref, f"{reason}; it {_describe_other(kind)}")
         raise BadRow(
             ref,
-            f"expected a row of kind {self.form}, as the first at {self._decided_by}; found one of kind {other}",
-            f"a source has one kind: put the {other} rows into a file of their own, and list both in the config",
+            f"expected a row of kind {expected}, as the first at {self._decided_by}; found one of kind {found}",
+            f"a source has one kind: put the {found} rows into a file of their own, and list both in the config",
         )
 
 

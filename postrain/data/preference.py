@@ -48,6 +48,9 @@ class Preference:
 def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
     """Checks one row; ``form`` is one of FORMS. Raises BadRow."""
     check_keys(raw, _READ_KEYS, ref)
+    missing = [name for name in FORMS.get(form, ()) if raw.get(name) is None]
+    if missing:
+        raise BadRow(ref, f"{missing[0]!r} is missing or null")
     if form == "pair":
         names, answers, scores = ("chosen", "rejected"), [raw["chosen"], raw["rejected"]], (1.0, 0.0)
     elif form == "scored_list":

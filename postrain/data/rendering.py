@@ -114,7 +114,7 @@ def encode_prompts(
     encoded = iter(encode_sequences([plan[0] for plan in plans if not isinstance(plan, BadRow)], tokenizer))
     for (_, _, ref), plan in zip(prompts, plans, strict=True):
         try:
-            yield plan if isinstance(plan, BadRow) else np.asarray(plan[1] + next(encoded).true_ids(), np.int32)
+            yield plan if isinstance(plan, BadRow) else np.array([*plan[1], *next(encoded).true_ids()], np.int32)
         except Refusal as e:
             yield BadRow(ref, str(e), e.advice)
 

@@ -24,8 +24,8 @@ from postrain.errors import UserError
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SFT_FORMS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
 # What a row of each form is made of, and keys under which other formats change the prompt: here they would be dropped.
-_READ_KEYS = {form: (*keys, "tools") if form != "text" else keys for form, keys in SFT_FORMS.items()}
-_ANY_KEYS = tuple(dict.fromkeys(key for keys in _READ_KEYS.values() for key in keys))
+READ_KEYS = {form: (*keys, "tools") if form != "text" else keys for form, keys in SFT_FORMS.items()}
+_ANY_KEYS = tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
 _SYSTEM = "a system message is the first of the messages, with the role 'system'"
 FOREIGN_KEYS = {
     "functions": "it is the old form of 'tools': write it so",
@@ -118,7 +118,7 @@ def parse_row(raw: Any, form: str, ref: RowRef) -> Example:
     """
     raw = check_object(raw, ref)
     form = find_form(raw, SFT_FORMS) if form == "sft" else form
-    check_keys(raw, _READ_KEYS.get(form, _ANY_KEYS), ref, is_text=form == "text")
+    check_keys(raw, READ_KEYS.get(form, _ANY_KEYS), ref, is_text=form == "text")
     if form == "text":
         text = _string(raw.get("text"), "text", ref)
         if not text.strip():

@@ -51,9 +51,18 @@ def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """``loop.first`` and its like need no look at whether they are safe, which takes longer than the loop does."""
+
+    def getattr(self, obj, attribute):
+        if type(obj) is jinja2.runtime.LoopContext and attribute in ("first", "last", "index", "index0", "length"):
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    env = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     return env

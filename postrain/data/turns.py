@@ -32,12 +32,14 @@ own and encoded as ordinary text (see encoding.py).
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 
 from postrain.data.schema import BadRow, Conversation
 from postrain.data.template import TemplateRefusal, split_inline
 from postrain.data.tokenizer import Tokenizer
 
 MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # schema.py lets no row hold them
+_PYTHON = {"true": "True", "false": "False", "null": "None"}
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
@@ -306,16 +308,18 @@ def _leaves(value) -> list[str]:
     return [value if isinstance(value, str) else json.dumps(value)]
 
 
-def _forms(piece: str) -> tuple[str, ...]:
+def _forms(piece: str) -> Iterator[str]:
     """How a piece may be written: as it is, inside a JSON string, or as Python writes true, false and null."""
-    forms = dict.fromkeys((piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]))
-    python = {"true": "True", "false": "False", "null": "None"}.get(piece)
-    return (*forms, python) if python else tuple(forms)
+    yield piece
+    yield json.dumps(piece, ensure_ascii=False)[1:-1]
+    yield json.dumps(piece)[1:-1]
+    if piece in _PYTHON:
+        yield _PYTHON[piece]
 
 
 def _contains(text: str, piece: str) -> bool:
     piece = piece.strip()
-    return piece in text or any(form in text for form in _forms(piece))
+    return any(form in text for form in _forms(piece))
 
 
 def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -21,24 +21,17 @@ SIDES = {"postrain": 12, "trl_packed": 5, "trl_padded": 10}  # updates of a run
 WARM_UP = 2
 
 
-def run_postrain(folder: str, steps: int, micro_batches: int) -> dict:
+def make_step(folder: str, steps: int, micro_batches: int):
+    """The train step of the tiny model and its first state."""
     import jax
-    import numpy as np
 
     from postrain.compute.optimizer import make_optimizer
     from postrain.compute.step import init_train_state, make_train_step
-    from postrain.config import DataConfig, OptimizerConfig
-    from postrain.data.pipeline import ExampleSet, make_train_iterator
-    from postrain.data.rendering import Rendered
-    from postrain.data.report import DataReport
-    from postrain.data.schema import RowRef
+    from postrain.config import OptimizerConfig
     from postrain.hf.load import load_pretrained
     from postrain.models import transformer
     from postrain.objectives.sft import make_sft_loss
-    from postrain.types import Batch
 
-    documents = workloads.sft_documents(1024, LENGTH)
-    examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]
     config, params = load_pretrained(folder)
     loss_fn = make_sft_loss(
         lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
@@ -49,9 +42,29 @@ def run_postrain(folder: str, steps: int, micro_batches: int) -> dict:
     )
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps)
     train_step = make_train_step(loss_fn, optimizer, micro_batches=micro_batches)
-    state = init_train_state(params, {}, optimizer, jax.random.key(0))
-    data_config = DataConfig(sequence_length=LENGTH, batch_size=ROWS)
-    batches = make_train_iterator(ExampleSet(examples, DataReport([]), {}), data_config)
+    return train_step, init_train_state(params, {}, optimizer, jax.random.key(0))
+
+
+def make_batches(documents, length: int, rows: int, packing: str = "best_fit"):
+    """The endless batches of pairs of tokens and masks, and the documents."""
+    from postrain.config import DataConfig
+    from postrain.data.pipeline import ExampleSet, make_train_iterator
+    from postrain.data.rendering import Rendered
+    from postrain.data.report import DataReport
+    from postrain.data.schema import RowRef
+
+    examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]
+    config = DataConfig(sequence_length=length, batch_size=rows, packing=packing)
+    return make_train_iterator(ExampleSet(examples, DataReport([]), {}), config), examples
+
+
+def run_postrain(folder: str, steps: int, micro_batches: int) -> dict:
+    import numpy as np
+
+    from postrain.types import Batch
+
+    train_step, state = make_step(folder, steps, micro_batches)
+    batches, examples = make_batches(workloads.sft_documents(1024, LENGTH), LENGTH, ROWS)
     tokens, seconds, losses = [], [], []
     for _ in range(steps):
         start = time.perf_counter()  # the wait for data counts

@@ -40,7 +40,7 @@ def make_prompt(i, rng):
 def make_teacher_row(i, rng):
     length = int(rng.integers(2, 60))
     logprobs = -1.2 - rng.random((length, K))
-    mask = (np.arange(length) > length // 2).astype(int)
+    mask = (np.arange(length) >= length // 2).astype(int)
     ids = rng.integers(0, 600, (length, K))
     tokens = rng.integers(0, 600, length)
     return {

@@ -192,6 +192,22 @@ def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, s
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 
 
+def test_a_row_that_misses_a_key_is_not_taken_for_a_prompt(tmp_path, tokenizer):
+    for kind, key in (("sft", "completion"), ("preference", "rejected")):
+        whole = {"prompt": "p", **({"chosen": "a", "rejected": "b"} if kind == "preference" else {"completion": "a"})}
+        rows = [whole, {name: value for name, value in whole.items() if name != key}]
+        config = make_config(write_jsonl(tmp_path / "rows.jsonl", rows), kind=kind)
+        with pytest.raises(UserError, match=f"rows.jsonl:2: '{key}' "):
+            open_batches(config, tokenizer)
+
+
+def test_pairs_and_lists_are_two_forms(tmp_path, tokenizer):
+    rows = [*make_rows("preference", 1), *make_rows("preference/list", 1)]
+    config = make_config(write_jsonl(tmp_path / "rows.jsonl", rows), kind="preference")
+    with pytest.raises(UserError, match="rows.jsonl:2: expected a row of kind pair, .*; found one of kind scored_list"):
+        open_batches(config, tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["preference", "prompts"])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_cut_is_not(tmp_path, tokenizer, kind, streaming):

@@ -5,7 +5,7 @@ import pathlib
 import re
 
 import pytest
-from kind_fixtures import make_config
+from kind_fixtures import assert_same_batches, make_config
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.compute.preflight import describe_config
@@ -90,7 +90,7 @@ def test_rows_of_two_kinds_are_told(tmp_path, tokenizer):
     text = FUNCTION.replace("return None", "return {'prompt': row['q'], 'chosen': 'a', 'rejected': 'b'}")
     path = write_jsonl(tmp_path / "rows.jsonl", answers(range(1, 4)))
     config = make_config(path, kind=read_function(tmp_path, text))
-    with pytest.raises(UserError, match=f"{path}:3: expected a row of kind messages, as the first at {path}:1; found"):
+    with pytest.raises(UserError, match=f"{path}:3: expected a row of kind sft, as the first at {path}:1; found"):
         load_examples(config.train, tokenizer, config)
 
 
@@ -173,3 +173,20 @@ def test_the_function_of_the_guide(tmp_path, tokenizer):
     [group] = example_set.examples
     assert [tokenizer.decode(one.tokens) for one in group.sequences] == ["q no<|im_end|>", "q yes<|im_end|>"]
     assert example_set.kind.name == "preference" and example_set.report.sources[0].left_out_by == "to_pair"
+
+
+def test_a_stream_goes_on_from_any_position(tmp_path, tokenizer):
+    """Rows left out stand between those that are kept: places in files count both."""
+    path = write_jsonl(tmp_path / "rows.jsonl", answers(range(200)))
+    config = make_config(path, kind=read_function(tmp_path), streaming=True, lanes=2, sequence_length=64)
+    whole = open_train_rows(tokenizer, config).batches
+    states, batches = [], []
+    for _ in range(16):
+        batches.append(next(whole))
+        states.append(json.loads(json.dumps(whole.get_state())))
+    whole.close()
+    for step in (0, 3, 8, 13):
+        resumed = open_train_rows(tokenizer, config).batches
+        resumed.set_state(states[step])
+        assert_same_batches([next(resumed) for _ in batches[step + 1 :]], batches[step + 1 :])
+        resumed.close()
