@@ -9,22 +9,28 @@ import difflib
 import math
 import pathlib
 import re
+import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from postrain.config_limits import CHOICES, RANGES
 from postrain.config_rules import check_rules
 from postrain.errors import UserError
+from postrain.functions import PREFIX, describe_function
 from postrain.nested import flatten
+
+RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> one of a kind that there is, None: left out
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One source of rows."""
 
-    path: str = ""  # a .jsonl or .parquet file, a glob of them, or a folder saved by `datasets`
+    path: str = ""  # a .jsonl or .parquet file, a glob of them, a folder saved by `datasets`, s3://, ... (docs/data.md)
     name: str = ""  # in reports; empty: the file's stem
-    kind: str = "auto"  # "messages", "prompt_completion", "text", or "auto" (by the keys of the first row)
+    # Of kind sft the first row tells the form, or the kind does: "messages", "prompt_completion", "text".
+    kind: str | RowFunction = "sft"  # "preference", "prompts", "kd", "events", or a function that gives rows of them
     weight: float = 0.0  # its share beside the other sources' weights; 0 for all of them: by size
     max_epochs: int = 0  # times that its rows may come; 0: as often as its share needs
 
@@ -311,9 +317,14 @@ def check_paths(config: Config) -> None:
 
 
 def to_dict(config: Config) -> dict:
-    """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back."""
+    """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back.
+
+    Of a function only the name and a hash of its text are left: it is known again, and cannot be called.
+    """
 
     def plain(value):
+        if callable(value):
+            return describe_function(value, "data.train.kind")
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -372,6 +383,13 @@ def _check(value: Any, kind: Any, key: str) -> Any:
         if not isinstance(values, (list, tuple)):
             raise UserError(f"config key '{key}' must be a list, found {value!r}")
         return tuple(_check(one, item, key) for one in values)
+    if isinstance(kind, types.UnionType):  # a word, or a function in its place
+        if callable(value):
+            describe_function(value, key)
+            return value
+        if isinstance(value, str) and value.startswith(PREFIX):
+            return value
+        kind = str
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not kind:

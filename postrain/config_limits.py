@@ -3,11 +3,12 @@
 import operator
 from typing import NamedTuple
 
+_KINDS = ("sft", "messages", "prompt_completion", "text", "preference", "prompts", "kd", "events")
 # What a key may be where its type says too little. A test holds this table to the comments above.
 CHOICES: dict[str, tuple] = {
     "recipe": ("sft",),
-    "data.train.kind": ("auto", "messages", "prompt_completion", "text"),
-    "data.eval.kind": ("auto", "messages", "prompt_completion", "text"),
+    "data.train.kind": _KINDS,
+    "data.eval.kind": _KINDS,
     "data.mixture.by": ("tokens", "rows"),
     "data.packing": ("best_fit", "none"),
     "data.too_long": ("drop", "truncate", "error"),

@@ -9,8 +9,10 @@ import typing
 import pytest
 
 from postrain import config as config_lib
-from postrain.config import Config, check_paths, format_config, resolve, to_dict
+from postrain.config import Config, RowFunction, check_paths, format_config, resolve, to_dict
 from postrain.config_limits import CHOICES, RANGES
+from postrain.data.kinds import KINDS
+from postrain.data.schema import SFT_FORMS
 from postrain.errors import UserError
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
@@ -42,7 +44,7 @@ def error_of(values):
 def test_defaults_are_filled_in_and_frozen():
     config = resolve(MINIMAL)
     assert config.data.train[0].path == "rows.jsonl"
-    assert config.data.train[0].kind == "auto"
+    assert config.data.train[0].kind == "sft"
     assert config.optimizer == Config().optimizer
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.steps = 3
@@ -159,7 +161,8 @@ def kinds_of_keys(cls=Config, prefix=""):
 
 def test_every_choice_is_of_a_key_that_exists():
     kinds = kinds_of_keys()
-    assert {kinds[key] for key in CHOICES} == {str}
+    assert {kinds[key] for key in CHOICES} == {str, str | RowFunction}
+    assert {*CHOICES["data.train.kind"]} == {*CHOICES["data.eval.kind"]} == {*KINDS, *SFT_FORMS}
 
 
 def test_every_number_has_its_range_and_its_default_is_in_it():

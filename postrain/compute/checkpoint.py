@@ -51,6 +51,7 @@ class Restored:
     metrics: dict[str, Any]
     eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
     rollbacks: int  # that the run had made
+    reports: dict[str, Any]  # of ``describe_reports``
     owed: dict[str, Any] | None  # metrics of ``step`` that are not in metrics.jsonl, as their evaluation is yet to be
 
 
@@ -108,6 +109,7 @@ class Checkpointer:
         eval_fingerprint: dict | None = None,
         metrics: dict | None = None,
         rollbacks: int = 0,
+        reports: dict | None = None,
         owed: dict | None = None,
     ) -> None:
         """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
@@ -115,8 +117,9 @@ class Checkpointer:
         All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
         ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
         ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
-        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``. ``owed``: the metrics
-        of this step so far, where a signal stopped its evaluation. Raises UserError when the previous save failed.
+        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``; ``reports``: see
+        ``describe_reports``. ``owed``: the metrics of this step so far, where a signal stopped its evaluation. Raises
+        UserError when the previous save failed.
         """
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
@@ -131,6 +134,7 @@ class Checkpointer:
             "eval_fingerprint": eval_fingerprint,
             "metrics": metrics,
             "rollbacks": rollbacks,
+            "reports": reports or {},
             "owed": owed,
         }
         items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}

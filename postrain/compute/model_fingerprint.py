@@ -41,9 +41,11 @@ def fingerprint_model(
     if lora:
         later = {"ranks": dict(lora.ranks), "dora": lora.dora, "quantization": quantization}
         adapters |= {key: value for key, value in later.items() if value not in ({}, False, "none")}
-    config = pathlib.Path(folder) / "config.json"
-    described = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest()} if config.is_file() else None
-    fingerprint = {"files": fingerprint_folder(folder) | {"config.json": described}, "lora": adapters}
+    files = fingerprint_folder(folder)
+    for name in ("config.json", "generation_config.json"):  # the second says where answers end, and is exported
+        path = pathlib.Path(folder) / name
+        files[name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else None
+    fingerprint = {"files": files, "lora": adapters}
     tokens = read_new_tokens(new_tokens) if new_tokens is not None else ()
     if tokens:
         listed = [[token.text, token.start] for token in tokens]

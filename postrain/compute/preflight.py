@@ -140,7 +140,8 @@ def check_shared(processes: Processes, workdir: str | os.PathLike) -> None:
         blind = [process for process, sees in enumerate(processes.channel.gather(seen)) if not sees]
     finally:
         if lead:
-            place.unlink(missing_ok=True)
+            for probe in folder.glob(".shared-*"):  # one of a run that was killed just here, too
+                probe.unlink(missing_ok=True)
     if blind:
         raise UserError(
             f"--workdir {workdir}: {_name(blind, processes.channel.hosts)} sees another folder there than process 0 "

@@ -100,8 +100,8 @@ def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict
     return make_fingerprint(files, tokenizer, [], config.data) | {"documents": saved.get("documents")}
 
 
-def _list_files(config: SourceConfig) -> tuple[str, list[str]]:
-    """Name of a source and its files that have rows, in order."""
+def _list_files(config: SourceConfig) -> tuple[str, list[str], dict]:
+    """Name of a source, its files that have rows, in order, and what else tells its rows."""
     source, files, row = open_source(config), [], 0
     while row < len(source):
         file = _file_of(source, row)
@@ -109,7 +109,7 @@ def _list_files(config: SourceConfig) -> tuple[str, list[str]]:
         # The rows of a file stand together: where the next one begins is found without reading them all.
         key = lambda other, file=file: _file_of(source, other) != file
         row = bisect.bisect_left(range(len(source)), True, lo=row, key=key)
-    return source.name, files
+    return source.name, files, source.parser.identity
 
 
 def _file_of(source: Source, row: int) -> str:

@@ -4,7 +4,7 @@
         state = run.restore(frozen) or ...
         run.begin(state)
         while run.step < run.total_steps:
-            arrays = run.next_batch()
+            arrays = run.next_batch(state)
             state, metrics = train_step(state, ...)
             if run.must_go_back(metrics):
                 frozen, state = state.frozen, None
@@ -18,6 +18,7 @@ Every process of a run makes these calls in the same order: some of them wait fo
 
 import contextlib
 import pathlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from postrain.compute.signals import Interrupted, catch_stop_signals
 from postrain.compute.spikes import SpikeGuard
 from postrain.compute.summary import format_metrics
 from postrain.compute.watchdog import Watchdog
-from postrain.compute.workdir import describe_changes, save_config
+from postrain.compute.workdir import check_reports, describe_changes, describe_reports, save_config
 from postrain.config import Config, to_dict
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.stream import join_positions
@@ -43,6 +44,8 @@ from postrain.errors import UserError
 from postrain.models.config import ModelConfig
 from postrain.sharding import data_process
 from postrain.types import TrainState
+
+_SECONDS_TO_CLOSE = 1.0  # for the thread that prepares batches
 
 
 class Fingerprints(NamedTuple):
@@ -94,7 +97,7 @@ class Run:
         self._undone: _Unchecked | None = None  # the step that is left out by going back
         self._owed: dict | None = {} if config.eval.before else None  # the step's line, without its evaluation
         self._unchecked: list[_Unchecked] = []
-        self._stopping = False
+        self._stopping, self._line = False, {}  # the line: of the last step that was taken
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
@@ -104,11 +107,18 @@ class Run:
             self._stop = stack.enter_context(catch_stop_signals())
             self._progress = stack.enter_context(ProgressLine(self.total_steps))
             self._guard = SpikeGuard(self._config.train.spike, self._progress.print)
+            stack.callback(self._close_batches)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error) -> bool | None:
         return self._stack.__exit__(*error)
+
+    def _close_batches(self) -> None:
+        """Ends the thread that prepares them, or leaves it to itself where it waits for a storage."""
+        closing = threading.Thread(target=self._batches.close, daemon=True)
+        closing.start()
+        closing.join(_SECONDS_TO_CLOSE)
 
     def say(self, text: str) -> None:
         """Prints, on the first process."""
@@ -133,6 +143,8 @@ class Run:
             )
         else:
             self._batches.set_state(restored.data_position)
+        for line in check_reports(self._workdir, restored.reports) if self._lead else ():
+            self.say(line)
         changes = describe_changes(
             restored.config, to_dict(self._config), restored.eval_fingerprint, self._fingerprints.held_out
         )
@@ -166,15 +178,45 @@ class Run:
             self._writer.write(self.step, owed)
         self._restart_clock()
 
-    def next_batch(self) -> dict[str, np.ndarray]:
-        """The arrays of the next step's batch, [B_local, T]; counts the step."""
-        self.step = self._watch.step = self.step + 1
-        asked = time.perf_counter()
-        with self._watch.phase("data"):
-            self._arrays = next(self._batches)
+    def next_batch(self, state: TrainState) -> dict[str, np.ndarray]:
+        """The arrays of the next step's batch, [B_local, T]; counts the step.
+
+        A signal ends the wait for them in a run of one process: ``state``, that of the step before, is saved. Of
+        several, others may have begun the step, and have no such state any more: they stop after it.
+        """
+        asked, position = time.perf_counter(), self._batches.get_state()
+        self._watch.step = self.step + 1
+        try:
+            with self._watch.phase("data"), self._stop.interrupts():
+                if self._stop.number:
+                    raise Interrupted
+                self._arrays = next(self._batches)
+        except Interrupted:
+            self._stop_before_next(state, position)
+        self.step += 1
         self._waited += time.perf_counter() - asked
         self._row_ids = self._arrays.pop("row_ids")
         return self._arrays
+
+    def _stop_before_next(self, state: TrainState, position: dict) -> None:
+        """SystemExit, once ``state`` is saved; where it is bad, the newest checkpoint is what to go on from anyway."""
+        undone = [self._must_undo(taken) for taken in self._unchecked]
+        newest = self._checkpointer.latest_step() or 0
+        if self.step == newest or any(undone):
+            self.step = newest
+        else:
+            self._save(state, self._line, None, position)
+        self._raise_stopped()
+
+    def _raise_stopped(self) -> None:
+        with self._watch.phase("checkpoint"):
+            self._checkpointer.wait()
+        self._progress.print(f"stopped at step {self.step} of {self.total_steps}; the same command goes on from there")
+        raise SystemExit(128 + self._stop.number)
+
+    def _must_undo(self, taken: _Unchecked) -> bool:
+        name_rows = lambda: self._batches.describe_rows(taken.row_ids)
+        return self._guard.must_roll_back(taken.metrics, taken.step, name_rows)
 
     def must_go_back(self, metrics: dict) -> bool:
         """Whether the step that was just taken, or the one before it, has to be undone: then ``go_back`` comes next.
@@ -192,8 +234,7 @@ class Run:
             now = self._stopping or any(map(self._is_due, intervals))
             while len(self._unchecked) > (0 if now else 1):
                 taken = self._unchecked.pop(0)
-                name_rows = lambda taken=taken: self._batches.describe_rows(taken.row_ids)
-                if self._guard.must_roll_back(taken.metrics, taken.step, name_rows):
+                if self._must_undo(taken):
                     self._undone = taken
                     return True
         return False
@@ -203,7 +244,7 @@ class Run:
 
         Not of one that a signal made: a run that was stopped goes back to where one that was not goes back to.
         """
-        self._unchecked = []
+        self._unchecked, self._line = [], {}
         restored = self._read_newest(due_only=True)
         if not restored:
             raise UserError(f"step {self._undone.step}: no checkpoint yet to go back to: lower checkpoint.every")
@@ -231,13 +272,10 @@ class Run:
         if line and owed is None:
             self._writer.write(self.step, line)
         if self._stopping or self._is_due(self._config.checkpoint.every):
-            self._save(state, line, owed)
+            self._save(state, line, owed, self._batches.get_state())
         if self._stopping and (owed is not None or self.step < self.total_steps):
-            with self._watch.phase("checkpoint"):
-                self._checkpointer.wait()
-            where = f"step {self.step} of {self.total_steps}"
-            self._progress.print(f"stopped at {where}; the same command goes on from there")
-            raise SystemExit(128 + self._stop.number)
+            self._raise_stopped()
+        self._line = line
         if line:
             self._restart_clock()
 
@@ -245,7 +283,6 @@ class Run:
         """Says what was drawn, and waits for the last save."""
         for line in self._batches.describe_drawn(join_positions(gather(self._batches.get_state()))):
             self.say(f"drawn       {line}")
-        self._batches.close()
         with self._watch.phase("checkpoint"):
             self._checkpointer.wait()
 
@@ -279,8 +316,9 @@ class Run:
             except Interrupted:
                 return None
 
-    def _save(self, state: TrainState, line: dict, owed: dict | None) -> None:
-        position = join_positions(gather(self._batches.get_state()))
+    def _save(self, state: TrainState, line: dict, owed: dict | None, position: dict) -> None:
+        """``position``: of the data of this process."""
+        position = join_positions(gather(position))
         with self._watch.phase("checkpoint"):
             self._checkpointer.save(
                 self.step,
@@ -292,5 +330,6 @@ class Run:
                 eval_fingerprint=self._fingerprints.held_out,
                 metrics=line,
                 rollbacks=self._guard.rollbacks,
+                reports=describe_reports(self._workdir) if self._lead else None,
                 owed=owed,
             )

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import tempfile
+import zlib
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -24,6 +25,7 @@ from postrain.nested import flatten
 HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
 HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
+REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -140,6 +142,34 @@ def describe_changes(old: dict, new: dict, old_held_out: dict | None = None, hel
     if old_held_out and held_out:
         changed += [f"held out: {change}" for change in compare_fingerprints(old_held_out, held_out)]
     return f"; changed since: {', '.join(changed)}" if changed else ""
+
+
+def describe_reports(workdir: pathlib.Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of the files that a run adds to, so that a resume finds what became of them since."""
+    contents = {name: (workdir / name).read_bytes() for name in REPORTS if (workdir / name).exists()}
+    return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
+
+
+def check_reports(workdir: pathlib.Path, before: dict[str, list[int]]) -> list[str]:
+    """A line for each file that does not begin with what it held at ``describe_reports``. Raises UserError: unreadable.
+
+    No reason to stop, as the training itself needs none of them.
+    """
+    lines = []
+    for name, (size, crc) in before.items():
+        path = workdir / name
+        try:
+            found = path.read_bytes()[:size]
+        except FileNotFoundError:
+            found = b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): mend it or move it away") from error
+        if zlib.crc32(found) != crc or len(found) != size:
+            what = f"expected {size:,} bytes, found {len(found):,}" if len(found) != size else "its content has changed"
+            lines.append(
+                f"{path}: not as the checkpoint saw it ({what}): what it says of earlier steps is not reliable"
+            )
+    return lines
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:

@@ -12,11 +12,13 @@ from typing import Any
 
 from postrain.config import DataConfig, SourceConfig
 from postrain.data.blocks import Block, list_blocks, read_block
+from postrain.data.documents import Document, SameLayout
+from postrain.data.kinds import RowParser, render_rows
 from postrain.data.plan import permutation
 from postrain.data.policy import RejectedLog, RowPolicy
-from postrain.data.rendering import BATCH, Rendered, render_many
+from postrain.data.rendering import BATCH
 from postrain.data.report import SourceReport
-from postrain.data.schema import BadRow, Example, RowRef, has_kind, parse_row, row_kind
+from postrain.data.schema import BadRow, RowRef
 from postrain.data.storage import StorageOptions, StoredFile, list_files
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -32,7 +34,7 @@ class BlockSource:
     """A source of ``data.train`` in blocks."""
 
     name: str
-    kind: str
+    parser: RowParser
     files: list[StoredFile]
     blocks: list[Block]
     max_epochs: int  # 0: no limit
@@ -57,23 +59,22 @@ def open_block_source(source: SourceConfig, config: DataConfig) -> BlockSource:
     if not blocks:
         raise UserError(f"{source.path} has no rows: its {len(files)} files are empty")
     name = source.name or files[0].url.rstrip("/").rpartition("/")[2].partition(".")[0]
-    kind = source.kind if source.kind != "auto" else _find_kind(name, source.path, blocks, options)
-    return BlockSource(name, kind, files, blocks, source.max_epochs, options)
+    parser = RowParser(source)
+    parser.decide(row for block in blocks for row in _raw_rows(block, name, options))
+    if not parser.form:
+        raise UserError(f"{source.path}: no row of {parser.expected} in it: {parser.advice}")
+    return BlockSource(name, parser, files, blocks, source.max_epochs, options)
 
 
-def _find_kind(name: str, path: str, blocks: Sequence[Block], options: StorageOptions) -> str:
-    for block in blocks:
-        rows = read_block(block, name, options)
-        while True:
-            try:
-                _, raw = next(rows)
-            except StopIteration:
-                break
-            except BadRow:
-                continue
-            if isinstance(raw, dict) and (kind := row_kind(raw)):
-                return kind
-    raise UserError(f"{path}: no row of a known kind in it: see docs/data.md for the kinds of rows")
+def _raw_rows(block: Block, name: str, options: StorageOptions) -> Iterator[tuple[RowRef, Any]]:
+    rows = read_block(block, name, options)
+    while True:
+        try:
+            yield next(rows)
+        except StopIteration:
+            return
+        except BadRow:
+            continue
 
 
 class BlockReader:
@@ -83,15 +84,17 @@ class BlockReader:
         self,
         source: BlockSource,
         index: int,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         config: DataConfig,
         lane: int,
         rejected: RejectedLog | None = None,
+        same: SameLayout | None = None,
     ):
         self._source, self._index, self._tokenizer, self._config = source, index, tokenizer, config
-        self._lane, self._lanes = lane, config.stream.lanes
-        self._policy = RowPolicy(SourceReport(source.name), config, least_rows=_LEAST_ROWS, rejected=rejected)
-        self._uncounted = RowPolicy(SourceReport(source.name), config)
+        self._lane, self._lanes, self._same = lane, config.stream.lanes, same or SameLayout()
+        kind, report = source.parser.kind, SourceReport(source.name, left_out_by=source.parser.left_out)
+        self._policy = RowPolicy(report, config, kind, least_rows=_LEAST_ROWS, rejected=rejected)
+        self._uncounted = RowPolicy(SourceReport(source.name), config, kind)
         self.seek({"epoch": 0, "block": 0, "row": 0, "rows": 0, "bad": 0})
 
     @property
@@ -101,13 +104,13 @@ class BlockReader:
 
     def seek(self, position: dict[str, int]) -> None:
         self.position = dict(position)
-        self._ready: collections.deque[tuple[dict, Any, list[Rendered]]] = collections.deque()
+        self._ready: collections.deque[tuple[dict, Any, list[Document]]] = collections.deque()
         self._rows = self._read(position["epoch"], position["block"], position["row"])
         # The share of bad rows is judged after a resume as without one.
         self.report.rows, self.report.skipped = position["rows"], position["bad"]
         self._whole, self._kept, self._empty = position["row"] == position["block"] == 0, False, 0
 
-    def draw(self) -> tuple[Any, list[Rendered]] | None:
+    def draw(self) -> tuple[Any, list[Document]] | None:
         while not self._ready:
             if not self._read_some():
                 return None
@@ -133,14 +136,15 @@ class BlockReader:
             self._whole, self._kept = True, False
         return bool(rows or ended) and self._empty < _EMPTY_EPOCHS
 
-    def _keep(self, documents: list[Rendered] | BadRow, first_epoch: bool) -> list[Rendered]:
+    def _keep(self, documents: list[Document] | BadRow | None, first_epoch: bool) -> list[Document]:
         """As the policy says; counted in the first epoch, after which the rows are known."""
         if not first_epoch:
-            return [] if isinstance(documents, BadRow) else self._uncounted.keep(documents)
+            return [] if isinstance(documents, BadRow | None) else self._uncounted.keep(documents)
         self.report.rows += 1
-        return self._policy.keep(documents)
+        self.report.left_out += documents is None
+        return [] if documents is None else self._policy.keep(documents)
 
-    def fetch(self, keys: Sequence[tuple[int, int]]) -> list[list[Rendered]]:
+    def fetch(self, keys: Sequence[tuple[int, int]]) -> list[list[Document]]:
         wanted: dict[int, set[int]] = {}
         for block, row in keys:
             wanted.setdefault(block, set()).add(row)
@@ -152,9 +156,7 @@ class BlockReader:
                 found[block, i] = self._uncounted.keep(documents)
         return [found[tuple(key)] for key in keys]
 
-    def _read(
-        self, epoch: int, block: int, row: int
-    ) -> Iterator[tuple[dict, tuple[int, int], Example | BadRow] | None]:
+    def _read(self, epoch: int, block: int, row: int) -> Iterator[tuple[dict, tuple[int, int], Any] | None]:
         """Rows from a position on, each with the position after it and its key; None at the end of every epoch."""
         limit = self._source.max_epochs
         while not limit or epoch < limit:
@@ -175,29 +177,18 @@ class BlockReader:
         shared = count < self._lanes or self._source.bytes < _SHARED_BYTES
         return [int(block) for block in (order if shared else order[self._lane :: self._lanes])], shared
 
-    def _examples(self, block: int) -> Iterator[Example | BadRow]:
+    def _examples(self, block: int) -> Iterator[Any]:
+        """Example, BadRow or None (left out) of each row."""
         rows = read_block(self._source.blocks[block], self._source.name, self._source.options)
         while True:
             try:
-                ref, raw = next(rows)
-                yield self._parse(ref, raw)
+                yield self._source.parser.parse(*next(rows))
             except StopIteration:
                 return
             except BadRow as e:
                 yield e
 
-    def _parse(self, ref: RowRef, raw: Any) -> Example:
-        kind = self._source.kind
-        if isinstance(raw, dict) and not has_kind(raw, kind) and (other := row_kind(raw)):
-            raise BadRow(ref, f"expected a row of the source's kind, {kind}; found one of kind {other}")
-        return parse_row(raw, kind, ref)
-
-    def _render(self, rows: list[Example | BadRow]) -> Iterator[list[Rendered] | BadRow]:
-        config = self._config
-        rendered = render_many(
-            [row for row in rows if not isinstance(row, BadRow)],
-            self._tokenizer,
-            template_date=config.template_date,
-            default_system=config.default_system,
-        )
-        return (row if isinstance(row, BadRow) else next(rendered) for row in rows)
+    def _render(self, rows: list[Any]) -> Iterator[list[Document] | BadRow | None]:
+        examples = [row for row in rows if not isinstance(row, BadRow | None)]
+        rendered = render_rows(self._source.parser.kind, examples, self._tokenizer, self._config, self._same)
+        return (row if isinstance(row, BadRow | None) else next(rendered) for row in rows)

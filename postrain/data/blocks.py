@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.data import storage
+from postrain.data.decoding import decode_line, one_line, without_nulls
 from postrain.data.schema import BadRow, RowRef
-from postrain.data.sources import decode_line, one_line, without_nulls
 from postrain.data.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
 from postrain.data.tar import read_tar
 from postrain.errors import UserError

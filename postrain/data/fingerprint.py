@@ -12,10 +12,11 @@ import numpy as np
 
 from postrain.config import DataConfig
 from postrain.config_rules import has_mixture
+from postrain.data.documents import Document, Group
 from postrain.data.lane import LANE_VERSION
 from postrain.data.packing import PACKING_VERSION
 from postrain.data.plan import PLAN_VERSION
-from postrain.data.rendering import Rendered
+from postrain.data.storage import is_local, list_files
 from postrain.data.tokenizer import Tokenizer
 
 # Keys of the config that decide which rows come when.
@@ -26,25 +27,29 @@ _KEYS = (
 
 
 def make_fingerprint(
-    sources: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, examples: Iterable[Rendered], config: DataConfig
+    sources: Sequence[tuple[str, list[str], dict]],
+    tokenizer: Tokenizer | None,
+    examples: Iterable[Document],
+    config: DataConfig,
 ) -> dict:
     """A JSON-able description of the pipeline.
 
     Args:
-      sources: name and files of each.
+      sources: name, files and ``RowParser.identity`` of each.
+      tokenizer: None where no row is text.
       examples: the rendered documents, in order.
     """
-    described = [{"name": name, "files": _describe_files(files)} for name, files in sources]
+    described = [{"name": name, "files": _describe_files(files)} | identity for name, files, identity in sources]
     return describe_pipeline(described, tokenizer, config) | {"documents": hash_documents(examples)}
 
 
-def describe_pipeline(sources: list[dict], tokenizer: Tokenizer, config: DataConfig) -> dict:
+def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
     """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
     return {
         "data": {key: getattr(config, key) for key in _KEYS} | _describe_mixture(config),
         "sources": sources,
-        "tokenizer": tokenizer.fingerprint(),
-        "chat_template": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "tokenizer": tokenizer and tokenizer.fingerprint(),
+        "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
         | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
     }
@@ -66,13 +71,22 @@ def _describe_mixture(config: DataConfig) -> dict:
     return described
 
 
-def hash_documents(examples: Iterable[Rendered]) -> str:
-    """Hash over tokens and loss masks, in order."""
+def hash_documents(examples: Iterable[Document]) -> str:
+    """Hash over tokens, loss masks and whatever else the documents bring, in order."""
     digest = hashlib.blake2b(digest_size=20)
     for example in examples:
-        digest.update(len(example.tokens).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(example.tokens, "<i4"))
-        digest.update(np.packbits(example.loss_mask))
+        if isinstance(example, Group):
+            digest.update(b"group" + len(example.sequences).to_bytes(8, "little"))
+        for sequence in example.sequences:
+            digest.update(len(sequence.tokens).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(sequence.tokens, "<i4"))
+            digest.update(np.packbits(sequence.loss_mask))
+            for name, values, _ in sequence.fields:
+                digest.update(
+                    name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
+                )
+            if sequence.metadata is not None:
+                digest.update(json.dumps(sequence.metadata, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -117,6 +131,11 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
     for before, after in zip(old, new, strict=True):
         if before.get("kind") != after.get("kind"):
             changes.append(f"source {before['name']!r}: kind was {before.get('kind')}, is {after.get('kind')}")
+        if before.get("function") != after.get("function"):
+            changes.append(
+                f"source {before['name']!r}: rows went through {before.get('function', 'no function')}, now "
+                f"{after.get('function', 'no function')}"
+            )
         files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
         where = f"source {before['name']!r}: file"
         changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]
@@ -131,12 +150,21 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
 
 
 def _describe_files(files: list[str]) -> list[dict]:
-    """By name, size and content: a folder may move, its files may not change."""
+    """By name, size and content (elsewhere: version): a folder may move, its files may not change."""
     described = []
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(f)) for f in files]) if files else ""
-    for file in files:
-        with open(file, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        name = os.path.relpath(os.path.abspath(file), folder)
-        described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+    for name, file in zip(name_files(files), files, strict=True):
+        if is_local(file):
+            with open(file, "rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+        else:
+            (stored,) = list_files(file)
+            described.append({"name": name, "bytes": stored.bytes, "version": stored.version})
     return described
+
+
+def name_files(urls: Sequence[str]) -> list[str]:
+    """Names from the folder on that all of them are in."""
+    urls = [os.path.abspath(url) if is_local(url) else url for url in urls]
+    folder = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in urls])
+    return [url[folder.rfind("/") + 1 :] for url in urls]

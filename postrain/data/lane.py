@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from postrain.config import DataConfig
+from postrain.data.documents import Document
 from postrain.data.mixture import Phase, choose, phase_at
 from postrain.data.packing import pack_window
 from postrain.data.plan import permutation
-from postrain.data.rendering import Rendered
 from postrain.errors import UserError
 
 # Part of the data fingerprint: to be counted up whenever the same data would come in another order.
@@ -32,13 +32,13 @@ class Reader(Protocol):
 
     position: Any
 
-    def draw(self) -> tuple[Any, list[Rendered]] | None:
+    def draw(self) -> tuple[Any, list[Document]] | None:
         """Key (JSON-able) and documents, at least one, of the next row that has any; None where there is no more."""
 
     def seek(self, position: Any) -> None:
         """Goes on where ``position`` was taken."""
 
-    def fetch(self, keys: Sequence[Any]) -> list[list[Rendered]]:
+    def fetch(self, keys: Sequence[Any]) -> list[list[Document]]:
         """The documents of rows drawn before, by their keys."""
 
 
@@ -49,11 +49,11 @@ class Drawn:
     source: int
     key: Any
     part: int
-    document: Rendered
+    document: Document
 
     @property
     def slots(self) -> int:
-        return len(self.document.tokens) - 1
+        return self.document.slots
 
 
 class Lane:
@@ -90,9 +90,9 @@ class Lane:
         self._given = 0
         self._start: dict[str, Any] = {}
 
-    def next_rows(self, count: int) -> list[list[Rendered]]:
+    def next_rows(self, count: int) -> list[list[Document]]:
         """Raises UserError where the sources have no more rows."""
-        rows: list[list[Rendered]] = []
+        rows: list[list[Document]] = []
         while len(rows) < count:
             if self._given == len(self._rows):
                 self._next_window()
@@ -100,7 +100,7 @@ class Lane:
             rows += [[drawn.document for drawn in row] for row in piece]
             for drawn in (drawn for row in piece for drawn in row):
                 self._totals[drawn.source][0] += 1
-                self._totals[drawn.source][1] += len(drawn.document.tokens)
+                self._totals[drawn.source][1] += drawn.document.num_tokens
             self._given += len(piece)
         return rows
 
@@ -208,7 +208,7 @@ class Lane:
         return (self._phases[self._phase + 1].step - 1) * self._rows_a_batch - self._first_row
 
     def _amount(self, drawn: Drawn) -> float:
-        return len(drawn.document.tokens) if self._config.mixture.by == "tokens" else float(drawn.part == 0)
+        return drawn.document.num_tokens if self._config.mixture.by == "tokens" else float(drawn.part == 0)
 
     def _fetch(self, carried: list) -> list[Drawn]:
         found: dict[int, Drawn] = {}

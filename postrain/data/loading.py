@@ -12,16 +12,18 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
+from postrain.data.documents import Document, Layout, SameLayout, layout_of
 from postrain.data.fingerprint import make_fingerprint
+from postrain.data.kinds import SFT, Kind, find_kind, render_rows
 from postrain.data.plan import RowPlan
 from postrain.data.policy import RowPolicy
-from postrain.data.rendering import Rendered, render_many
 from postrain.data.report import DataReport, SourceReport, count
-from postrain.data.schema import BadRow, Example
+from postrain.data.schema import BadRow
 from postrain.data.sources import Source, open_source
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -33,46 +35,58 @@ class ExampleSet:
     """Rendered documents of one or more sources.
 
     Attributes:
-      examples: the documents, in the order of the sources; each has at least one trained token that is
+      examples: the documents, in the order of the sources; each but prompts has at least one trained token that is
         predicted from another, and takes at most ``sequence_length`` slots.
       report: what became of the rows.
       fingerprint: JSON-able; see ``postrain.data.fingerprint``.
+      kind: of all rows.
     """
 
-    examples: list[Rendered]
+    examples: list[Document]
     report: DataReport
     fingerprint: dict
+    kind: Kind = SFT
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [N]: slots that each document takes, its tokens less one."""
-        return np.array([len(e.tokens) - 1 for e in self.examples], np.int64)
+        """int64 [N]: slots that each document takes, of text its tokens less one."""
+        return np.array([document.slots for document in self.examples], np.int64)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The arrays of its batches."""
+        return layout_of(self.examples[0])
 
 
 def load_examples(
     sources: Sequence[SourceConfig],
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     config: DataConfig,
     rejected_path: str | os.PathLike | None = None,
+    *,
+    kind: str | None = None,
 ) -> ExampleSet:
     """Reads and renders all rows of ``sources`` (usually ``config.train`` or ``config.eval``).
 
     Args:
-      tokenizer: from ``load_tokenizer``.
+      tokenizer: from ``load_tokenizer``; None where ``needs_tokenizer`` says that no row is text.
       rejected_path: a JSONL file for bad rows, ``{"file", "line", "reason"}``, where ``config.on_bad_row`` is
         "skip". Lines about other files that stand there already are kept, so train and eval can share it. Of
         several processes, give it to one.
+      kind: the only one that the rows may be of; None: any.
 
     Raises:
       UserError: a source that cannot be read; a bad or too long row where the config says so, naming file and
         line; a larger share of bad rows than ``config.max_bad_fraction``; nothing left to train on.
     """
-    examples: list[Rendered] = []
-    loaders: list[_SourceLoader] = []
+    examples: list[Document] = []
+    opened = [open_source(source) for source in sources]
+    found = find_kind([(source.name, source.parser) for source in opened], config, kind) if opened else SFT
+    loaders = [_SourceLoader(source, tokenizer, config) for source in opened]
+    same = SameLayout()
     try:
-        for source_config in sources:
-            loaders.append(_SourceLoader(open_source(source_config), tokenizer, config))
-            examples += loaders[-1].load()
+        for loader in loaders:
+            examples += loader.load(same)
     finally:  # also when the run stops: the reasons are what its user needs then
         if rejected_path is not None:
             _write_rejected(pathlib.Path(rejected_path), loaders)
@@ -80,8 +94,8 @@ def load_examples(
     report = DataReport([loader.policy.report for loader in loaders], config.sequence_length, asked=dict(asked))
     if not examples:
         raise UserError(_describe_empty(report, config))
-    files = [(loader.policy.report.name, list(loader.files)) for loader in loaders]
-    example_set = ExampleSet(examples, report, make_fingerprint(files, tokenizer, examples, config))
+    files = [(loader.source.name, list(loader.files), loader.source.parser.identity) for loader in loaders]
+    example_set = ExampleSet(examples, report, make_fingerprint(files, tokenizer, examples, config), found)
     report.packed_rows = len(RowPlan(example_set.lengths, config).rows_of_epoch(0))
     report.used_slots = int(example_set.lengths.sum())
     return example_set
@@ -95,29 +109,29 @@ class _SourceLoader:
       files: the files that rows came from, in order (as a dict without values).
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, config: DataConfig):
+    def __init__(self, source: Source, tokenizer: Tokenizer | None, config: DataConfig):
         self.source, self.tokenizer, self.config = source, tokenizer, config
-        self.policy = RowPolicy(SourceReport(source.name, rows=len(source)), config)
+        report = SourceReport(source.name, rows=len(source), left_out_by=source.parser.left_out)
+        self.policy = RowPolicy(report, config, source.parser.kind)
         self.files: dict[str, None] = {}
 
-    def load(self) -> list[Rendered]:
-        rendered = render_many(
-            self._read(),
-            self.tokenizer,
-            template_date=self.config.template_date,
-            default_system=self.config.default_system,
-        )
+    def load(self, same: SameLayout) -> list[Document]:
+        rendered = render_rows(self.source.parser.kind, self._read(), self.tokenizer, self.config, same)
         return [kept for documents in rendered for kept in self.policy.keep(documents)]
 
-    def _read(self) -> Iterator[Example]:
+    def _read(self) -> Iterator[Any]:
         for i in range(len(self.source)):
             try:
-                example = self.source[i]
+                ref, raw = self.source.raw(i)
+                self.files[ref.file] = None
+                example = self.source.parser.parse(ref, raw)
             except BadRow as e:
                 self.files[e.ref.file] = None
                 self.policy.reject(e)
                 continue
-            self.files[example.ref.file] = None
+            if example is None:
+                self.policy.report.left_out += 1
+                continue
             yield example
 
 

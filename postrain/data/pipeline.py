@@ -15,10 +15,10 @@ import numpy as np
 
 from postrain.config import DataConfig
 from postrain.data.carry_over import count_updates
+from postrain.data.documents import check_token_ids
 from postrain.data.loading import ExampleSet, load_examples
-from postrain.data.packing import assemble_row, pack
+from postrain.data.packing import assemble_batch, pack
 from postrain.data.plan import RowPlan
-from postrain.data.rendering import check_token_ids
 from postrain.errors import UserError
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
@@ -125,7 +125,8 @@ def make_train_iterator(
     Each batch is a dict of numpy arrays, T = ``config.sequence_length``, B_local = ``config.batch_size`` over
     ``process_count``: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32 [B_local, T], ``loss_mask``
     float32 [B_local, T], and ``row_ids`` int32 [B_local, S], the indices into ``example_set.examples`` of each
-    row's documents, -1 where a row has fewer. Processes take consecutive parts of the same global batch.
+    row's documents, -1 where a row has fewer. Besides the arrays of ``example_set.layout`` and, of prompts,
+    ``metadata``, a list of dicts for each row. Processes take consecutive parts of the same global batch.
 
     Raises:
       UserError: the batch does not divide among the processes.
@@ -166,8 +167,9 @@ def make_eval_batches(
 
 def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequence_length: int) -> dict[str, np.ndarray]:
     examples = example_set.examples
-    assembled = [assemble_row([examples[i] for i in documents], sequence_length) for documents in rows]
-    batch = {name: np.stack([row[name] for row in assembled]) for name in assembled[0]}
+    batch = assemble_batch(
+        [[examples[i] for i in documents] for documents in rows], sequence_length, example_set.layout
+    )
     row_ids = np.full((len(rows), max(1, *map(len, rows))), -1, np.int32)
     for row, documents in zip(row_ids, rows, strict=True):
         row[: len(documents)] = documents

@@ -4,7 +4,8 @@ import json
 import pathlib
 
 from postrain.config import DataConfig
-from postrain.data.rendering import Rendered
+from postrain.data.documents import Document
+from postrain.data.kinds import SFT, Kind
 from postrain.data.report import SourceReport, count
 from postrain.data.schema import BadRow
 from postrain.errors import UserError
@@ -20,17 +21,23 @@ class RowPolicy:
     """
 
     def __init__(
-        self, report: SourceReport, config: DataConfig, *, least_rows: int = 0, rejected: "RejectedLog | None" = None
+        self,
+        report: SourceReport,
+        config: DataConfig,
+        kind: Kind = SFT,
+        *,
+        least_rows: int = 0,
+        rejected: "RejectedLog | None" = None,
     ):
         """``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
 
         ``rejected``: bad rows are written there as they are met, and not kept.
         """
-        self.report, self.config, self.rejected = report, config, []
+        self.report, self.config, self.kind, self.rejected = report, config, kind, []
         self._least_rows, self._log = least_rows, rejected
 
-    def keep(self, documents: list[Rendered] | BadRow) -> list[Rendered]:
-        """What is trained of a row as ``render_many`` gives it, counted. Raises UserError as the config says."""
+    def keep(self, documents: list[Document] | BadRow) -> list[Document]:
+        """What is trained of a row as ``render_rows`` gives it, counted. Raises UserError as the config says."""
         if isinstance(documents, BadRow):
             self.reject(documents)
             return []
@@ -38,8 +45,8 @@ class RowPolicy:
         report.split += len(documents) > 1
         kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
         report.documents += len(kept)
-        report.tokens += sum(len(d.tokens) for d in kept)
-        report.trained += sum(int(d.loss_mask[1:].sum()) for d in kept)
+        report.tokens += sum(d.num_tokens for d in kept)
+        report.trained += sum(d.num_trained for d in kept)
         return kept
 
     def reject(self, bad: BadRow) -> None:
@@ -60,27 +67,26 @@ class RowPolicy:
                 f"than data.max_bad_fraction = {allowed} allows; the last one is {bad}"
             )
 
-    def _fit(self, document: Rendered) -> Rendered | None:
+    def _fit(self, document: Document) -> Document | None:
         """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
-        report, limit = self.report, self.config.sequence_length + 1  # the last token is only predicted: no slot
-        length = len(document.tokens)
+        report, limit = self.report, self.config.sequence_length
+        length, slots = document.num_tokens, document.slots
         report.longest = max(report.longest, length)
-        if length > limit:
+        if slots > limit:
             if self.config.too_long == "error":
                 raise UserError(
-                    f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit - 1} "
-                    f"takes up to {limit}: raise it, or set data.too_long to 'drop' or 'truncate'"
+                    f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit} takes "
+                    f"up to {limit + length - slots}: raise it, or set data.too_long to 'drop'"
+                    + (" or 'truncate'" if self.kind.cut else "")
                 )
             if self.config.too_long == "drop":
                 report.too_long += 1
                 return None
-            tokens, loss_mask = document.tokens[:limit], document.loss_mask[:limit]
-            answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
-            document = Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers])
-        if not document.loss_mask[1:].any():
+            document = self.kind.cut(document, limit)
+        if self.kind.is_trained and not document.num_trained:
             report.untrained += 1
             return None
-        report.truncated += length > limit
+        report.truncated += slots > limit
         return document
 
 

@@ -2,6 +2,7 @@
 
 import html
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -10,8 +11,9 @@ import sys
 import numpy as np
 
 from postrain.config import Config
+from postrain.data.documents import Document, Rendered
+from postrain.data.kinds import needs_tokenizer
 from postrain.data.loading import ExampleSet, load_examples
-from postrain.data.rendering import Rendered
 from postrain.data.report import count
 from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.data.train_rows import sample_stream
@@ -51,27 +53,32 @@ def preview(
     Raises:
       UserError: as ``load_tokenizer`` and ``load_examples``.
     """
-    if not (config.model.tokenizer or config.model.path):
+    reads_text = needs_tokenizer((*config.data.train, *config.data.eval))
+    if reads_text and not (config.model.tokenizer or config.model.path):
         raise UserError("config key 'model.path' is empty: give a Hugging Face folder, its tokenizer renders the data")
     if html_path is not None:
         check_writable(html_path, "--html")
-    tokenizer = load_run_tokenizer(config, config.model.path)
+    tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
     if config.data.streaming:
         sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data)}
     else:
         sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
-    examples = next(iter(sets.values())).examples
+    kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     if config.data.eval:
         sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
-    shown = [examples[i] for i in picked]
+    shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
-        _write_html(pathlib.Path(html_path), sets, shown, tokenizer)
+        _write_html(pathlib.Path(html_path), sets, shown, reader)
     color = use_color() if color is None else color
     blocks = [f"{key}\n{s.report}\n\n{_format_histogram(s)}" for key, s in sets.items()]
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
     blocks += [legend] if shown else []
-    blocks += [f"--- {_describe(r)}\n{_format_tokens(r, tokenizer, color)}" for r in shown]
+    blocks += [
+        f"--- {_describe(document)}"
+        + "".join(f"\n{_note(s)}{_format_tokens(s, reader, color)}" for s in document.sequences)
+        for document in shown
+    ]
     return "\n\n".join(blocks)
 
 
@@ -80,8 +87,11 @@ def use_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer) -> str:
-    """A document as HTML that needs no style sheet: its text, escaped, with the trained tokens on green."""
+def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer | None) -> str:
+    """A sequence as HTML that needs no style sheet: its text, escaped, with the trained tokens on green.
+
+    Without a tokenizer its ids are shown.
+    """
     spans = []
     for text, trained, length in _runs(rendered, tokenizer):
         text, title = html.escape(_visible(text)), count(length, "trained token")
@@ -89,12 +99,13 @@ def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer) -> str:
     return '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">' + "".join(spans) + "</pre>"
 
 
-def _runs(rendered: Rendered, tokenizer: Tokenizer):
+def _runs(rendered: Rendered, tokenizer: Tokenizer | None):
     """(text, trained, number of tokens) of each stretch of tokens with the same mask."""
     start = 0
     for trained, run in itertools.groupby(rendered.loss_mask.tolist()):
         length = len(list(run))
-        yield tokenizer.decode(rendered.tokens[start : start + length]), trained, length
+        ids = rendered.tokens[start : start + length]
+        yield tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)) + " ", trained, length
         start += length
 
 
@@ -107,19 +118,28 @@ def _mark(text: str, color: bool) -> str:
     return f"\x1b[1;32m{text}\x1b[0m" if color else f"\u27e6{text}\u27e7"
 
 
-def _format_tokens(rendered: Rendered, tokenizer: Tokenizer, color: bool) -> str:
+def _format_tokens(rendered: Rendered, tokenizer: Tokenizer | None, color: bool) -> str:
     runs = _runs(rendered, tokenizer)
     return "".join(_mark(_visible(text), color) if trained else _visible(text) for text, trained, _ in runs)
 
 
-def _describe(rendered: Rendered) -> str:
-    trained = int(rendered.loss_mask[1:].sum())
-    share = trained / len(rendered.tokens)
-    return f"{rendered.ref}  {count(len(rendered.tokens), 'token')}, {trained:,} trained ({share:.1%})"
+def _describe(document: Document) -> str:
+    trained, tokens = document.num_trained, document.num_tokens
+    return f"{document.ref}  {count(tokens, 'token')}, {trained:,} trained ({trained / tokens:.1%})"
+
+
+def _note(sequence: Rendered) -> str:
+    """What a sequence has besides its tokens, in a line above them; nothing where there is nothing."""
+    notes = [f"metadata {json.dumps(sequence.metadata, ensure_ascii=False, default=str)}"] * bool(sequence.metadata)
+    for name, values, _ in sequence.fields:
+        flat = values.ravel()
+        some = " ".join(f"{v:g}" for v in flat[:8].tolist()) + " ..." * (len(flat) > 8)
+        notes.append(f"{name} {flat[0]:g}" if (flat == flat[0]).all() else f"{name} {some}")
+    return f"[{_visible('; '.join(notes))}]\n" if notes else ""
 
 
 def _histogram(example_set: ExampleSet) -> list[tuple[str, int]]:
-    lengths = example_set.lengths + 1
+    lengths = np.array([document.num_tokens for document in example_set.examples])
     width = -(-int(lengths.max()) // _HISTOGRAM_BINS)
     counts = np.bincount((lengths - 1) // width, minlength=1)
     return [(f"{i * width + 1:,} - {(i + 1) * width:,}", int(n)) for i, n in enumerate(counts)]
@@ -133,12 +153,14 @@ def _format_histogram(example_set: ExampleSet) -> str:
     return "\n".join(["documents by length in tokens", *lines])
 
 
-def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Rendered], tokenizer: Tokenizer) -> None:
+def _write_html(
+    path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Document], tokenizer: Tokenizer | None
+) -> None:
     body = ["<h1>What training will see</h1>"]
     for key, example_set in sets.items():
         header, *lines = example_set.report.table()
         body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
-        lines = [example_set.report.describe_packing(), *example_set.report.describe_asking()]
+        lines = [example_set.report.describe_packing(), *example_set.report.describe_more()]
         body += [f"<p>{html.escape(line)}</p>" for line in lines]
         bins = _histogram(example_set)
         most = max(number for _, number in bins)
@@ -150,8 +172,13 @@ def _write_html(path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Ren
         body.append(f"<table><tr><th>length in tokens</th><th>documents</th><th></th></tr>{plot}</table>")
     if shown:
         body.append(f'<h2>Documents, <span style="{_TRAINED_HTML}">trained tokens</span> marked</h2>')
-    for rendered in shown:
-        body.append(f"<p>{html.escape(_describe(rendered))}</p>{render_tokens_html(rendered, tokenizer)}")
+    for document in shown:
+        body.append(f"<p>{html.escape(_describe(document))}</p>")
+        body += [
+            (f"<p>{html.escape(note)}</p>" if (note := _note(sequence)) else "")
+            + render_tokens_html(sequence, tokenizer)
+            for sequence in document.sequences
+        ]
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Data preview</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"

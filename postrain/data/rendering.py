@@ -9,11 +9,11 @@ strings is plain text of which the completion and the EOS are trained. Special t
 ordinary text, everywhere; an EOS already spelt at the end of plain text is taken as the end.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from postrain.data.documents import Rendered
 from postrain.data.encoding import encode_sequences
 from postrain.data.schema import (
     BadRow,
@@ -31,27 +31,6 @@ from postrain.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"  # as data.template_date
 BATCH = 256  # rows that render_many encodes together
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """One training sequence.
-
-    Attributes:
-      tokens: int32 [L].
-      loss_mask: bool [L]; ``loss_mask[t]``: token ``t`` is itself to be produced by the model (not shifted).
-        Never true at ``t = 0``, which nothing predicts, and true somewhere.
-      ref: the row that it comes from.
-      truncated: its end was cut off (``data.too_long``), and with it at least part of its last answer.
-      asked: for each answer the switch of the template that its prompt was rendered with, as "enable_thinking=False",
-        where that differs from the default prompt, else ""; nothing at all where that is so of all.
-    """
-
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    ref: RowRef
-    truncated: bool = False
-    asked: tuple[str, ...] = ()
 
 
 def render(
@@ -91,17 +70,6 @@ def render_many(
     yield from _encode(batch, tokenizer)
 
 
-def check_token_ids(documents: Iterable[Rendered], vocab_size: int) -> None:
-    """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
-    for document in documents:
-        largest = int(document.tokens.max())
-        if largest >= vocab_size:
-            raise UserError(
-                f"{document.ref}: token id {largest} is outside the model's vocabulary of {vocab_size}: "
-                "model.tokenizer must be the model's own tokenizer"
-            )
-
-
 def render_prompt(
     messages,
     tokenizer: Tokenizer,
@@ -121,18 +89,48 @@ def render_prompt(
     Raises:
       BadRow: the messages are malformed or the template refuses them.
     """
-    ref = RowRef("prompt", "prompt", 1)
+    options = {"template_date": template_date, "default_system": default_system, "thinking": thinking}
+    (result,) = encode_prompts([(messages, tools, RowRef("prompt", "prompt", 1))], tokenizer, **options)
+    if isinstance(result, BadRow):
+        raise result
+    return result
+
+
+def encode_prompts(
+    prompts: list[tuple],
+    tokenizer: Tokenizer,
+    *,
+    template_date: str,
+    default_system: str,
+    thinking: bool | None = None,
+) -> Iterator[np.ndarray | BadRow]:
+    """``render_prompt`` for many at once, each (messages, tools, ref); a refused one comes out as its BadRow."""
+    plans: list[tuple[Sequence, list[int]] | BadRow] = []
+    for messages, tools, ref in prompts:
+        try:
+            plans.append(_plan_prompt(messages, tools, ref, tokenizer, template_date, default_system, thinking))
+        except BadRow as e:
+            plans.append(e)
+    encoded = iter(encode_sequences([plan[0] for plan in plans if not isinstance(plan, BadRow)], tokenizer))
+    for (_, _, ref), plan in zip(prompts, plans, strict=True):
+        try:
+            yield plan if isinstance(plan, BadRow) else np.array([*plan[1], *next(encoded).true_ids()], np.int32)
+        except Refusal as e:
+            yield BadRow(ref, str(e), e.advice)
+
+
+def _plan_prompt(
+    messages, tools, ref, tokenizer, template_date, default_system, thinking
+) -> tuple[Sequence, list[int]]:
+    """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
         checked_strings(messages, "prompt", ref)
-        (encoded,) = encode_sequences([Sequence(mark(messages, tokenizer.control_pattern), ())], tokenizer)
-        return np.array([*tokenizer.prefix_ids, *encoded.true_ids()], np.int32)
+        return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     messages = parse_messages(messages, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
     try:
-        text = renderer.render(len(renderer.messages), True, variables)
-        (encoded,) = encode_sequences([Sequence(text, ())], tokenizer)
-        return np.array(encoded.true_ids(), np.int32)
+        return Sequence(renderer.render(len(renderer.messages), True, variables), ()), []
     except Refusal as e:
         raise BadRow(ref, str(e), e.advice) from None
 

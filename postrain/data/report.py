@@ -23,6 +23,8 @@ class SourceReport:
       split: rows that gave more than one document, because serving would see their turns separately.
       skipped: bad rows left out (``data.on_bad_row = "skip"``).
       longest: tokens of the longest document, before anything was left out or cut.
+      left_out: rows that the source's own function left out.
+      left_out_by: the name of that function.
     """
 
     name: str
@@ -36,6 +38,8 @@ class SourceReport:
     split: int = 0
     skipped: int = 0
     longest: int = 0
+    left_out: int = 0
+    left_out_by: str = ""
 
     @property
     def trained_share(self) -> float:
@@ -65,7 +69,7 @@ class DataReport:
     @property
     def total(self) -> SourceReport:
         """All sources together."""
-        counts = [f.name for f in dataclasses.fields(SourceReport) if f.name not in ("name", "longest")]
+        counts = [f.name for f in dataclasses.fields(SourceReport) if f.name not in ("name", "longest", "left_out_by")]
         total = SourceReport("total", **{c: sum(getattr(s, c) for s in self.sources) for c in counts})
         total.longest = max((s.longest for s in self.sources), default=0)
         return total
@@ -98,7 +102,19 @@ class DataReport:
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in cells
         ]
-        return "\n".join([*lines, self.describe_packing(), *self.describe_asking()])
+        return "\n".join([*lines, self.describe_packing(), *self.describe_more()])
+
+    def describe_more(self) -> list[str]:
+        """Lines for what is said only where it is so."""
+        return [*self.describe_asking(), *self.describe_left_out()]
+
+    def describe_left_out(self) -> list[str]:
+        """A line for each function of a source that left rows out."""
+        return [
+            f"{source.name}: {count(source.left_out, 'row')} of {source.rows:,} left out by {source.left_out_by}"
+            for source in self.sources
+            if source.left_out
+        ]
 
     def describe_asking(self) -> list[str]:
         """A line for each switch of the chat template that answers were trained after: serving must set it too."""

@@ -1,6 +1,6 @@
-"""Rows of a source -> checked, normalised conversations, prompt/completion pairs or plain text.
+"""Rows of kind sft -> checked, normalised conversations, prompt/completion pairs or plain text.
 
-Three kinds of row (other top-level keys are ignored, unless they would have to change the prompt, see ``check_keys``):
+They have three forms (other top-level keys are ignored, unless they would have to change the prompt: ``check_keys``):
 
 * ``{"messages": [...], "tools": [...]}``: OpenAI-style messages with the roles system, developer, user,
   assistant and tool; ``tool_calls`` with arguments as an object or as a JSON string; ``reasoning_content``
@@ -16,15 +16,16 @@ import dataclasses
 import difflib
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from postrain.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-KIND_KEYS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-KINDS = tuple(KIND_KEYS)
-# What a row of each kind is made of, and keys under which other formats change the prompt: here they would be dropped.
-READ_KEYS = {kind: (*keys, "tools") if kind != "text" else keys for kind, keys in KIND_KEYS.items()}
+SFT_FORMS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+# What a row of each form is made of, and keys under which other formats change the prompt: here they would be dropped.
+READ_KEYS = {form: (*keys, "tools") if form != "text" else keys for form, keys in SFT_FORMS.items()}
+_ANY_KEYS = tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
 _SYSTEM = "a system message is the first of the messages, with the role 'system'"
 FOREIGN_KEYS = {
     "functions": "it is the old form of 'tools': write it so",
@@ -104,45 +105,50 @@ class TextRow:
 Example = Conversation | PromptCompletion | TextRow
 
 
-def parse_row(raw: Any, kind: str, ref: RowRef) -> Example:
-    """Checks one row of a source.
+def parse_row(raw: Any, form: str, ref: RowRef) -> Example:
+    """Checks one row of kind sft.
 
     Args:
       raw: the row, as decoded from JSON.
-      kind: one of ``KINDS``, or "auto": by the row's keys.
+      form: one of ``SFT_FORMS``, or "sft": by the row's keys.
       ref: where it stands, for errors.
 
     Raises:
       BadRow: naming file, line, the message's index and what was expected.
     """
-    if not isinstance(raw, dict):
-        raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
-    kind = row_kind(raw) if kind == "auto" else kind
-    check_keys(raw, kind, ref)
-    if kind == "text":
+    raw = check_object(raw, ref)
+    form = find_form(raw, SFT_FORMS) if form == "sft" else form
+    check_keys(raw, READ_KEYS.get(form, _ANY_KEYS), ref, is_text=form == "text")
+    if form == "text":
         text = _string(raw.get("text"), "text", ref)
         if not text.strip():
             raise BadRow(ref, "'text' is empty")
         return TextRow(text, ref)
-    if kind == "prompt_completion":
+    if form == "prompt_completion":
         return _parse_prompt_completion(raw, ref)
-    if kind == "messages":
+    if form == "messages":
         messages = _parse_messages(raw.get("messages"), "messages", ref)
         return _conversation(messages, raw.get("tools"), ref)
-    raise BadRow(ref, "expected the keys 'messages', or 'prompt' and 'completion', or 'text'; found " + _names(raw))
+    raise BadRow(ref, "expected the keys 'messages', or 'prompt' and 'completion', or 'text'; found " + name_keys(raw))
 
 
-def check_keys(raw: dict, kind: str, ref: RowRef) -> None:
+def check_object(raw: Any, ref: RowRef) -> dict:
+    """The row. Raises BadRow for what is none."""
+    if not isinstance(raw, dict):
+        raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
+    return raw
+
+
+def check_keys(raw: dict, read: tuple[str, ...], ref: RowRef, *, is_text: bool = False) -> None:
     """Raises BadRow for a key that would have to change what the model is given, and that nothing here reads.
 
-    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or what looks like a key that a row of this
-    kind (of any, where it has none) could have and has not. Other keys are the user's own.
+    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or what looks like one of the keys ``read``
+    that this row has not. Other keys are the user's own.
     """
-    read = READ_KEYS.get(kind) or tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
     for key, value in raw.items():
         if key in read or value is None or value in ("", [], {}):  # of a table, where every row has every column
             continue
-        if key in FOREIGN_KEYS and kind != "text":
+        if key in FOREIGN_KEYS and not is_text:
             raise BadRow(ref, f"{key!r} is not read: {FOREIGN_KEYS[key]}")
         near = _find_near_key(str(key), read)
         if near and not raw.get(near):
@@ -157,14 +163,9 @@ def _find_near_key(key: str, known: tuple[str, ...]) -> str:
     return next(iter(difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.85)), "")
 
 
-def row_kind(raw: dict) -> str:
-    """The kind of a row by its keys; empty where they fit none."""
-    return next((kind for kind in KINDS if has_kind(raw, kind)), "")
-
-
-def has_kind(raw: dict, kind: str) -> bool:
-    """Whether a row has the keys of ``kind``, one of KINDS."""
-    return all(key in raw for key in KIND_KEYS[kind])
+def find_form(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> str:
+    """The first form whose keys the row has; empty where it has those of none."""
+    return next((form for form, keys in forms.items() if all(key in raw for key in keys)), "")
 
 
 def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCompletion:
@@ -364,5 +365,5 @@ def _kind_of(value: Any) -> str:
     return "nothing (null or missing)" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _names(raw: dict) -> str:
+def name_keys(raw: dict) -> str:
     return ", ".join(repr(k) for k in list(raw)[:8]) or "no keys"

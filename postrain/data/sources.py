@@ -1,8 +1,8 @@
 """Files of rows -> random access to checked examples.
 
-A path is a .jsonl file, a .parquet file, a glob of either, or a folder that ``datasets`` saved
-(``save_to_disk``), whose Arrow files are read with pyarrow. Nothing is held but an index of the lines and the
-rows of Parquet last asked for.
+A path is a .jsonl or .parquet file, a glob of either, or a folder that ``datasets`` saved (``save_to_disk``), whose
+Arrow files are read with pyarrow. Of these nothing is held but an index of the lines and the rows of Parquet last asked
+for. Compressed files, .array_record and .tar, and files elsewhere (``s3://``, ...) are read whole.
 
 Arrow gives every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is stored
 as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of Parquet and Arrow rows are therefore
@@ -21,7 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
-from postrain.data.schema import KINDS, BadRow, Example, RowRef, has_kind, parse_row, row_kind
+from postrain.data.blocks import list_blocks, read_block
+from postrain.data.decoding import decode_line, one_line, without_nulls
+from postrain.data.kinds import RowParser
+from postrain.data.schema import BadRow, RowRef
+from postrain.data.storage import FORMATS, StoredFile, list_files
 from postrain.errors import UserError
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
@@ -30,28 +34,26 @@ BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects tog
 class Source:
     """Rows of one ``SourceConfig``, in the order of its files.
 
-    ``len(source)``; ``source[i]`` gives a Conversation, PromptCompletion or TextRow and raises BadRow.
+    ``len(source)``; ``source[i]`` gives the example of a row (``postrain.data.kinds``), None where the source's
+    function leaves it out, and raises BadRow.
 
     Attributes:
       name: in reports.
-      kind: "messages", "prompt_completion" or "text"; "auto" where no row tells.
+      parser: of its rows.
     """
 
-    def __init__(self, name: str, kind: str, files: list):
-        self.name, self._files = name, files
+    def __init__(self, name: str, parser: RowParser, files: list):
+        self.name, self.parser, self._files = name, parser, files
         self._ends = np.cumsum([len(f) for f in files])
-        self.kind, self._decided_by = self._find_kind() if kind == "auto" else (kind, None)
+        parser.decide(self._raw_rows())
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Example:
-        ref, raw = self.raw(index)
-        if isinstance(raw, dict) and self.kind != "auto" and not has_kind(raw, self.kind):
-            self._refuse_kind(ref, row_kind(raw))
-        return parse_row(raw, self.kind, ref)
+    def __getitem__(self, index: int) -> Any:
+        return self.parser.parse(*self.raw(index))
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
     def raw(self, index: int) -> tuple[RowRef, Any]:
@@ -66,27 +68,12 @@ class Source:
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self._files[which], index - (int(self._ends[which - 1]) if which else 0)
 
-    def _find_kind(self) -> tuple[str, RowRef | None]:
-        """The kind of the first row that has one, and where it stands."""
+    def _raw_rows(self) -> Iterator[tuple[RowRef, Any]]:
         for i in range(len(self)):
             try:
-                ref, raw = self.raw(i)
+                yield self.raw(i)
             except BadRow:
                 continue
-            if isinstance(raw, dict) and (kind := row_kind(raw)):
-                return kind, ref
-        return "auto", None
-
-    def _refuse_kind(self, ref: RowRef, kind: str) -> None:
-        """Raises BadRow for a row of another kind than the source's; a row of no kind is parse_row's to refuse."""
-        if kind and self._decided_by is None:
-            raise BadRow(ref, f"expected a row of the source's kind, {self.kind}; found one of kind {kind}")
-        if kind:
-            raise BadRow(
-                ref,
-                f"expected a row of kind {self.kind}, as the first at {self._decided_by}; found one of kind {kind}",
-                f"a source has one kind: put the {kind} rows into a file of their own, and list both in the config",
-            )
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -95,14 +82,16 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
       UserError: nothing at the path, no rows, a file that cannot be read, an unknown kind or file type.
     """
-    if config.kind not in ("auto", *KINDS):
-        raise UserError(f"kind of source {config.path} must be one of auto, {', '.join(KINDS)}; found {config.kind!r}")
+    parser = RowParser(config)
     if not config.path:
         raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a datasets folder")
-    files = [file for path in _paths(config.path) for file in _open(path)]
+    if "://" in config.path:
+        files = [_Stored(file) for file in list_files(config.path)]
+    else:
+        files = [file for path in _paths(config.path) for file in _open(path)]
     if not sum(len(f) for f in files):
         raise UserError(f"{config.path} has no rows")
-    return Source(config.name or pathlib.Path(config.path).stem, config.kind, [f for f in files if len(f)])
+    return Source(config.name or pathlib.Path(config.path).stem, parser, [f for f in files if len(f)])
 
 
 def _paths(path: str) -> list[pathlib.Path]:
@@ -125,7 +114,10 @@ def _open(path: pathlib.Path) -> list:
         return [_Parquet(path)]
     if path.suffix == ".arrow":
         return [_Arrow(path)]
-    raise UserError(f"{path}: expected .jsonl, .parquet or .arrow; found {path.suffix or 'no suffix'!r}")
+    if path.name.endswith(tuple(FORMATS)):
+        return [_Stored(file) for file in list_files(str(path))]
+    known = ".jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar"
+    raise UserError(f"{path}: expected {known}; found {path.suffix or 'no suffix'!r}")
 
 
 def _open_folder(path: pathlib.Path) -> list:
@@ -169,19 +161,6 @@ class _JsonLines:
         return decode_line(self._bytes[begin : self._ends[row]], ref, first=begin == 0)
 
 
-def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
-    """The value of a line of JSON; ``first`` of its file, where a byte order mark may stand. Raises BadRow."""
-    try:
-        return json.loads(data.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as e:
-        raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
-    except json.JSONDecodeError as e:
-        hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
-        raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
-    except (ValueError, RecursionError) as e:
-        raise BadRow(ref, f"invalid JSON: {e}") from None
-
-
 def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Begin, end (int64 byte offsets) and number (from 1) of every line with something on it."""
     chunk = 1 << 24
@@ -192,6 +171,35 @@ def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     filled = [e - b > 64 or bool(data[b:e].strip()) for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
     keep = np.flatnonzero(filled)
     return begins[keep], ends[keep], keep + 1
+
+
+class _Stored:
+    """A file that is not on this machine, or can only be read from its start: its rows are read once and held."""
+
+    def __init__(self, file: StoredFile):
+        self.path = file.url
+        self._rows: list[tuple[RowRef, Any]] = []
+        for block in list_blocks([file], max(file.bytes, 1)):
+            rows = read_block(block)
+            while True:
+                try:
+                    self._rows.append(next(rows))
+                except StopIteration:
+                    break
+                except BadRow as e:
+                    self._rows.append((e.ref, e))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def line(self, row: int) -> int:
+        return self._rows[row][0].line
+
+    def read(self, row: int, ref: RowRef) -> Any:
+        value = self._rows[row][1]
+        if isinstance(value, BadRow):
+            raise BadRow(ref, value.reason, value.advice)
+        return value
 
 
 class _Table:
@@ -262,13 +270,3 @@ class _Arrow(_Table):
 
     def _slice(self, start: int, length: int) -> pa.Table:
         return self._table.slice(start, length)
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -18,10 +18,10 @@ import numpy as np
 
 from postrain.config import DataConfig
 from postrain.data.carry_over import carry_over_lanes
+from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.data.lane import Lane, Reader
 from postrain.data.mixture import make_phases
-from postrain.data.packing import assemble_row
-from postrain.data.rendering import Rendered, check_token_ids
+from postrain.data.packing import assemble_batch
 from postrain.errors import UserError
 
 _NAMED_BATCHES = 4  # besides those prepared ahead, whose rows can be told: a bad step is found out a step late
@@ -34,6 +34,7 @@ class LaneIterator:
       names: of the sources, for reports.
       sizes: of the sources, of whatever is counted: their shares where the config gives no weights.
       make_readers: lane -> a reader for each source.
+      layout: of the documents.
       lanes: L, divides ``config.batch_size``.
       process_index, process_count: which rows of each global batch are this process'.
 
@@ -48,6 +49,7 @@ class LaneIterator:
         make_readers: Callable[[int], Sequence[Reader]],
         config: DataConfig,
         *,
+        layout: Layout,
         lanes: int,
         process_index: int,
         process_count: int,
@@ -65,7 +67,7 @@ class LaneIterator:
             lane: Lane(make_readers(lane), phases, config, index=lane, lanes=lanes, rows_a_batch=each, window=window)
             for lane in range(mine.start // each, -(-mine.stop // each))
         }
-        self._source = _Batches(made, mine, each, config)
+        self._source = _Batches(made, mine, each, config, layout)
         # One thread: it is far quicker than a step, and more would contend for the GIL.
         dataset = grain.experimental.ThreadPrefetchIterDataset(self._source, prefetch_buffer_size=config.prefetch)
         self._batches = iter(dataset)
@@ -125,29 +127,28 @@ def join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class _Batches(grain.IterDataset):
     """What Grain's background thread iterates over: rows ``mine`` of each global batch, ``each`` of them a lane's."""
 
-    def __init__(self, lanes: dict[int, Lane], mine: range, each: int, config: DataConfig):
+    def __init__(self, lanes: dict[int, Lane], mine: range, each: int, config: DataConfig, layout: Layout):
         super().__init__()
         self.lanes, self.vocab_size = lanes, 2**31
         self.named: collections.deque[dict[int, str]] = collections.deque(maxlen=config.prefetch + _NAMED_BATCHES)
-        self._mine, self._each, self._sequence_length = mine, each, config.sequence_length
+        self._mine, self._each, self._sequence_length, self._layout = mine, each, config.sequence_length, layout
         self._given = 0  # documents
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self)
 
     def next_batch(self) -> dict[str, np.ndarray]:
-        rows: list[list[Rendered]] = []
+        rows: list[list[Document]] = []
         for number, lane in self.lanes.items():
             first = number * self._each
             given = lane.next_rows(self._each)
             rows += given[max(self._mine.start - first, 0) : self._mine.stop - first]
-        assembled = [assemble_row(row, self._sequence_length) for row in rows]
-        batch = {name: np.stack([row[name] for row in assembled]) for name in assembled[0]}
-        if max(batch["tokens"].max(), batch["targets"].max()) >= self.vocab_size:
+        batch = assemble_batch(rows, self._sequence_length, self._layout)
+        if largest_id(batch) >= self.vocab_size:
             check_token_ids([document for row in rows for document in row], self.vocab_size)
         return batch | {"row_ids": self._number(rows)}
 
-    def _number(self, rows: list[list[Rendered]]) -> np.ndarray:
+    def _number(self, rows: list[list[Document]]) -> np.ndarray:
         row_ids = np.full((len(rows), max(map(len, rows))), -1, np.int32)
         names = {}
         for ids, row in zip(row_ids, rows, strict=True):

@@ -17,13 +17,14 @@ import numpy as np
 from postrain.config import DataConfig
 from postrain.config_rules import has_mixture
 from postrain.data.block_reader import BlockReader, BlockSource, open_block_source
-from postrain.data.fingerprint import describe_pipeline
+from postrain.data.documents import Document, SameLayout
+from postrain.data.fingerprint import describe_pipeline, name_files
+from postrain.data.kinds import find_kind
 from postrain.data.loading import ExampleSet, load_examples
 from postrain.data.packing import pack
 from postrain.data.pipeline import make_train_iterator
 from postrain.data.plan import permutation
 from postrain.data.policy import RejectedLog
-from postrain.data.rendering import Rendered
 from postrain.data.report import DataReport, count
 from postrain.data.storage import StoredFile, is_local, open_file
 from postrain.data.stream import LaneIterator
@@ -62,26 +63,29 @@ class TrainRows:
     fingerprint: dict
     summary: str
     lengths: np.ndarray
-    sample: Rendered
+    sample: Document
 
 
 def open_train_rows(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     config: DataConfig,
     rejected_path: str | os.PathLike | None = None,
     *,
+    kind: str | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainRows:
     """Opens ``config.train``. Raises UserError as ``load_examples``, ``open_block_source`` and ``LaneIterator`` do.
 
     ``rejected_path``: a JSONL file for bad rows, where ``config.on_bad_row`` is "skip"; a stream's are written as they
-    are met, those of process i > 0 to a file of its own beside it.
+    are met, those of process i > 0 to a file of its own beside it. ``kind``: the only one that the rows may be of.
     """
     mine = {"process_index": process_index, "process_count": process_count}
     if config.streaming:
-        return _open_stream(tokenizer, config, rejected_path, **mine)
-    example_set = load_examples(config.train, tokenizer, config, rejected_path if process_index == 0 else None)
+        return _open_stream(tokenizer, config, rejected_path, kind, **mine)
+    example_set = load_examples(
+        config.train, tokenizer, config, rejected_path if process_index == 0 else None, kind=kind
+    )
     make = _mix if has_mixture(config) else make_train_iterator
     batches = make(example_set, config, **mine)
     report, sample = str(example_set.report), example_set.examples[0]
@@ -95,7 +99,8 @@ def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> LaneIterat
     parts = [range(end - report.documents, end) for end, report in zip(ends, reports, strict=True)]
     sizes = [report.tokens if config.mixture.by == "tokens" else report.rows for report in reports]
     make_readers = lambda lane: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
-    return LaneIterator([report.name for report in reports], sizes, make_readers, config, lanes=1, **mine)
+    names, layout = [report.name for report in reports], example_set.layout
+    return LaneIterator(names, sizes, make_readers, config, layout=layout, lanes=1, **mine)
 
 
 class _MemoryReader:
@@ -110,7 +115,7 @@ class _MemoryReader:
         seed = self._config.seed, self.position[0], self._index, 3
         self._order = permutation(len(self._part), seed) if self._config.shuffle else range(len(self._part))
 
-    def draw(self) -> tuple[int, list[Rendered]] | None:
+    def draw(self) -> tuple[int, list[Document]] | None:
         epoch, given = self.position
         if given == len(self._part):
             limit = self._config.train[self._index].max_epochs
@@ -122,28 +127,34 @@ class _MemoryReader:
         document = self._part[int(self._order[given])]
         return document, [self._examples[document]]
 
-    def fetch(self, keys: Sequence[int]) -> list[list[Rendered]]:
+    def fetch(self, keys: Sequence[int]) -> list[list[Document]]:
         return [[self._examples[key]] for key in keys]
 
 
-def _open_stream(tokenizer: Tokenizer, config: DataConfig, rejected_path, **mine: int) -> TrainRows:
+def _open_stream(
+    tokenizer: Tokenizer | None, config: DataConfig, rejected_path, kind: str | None, **mine: int
+) -> TrainRows:
     sources = [open_block_source(source, config) for source in config.train]
+    find_kind([(source.name, source.parser) for source in sources], config, kind)
+    first = dataclasses.replace(_from_the_start(config), on_bad_row="skip")
+    drawn = BlockReader(sources[0], 0, tokenizer, first, 0).draw()
+    if drawn is None:
+        raise UserError(f"{config.train[0].path}: no row of it can be trained on: `postrain preview` shows why")
+    sample = drawn[1][0]
+    same = SameLayout(sample)
     rejected = None
     if rejected_path is not None:
         path, process = pathlib.Path(rejected_path), mine["process_index"]
         rejected = RejectedLog(path.with_stem(f"{path.stem}-{process:05}") if process else path)
 
     def make_readers(lane: int) -> list[BlockReader]:
-        return [BlockReader(s, i, tokenizer, config, lane, rejected) for i, s in enumerate(sources)]
+        return [BlockReader(s, i, tokenizer, config, lane, rejected, same) for i, s in enumerate(sources)]
 
     names, sizes = [source.name for source in sources], [source.bytes for source in sources]
-    batches = LaneIterator(names, sizes, make_readers, config, lanes=config.stream.lanes, **mine)
+    of_stream = {"layout": same.layout, "lanes": config.stream.lanes}
+    batches = LaneIterator(names, sizes, make_readers, config, **of_stream, **mine)
     fingerprint = fingerprint_stream(sources, tokenizer, config)
-    first = dataclasses.replace(_from_the_start(config), on_bad_row="skip")
-    sample = BlockReader(sources[0], 0, tokenizer, first, 0).draw()
-    if sample is None:
-        raise UserError(f"{config.train[0].path}: no row of it can be trained on: `postrain preview` shows why")
-    return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample[1][0])
+    return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample)
 
 
 def _from_the_start(config: DataConfig) -> DataConfig:
@@ -151,44 +162,44 @@ def _from_the_start(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, shuffle=False, stream=dataclasses.replace(config.stream, lanes=1))
 
 
-def sample_stream(tokenizer: Tokenizer, config: DataConfig) -> ExampleSet:
+def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet:
     """The first documents of each source of a stream, a packing window of them in all, as ``load_examples`` gives all.
 
     Raises UserError as ``open_block_source`` does, and where ``config`` has a bad row stop the run.
     """
     config = _from_the_start(config)
-    examples: list[Rendered] = []
-    reports = []
-    for index, source in enumerate(config.train):
+    examples: list[Document] = []
+    reports, same = [], SameLayout()
+    opened = [open_block_source(dataclasses.replace(source, max_epochs=1), config) for source in config.train]
+    kind = find_kind([(source.name, source.parser) for source in opened], config)
+    for index, source in enumerate(opened):
         stop = len(examples) + -(-config.packing_window // len(config.train))
-        opened = open_block_source(dataclasses.replace(source, max_epochs=1), config)
-        reader = BlockReader(opened, index, tokenizer, config, 0)
+        reader = BlockReader(source, index, tokenizer, config, 0, same=same)
         reports.append(reader.report)
         while len(examples) < stop and (drawn := reader.draw()):
             examples += drawn[1]
     if not examples:
         raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
-    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {})
+    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, kind)
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
     example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
     return example_set
 
 
-def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer, config: DataConfig) -> dict:
+def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
     """The pipeline, its files by what can be told without reading them."""
     described = []
     for source in sources:
-        folder = os.path.commonprefix([file.url.rpartition("/")[0] + "/" for file in source.files])
-        start = folder.rfind("/") + 1  # a folder may move, what stands in it may not
-        files = [{"name": file.url[start:]} | _describe(file, source) for file in source.files]
-        described.append({"name": source.name, "kind": source.kind, "files": files})
+        names = name_files([file.url for file in source.files])
+        files = [{"name": n} | _describe(file, source) for n, file in zip(names, source.files, strict=True)]
+        described.append({"name": source.name, "kind": source.parser.form, "files": files} | source.parser.identity)
     return describe_pipeline(described, tokenizer, config)
 
 
 def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
     lines = [
         f"{source.name}: {count(len(source.files), 'file')}, {source.bytes / 2**20:,.1f} MiB, "
-        f"{count(len(source.blocks), 'block')}, kind {source.kind}"
+        f"{count(len(source.blocks), 'block')}, kind {source.parser.form}"
         for source in sources
     ]
     return "\n".join([*lines, f"streamed in {count(config.stream.lanes, 'lane')}: rows are checked when they are read"])

@@ -1,6 +1,7 @@
 """One file per method, each a loop that reads from top to bottom. ``train`` runs the one that a config names,
 ``plan`` compiles its step for hardware that need not be there."""
 
+import dataclasses
 import importlib
 import os
 from typing import Any
@@ -12,7 +13,7 @@ from postrain.compute.plan import PlanReport, make_plan
 from postrain.compute.preflight import check_processes
 from postrain.compute.watchdog import Watchdog
 from postrain.compute.workdir import open_workdir
-from postrain.config import Config, check_model_path, check_paths, resolve, to_dict
+from postrain.config import Config, check_model_path, check_paths, resolve
 from postrain.config_file import load_config
 
 
@@ -32,7 +33,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     if isinstance(config, str):
         config = load_config(config)
     else:  # a Config may have been changed by hand
-        config = resolve(to_dict(config) if isinstance(config, Config) else config)
+        config = resolve(dataclasses.asdict(config) if isinstance(config, Config) else config)
     check_paths(config)
     if processes := distributed.current():
         check_processes(processes, config, workdir)

@@ -34,9 +34,9 @@ from postrain.compute.summary import (
 from postrain.compute.watchdog import Watchdog
 from postrain.compute.workdir import last_values, make_workdir
 from postrain.config import Config
+from postrain.data.documents import check_token_ids
 from postrain.data.loading import load_examples
 from postrain.data.preview import render_tokens_html
-from postrain.data.rendering import check_token_ids
 from postrain.data.tokenizer import load_run_tokenizer
 from postrain.data.train_rows import open_train_rows
 from postrain.hf.fetch import locate_model
@@ -75,9 +75,9 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     process, processes = data_process(mesh)
     mine = {"process_index": process, "process_count": processes}
     with watch.phase("data"):
-        train_rows = open_train_rows(tokenizer, config.data, rejected, **mine)
+        train_rows = open_train_rows(tokenizer, config.data, rejected, kind="sft", **mine)
         if config.data.eval:
-            eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None)
+            eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None, kind="sft")
     batches = train_rows.batches
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
     check_length(workdir / "checkpoints", total_steps)
@@ -126,7 +126,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
 
         # The loop.
         while run.step < total_steps:
-            arrays = run.next_batch()
+            arrays = run.next_batch(state)
             with watch.phase("step", watches_cpu=False):
                 state, metrics = train_step(state, Batch(**make_global_batch(arrays, mesh)))
             if run.must_go_back(metrics):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from postrain.compute.build import choose_compute_dtype
 from postrain.config import MeshConfig
 from postrain.data.rendering import render_prompt
-from postrain.data.schema import RowRef, check_keys, parse_messages, parse_tools
+from postrain.data.schema import READ_KEYS, RowRef, check_keys, parse_messages, parse_tools
 from postrain.data.template import REASONING_SWITCHES
 from postrain.data.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
@@ -250,7 +250,7 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
         if GENERATED in row:
             raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
-        check_keys(row, "prompt_completion" if "prompt" in row else "messages", ref)
+        check_keys(row, READ_KEYS["prompt_completion" if "prompt" in row else "messages"], ref)
         yield row, ref
 
 

@@ -5,7 +5,7 @@ import pytest
 import safetensors.numpy
 
 from postrain.compute import model_fingerprint
-from postrain.compute.model_fingerprint import fingerprint_folder
+from postrain.compute.model_fingerprint import fingerprint_folder, fingerprint_model
 from postrain.errors import UserError
 
 FILE = "model.safetensors"
@@ -53,3 +53,13 @@ def test_of_a_very_large_folder_every_tensor_is_sampled(tmp_path):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"expected \*.safetensors files, found none"):
         fingerprint_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_stands_beside_the_weights_counts(tmp_path, name):
+    fingerprint(tmp_path, {"a": np.zeros(3, np.float32)})
+    seen = [fingerprint_model(tmp_path)["files"][name]]
+    for text in ('{"eos_token_id": 1}', '{"eos_token_id": 2}'):
+        (tmp_path / name).write_text(text)
+        seen.append(fingerprint_model(tmp_path)["files"][name])
+    assert seen[0] is None and len(set(map(str, seen))) == 3

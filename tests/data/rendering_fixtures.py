@@ -37,7 +37,7 @@ def load_real(name: str, template: str) -> Tokenizer:
 
 
 def render_row(row: dict, tokenizer: Tokenizer, **options) -> list[Rendered]:
-    return render(parse_row(row, "auto", REF), tokenizer, **options)
+    return render(parse_row(row, "sft", REF), tokenizer, **options)
 
 
 def trained_texts(tokenizer: Tokenizer, rendered: Rendered) -> list[str]:

@@ -26,7 +26,7 @@ def load(folder, *tokens, **keys):
 
 def render_ids(tokenizer, user, assistant):
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-    row = parse_row({"messages": messages}, "auto", RowRef("rows", "rows.jsonl", 1))
+    row = parse_row({"messages": messages}, "sft", RowRef("rows", "rows.jsonl", 1))
     (rendered,) = render(row, tokenizer)
     return rendered
 

@@ -349,8 +349,8 @@ def test_render_many_keeps_order_and_errors():
     rows = [{"messages": [USER, {**ANSWER, "content": f"a{i}"}]} for i in range(300)]
     rows[7] = {"messages": [USER, {"role": "assistant", "content": "<|im_end|>b"}]}
     rows[9] = {"text": "plain"}
-    examples = [parse_row(r, "auto", REF) for r in rows]
-    bad = parse_row({"messages": [USER, {**ANSWER, "content": "bad"}], "tools": TOOLS}, "auto", REF)
+    examples = [parse_row(r, "sft", REF) for r in rows]
+    bad = parse_row({"messages": [USER, {**ANSWER, "content": "bad"}], "tools": TOOLS}, "sft", REF)
     results = list(render_many([*examples[:100], bad, *examples[100:]], load_real("llama3", "llama3")))
     assert isinstance(results[100], BadRow) and "drops the tools" in results[100].reason
     results = list(render_many(examples, tokenizer))

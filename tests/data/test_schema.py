@@ -13,7 +13,7 @@ USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content
 CHAT = {"messages": [USER, ANSWER]}
 
 
-def parse(raw, kind="auto"):
+def parse(raw, kind="sft"):
     return parse_row(raw, kind, REF)
 
 

@@ -29,7 +29,7 @@ def open_path(path, **options):
 def test_jsonl_by_index_with_blank_lines_and_crlf(tmp_path):
     lines = [b"\xef\xbb\xbf" + json.dumps(chat(0)).encode() + b"\r", b"", b"  \r", chat(1), b"", chat(2), b""]
     source = open_path(write_lines(tmp_path / "rows.jsonl", lines))
-    assert (len(source), source.name, source.kind) == (3, "rows", "messages")
+    assert (len(source), source.name, source.parser.form) == (3, "rows", "messages")
     assert [source[i].messages[0]["content"] for i in (2, 0, 1)] == ["q2", "q0", "q1"]
     assert [str(e.ref) for e in source] == [f"{tmp_path}/rows.jsonl:{line}" for line in (1, 4, 6)]
     with pytest.raises(IndexError):
@@ -50,7 +50,7 @@ def test_glob_reads_files_in_order(tmp_path):
 
 def test_kinds(tmp_path):
     source = open_path(write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "completion": "b", "text": "c"}]))
-    assert source.kind == "prompt_completion" and isinstance(source[0], PromptCompletion)
+    assert source.parser.form == "prompt_completion" and isinstance(source[0], PromptCompletion)
     assert isinstance(open_path(tmp_path / "p.jsonl", kind="text")[0], TextRow)
 
 
@@ -180,14 +180,14 @@ def test_what_cannot_be_opened(tmp_path):
         "none.parquet": "none.parquet has no rows",
         "broken.parquet": "broken.parquet cannot be read as Parquet",
         "broken.arrow": "broken.arrow cannot be read as Arrow",
-        "rows.csv": "expected .jsonl, .parquet or .arrow; found '.csv'",
+        "rows.csv": "expected .jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar; found '.csv'",
         "folder": "folder is not a folder saved by datasets (no state.json)",
     }
     for name, reason in expected.items():
         with pytest.raises(UserError) as error:
             open_path(tmp_path / name if name else "")
         assert reason in str(error.value) and "\n" not in str(error.value), name
-    with pytest.raises(UserError, match="must be one of auto, messages, prompt_completion, text; found 'chat'"):
+    with pytest.raises(UserError, match="must be one of sft, preference, .*, prompt_completion, text; found 'chat'"):
         open_path(tmp_path / "empty.jsonl", kind="chat")
 
 

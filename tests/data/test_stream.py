@@ -214,7 +214,7 @@ def test_rows_of_the_last_batches_are_named(folder, tokenizer):
 def test_what_cannot_be_is_refused(folder, tokenizer):
     with pytest.raises(UserError, match="'data.batch_size' = 8 must be a multiple of 'data.stream.lanes' = 3"):
         open_stream(tokenizer, make_config(folder, lanes=3))
-    with pytest.raises(UserError, match="no row of a known kind"):
+    with pytest.raises(UserError, match="no row of kind sft in it: see docs/data.md"):
         write_jsonl(folder / "z-0.jsonl", [{"x": 1}])
         open_stream(tokenizer, make_config(folder, "z"))
     stream, other = (open_stream(tokenizer, make_config(folder, lanes=lanes)) for lanes in (2, 8))

@@ -1,7 +1,7 @@
 """Training runs whose disk is full, or read-only, from an instant on; then it is mended and they are started again.
 
     python tests/faults/full_disks.py --every=8    # every eighth kind of write that a run makes
-    python tests/faults/full_disks.py --every=1    # all of them
+    python tests/faults/full_disks.py --every=1 --write  # all of them, and writes the figures into docs/reliability.md
 
 The error comes from the call that Python makes (an audit hook raises it), which a test without a file system of its own
 can do at any write; that of TensorStore's own writes is in tests/compute/test_checkpoint.py, by a limit of the system.
@@ -64,6 +64,7 @@ def try_kind(trial: kills.Trial, plan: dict, expected: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=8)
+    parser.add_argument("--write", action="store_true", help=f"write the figures into {kills.PAGE.name}")
     arguments = parser.parse_args()
     kills.warm_up()
     importlib.import_module("postrain.cli")
@@ -80,6 +81,19 @@ def main() -> None:
             found[f"{kind} ({number} of {counts[kind]}), {errno.errorcode[error]}"] = try_kind(trial, plan, expected)
             print(list(found.items())[-1], flush=True)
     print(json.dumps(found))
+    if arguments.write:
+        text = format_figures(found, len(kinds))
+        importlib.import_module("workloads").write_section(kills.PAGE, "full_disks", text)
+
+
+def format_figures(found: dict[str, str], kinds: int) -> str:
+    right = sum(not wrong for wrong in found.values())
+    full = sum(case.endswith("ENOSPC") for case in found)
+    return (
+        f"{len(found)} of {kinds} kinds of writes, on a disk that was full ({full}) or read-only ({len(found) - full}) "
+        f"from one of them on: **{right}** of the runs ended with an error that names the place (or said what could "
+        "not be tidied up), and went on to the bytes of an undisturbed one."
+    )
 
 
 if __name__ == "__main__":

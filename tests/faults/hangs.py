@@ -111,10 +111,10 @@ def main(inputs: pathlib.Path) -> None:
             found[name] = describe(phase, status, log, workdir / "hang.txt")
         workdir, log = folder / "partner", folder / "partner.log"
         output.unlink()
-        kills.fork(lambda: output.write_text(json.dumps(kills.make_values(inputs, 2))), folder / "values.log")
+        kills.fork(lambda: output.write_text(json.dumps(kills.make_values(inputs, "2"))), folder / "values.log")
         values = json.loads(output.read_text())
         values["train"]["hang_timeout"] = 4 * TIMEOUT  # the partner is awaited in its start, too
-        status = kills.fork(functools.partial(run_beside_a_stopped, values, workdir), log, 2)
+        status, _ = kills.fork_all(functools.partial(run_beside_a_stopped, values, workdir), log, 2)
         found["partner"] = describe("step", status, log, workdir / "hang.0.txt")
     print(json.dumps(found))
 

@@ -3,6 +3,9 @@
     python tests/faults/kills.py --kills=30              # one process a run
     python tests/faults/kills.py --kills=1000 --write    # and writes the figures into docs/reliability.md
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
+    python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
+
+``--write`` adds to what the page has of other seeds.
 
 An instant to be killed at is drawn from those that an undisturbed run passes: each file that Python opens to write,
 each rename, removal, new folder and fsync in the workdir, and each batch of the data worker, update, line of a tracker,
@@ -15,6 +18,7 @@ This process imports what a run needs, starts no backend of JAX, and forks each 
 
 import argparse
 import collections
+import contextlib
 import errno
 import functools
 import hashlib
@@ -26,12 +30,12 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 HERE = pathlib.Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "reliability.md"
@@ -45,9 +49,17 @@ LATER = 0.03  # seconds after an instant
 STEPS, SPIKE = 28, 23  # updates of a run; the one that is rolled back
 DEVICES = 4  # of each of several processes
 LIMIT = 600  # seconds that a run may take
+SURVIVORS_LIMIT = 30  # seconds that it may outlive one of its processes
+CACHE, CACHE_BYTES = "cache", 6000  # of pieces, beside the workdirs; it holds about half of the data
+FILE_ROWS = 4  # of a file of the streamed data
+LOST_CODE = 143  # of the processes that one was killed of
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
     "data worker": ("postrain.data.pipeline", "_assemble_batch"),
+    "stream worker": ("postrain.data.stream", "_Batches.next_batch"),
+    "stream position": ("postrain.data.stream", "LaneIterator.get_state"),
+    "stream restored": ("postrain.data.lane", "Lane.set_state"),
+    "storage": ("postrain.data.storage", "_fetch"),
     "update": ("postrain.recipes.sft", "make_global_batch"),
     "metrics line": ("postrain.compute.metrics", "_to_number"),
     "tracker": ("postrain.compute.trackers", "TensorBoard.write"),
@@ -65,7 +77,8 @@ class Instants:
         """``plan``: {"kind", "number", "later": seconds}, None: only count; with "errno" the process is not killed, but
         from then on nothing can be written in the workdir.
         """
-        self.counts, self._plan, self._root, self._broken = collections.Counter(), plan, f"{workdir}/", False
+        self.counts, self._plan, self._broken = collections.Counter(), plan, False
+        self._roots = {f"{workdir}/": "", f"{workdir.parent / CACHE}/": f"{CACHE}/"}
         sys.addaudithook(self._audit)
         for kind, (module, name) in CALLS.items():
             owner = importlib.import_module(module)
@@ -97,9 +110,9 @@ class Instants:
         self._pass_path(event.removeprefix("os."), os.fspath(arguments[0]))
 
     def _pass_path(self, what, path):
-        if path.startswith(self._root):
-            name = re.sub(r"[0-9a-f]{32}|events\.out.*|\d+", "N", path.removeprefix(self._root))
-            self.pass_by(f"{what} {name}")
+        for root in (root for root in self._roots if path.startswith(root)):
+            name = re.sub(r"[0-9a-f]{16,}|events\.out.*|\d+", "N", path.removeprefix(root))
+            self.pass_by(f"{what} {self._roots[root]}{name}")
             if self._broken and (what in ("open", "mkdir", "fsync") or self._plan["errno"] == errno.EROFS):
                 raise OSError(self._plan["errno"], os.strerror(self._plan["errno"]), path)
 
@@ -119,33 +132,43 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fork(work, log: pathlib.Path, processes: int = 1) -> int:
-    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status.
+def fork(work, log: pathlib.Path) -> int:
+    """Runs ``work`` in a process of its own, its output in ``log``; returns its wait status."""
+    return wait([start(work, log)], log)[0]
 
-    With ``processes`` it is ``work(index, port)`` in each; once one of them fails, the others are killed, as launchers
-    do, and its status is returned.
+
+def fork_all(work, log: pathlib.Path, processes: int) -> tuple[int, float]:
+    """Runs ``work(index, port)`` in several processes; returns the wait status of the first that failed, or was killed,
+    and the seconds that the others took to end by themselves, each with the code of which launchers start it again.
     """
-    if processes == 1:
-        children = [start(work, log)]
-    else:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        children = [start(functools.partial(work, index, port), log) for index in range(processes)]
-    deadline, failed = time.monotonic() + LIMIT, 0
-    while children and not failed and time.monotonic() < deadline:
-        for child in list(children):
-            done, status = os.waitpid(child, os.WNOHANG)
+    port = importlib.import_module("postrain.compute.launch").find_ports()
+    return wait([start(functools.partial(work, index, port), log) for index in range(processes)], log)
+
+
+def wait(children: list[int], log: pathlib.Path) -> tuple[int, float]:
+    first, ends, deadline = None, {}, time.monotonic() + LIMIT
+    while len(ends) < len(children):
+        for child in children:
+            done, status = (0, 0) if child in ends else os.waitpid(child, os.WNOHANG)
             if done:
-                children.remove(child)
-                failed = failed or status
+                ends[child] = status
+        if first is None and any(ends.values()):
+            first, deadline = time.monotonic(), min(deadline, time.monotonic() + SURVIVORS_LIMIT)
+            for child in set(children) - ends.keys():
+                os.kill(child, signal.SIGCONT)  # one that a test has stopped
+        if time.monotonic() > deadline:
+            for child in set(children) - ends.keys():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            raise SystemExit(f"a run takes longer than {LIMIT} s, or survives others:\n{log.read_text()}")
         time.sleep(0.005)
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    if children and not failed:
-        raise SystemExit(f"a run takes longer than {LIMIT} s:\n{log.read_text()}")
-    return failed
+    codes = [os.waitstatus_to_exitcode(status) for status in ends.values()]
+    if -signal.SIGKILL in codes:
+        others = [code for code in codes if code != -signal.SIGKILL]
+        if set(others) - {0, LOST_CODE}:  # 0: it was killed when all had left
+            raise SystemExit(f"others of a killed process ended with {others}, not {LOST_CODE}:\n{log.read_text()}")
+        return signal.SIGKILL, time.monotonic() - first
+    return next(filter(None, ends.values()), 0), time.monotonic() - (first or time.monotonic())
 
 
 def start(work, log: pathlib.Path) -> int:
@@ -170,7 +193,8 @@ def start(work, log: pathlib.Path) -> int:
     return child
 
 
-def make_values(inputs: pathlib.Path, processes: int = 1) -> dict:
+def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
+    """Config values of a run: ``way`` is "1" or "2" processes, or "streamed"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -183,15 +207,24 @@ def make_values(inputs: pathlib.Path, processes: int = 1) -> dict:
         checkpoint={"every": 4},
         trackers={"tensorboard": True},
     )
-    if processes > 1:  # a row a device; the odd row is one of many there, and no spike
-        values["data"]["batch_size"] = values["eval"]["batch_size"] = processes * DEVICES
-        values["train"] = {"steps": 8}
-        values["eval"]["every"], values["checkpoint"]["every"] = 4, 2
+    if way == "2":  # a row a device; the odd row is one of many there, and no spike
+        values["data"]["batch_size"] = values["eval"]["batch_size"] = 2 * DEVICES
+        values["train"] = {"steps": 6}
+        values["eval"] |= {"every": 4, "generate_rows": 0}
+        values["checkpoint"]["every"] = 2
+    if way == "streamed":
+        names = {"first": 3.0, "second": 1.0}
+        values["data"]["train"] = [{"path": f"s3://corpus/{name}-*.jsonl", "weight": w} for name, w in names.items()]
+        cache = {"cache_folder": str(inputs.parent / CACHE), "cache_gibibytes": CACHE_BYTES / 2**30}
+        values["data"] |= {"streaming": True, "packing_window": 6, "stream": {"lanes": 2} | cache}
     return values
 
 
 def make_inputs(folder: pathlib.Path) -> None:
-    """Those of ``sft_runs``, with a row in the batch of step SPIKE that is nothing like the others."""
+    """Those of ``sft_runs``, with a row in the batch of step SPIKE that is nothing like the others.
+
+    ``store/`` has such rows, too, as a first source of 3/4 of the rows, and others as a second one.
+    """
     import sft_runs
 
     sft_runs.make_inputs(folder)
@@ -199,6 +232,12 @@ def make_inputs(folder: pathlib.Path) -> None:
     odd = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}
     rows.insert(2 * SPIKE - 2, json.dumps(odd) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
+    (folder / "store").mkdir()
+    rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
+    others = sft_runs.write_rows(folder / "second.jsonl", STEPS, first=200).read_text().splitlines(keepends=True)
+    for name, lines in (("first", rows), ("second", others)):
+        for i in range(0, len(lines), FILE_ROWS):
+            (folder / "store" / f"{name}-{i:03}.jsonl").write_text("".join(lines[i : i + FILE_ROWS]))
 
 
 def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.Path | None = None) -> None:
@@ -210,14 +249,38 @@ def run(values: dict, workdir: pathlib.Path, plan: dict | None, counts: pathlib.
 
 
 def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts, index: int, port: int) -> None:
-    """``run`` as process ``index`` of several, of which the plan names the one that is killed."""
+    """``run`` as process ``index`` of several, as the command line starts them; the plan names the one to be killed."""
     import jax
 
+    from postrain import cli
+    from postrain.compute.cluster import find_cluster
+    from postrain.compute.distributed import join
+
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, index)
+    keep_programs()
     own = counts.with_name(f"{counts.name}.{index}") if counts else None
-    run(values, workdir, plan if plan and plan["process"] == index else None, own)
+    with join(find_cluster(f"127.0.0.1:{port}", processes, index), cli.explain):
+        run(values, workdir, plan if plan and plan["process"] == index else None, own)
+
+
+def keep_programs() -> None:
+    """Has this process, too, write jax's cache of compiled programs.
+
+    Only process 0 does, and on CPUs the keys of the others are not the same: they would compile for most of each run.
+    """
+    import jax
+
+    state = jax.distributed.initialize.__globals__["global_state"]
+    compiler = sys.modules["jax._src.compiler"]
+    write, lock = compiler._cache_write, threading.Lock()
+
+    def write_too(*arguments):
+        with lock:
+            own, state.process_id = state.process_id, 0
+            write(*arguments)
+            state.process_id = own
+
+    compiler._cache_write = write_too
 
 
 def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
@@ -247,7 +310,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     found["run"] = {key: told[key] for key in ("data_position", "config", "fingerprint", "base_fingerprint")}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-    for name in ("samples.jsonl", "config.json"):
+    for name in {"samples.jsonl", "config.json"} & set(found["files"]):
         found[name] = digest((workdir / name).read_bytes())
     for path in sorted((workdir / "export").iterdir()):
         found[f"export/{path.name}"] = digest(path.read_bytes())
@@ -258,8 +321,10 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def warm_up() -> None:
+def warm_up(way: str = "1") -> None:
     """Imports everything that a run imports; starts nothing."""
+    if way == "streamed":
+        importlib.import_module("store").import_s3()
     importlib.import_module("postrain.recipes.sft")
     for module, _ in CALLS.values():
         importlib.import_module(module)
@@ -270,9 +335,9 @@ def warm_up() -> None:
 class Trial:
     """A workdir whose run is killed again and again, until it has come to its end."""
 
-    def __init__(self, folder: pathlib.Path, values: dict, processes: int = 1):
-        self.folder, self.values, self.processes = folder, values, processes
-        self.log = folder.parent / f"{folder.name}.log"
+    def __init__(self, folder: pathlib.Path, values: dict, way: str = "1"):
+        self.folder, self.values, self.processes = folder, values, 2 if way == "2" else 1
+        self.log, self.outlived = folder.parent / f"{folder.name}.log", 0.0
 
     def start(self, plan: dict | None, counts: pathlib.Path | None = None) -> int:
         with self.log.open("a") as log:
@@ -280,7 +345,9 @@ class Trial:
         if self.processes == 1:
             return fork(lambda: run(self.values, self.folder, plan, counts), self.log)
         work = functools.partial(run_one_of, self.processes, self.values, self.folder, plan, counts)
-        return fork(work, self.log, self.processes)
+        status, seconds = fork_all(work, self.log, self.processes)
+        self.outlived = max(self.outlived, seconds)
+        return status
 
     def describe(self) -> dict:
         output = self.folder.parent / "found.json"
@@ -305,55 +372,72 @@ def compare(found: dict, expected: dict, where: str) -> None:
         raise SystemExit(f"{where} differs from a run that was not killed:\n{shown}")
 
 
-def make_reference(folder: pathlib.Path, processes: int = 1) -> tuple[dict, list[dict[str, int]], dict]:
+def make_reference(folder: pathlib.Path, way: str = "1") -> tuple[dict, list[dict[str, int]], dict]:
     """Config values of a run, how often each process passes each kind of instant, what it leaves undisturbed."""
     inputs, output, counts = folder / "inputs", folder / "values.json", folder / "counts.json"
     inputs.mkdir()
     fork(lambda: make_inputs(inputs), folder / "inputs.log")
-    fork(lambda: output.write_text(json.dumps(make_values(inputs, processes))), folder / "inputs.log")
-    reference = Trial(folder / "reference", json.loads(output.read_text()), processes)
-    if reference.start(None, counts):
-        raise SystemExit(reference.log.read_text())
+    fork(lambda: output.write_text(json.dumps(make_values(inputs, way))), folder / "inputs.log")
+    with open_store(inputs / "store", way):
+        reference = Trial(folder / "reference", json.loads(output.read_text()), way)
+        if reference.start(None, counts):
+            raise SystemExit(reference.log.read_text())
     expected = reference.describe()
     rollbacks = [line.get("train/rollbacks") for line in expected["metrics"]]
-    if processes == 1 and rollbacks != [0.0] * 20 + [1.0] * (STEPS - 20):
+    if way != "2" and rollbacks != [0.0] * 20 + [1.0] * (STEPS - 20):
         raise SystemExit(f"the run was not rolled back from step {SPIKE} to 20:\n{reference.log.read_text()}")
     passed = [json.loads(path.read_text()) for path in sorted(folder.glob("counts.json*"))]
     return reference.values, passed, expected
 
 
-def measure(kills: int, seed: int, folder: pathlib.Path, processes: int = 1) -> dict:
+@contextlib.contextmanager
+def open_store(folder: pathlib.Path, way: str) -> Iterator[None]:
+    """The object store of a streamed run, which is not killed."""
+    if way != "streamed":
+        yield
+        return
+    store = importlib.import_module("store").Store(folder)
+    try:
+        yield
+    finally:
+        store.kill()
+
+
+def measure(kills: int, seed: int, folder: pathlib.Path, way: str = "1") -> dict:
     """Kills runs ``kills`` times; raises SystemExit at the first that does not end in the bytes of an unkilled one."""
-    warm_up()
+    warm_up(way)
     draw = random.Random(seed)
-    values, kinds, expected = make_reference(folder, processes)
-    started, done, hit, trials = time.monotonic(), 0, collections.Counter(), 0
-    while done < kills:
-        trial = Trial(folder / f"run{trials}", values, processes)
-        trials += 1
-        for _ in range(draw.randint(1, 12)):  # kills of this run, as long as it lasts
-            plan = draw_plan(draw, kinds)
-            status = trial.start(plan)
-            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-                done, _ = done + 1, hit.update([plan["kind"]])
-            elif status == 0:
-                break
-            else:
-                raise SystemExit(f"seed {seed}, {trial.folder.name}: failed:\n{trial.log.read_text()}")
-            if done == kills:
-                break
-        if trial.start(None):
-            raise SystemExit(f"seed {seed}, {trial.folder.name}: did not finish:\n{trial.log.read_text()}")
-        compare(trial.describe(), expected, f"seed {seed}, {trial.folder.name} ({trial.log})")
-        shutil.rmtree(trial.folder)
-        print(f"{done} kills, {trials} runs, {(time.monotonic() - started) / max(done, 1):.2f} s a kill", flush=True)
-    seconds = time.monotonic() - started
+    values, kinds, expected = make_reference(folder, way)
+    started, done, hit, trials, outlived = time.monotonic(), 0, collections.Counter(), 0, 0.0
+    with open_store(folder / "inputs" / "store", way):
+        while done < kills:
+            trial = Trial(folder / f"run{trials}", values, way)
+            trials += 1
+            for _ in range(draw.randint(1, 12)):  # kills of this run, as long as it lasts
+                plan = draw_plan(draw, kinds)
+                status = trial.start(plan)
+                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+                    done, _ = done + 1, hit.update([plan["kind"]])
+                elif status == 0:
+                    break
+                else:
+                    raise SystemExit(f"seed {seed}, {trial.folder.name}: failed:\n{trial.log.read_text()}")
+                if done == kills:
+                    break
+            if trial.start(None):
+                raise SystemExit(f"seed {seed}, {trial.folder.name}: did not finish:\n{trial.log.read_text()}")
+            compare(trial.describe(), expected, f"seed {seed}, {trial.folder.name} ({trial.log})")
+            shutil.rmtree(trial.folder)
+            outlived = max(outlived, trial.outlived)
+            each = (time.monotonic() - started) / max(done, 1)
+            print(f"{done} kills, {trials} runs, {each:.2f} s a kill", flush=True)
     return {
         "kills": done,
         "runs": trials,
         "kinds": len(set().union(*kinds)),
-        "met": len(hit),
-        "seconds": seconds,
+        "seconds": time.monotonic() - started,
+        "outlived": outlived,
+        "seeds": [seed],
         "hit": hit,
     }
 
@@ -362,24 +446,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help=f"2: of a run, with {DEVICES} devices each")
-    parser.add_argument("--write", action="store_true", help=f"write the figures into {PAGE.name}")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
+    how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
+    parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
+    way = "streamed" if arguments.streamed else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
-        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), arguments.processes)
+        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
     print(json.dumps(found, indent=2))
     if arguments.write:
-        importlib.import_module("workloads").write_section(PAGE, f"kills_{arguments.processes}", format_figures(found))
-
-
-def format_figures(found: dict) -> str:
-    """A table of what was killed where, for the page."""
-    rows = "\n".join(f"| {kind} | {count} |" for kind, count in sorted(found["hit"].items()))
-    return (
-        f"{found['kills']} kills in {found['runs']} runs, of which **{found['runs']}** ended in the bytes of a run "
-        f"that was not killed; {found['seconds'] / found['kills']:.1f} s a kill; {len(found['hit'])} of "
-        f"{found['kinds']} kinds of instants met.\n\n| killed at, or up to 30 ms after | kills |\n|---|---|\n{rows}"
-    )
+        importlib.import_module("kill_figures").write(PAGE, way, found)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import os
 import pathlib
 import signal
 import tempfile
+import time
 
 import kills
 
 
-def signal_call(module: str, name: str, number: int, times: int = 1) -> None:
-    """The ``number``th call of a function sends SIGTERM to its own process first."""
+def signal_call(module: str, name: str, number: int, times: int = 1, stuck: bool = False) -> None:
+    """The ``number``th call of a function sends SIGTERM to its own process first; ``stuck``: later, from inside."""
     owner = importlib.import_module(module)
     *parents, name = name.split(".")
     for parent in parents:
@@ -24,7 +25,11 @@ def signal_call(module: str, name: str, number: int, times: int = 1) -> None:
 
     def signalled(*arguments, **options):
         calls.append(1)
-        if len(calls) == number:
+        if len(calls) == number and stuck:
+            time.sleep(1.0)  # until the batches before this one are used up
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(STUCK)
+        elif len(calls) == number:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGTERM)
         return call(*arguments, **options)
@@ -32,7 +37,9 @@ def signal_call(module: str, name: str, number: int, times: int = 1) -> None:
     setattr(owner, name, signalled)
 
 
+STUCK = 300.0  # seconds
 PLACES = {
+    "batch": ("postrain.data.pipeline", "_assemble_batch", 7, 1, True),
     "rows": ("postrain.recipes.sft", "load_examples", 1),
     "compile": ("postrain.recipes.sft", "make_train_step", 1),
     "first evaluation": ("postrain.rollout.evaluation", "answer_questions", 1),
@@ -71,12 +78,14 @@ def main() -> None:
         expected = reference.describe()
         for name, place in PLACES.items():
             trial = kills.Trial(folder / name, values)
+            began = time.monotonic()
             status = kills.fork(functools.partial(run, values, trial.folder, place), trial.log)
             checkpoints = trial.folder / "checkpoints"
             found[name] = {
                 "code": os.waitstatus_to_exitcode(status),
                 "saved": sorted(path.name for path in checkpoints.iterdir()) if checkpoints.exists() else [],
                 "printed": trial.log.read_text(),
+                "seconds": time.monotonic() - began,
             }
             if trial.start(None):
                 raise SystemExit(trial.log.read_text())

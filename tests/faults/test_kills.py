@@ -1,17 +1,52 @@
-"""Thirty kills of training runs; every run ends in the bytes of one that was not killed. By hand: a thousand."""
+"""Kills of training runs; every run ends in the bytes of one that was not killed. By hand: a thousand."""
 
 import json
 import pathlib
 import subprocess
 import sys
 
+import pytest
+from kill_figures import add_figures, format_figures, read_figures
+
 KILLS = 30
 
 
-def test_killed_thirty_times_every_run_ends_in_the_same_bytes():
+def kill(count, *words):
     script = pathlib.Path(__file__).with_name("kills.py")
-    result = subprocess.run([sys.executable, script, f"--kills={KILLS}"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, script, f"--kills={count}", *words], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(result.stdout[result.stdout.index("{") :])
-    assert found["kills"] == KILLS == sum(found["hit"].values())
+    assert found["kills"] == count == sum(found["hit"].values())
+    return found
+
+
+def test_killed_thirty_times_every_run_ends_in_the_same_bytes():
+    found = kill(KILLS)
     assert found["kinds"] > 40 and len(found["hit"]) > KILLS // 2, "kills of many kinds"
+
+
+def test_a_process_of_two_is_killed_and_the_other_ends_by_itself():
+    assert 0 < kill(2, "--processes=2")["outlived"] < 30
+
+
+@pytest.mark.slow
+def test_streamed_runs_are_killed():
+    assert kill(12, "--streamed")["kinds"] > 60
+
+
+def test_figures_of_other_seeds_are_added_and_of_the_same_replaced():
+    found = {"kills": 3, "runs": 2, "kinds": 9, "seconds": 6.0, "outlived": 0.5, "seeds": [0], "hit": {"a b/N": 3}}
+    page = f"<!-- kills_2 -->\n{format_figures(found)}\n<!-- /kills_2 -->"
+    assert read_figures(page, "2") == found
+    other = found | {"seeds": [4], "hit": {"c": 3}, "outlived": 0.0}
+    both = add_figures(read_figures(page, "2"), other)
+    assert both == {
+        "kills": 6,
+        "runs": 4,
+        "kinds": 9,
+        "seconds": 12.0,
+        "outlived": 0.5,
+        "seeds": [0, 4],
+        "hit": {"a b/N": 3, "c": 3},
+    }
+    assert add_figures(found, found) == found

@@ -26,9 +26,10 @@ def stopped():
         ("rows", ENDS_AT_ONCE, []),
         ("compile", ENDS_AT_ONCE, []),
         ("first evaluation", 143, []),
+        ("batch", 143, ["1"]),
         ("update", 143, ["2", "3"]),
         ("evaluation", 143, ["2", "4"]),
-        ("save", 143, ["2", "3"]),
+        ("save", 143, ["2"]),
         ("last evaluation", 143, ["4", "6"]),
         ("export", ENDS_AT_ONCE, ["4", "6"]),
         ("twice", ENDS_AT_ONCE, ["2"]),
@@ -37,6 +38,6 @@ def stopped():
 def test_sigterm(stopped, name, code, saved):
     found = stopped[name]
     assert found["code"] == code, found["printed"]
-    assert found["saved"] == saved
+    assert found["saved"] == saved and found["seconds"] < 60
     assert found["differs"] == [], "started again it ends in the bytes of a run that was not stopped"
     assert ("the same command goes on from there" in found["printed"]) == (code == 143)

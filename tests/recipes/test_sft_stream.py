@@ -2,9 +2,11 @@
 
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
-from sft_runs import make_values, read_folder, read_lines, without_perf, write_rows
+from sft_runs import make_values, read_folder, read_lines, without_perf, write_config, write_rows
 
 import postrain
 from postrain.errors import UserError
@@ -126,3 +128,20 @@ def test_keys_that_do_not_fit(inputs, data, words):
     values = make_values(inputs, data=data, train={"steps": steps})
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         postrain.config.resolve(values)
+
+
+def test_a_signal_ends_the_wait_for_rows(inputs, tmp_path):
+    """With a checkpoint of the last update that had its rows, from which the run goes on to the same bytes."""
+    values = values_of(inputs, "streamed", export={"format": "none"})
+    values["train"]["steps"], values["checkpoint"]["every"] = 12, 50
+    script = pathlib.Path(__file__).with_name("stuck_process.py")
+    config, workdir = write_config(tmp_path / "c.py", values), tmp_path / "run"
+    command = [sys.executable, script, "train", f"--config={config}", f"--workdir={workdir}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 143, result.stdout + result.stderr
+    assert "stuck" in result.stdout and "stopped at step 9 of 12; the same command goes on" in result.stdout
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["9"]
+    postrain.train(values, workdir)
+    postrain.train(values, tmp_path / "whole")
+    lines = [without_perf(read_lines(folder / "metrics.jsonl")) for folder in (workdir, tmp_path / "whole")]
+    assert lines[0] == lines[1]

@@ -157,7 +157,7 @@ def fed(monkeypatch):
 def test_a_model_is_asked_as_it_was_trained(switched, fed, tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     tokenizer = load_tokenizer(switched)
-    [rendered] = render(parse_row({"messages": messages}, "auto", RowRef("s", "f", 1)), tokenizer)
+    [rendered] = render(parse_row({"messages": messages}, "sft", RowRef("s", "f", 1)), tokenizer)
     trained = split_prompt(rendered)[0].tolist()
     default = tokenizer.encode_text("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert trained == default + tokenizer.encode_text("<think>\n\n</think>\n\n")

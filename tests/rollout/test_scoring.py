@@ -47,7 +47,7 @@ def test_a_question_is_what_serving_feeds_and_its_answer_what_it_should_give(tok
 
 def test_plain_text_asks_nothing_and_the_limit_holds(tokenizer):
     text = render(parse_row({"text": "hello"}, "text", RowRef("s", "f", 1)), tokenizer)
-    pair = render(parse_row({"prompt": "1+1=", "completion": "2"}, "auto", RowRef("s", "f", 2)), tokenizer)
+    pair = render(parse_row({"prompt": "1+1=", "completion": "2"}, "sft", RowRef("s", "f", 2)), tokenizer)
     questions = make_questions([*text, *pair, *pair], tokenizer, 1)
     assert questions == [Question(tokenizer.encode_text("1+1="), "2", "f:2")]
 

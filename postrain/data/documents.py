@@ -1,0 +1,170 @@
+"""What rows become: sequences of tokens, alone or in groups that share a row of a batch, and the arrays they bring."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from postrain.data.schema import BadRow, RowRef
+from postrain.errors import UserError
+
+_ID_ARRAYS = ("tokens", "targets", "teacher_ids")  # of a batch, those that hold ids of the vocabulary
+
+
+class Field(NamedTuple):
+    """An array of a sequence besides its tokens: ``values`` [L, ...], one entry for each token.
+
+    ``of_target``: entry t is about the prediction of token t, as the loss mask is, and stands where token t is the
+    target; else it is read together with token t.
+    """
+
+    name: str
+    values: np.ndarray
+    of_target: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """One sequence, of its own in what it sees: a segment of a packed row.
+
+    Attributes:
+      tokens: int32 [L].
+      loss_mask: bool [L]; ``loss_mask[t]``: token ``t`` is itself to be produced by the model (not shifted).
+        Never true at ``t = 0``, which nothing predicts; true somewhere, but in prompts.
+      ref: the row that it comes from.
+      truncated: it was cut to the length (``data.too_long``); of text the end, and with it part of its last answer.
+      asked: for each answer the switch of the template that its prompt was rendered with, as "enable_thinking=False",
+        where that differs from the default prompt, else ""; nothing at all where that is so of all.
+      fields: further arrays.
+      is_prompt: what follows the last token is to be generated, so that one is read too, and nothing is trained.
+      metadata: what else the row says, for whoever scores what is generated; None but for prompts.
+    """
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    ref: RowRef
+    truncated: bool = False
+    asked: tuple[str, ...] = ()
+    fields: tuple[Field, ...] = ()
+    is_prompt: bool = False
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def sequences(self) -> tuple["Rendered", ...]:
+        return (self,)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a packed row that it takes: a last token that is only predicted, never read, takes none."""
+        return len(self.tokens) - 1 + self.is_prompt
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.loss_mask[1:].sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Sequences of one row that share a row of the batch: the answers to one prompt, each with its ``scores``."""
+
+    sequences: tuple[Rendered, ...]
+
+    @property
+    def ref(self) -> RowRef:
+        return self.sequences[0].ref
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        return tuple(how for sequence in self.sequences for how in sequence.asked)
+
+    @property
+    def slots(self) -> int:
+        return sum(sequence.slots for sequence in self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def num_trained(self) -> int:
+        return sum(sequence.num_trained for sequence in self.sequences)
+
+
+Document = Rendered | Group  # what packing places: never split, never in two rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What batches of a data set have besides the arrays that all have.
+
+    Attributes:
+      arrays: name -> dtype and shape of an entry.
+      has_metadata: whether the documents bring ``metadata``.
+    """
+
+    arrays: Mapping[str, tuple[np.dtype, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    has_metadata: bool = False
+
+    def __str__(self) -> str:
+        named = (f"{name} of {shape[0]} a token" if shape else name for name, (_, shape) in self.arrays.items())
+        return ", ".join(named) or "no further arrays"
+
+
+NO_LAYOUT = Layout()
+
+
+def layout_of(document: Document) -> Layout:
+    """The layout of a data set with such documents."""
+    first = document.sequences[0]
+    if not first.fields and first.metadata is None:
+        return NO_LAYOUT
+    arrays = {field.name: (field.values.dtype, field.values.shape[1:]) for field in first.fields}
+    if isinstance(document, Group):
+        arrays["group_ids"] = np.dtype(np.int32), ()
+    return Layout(arrays, first.metadata is not None)
+
+
+class SameLayout:
+    """Holds the documents of a data set to one layout: that of ``first``, or of the first one that is checked."""
+
+    def __init__(self, first: Document | None = None):
+        self.layout = None if first is None else layout_of(first)
+        self._ref = None if first is None else first.ref
+
+    def check(self, document: Document) -> None:
+        """Raises BadRow for a document with other arrays than the first."""
+        layout = layout_of(document)
+        if self.layout is None:
+            self.layout, self._ref = layout, document.ref
+        elif layout is not self.layout and layout != self.layout:
+            raise BadRow(document.ref, f"expected {self.layout}, as at {self._ref}; found {layout}")
+
+
+def cut_end(document: Rendered, slots: int) -> Rendered:
+    """The beginning of a document, ``slots`` long."""
+    tokens, loss_mask = document.tokens[: slots + 1], document.loss_mask[: slots + 1]
+    answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
+    fields = tuple(field._replace(values=field.values[: slots + 1]) for field in document.fields)
+    return Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers], fields=fields)
+
+
+def largest_id(batch: Mapping[str, np.ndarray]) -> int:
+    """Of the vocabulary, in a batch or row."""
+    return max(int(batch[name].max()) for name in _ID_ARRAYS if name in batch)
+
+
+def check_token_ids(documents: Iterable[Document], vocab_size: int) -> None:
+    """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
+    for document in documents:
+        for sequence in document.sequences:
+            ids = {"tokens": sequence.tokens} | {field.name: field.values for field in sequence.fields}
+            if (largest := largest_id(ids)) >= vocab_size:
+                raise UserError(
+                    f"{document.ref}: token id {largest} is outside the model's vocabulary of {vocab_size}: "
+                    "model.tokenizer must be the model's own tokenizer, and ids in rows must be of its vocabulary"
+                )

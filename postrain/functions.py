@@ -1,0 +1,38 @@
+"""Functions that a config file gives: what they are known by, in config.json and where a change must be noticed."""
+
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+
+from postrain.errors import UserError
+
+PREFIX = "function "  # of their descriptions
+
+
+def describe_function(function: Callable, key: str) -> str:
+    """``function NAME DIGEST``: the name as written in its file, and a hash of its text (not of what it calls).
+
+    Raises:
+      UserError: naming the config ``key``, where the function has no name or no text, or its text does not say all.
+    """
+    name, where = getattr(function, "__qualname__", ""), f"config key '{key}'"
+    advice = "write it with `def` in the config file, outside of other functions"
+    if not inspect.isfunction(function):
+        raise UserError(f"{where}: expected a function, found {function!r:.80}: {advice}")
+    if "<lambda>" in name:
+        raise UserError(f"{where} is a lambda, which has no name to report and compare: {advice}")
+    if function.__closure__:
+        inside = ", ".join(function.__code__.co_freevars)
+        raise UserError(
+            f"{where}: {name} reads variables of the function around it ({inside}), so that its text does not say what "
+            f"it does: {advice}"
+        )
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        raise UserError(
+            f"{where}: the source text of {name} cannot be found, so that a changed function would not be noticed: "
+            f"{advice}"
+        ) from None
+    return f"{PREFIX}{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"

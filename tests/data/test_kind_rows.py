@@ -1,0 +1,325 @@
+"""A row of each kind -> what is trained of it, and what is refused, by file, line and reason."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import random
+from kind_fixtures import assistant, expected_arrays, make_config, make_rows, user
+from odd_config import ODD_CONFIG
+from pipeline_fixtures import make_tokenizer_folder, write_jsonl
+from rendering_fixtures import load_real
+
+from postrain.data.loading import load_examples
+from postrain.data.packing import assemble_row
+from postrain.data.pipeline import make_train_iterator
+from postrain.data.rendering import render_prompt
+from postrain.data.tokenizer import load_tokenizer
+from postrain.data.train_rows import open_train_rows
+from postrain.errors import UserError
+from postrain.models.params import init_params
+from postrain.models.transformer import compute_hidden
+
+USER, GOOD, BAD = user("hi"), assistant("good"), assistant("bad")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_tokenizer_folder(tmp_path_factory.mktemp("tokenizer")))
+
+
+def load(tmp_path, kind, rows, tokenizer=None, **changes):
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = make_config(path, kind=kind, **changes)
+    return load_examples(config.train, tokenizer, config)
+
+
+def refuse(tmp_path, kind, row, tokenizer=None):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, kind, [row], tokenizer)
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path / 'rows.jsonl'}:1: ") and "\n" not in text
+    return text
+
+
+# Preference
+
+
+def prompt_of(sequence):
+    return sequence.tokens[: int(sequence.loss_mask.argmax())]
+
+
+def texts_of(group, tokenizer):
+    return [tokenizer.decode(one.tokens[one.loss_mask]) for one in group.sequences]
+
+
+ANSWERS = ["good<|im_end|>", "bad<|im_end|>"]
+CONVERSATION = [USER, assistant("hello"), user("more")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, [USER]),
+        ({"prompt": "hi", "chosen": [GOOD], "rejected": [BAD]}, [USER]),
+        ({"prompt": [USER], "chosen": "good", "rejected": "bad"}, [USER]),
+        ({"chosen": [*CONVERSATION, GOOD], "rejected": [*CONVERSATION, BAD]}, CONVERSATION),
+        ({"prompt": "hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, [USER]),  # UltraFeedback's
+        ({"prompt": [USER], "completions": [[GOOD], [BAD]], "scores": [1, 0]}, [USER]),
+        ({"prompt": "hi ", "chosen": "good", "rejected": "bad"}, "hi "),
+        ({"prompt": "hi ", "completions": ["good", "bad"], "scores": [1, 0.0]}, "hi "),
+    ],
+)
+def test_the_answers_are_trained_after_one_prompt(tmp_path, tokenizer, row, prompt):
+    [group] = load(tmp_path, "preference", [row], tokenizer).examples
+    assert texts_of(group, tokenizer) == ANSWERS
+    assert [one.fields[0].values.tolist() for one in group.sequences] == [
+        [score] * len(one.tokens) for score, one in zip((1, 0), group.sequences, strict=True)
+    ]
+    for sequence in group.sequences:
+        np.testing.assert_array_equal(prompt_of(sequence), render_prompt(prompt, tokenizer))
+
+
+def test_answers_in_other_words_begin_with_the_same_ids(tmp_path):
+    """Also where a token of the whole text lies over the end of the prompt."""
+    tokenizer = load_real("qwen3", "qwen3")
+    row = {"prompt": "so it went\n", "completions": ["\n\nthen", "on", "\n."], "scores": [1, 2, 3]}
+    [group] = load(tmp_path, "preference", [row], tokenizer).examples
+    prompts = [prompt_of(one).tolist() for one in group.sequences]
+    assert prompts == [render_prompt("so it went\n", tokenizer).tolist()] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "chosen and rejected are equal"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [assistant("good")]}, "chosen and rejected are equal"),
+        ({"prompt": "p", "completions": ["a", "b", "a"], "scores": [0, 1, 2]}, "[0] and completions[2] are equal"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [2, 2.0]}, "all scores are 2: nothing is preferred"),
+        ({"chosen": [USER, GOOD], "rejected": [user("ho"), BAD]}, "no prompt in common: their first messages"),
+        ({"chosen": "a", "rejected": "b"}, "the row has no 'prompt'"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, "'prompt' is empty: the answers have no prompt in common"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "chosen[2]: where the conversations part"),
+        ({"chosen": [USER, GOOD, USER, BAD], "rejected": [USER, GOOD, user("x"), BAD]}, "found user"),
+        ({"prompt": [USER], "chosen": [user("x"), GOOD], "rejected": [BAD]}, "chosen must go on after the prompt"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1]}, "2 completions and 1 scores"),
+        ({"prompt": "p", "completions": ["a"], "scores": [1]}, "at least 2 completions"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1, float("nan")]}, "scores[1] must be a finite number"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1, 10**60]}, "scores[1] must be a finite number"),
+        ({"prompt": "p", "completions": ["a", "b"], "scores": [1, "2"]}, "scores[1] must be a finite number"),
+        ({"prompt": "p", "completions": "ab", "scores": [1, 2]}, "'completions' must be a list"),
+        ({"prompt": "p", "chosen": "a", "rejected": [BAD]}, "all text or all lists of messages; found both"),
+        ({"prompt": "p", "chosen": "a", "rejected": " "}, "rejected: 'completion' is empty"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "has no 'tools'"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "system": "s"}, "'system' is not read"),
+    ],
+)
+def test_a_preference_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
+    assert reason in refuse(tmp_path, "preference", row, tokenizer)
+
+
+def test_answers_that_serving_would_ask_for_in_two_ways_are_refused(tmp_path):
+    """Qwen3 is asked with another prompt for an answer with reasoning than for one without."""
+    tokenizer = load_real("qwen3", "qwen3")
+    reasoned = {**GOOD, "reasoning_content": "let me see"}
+    row = {"prompt": [USER], "chosen": [reasoned], "rejected": [BAD]}
+    assert "the chat template gives the answers different prompts" in refuse(tmp_path, "preference", row, tokenizer)
+
+
+def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, tokenizer):
+    """Through the model: other tokens in one sequence of a batch change what is computed there and nowhere else."""
+    example_set = load(
+        tmp_path, "preference", make_rows("preference", 12), tokenizer, batch_size=2, sequence_length=256
+    )
+    config = dataclasses.replace(ODD_CONFIG, vocab_size=tokenizer.vocab_size)
+    params = init_params(config, random.key(0))
+    batches = make_train_iterator(
+        example_set, make_config(tmp_path / "rows.jsonl", kind="preference", batch_size=2, sequence_length=256)
+    )
+    seen = 0
+    for _ in range(batches.num_steps(1)):
+        batch = next(batches)
+        groups, segments = batch["group_ids"], batch["segment_ids"]
+        for b, ids in enumerate(batch["row_ids"]):
+            for group in range(1, (ids >= 0).sum() + 1):
+                assert np.unique(segments[b][groups[b] == group]).tolist() == [2 * group - 1, 2 * group]
+                assert [
+                    float(np.unique(batch["scores"][b][segments[b] == s])[0]) for s in (2 * group - 1, 2 * group)
+                ] == [1, 0]
+                seen += 1
+        assert groups.max() > 1 and ((groups == 0) == (segments == 0)).all()
+    assert seen >= 12
+    batches.close()
+    hidden = lambda tokens: np.asarray(
+        compute_hidden(params, config, jnp.asarray(tokens), jnp.asarray(segments), jnp.asarray(batch["positions"]))
+    )
+    rejected = (segments == 2) & (np.arange(2)[:, None] == 0)
+    changed = np.where(rejected, (batch["tokens"] + 1) % 600, batch["tokens"])
+    differs = np.abs(hidden(changed) - hidden(batch["tokens"])).max(-1) > 0
+    assert differs[rejected].all() and not differs[~rejected].any()
+
+
+# Prompts
+
+
+def test_a_prompt_is_what_serving_feeds(tmp_path, tokenizer):
+    tools = [{"name": "f", "parameters": {}}]
+    rows = [
+        {"prompt": [USER], "answer": 4},
+        {"prompt": "2+2=", "answer": {"is": [4]}, "id": 7},
+        {"prompt": [USER, GOOD, USER]},
+    ]
+    example_set = load(tmp_path, "prompts", rows, tokenizer)
+    for row, prompt in zip(rows, example_set.examples, strict=True):
+        np.testing.assert_array_equal(prompt.tokens, render_prompt(row["prompt"], tokenizer))
+        assert prompt.metadata == {key: value for key, value in row.items() if key != "prompt"}
+    arrays = assemble_row(example_set.examples, 128, example_set.layout)
+    for i, prompt in enumerate(example_set.examples, 1):
+        np.testing.assert_array_equal(arrays["tokens"][arrays["segment_ids"] == i], prompt.tokens)
+    assert not arrays["loss_mask"].any() and example_set.report.total.untrained == 0
+    real = load_real("qwen3", "qwen3")
+    [prompt] = load(tmp_path, "prompts", [{"prompt": [USER], "tools": tools}], real).examples
+    np.testing.assert_array_equal(prompt.tokens, render_prompt([USER], real, tools=tools))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": [USER, GOOD]}, "must not end with an assistant message"),
+        ({"prompt": ""}, "expected a 'prompt'"),
+        ({"prompt": "p", "tools": [{"name": "f"}]}, "has no 'tools'"),
+        ({"prompt": "p", "functions": [1]}, "'functions' is not read"),
+        ({"prompt": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"question": "p"}, "expected a 'prompt', text or a list of messages; found 'question'"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
+    assert reason in refuse(tmp_path, "prompts", row, tokenizer)
+
+
+# Distillation
+
+TEACHER = {
+    "tokens": [5, 6, 7],
+    "top_ids": [[0, 0], [6, 9], [7, 1]],
+    "top_logprobs": [[0.0, 0.0], [-0.7, -0.8], [-0.1, -5]],
+}
+
+
+def test_a_teachers_distribution_stands_where_its_token_is_the_target(tmp_path):
+    example_set = load(tmp_path, "kd", [TEACHER, TEACHER | {"loss_mask": [1, 0, 1]}])
+    row = assemble_row(example_set.examples, 6, example_set.layout)
+    assert row["targets"].tolist() == [6, 7, 6, 7, 0, 0] and row["loss_mask"].tolist() == [1, 1, 0, 1, 0, 0]
+    assert row["teacher_ids"].tolist() == [[6, 9], [7, 1], [0, 0], [7, 1], [0, 0], [0, 0]]
+    logprobs = np.float32([[-0.7, -0.8], [-0.1, -5], [0, 0], [-0.1, -5], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(row["teacher_logprobs"], logprobs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"top_ids": [[0], [6, 9], [7, 1]]}, "top_ids must have as many numbers in each entry"),
+        ({"top_ids": [[0], [6], [7]]}, "top_ids has 1 entries a token and top_logprobs 2"),
+        ({"top_ids": [[0, 0], [6, 9]]}, "top_ids has 2 entries, expected 3"),
+        ({"top_ids": [[0, 0], [6, -9], [7, 1]]}, "top_ids must be ids of the vocabulary"),
+        ({"top_ids": [[0, 0], [6, 9.5], [7, 1]]}, "top_ids must be ids of the vocabulary"),
+        ({"top_logprobs": [[0, 0], [-0.7, 0.1], [-0.1, -5]]}, "top_logprobs[1] must be finite and at most 0"),
+        ({"top_logprobs": [[0, 0], [-0.7, -2], [-0.1, float("nan")]]}, "top_logprobs[2] must be finite"),
+        ({"top_logprobs": [[0, 0], [-0.7, -2], [-0.1, float("-inf")]]}, "top_logprobs[2] must be finite"),
+        ({"top_logprobs": [[0, 0], [-0.69, -0.69], [-0.1, -5]]}, "top_logprobs[1]: the probabilities of the K ids sum"),
+        ({"loss_mask": [1, 1]}, "loss_mask has 2 entries, expected 3"),
+        ({"loss_mask": [0, 1, 2]}, "loss_mask must be whole numbers from 0 to 1; found 2"),
+        ({"loss_mask": [1, 0, 0]}, "it has no token to train on"),
+        ({"tokens": [5, 6.5, 7]}, "tokens must be whole numbers"),
+        ({"tokens": [5, -6, 7]}, "tokens must be whole numbers from 0 to 2,147,483,647; found -6"),
+        ({"tokens": []}, "tokens must have at least 2 entries; found 0"),
+        ({"tokens": "abc"}, "tokens must be a list"),
+        ({"loss_maks": [0, 1, 1]}, "unknown key 'loss_maks'; did you mean 'loss_mask'?"),
+    ],
+)
+def test_a_teachers_row_that_is_none_is_refused(tmp_path, changes, reason):
+    assert reason in refuse(tmp_path, "kd", TEACHER | changes)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_all_rows_have_as_many_ids_of_a_teacher(tmp_path, streaming):
+    other = {"tokens": [1, 2], "top_ids": [[0], [2]], "top_logprobs": [[0], [-1]]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [TEACHER, other])
+    expected = "rows.jsonl:2: expected teacher_ids of 2 a token, .*, as at .*rows.jsonl:1; found teacher_ids of 1 a tok"
+    with pytest.raises(UserError, match=expected):
+        next(open_train_rows(None, make_config(path, kind="kd", streaming=streaming)).batches)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("row", [TEACHER, {"items": [3, 9]}])
+def test_ids_are_held_to_the_models_vocabulary(tmp_path, row, streaming):
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    kind = "kd" if "tokens" in row else "events"
+    for vocab_size in (10, 9):
+        batches = open_train_rows(None, make_config(path, kind=kind, streaming=streaming, batch_size=1)).batches
+        try:
+            batches.check_token_ids(vocab_size)
+            next(batches)
+            assert vocab_size == 10
+        except UserError as error:
+            assert vocab_size == 9 and "rows.jsonl:1: token id 9 is outside the model's vocabulary of 9" in str(error)
+        batches.close()
+
+
+# Events
+
+
+def test_events_predict_the_next_item_and_read_the_rest(tmp_path):
+    row = {"items": [3, 1, 4, 1], "times": [100, 160, 160, 1000], "actions": [0, 2, 1, 1]}
+    example_set = load(tmp_path, "events", [row, row])
+    arrays = assemble_row(example_set.examples, 8, example_set.layout)
+    assert arrays["tokens"].tolist() == [3, 1, 4, 3, 1, 4, 0, 0]
+    assert arrays["targets"].tolist() == [1, 4, 1, 1, 4, 1, 0, 0]
+    assert arrays["loss_mask"].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+    assert arrays["seconds"].tolist() == [0, 60, 60, 0, 60, 60, 0, 0]
+    assert arrays["actions"].tolist() == [0, 2, 1, 0, 2, 1, 0, 0]
+
+
+def test_too_many_events_keep_the_latest(tmp_path):
+    times = [10, 20, 40, 70, 110]
+    example_set = load(
+        tmp_path, "events", [{"items": [1, 2, 3, 4, 5], "times": times}], sequence_length=3, too_long="truncate"
+    )
+    [document] = example_set.examples
+    assert document.tokens.tolist() == [2, 3, 4, 5] and document.loss_mask.tolist() == [False, True, True, True]
+    assert expected_arrays([document], 3)["seconds"].tolist() == [0, 20, 50] and example_set.report.total.truncated == 1
+
+
+def test_a_teachers_row_keeps_the_beginning(tmp_path):
+    [document] = load(tmp_path, "kd", [TEACHER], sequence_length=1, too_long="truncate").examples
+    assert document.tokens.tolist() == [5, 6] and document.truncated
+    assert expected_arrays([document], 1)["teacher_ids"].tolist() == [[6, 9]]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"items": [1]}, "items must have at least 2 entries; found 1"),
+        ({"items": [1, -2]}, "items must be whole numbers from 0 to 2,147,483,647; found -2"),
+        ({"items": [1, 2.5]}, "items must be whole numbers"),
+        ({"items": [1, "2"]}, "items must be whole numbers"),
+        ({"items": [1, 2**31]}, "items must be whole numbers"),
+        ({"items": [[1], [2]]}, "items must be a list of numbers; found lists in it"),
+        ({"items": [1, 2], "times": [5, 4]}, "times go backwards: times[1] = 4 after 5"),
+        ({"items": [1, 2], "times": [5]}, "times has 1 entries, expected 2"),
+        ({"items": [1, 2], "times": [5, 5 + 2**31]}, "times span 2,147,483,648 seconds: expected unix seconds"),
+        ({"items": [1, 2], "actions": [1, 2, 3]}, "actions has 3 entries, expected 2"),
+        ({"items": [1, 2], "actions": [1, -1]}, "actions must be whole numbers"),
+        ({"items": [1, 2], "action": [1, 2]}, "unknown key 'action'; did you mean 'actions'?"),
+    ],
+)
+def test_events_that_are_none_are_refused(tmp_path, row, reason):
+    assert reason in refuse(tmp_path, "events", row)
+
+
+def test_all_members_have_times_or_none(tmp_path):
+    rows = [{"items": [1, 2], "times": [1, 2]}, {"items": [1, 2]}]
+    with pytest.raises(UserError, match="rows.jsonl:2: expected seconds, as at .*:1; found no further arrays"):
+        load(tmp_path, "events", rows)
