@@ -34,6 +34,7 @@ PREPARED = ("records", "short")
 PREPARED_LENGTH, WINDOW = 8192, 10_000
 SCALE, QUANTILES = 4, 16
 STEPS = {"records": (1024, 4), "stress": (2048, 2), "skewed": (2048, 2)}  # sequence length, rows of an update
+ROUNDS = {"packing": 3, "preparation": 2, "step": 2, "stream": 1}  # where --rounds does not say
 SIDES = {
     "packing": ("postrain", "trl"),
     "preparation": ("postrain", "trl", "postrain_all_cores", "trl_all_cores"),
@@ -369,8 +370,8 @@ def main() -> None:
     parser = runner.make_parser(__doc__)
     parser.add_argument("--case", choices=CASES, help="one of them alone")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="of packing")
-    parser.add_argument("--conversations", type=int, default=2000, help="of preparation; four times as many short ones")
-    parser.add_argument("--updates", type=int, default=6, help="of the packed step")
+    parser.add_argument("--conversations", type=int, default=1200, help="of preparation; four times as many short ones")
+    parser.add_argument("--updates", type=int, default=4, help="of the packed step")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the stream, one round")
     known, _ = parser.parse_known_args()
     if not known.case:
@@ -384,8 +385,7 @@ def main() -> None:
         line = {"side": arguments.side, "figures": figures, "count": arguments.lengths, "versions": versions}
         workloads.emit(**line, others_cpu_share=load.share())
 
-    if known.case == "stream":
-        parser.set_defaults(rounds=1)
+    parser.set_defaults(rounds=ROUNDS[known.case])
     sides = SIDES[known.case]
     runner.run_in_turns(parser, f"data_{known.case}", sides, run_side, summarize, lambda folder: prepare(folder, known))
 
