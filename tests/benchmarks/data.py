@@ -370,7 +370,7 @@ def main() -> None:
     parser = runner.make_parser(__doc__)
     parser.add_argument("--case", choices=CASES, help="one of them alone")
     parser.add_argument("--lengths", type=int, default=1_000_000, help="of packing")
-    parser.add_argument("--conversations", type=int, default=1200, help="of preparation; four times as many short ones")
+    parser.add_argument("--conversations", type=int, default=4800, help="of preparation; four times as many short ones")
     parser.add_argument("--updates", type=int, default=4, help="of the packed step")
     parser.add_argument("--rows", type=int, default=1_000_000, help="of the stream, one round")
     known, _ = parser.parse_known_args()
