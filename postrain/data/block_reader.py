@@ -62,7 +62,7 @@ def open_block_source(source: SourceConfig, config: DataConfig) -> BlockSource:
     parser = RowParser(source)
     parser.decide(row for block in blocks for row in _raw_rows(block, name, options))
     if not parser.form:
-        raise UserError(f"{source.path}: no row of {parser.expected} in it: {parser.advice}")
+        raise UserError(f"{source.path}: no row of {parser.expected} in {parser.looked_at}: {parser.advice}")
     return BlockSource(name, parser, files, blocks, source.max_epochs, options)
 
 
@@ -73,8 +73,8 @@ def _raw_rows(block: Block, name: str, options: StorageOptions) -> Iterator[tupl
             yield next(rows)
         except StopIteration:
             return
-        except BadRow:
-            continue
+        except BadRow as e:
+            yield e.ref, e
 
 
 class BlockReader:

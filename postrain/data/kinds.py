@@ -23,7 +23,7 @@ from postrain.functions import PREFIX, describe_function
 # Part of the data fingerprint: to be counted up whenever rows that are not of kind sft would give other documents.
 KINDS_VERSION = 1
 
-_ENOUGH_OTHERS = 100  # rows of other kinds before the first of its own: a source is not read further for one
+_ENOUGH = 1000  # rows that do not tell the form: a source is not read further for one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ class RowParser:
       kind: of the data; where a function decides, known once ``decide`` has met a row.
       form: of the rows; "" where none has told it, and then ``advice`` says what to do.
       expected: the kind in words.
+      looked_at: how much of the source ``decide`` has read, in words.
       left_out: what to call the rows that the function leaves out; "" without a function.
       identity: what a data fingerprint says of it besides; {} for kind sft.
     """
@@ -86,6 +87,7 @@ class RowParser:
         given = config.kind
         self.left_out, self._function, self._decided_by = "", None, None
         self.advice = "see docs/data.md for the kinds of rows"
+        self.looked_at = "it"
         self.form = given if given in SFT_FORMS else ""
         self._told = bool(self.form)
         if callable(given):
@@ -105,23 +107,25 @@ class RowParser:
         return told | ({"function": describe_function(self._function, "kind")} if self._function else {})
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
-        """Finds the form in the first of the rows that has one, unless it is known."""
-        others = []
+        """Finds the form in the first of the rows that has one, unless it is known; a BadRow stands for a bad one."""
+        others, bad, untold = [], [], 0
         for ref, raw in () if self._told else rows:
             try:
                 row = self._apply(ref, raw)
-            except BadRow:
-                continue
-            if not isinstance(row, dict):
-                continue
-            if form := find_form(row, self._allowed):
+            except BadRow as e:
+                bad = bad or [str(e)]
+                row = e
+            found = row if isinstance(row, dict) else {}
+            if form := find_form(found, self._allowed):
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
-            if other := find_form(row, _FORMS):
-                others.append(f"{ref} {_describe_other(_KIND_OF[other])}")
-            if len(others) == _ENOUGH_OTHERS:
+            if other := find_form(found, _FORMS):
+                others = others or [f"{ref} {_describe_other(_KIND_OF[other])}"]
+            untold += row is not None
+            if untold == _ENOUGH:
+                self.looked_at = f"its first {_ENOUGH:,}"
                 break
-        self.advice = others[0] if others else self.advice
+        self.advice = next(iter([*others, *bad, self.advice]))
 
     def parse(self, ref: RowRef, raw: Any) -> Any:
         """The row's example, None where the function leaves it out. Raises BadRow."""
@@ -134,6 +138,8 @@ class RowParser:
         return self.kind.parse(row, self.form, ref)
 
     def _apply(self, ref: RowRef, raw: Any) -> Any:
+        if isinstance(raw, BadRow):
+            raise raw
         if not self._function:
             return raw
         try:

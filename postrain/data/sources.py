@@ -13,6 +13,7 @@ import glob
 import json
 import mmap
 import pathlib
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,8 +73,8 @@ class Source:
         for i in range(len(self)):
             try:
                 yield self.raw(i)
-            except BadRow:
-                continue
+            except BadRow as e:
+                yield e.ref, e
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -174,29 +175,33 @@ def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class _Stored:
-    """A file that is not on this machine, or can only be read from its start: its rows are read once and held."""
+    """A file that is not on this machine, or can only be read from its start: its rows are read once and held.
+
+    Each as its pickle: a row that is given out may be changed, as a source's function does.
+    """
 
     def __init__(self, file: StoredFile):
         self.path = file.url
-        self._rows: list[tuple[RowRef, Any]] = []
+        self._rows: list[tuple[int, bytes]] = []  # line, pickle of the row
         for block in list_blocks([file], max(file.bytes, 1)):
             rows = read_block(block)
             while True:
                 try:
-                    self._rows.append(next(rows))
+                    ref, row = next(rows)
                 except StopIteration:
                     break
                 except BadRow as e:
-                    self._rows.append((e.ref, e))
+                    ref, row = e.ref, e
+                self._rows.append((ref.line, pickle.dumps(row)))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def line(self, row: int) -> int:
-        return self._rows[row][0].line
+        return self._rows[row][0]
 
     def read(self, row: int, ref: RowRef) -> Any:
-        value = self._rows[row][1]
+        value = pickle.loads(self._rows[row][1])
         if isinstance(value, BadRow):
             raise BadRow(ref, value.reason, value.advice)
         return value

@@ -1,5 +1,6 @@
 """A function of the user's in place of a kind: what it gives, what it raises, and that a changed one is noticed."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -12,6 +13,7 @@ from postrain.compute.preflight import describe_config
 from postrain.compute.workdir import read_config, save_config
 from postrain.config import format_config, resolve, to_dict
 from postrain.config_file import load_config
+from postrain.data import kinds
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.loading import load_examples
 from postrain.data.tokenizer import load_tokenizer
@@ -84,6 +86,46 @@ def test_what_it_raises_is_a_bad_row(tmp_path, tokenizer, row, reason, streaming
     with pytest.raises(UserError) as error:
         next(open_train_rows(tokenizer, config).batches)
     assert str(error.value).startswith(f"{path}:3: {reason}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_it_changes_is_the_files_own_again(tmp_path, tokenizer, streaming):
+    """It is called more than once for the first rows, and again in every epoch."""
+    text = FUNCTION.replace('if not row["a"]:', 'row["a"] += row.pop("more")\n    if not row["a"]:')
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(
+        gzip.compress("".join(json.dumps(row | {"more": "!"}) + "\n" for row in answers(range(3))).encode())
+    )
+    config = make_config(path, kind=read_function(tmp_path, text), streaming=streaming, shuffle=False, packing="none")
+    batches = open_train_rows(tokenizer, config).batches
+    rows = next(batches)["tokens"]
+    batches.close()
+    assert [tokenizer.decode(row[row > 0]).count("!") for row in rows] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("return None", "return {}"), "see docs/data.md"),
+        (('row["q"]', 'row["Q"]'), ":1: to_chat: KeyError: 'Q'"),
+    ],
+)
+def test_a_stream_is_not_read_further_for_a_row_of_a_known_kind(tmp_path, tokenizer, monkeypatch, change, reason):
+    monkeypatch.setattr(kinds, "_ENOUGH", 20)
+    text = FUNCTION.replace(*change).replace("    if not", "    CALLS.append(1)\n    if not") + "\n\nCALLS = []\n"
+    answer = "" if "None" in change[0] else "a"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "q", "a": answer}] * 50)
+    function = read_function(tmp_path, text)
+    with pytest.raises(UserError, match=re.escape(str(path)) + ": no row of a known kind in its first 20: ") as error:
+        open_train_rows(tokenizer, make_config(path, kind=function, streaming=True))
+    assert reason in str(error.value) and len(function.__globals__["CALLS"]) == 20
+
+
+def test_a_stream_of_lines_that_cannot_be_read_says_why(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": \n' * 3)
+    with pytest.raises(UserError, match="no row of kind sft in it: .*rows.jsonl:1: invalid JSON"):
+        open_train_rows(tokenizer, make_config(path, kind="sft", streaming=True))
 
 
 def test_rows_of_two_kinds_are_told(tmp_path, tokenizer):
