@@ -23,7 +23,7 @@ EVENT_FORMS = {"events": ("items",)}
 _KD_KEYS = ("tokens", "loss_mask", "top_ids", "top_logprobs")
 _EVENT_KEYS = ("items", "times", "actions")
 _LARGEST = 2**31 - 1  # int32
-_ABOVE_ONE = 1e-3  # that the probabilities of rounded logprobs may sum to above 1
+_ABOVE_ONE = 1e-3  # that rounded logprobs may be above 0, and their probabilities sum to above 1
 
 
 def parse_teacher_row(raw: dict, form: str, ref: RowRef) -> Rendered:
@@ -40,16 +40,21 @@ def parse_teacher_row(raw: dict, form: str, ref: RowRef) -> Rendered:
     logprobs = _parse_table(raw.get("top_logprobs"), "top_logprobs", len(tokens), ref).astype(np.float32)
     if ids.shape != logprobs.shape:
         raise BadRow(ref, f"top_ids has {ids.shape[1]} entries a token and top_logprobs {logprobs.shape[1]}")
-    if ids.dtype.kind != "i" or ids[mask].min() < 0 or ids[mask].max() > _LARGEST:
+    if ids.dtype.kind not in "iu" or ids[mask].min() < 0 or ids[mask].max() > _LARGEST:
         raise BadRow(ref, "top_ids must be ids of the vocabulary, whole numbers from 0 on")
     logprobs[~mask], ids[~mask] = 0, 0
     _check_logprobs(logprobs, mask, ref)
+    twice = mask & (np.diff(np.sort(ids, 1), axis=1) == 0).any(1)
+    if twice.any():
+        at = int(twice.argmax())
+        raise BadRow(ref, f"top_ids[{at}] must be K different ids; found {ids[at].tolist()}")
+    logprobs[logprobs > 0] = 0  # rounded ones
     fields = Field("teacher_ids", ids.astype(np.int32), True), Field("teacher_logprobs", logprobs, True)
     return Rendered(tokens, mask, ref, fields=fields)
 
 
 def _check_logprobs(logprobs: np.ndarray, mask: np.ndarray, ref: RowRef) -> None:
-    wrong = np.flatnonzero(~(np.isfinite(logprobs) & (logprobs <= 0)).all(1))
+    wrong = np.flatnonzero(~(np.isfinite(logprobs) & (logprobs <= _ABOVE_ONE)).all(1))
     if len(wrong):
         raise BadRow(ref, f"top_logprobs[{wrong[0]}] must be finite and at most 0; found {logprobs[wrong[0]].tolist()}")
     total = np.where(mask, np.exp(logprobs.astype(np.float64)).sum(1), 0)
@@ -103,26 +108,27 @@ def _parse_ids(
         raise BadRow(ref, f"{where} has {len(array)} entries, expected {length}: one for each")
     if len(array) < least:
         raise BadRow(ref, f"{where} must have at least {least} entries; found {len(array)}")
-    if len(array) and (array.dtype.kind != "i" or array.min() < 0 or array.max() > largest):
+    if len(array) and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > largest):
         raise BadRow(ref, f"{where} must be whole numbers from 0 to {largest:,}; found {_find_odd(array, largest)}")
     return array.astype(np.int32) if largest <= _LARGEST else array.astype(np.int64)
 
 
 def _parse_table(values: Any, where: str, length: int, ref: RowRef) -> np.ndarray:
-    """[L, K] numbers."""
+    """[L, K] numbers, which may be written to."""
     table = _to_array(values, where, ref)
     if len(table) != length:
         raise BadRow(ref, f"{where} has {len(table)} entries, expected {length}: one for each token")
-    if table.ndim != 2 or not table.shape[1] or table.dtype.kind not in "if":
+    if table.ndim != 2 or not table.shape[1] or table.dtype.kind not in "iuf":
         raise BadRow(ref, f"{where} must be a list of K numbers for each token")
     return table
 
 
 def _to_array(values: Any, where: str, ref: RowRef) -> np.ndarray:
-    if not isinstance(values, list | tuple | np.ndarray):  # a function may well give arrays
+    is_list = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim > 0)
+    if not is_list:  # a function may well give arrays
         raise BadRow(ref, f"{where} must be a list; found {'nothing' if values is None else repr(values)[:40]}")
     try:
-        return np.asarray(values)
+        return np.array(values)
     except (ValueError, OverflowError):
         raise BadRow(
             ref, f"{where} must have as many numbers in each entry; found entries of different length"

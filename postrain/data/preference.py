@@ -24,6 +24,7 @@ from postrain.data.schema import (
     PromptCompletion,
     RowRef,
     check_keys,
+    is_empty,
     name_keys,
     parse_messages,
     parse_row,
@@ -31,7 +32,8 @@ from postrain.data.schema import (
 from postrain.data.tokenizer import Tokenizer
 
 FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores")}
-_READ_KEYS = ("prompt", "chosen", "rejected", "completions", "scores", "tools")
+_READ_KEYS = {form: ("prompt", *keys, "tools") for form, keys in FORMS.items()}
+_ANY_KEYS = tuple(dict.fromkeys(key for keys in _READ_KEYS.values() for key in keys))
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -47,7 +49,7 @@ class Preference:
 
 def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
     """Checks one row; ``form`` is one of FORMS. Raises BadRow."""
-    check_keys(raw, _READ_KEYS, ref)
+    check_keys(raw, _READ_KEYS.get(form, _ANY_KEYS), ref)
     missing = [name for name in FORMS.get(form, ()) if raw.get(name) is None]
     if missing:
         raise BadRow(ref, f"{missing[0]!r} is missing or null")
@@ -65,7 +67,7 @@ def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
     prompt = raw.get("prompt")
     if prompt is None:
         prompt, answers = _split_prompt(answers, names, ref)
-    elif not prompt:
+    elif is_empty(prompt):
         raise BadRow(ref, "'prompt' is empty: the answers have no prompt in common")
     elif not isinstance(answers[0], str):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

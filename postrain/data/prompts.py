@@ -14,7 +14,16 @@ import numpy as np
 
 from postrain.data.documents import Rendered
 from postrain.data.rendering import BATCH, encode_prompts
-from postrain.data.schema import BadRow, RowRef, check_keys, checked_strings, name_keys, parse_messages, parse_tools
+from postrain.data.schema import (
+    BadRow,
+    RowRef,
+    check_keys,
+    checked_strings,
+    is_empty,
+    name_keys,
+    parse_messages,
+    parse_tools,
+)
 from postrain.data.tokenizer import Tokenizer
 
 FORMS = {"prompts": ("prompt",)}
@@ -35,7 +44,7 @@ def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
     """Checks one row. Raises BadRow."""
     check_keys(raw, _READ_KEYS, ref)
     prompt, tools = raw.get("prompt"), parse_tools(raw.get("tools"), ref)
-    if not prompt:
+    if is_empty(prompt):
         raise BadRow(ref, f"expected a 'prompt', text or a list of messages; found {name_keys(raw)}")
     if isinstance(prompt, str):
         checked_strings(prompt, "prompt", ref)

@@ -146,13 +146,18 @@ def check_keys(raw: dict, read: tuple[str, ...], ref: RowRef, *, is_text: bool =
     that this row has not. Other keys are the user's own.
     """
     for key, value in raw.items():
-        if key in read or value is None or value in ("", [], {}):  # of a table, where every row has every column
+        if key in read or is_empty(value):  # of a table, where every row has every column
             continue
         if key in FOREIGN_KEYS and not is_text:
             raise BadRow(ref, f"{key!r} is not read: {FOREIGN_KEYS[key]}")
         near = _find_near_key(str(key), read)
-        if near and not raw.get(near):
+        if near and is_empty(raw.get(near)):
             raise BadRow(ref, f"unknown key {key!r}; did you mean {near!r}?")
+
+
+def is_empty(value: Any) -> bool:
+    """Null, or text, a list or an object without anything in it; arrays, which a function may give, never are."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -173,7 +178,7 @@ def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCom
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise BadRow(ref, "'completion' is empty")
-        if raw.get("tools"):
+        if not is_empty(raw.get("tools")):
             raise BadRow(
                 ref, "two strings are plain text, which has no 'tools': write the prompt as a list of messages"
             )
@@ -322,7 +327,7 @@ def parse_tools(tools: Any, ref: RowRef) -> tuple[dict, ...] | None:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as e:
             raise BadRow(ref, f"tools is not valid JSON: {e}") from None
-    if not tools:
+    if is_empty(tools):
         return None
     if not isinstance(tools, (list, tuple)):
         raise BadRow(ref, f"'tools' must be a list of function schemas; found {_kind_of(tools)}")

@@ -11,16 +11,20 @@ from odd_config import ODD_CONFIG
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 from rendering_fixtures import load_real
 
+from postrain.data.id_rows import parse_teacher_row
 from postrain.data.loading import load_examples
 from postrain.data.packing import assemble_row
 from postrain.data.pipeline import make_train_iterator
+from postrain.data.preference import parse_preference
 from postrain.data.rendering import render_prompt
+from postrain.data.schema import BadRow, RowRef
 from postrain.data.tokenizer import load_tokenizer
 from postrain.data.train_rows import open_train_rows
 from postrain.errors import UserError
 from postrain.models.params import init_params
 from postrain.models.transformer import compute_hidden
 
+REF = RowRef("rows", "rows.jsonl", 1)
 USER, GOOD, BAD = user("hi"), assistant("good"), assistant("bad")
 
 
@@ -118,6 +122,12 @@ def test_answers_in_other_words_begin_with_the_same_ids(tmp_path):
 )
 def test_a_preference_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
     assert reason in refuse(tmp_path, "preference", row, tokenizer)
+
+
+@pytest.mark.parametrize(("key", "value"), [("score", 3), ("completion", "x"), ("scores", [1]), ("rank", np.ones(2))])
+def test_columns_of_its_own_are_left_to_a_pair(key, value):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert parse_preference(pair | {key: value}, "pair", REF) == parse_preference(pair, "pair", REF)
 
 
 def test_answers_that_serving_would_ask_for_in_two_ways_are_refused(tmp_path):
@@ -226,6 +236,7 @@ def test_a_teachers_distribution_stands_where_its_token_is_the_target(tmp_path):
         ({"top_ids": [[0, 0], [6, -9], [7, 1]]}, "top_ids must be ids of the vocabulary"),
         ({"top_ids": [[0, 0], [6, 9.5], [7, 1]]}, "top_ids must be ids of the vocabulary"),
         ({"top_logprobs": [[0, 0], [-0.7, 0.1], [-0.1, -5]]}, "top_logprobs[1] must be finite and at most 0"),
+        ({"top_ids": [[0, 0], [6, 9], [7, 7]]}, "top_ids[2] must be K different ids; found [7, 7]"),
         ({"top_logprobs": [[0, 0], [-0.7, -2], [-0.1, float("nan")]]}, "top_logprobs[2] must be finite"),
         ({"top_logprobs": [[0, 0], [-0.7, -2], [-0.1, float("-inf")]]}, "top_logprobs[2] must be finite"),
         ({"top_logprobs": [[0, 0], [-0.69, -0.69], [-0.1, -5]]}, "top_logprobs[1]: the probabilities of the K ids sum"),
@@ -241,6 +252,40 @@ def test_a_teachers_distribution_stands_where_its_token_is_the_target(tmp_path):
 )
 def test_a_teachers_row_that_is_none_is_refused(tmp_path, changes, reason):
     assert reason in refuse(tmp_path, "kd", TEACHER | changes)
+
+
+def test_logprobs_that_rounding_puts_above_0_are_0(tmp_path):
+    logprobs = [[0, 0], [1e-9, -20], [5e-4, -20]]
+    (row,) = load(tmp_path, "kd", [TEACHER | {"top_logprobs": logprobs}]).examples
+    expected = np.float32([[0, 0], [0, -20], [0, -20]])
+    np.testing.assert_array_equal(row.fields[1].values, expected)
+
+
+def make_read_only(values, dtype):
+    array = np.array(values, dtype)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("make", [np.array, make_read_only])
+def test_a_function_may_give_arrays(make):
+    """They are left as they are."""
+    ids, logprobs = make(TEACHER["top_ids"], np.uint32), make(TEACHER["top_logprobs"], np.float32)
+    raw = {"tokens": make(TEACHER["tokens"], np.uint32), "top_ids": ids, "top_logprobs": logprobs}
+    raw |= {"loss_mask": make([1, 0, 1], np.int8), "weights": np.ones(3), "tokenz": np.ones(3)}
+    found, expected = (parse_teacher_row(row, "kd", REF) for row in (raw, TEACHER | {"loss_mask": [1, 0, 1]}))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.loss_mask, expected.loss_mask)
+    for one, other in zip(found.fields, expected.fields, strict=True):
+        np.testing.assert_array_equal(one.values, other.values)
+        assert one.values.dtype == other.values.dtype
+    assert ids.tolist() == TEACHER["top_ids"]  # those that are not trained too
+
+
+@pytest.mark.parametrize("key", ["tokens", "loss_mask", "top_ids", "top_logprobs"])
+def test_an_array_that_is_no_list_is_refused(key):
+    with pytest.raises(BadRow, match=f"{key} must be a list; found array"):
+        parse_teacher_row(TEACHER | {key: np.array(3)}, "kd", REF)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
