@@ -91,10 +91,11 @@ class BlockReader:
         same: SameLayout | None = None,
     ):
         self._source, self._index, self._tokenizer, self._config = source, index, tokenizer, config
-        self._lane, self._lanes, self._same = lane, config.stream.lanes, same or SameLayout()
+        self._lane, self._lanes = lane, config.stream.lanes
+        same = same or SameLayout()
         kind, report = source.parser.kind, SourceReport(source.name, left_out_by=source.parser.left_out)
-        self._policy = RowPolicy(report, config, kind, least_rows=_LEAST_ROWS, rejected=rejected)
-        self._uncounted = RowPolicy(SourceReport(source.name), config, kind)
+        self._policy = RowPolicy(report, config, kind, same, least_rows=_LEAST_ROWS, rejected=rejected)
+        self._uncounted = RowPolicy(SourceReport(source.name), config, kind, same)
         self.seek({"epoch": 0, "block": 0, "row": 0, "rows": 0, "bad": 0})
 
     @property
@@ -139,7 +140,8 @@ class BlockReader:
     def _keep(self, documents: list[Document] | BadRow | None, first_epoch: bool) -> list[Document]:
         """As the policy says; counted in the first epoch, after which the rows are known."""
         if not first_epoch:
-            return [] if isinstance(documents, BadRow | None) else self._uncounted.keep(documents)
+            kept = [] if documents is None else self._uncounted.fit(documents)
+            return [] if isinstance(kept, BadRow) else kept
         self.report.rows += 1
         self.report.left_out += documents is None
         return [] if documents is None else self._policy.keep(documents)
@@ -190,5 +192,5 @@ class BlockReader:
 
     def _render(self, rows: list[Any]) -> Iterator[list[Document] | BadRow | None]:
         examples = [row for row in rows if not isinstance(row, BadRow | None)]
-        rendered = render_rows(self._source.parser.kind, examples, self._tokenizer, self._config, self._same)
+        rendered = render_rows(self._source.parser.kind, examples, self._tokenizer, self._config)
         return (row if isinstance(row, BadRow | None) else next(rendered) for row in rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 from postrain.config import DataConfig, SourceConfig
 from postrain.data import id_rows, preference, prompts
-from postrain.data.documents import Document, Rendered, SameLayout, cut_end
+from postrain.data.documents import Document, Rendered, cut_end
 from postrain.data.rendering import render_many
 from postrain.data.schema import SFT_FORMS, BadRow, RowRef, check_object, find_form, name_keys, parse_row
 from postrain.data.tokenizer import Tokenizer
@@ -201,17 +201,11 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
 
 
 def render_rows(
-    kind: Kind, examples: Iterable[Any], tokenizer: Tokenizer | None, config: DataConfig, same: SameLayout
+    kind: Kind, examples: Iterable[Any], tokenizer: Tokenizer | None, config: DataConfig
 ) -> Iterator[list[Document] | BadRow]:
-    """The documents of each example, or why there are none; all with the arrays that ``same`` asks for."""
+    """The documents of each example, or why there are none."""
     options = {"template_date": config.template_date, "default_system": config.default_system}
-    for documents in kind.render(examples, tokenizer, **options):
-        try:
-            for document in () if isinstance(documents, BadRow) else documents:
-                same.check(document)
-        except BadRow as e:
-            documents = e
-        yield documents
+    return kind.render(examples, tokenizer, **options)
 
 
 def needs_tokenizer(sources: Sequence[SourceConfig]) -> bool:

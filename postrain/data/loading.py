@@ -82,11 +82,11 @@ def load_examples(
     examples: list[Document] = []
     opened = [open_source(source) for source in sources]
     found = find_kind([(source.name, source.parser) for source in opened], config, kind) if opened else SFT
-    loaders = [_SourceLoader(source, tokenizer, config) for source in opened]
     same = SameLayout()
+    loaders = [_SourceLoader(source, tokenizer, config, same) for source in opened]
     try:
         for loader in loaders:
-            examples += loader.load(same)
+            examples += loader.load()
     finally:  # also when the run stops: the reasons are what its user needs then
         if rejected_path is not None:
             _write_rejected(pathlib.Path(rejected_path), loaders)
@@ -109,14 +109,14 @@ class _SourceLoader:
       files: the files that rows came from, in order (as a dict without values).
     """
 
-    def __init__(self, source: Source, tokenizer: Tokenizer | None, config: DataConfig):
+    def __init__(self, source: Source, tokenizer: Tokenizer | None, config: DataConfig, same: SameLayout):
         self.source, self.tokenizer, self.config = source, tokenizer, config
         report = SourceReport(source.name, rows=len(source), left_out_by=source.parser.left_out)
-        self.policy = RowPolicy(report, config, source.parser.kind)
+        self.policy = RowPolicy(report, config, source.parser.kind, same)
         self.files: dict[str, None] = {}
 
-    def load(self, same: SameLayout) -> list[Document]:
-        rendered = render_rows(self.source.parser.kind, self._read(), self.tokenizer, self.config, same)
+    def load(self) -> list[Document]:
+        rendered = render_rows(self.source.parser.kind, self._read(), self.tokenizer, self.config)
         return [kept for documents in rendered for kept in self.policy.keep(documents)]
 
     def _read(self) -> Iterator[Any]:

@@ -4,8 +4,8 @@ import json
 import pathlib
 
 from postrain.config import DataConfig
-from postrain.data.documents import Document
-from postrain.data.kinds import SFT, Kind
+from postrain.data.documents import Document, SameLayout
+from postrain.data.kinds import Kind
 from postrain.data.report import SourceReport, count
 from postrain.data.schema import BadRow
 from postrain.errors import UserError
@@ -24,29 +24,44 @@ class RowPolicy:
         self,
         report: SourceReport,
         config: DataConfig,
-        kind: Kind = SFT,
+        kind: Kind,
+        same: SameLayout,
         *,
         least_rows: int = 0,
         rejected: "RejectedLog | None" = None,
     ):
-        """``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
+        """``same``: the arrays that all documents have that are kept.
+
+        ``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
 
         ``rejected``: bad rows are written there as they are met, and not kept.
         """
         self.report, self.config, self.kind, self.rejected = report, config, kind, []
-        self._least_rows, self._log = least_rows, rejected
+        self._same, self._least_rows, self._log = same, least_rows, rejected
 
     def keep(self, documents: list[Document] | BadRow) -> list[Document]:
         """What is trained of a row as ``render_rows`` gives it, counted. Raises UserError as the config says."""
-        if isinstance(documents, BadRow):
-            self.reject(documents)
+        kept, report = self.fit(documents), self.report
+        if isinstance(kept, BadRow):
+            self.reject(kept)
             return []
-        report = self.report
         report.split += len(documents) > 1
-        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
+        report.truncated += sum(sequence.truncated for document in kept for sequence in document.sequences)
         report.documents += len(kept)
         report.tokens += sum(d.num_tokens for d in kept)
         report.trained += sum(d.num_trained for d in kept)
+        return kept
+
+    def fit(self, documents: list[Document] | BadRow) -> list[Document] | BadRow:
+        """What is left of a row for its length, all with the arrays of the first document that was kept."""
+        if isinstance(documents, BadRow):
+            return documents
+        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
+        try:
+            for document in kept:
+                self._same.check(document)
+        except BadRow as e:
+            return e
         return kept
 
     def reject(self, bad: BadRow) -> None:
@@ -86,7 +101,6 @@ class RowPolicy:
         if self.kind.is_trained and not document.num_trained:
             report.untrained += 1
             return None
-        report.truncated += slots > limit
         return document
 
 

@@ -97,7 +97,8 @@ def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> LaneIterat
     reports = example_set.report.sources
     ends = np.cumsum([report.documents for report in reports]).tolist()
     parts = [range(end - report.documents, end) for end, report in zip(ends, reports, strict=True)]
-    sizes = [report.tokens if config.mixture.by == "tokens" else report.rows for report in reports]
+    rows = [len({example_set.examples[i].ref for i in part}) for part in parts]  # that something was kept of
+    sizes = [report.tokens for report in reports] if config.mixture.by == "tokens" else rows
     make_readers = lambda lane: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
     names, layout = [report.name for report in reports], example_set.layout
     return LaneIterator(names, sizes, make_readers, config, layout=layout, lanes=1, **mine)

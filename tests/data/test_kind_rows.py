@@ -298,6 +298,26 @@ def test_all_rows_have_as_many_ids_of_a_teacher(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_is_left_out_does_not_tell_how_many(tmp_path, streaming):
+    long = {"tokens": [1] * 9, "top_ids": [[2]] * 9, "top_logprobs": [[-1.0]] * 9}
+    path = write_jsonl(tmp_path / "rows.jsonl", [long, TEACHER])
+    config = make_config(path, kind="kd", streaming=streaming, sequence_length=4, batch_size=1, packing="none")
+    batches = open_train_rows(None, config).batches
+    found = [next(batches)["tokens"].tolist() for _ in range(2)]
+    batches.close()
+    assert found == [[[5, 6, 0, 0]]] * 2
+
+
+def test_a_row_with_other_arrays_is_a_bad_one_in_every_epoch(tmp_path):
+    other = {"tokens": [1, 2], "top_ids": [[0], [2]], "top_logprobs": [[0], [-1]]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [TEACHER, other])
+    changes = {"on_bad_row": "skip", "max_bad_fraction": 0.5, "sequence_length": 2, "batch_size": 1}
+    batches = open_train_rows(None, make_config(path, kind="kd", streaming=True, **changes)).batches
+    assert [next(batches)["tokens"].tolist() for _ in range(9)] == [[[5, 6]]] * 9
+    batches.close()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("row", [TEACHER, {"items": [3, 9]}])
 def test_ids_are_held_to_the_models_vocabulary(tmp_path, row, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", [row])

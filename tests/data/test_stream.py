@@ -189,6 +189,19 @@ def test_temperature_flattens_the_sizes(folder, tokenizer):
     assert shares(1.0) < 0.2 < shares(3.0) < shares(1e9) < 0.52
 
 
+@pytest.mark.parametrize("bad", ['{"messages": [', chat("a 0 long?", "word " * 99), chat("a 0 b?", "a", train=False)])
+def test_shares_by_rows_are_of_those_that_are_kept(tmp_path, tokenizer, bad):
+    write_jsonl(tmp_path / "a-0.jsonl", [chat(f"a 0 {i}?", "word") for i in range(8)] + [bad] * 24)
+    write_jsonl(tmp_path / "b-0.jsonl", [chat(f"b 0 {i}?", "word") for i in range(8)])
+    changes = {"streaming": False, "on_bad_row": "skip", "max_bad_fraction": 1.0, "packing": "none", "shuffle": False}
+    config = dataclasses.replace(make_config(tmp_path, mixture=MixtureSection(by="rows")), **changes)
+    config = dataclasses.replace(config, train=tuple(dataclasses.replace(s, max_epochs=9) for s in config.train))
+    stream = open_stream(tokenizer, config)
+    counts = collections.Counter(document[0] for document in documents_of(take(stream, 4), tokenizer))
+    close(stream)
+    assert abs(counts["a"] - counts["b"]) <= 1
+
+
 def test_bad_rows_are_refused_or_left_out_and_named(tmp_path, tokenizer):
     rows = [chat(f"a 0 {i}?", f"a0.{i}") for i in range(50)]
     rows[20] = '{"messages": ['
