@@ -86,7 +86,7 @@ def hash_documents(examples: Iterable[Document]) -> str:
                     name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
                 )
             if sequence.metadata is not None:
-                digest.update(json.dumps(sequence.metadata, sort_keys=True, default=str).encode())
+                digest.update(json.dumps(sequence.metadata, sort_keys=True).encode())
     return digest.hexdigest()
 
 

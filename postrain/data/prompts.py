@@ -55,7 +55,26 @@ def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
         if prompt[-1]["role"] == "assistant":
             raise BadRow(ref, "the prompt must not end with an assistant message: that is what is to be generated")
     metadata = {key: value for key, value in raw.items() if key not in _READ_KEYS}
+    _check_json(metadata, "", ref)
     return Prompt(prompt, tools, metadata, ref)
+
+
+def _check_json(value: Any, where: str, ref: RowRef) -> None:
+    """Raises BadRow for what JSON has not: it travels, and is part of the data's fingerprint, by its JSON."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            name = f"{where}.{key}" if where else f"{key}"
+            if not isinstance(key, str):
+                raise BadRow(ref, f"key {name} of the metadata must be a string; found {type(key).__name__}")
+            _check_json(inside, name, ref)
+    elif isinstance(value, list | tuple):
+        for i, inside in enumerate(value):
+            _check_json(inside, f"{where}[{i}]", ref)
+    elif not isinstance(value, str | int | float | None):
+        raise BadRow(
+            ref,
+            f"{where!r} is metadata, which must be JSON (text, numbers, lists, objects); found {type(value).__name__}",
+        )
 
 
 def render_prompts(

@@ -41,7 +41,7 @@ def make_teacher_row(i, rng):
     length = int(rng.integers(2, 60))
     logprobs = -1.2 - rng.random((length, K))
     mask = (np.arange(length) >= length // 2).astype(int)
-    ids = rng.integers(0, 600, (length, K))
+    ids = np.sort(rng.integers(0, 600 - K, (length, K))) + np.arange(K)  # K different ones
     tokens = rng.integers(0, 600, length)
     return {
         "id": i,

@@ -1,6 +1,7 @@
 """A row of each kind -> what is trained of it, and what is refused, by file, line and reason."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from postrain.data.loading import load_examples
 from postrain.data.packing import assemble_row
 from postrain.data.pipeline import make_train_iterator
 from postrain.data.preference import parse_preference
+from postrain.data.prompts import parse_prompt
 from postrain.data.rendering import render_prompt
 from postrain.data.schema import BadRow, RowRef
 from postrain.data.tokenizer import load_tokenizer
@@ -172,6 +174,21 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
 
 
 # Prompts
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({3, 4}, "'x' is metadata, which must be JSON (text, numbers, lists, objects); found set"),
+        ([{"y": np.arange(3)}], "'x[0].y' is metadata, which must be JSON"),
+        ({"y": 1, 2: 3}, "key x.2 of the metadata must be a string; found int"),
+    ],
+)
+def test_metadata_that_is_no_json_is_refused(value, reason):
+    with pytest.raises(BadRow, match=re.escape(reason)):
+        parse_prompt({"prompt": "p", "x": value}, "prompts", REF)
+    given = {"x": [{"y": None, "z": (1, 2.5, True)}]}
+    assert parse_prompt({"prompt": "p"} | given, "prompts", REF).metadata == given
 
 
 def test_a_prompt_is_what_serving_feeds(tmp_path, tokenizer):
