@@ -19,7 +19,7 @@ from postrain.data.policy import RejectedLog, RowPolicy
 from postrain.data.rendering import BATCH
 from postrain.data.report import SourceReport
 from postrain.data.schema import BadRow, RowRef
-from postrain.data.storage import StorageOptions, StoredFile, list_files
+from postrain.data.storage import StorageOptions, StoredFile, list_files, source_name
 from postrain.data.tokenizer import Tokenizer
 from postrain.errors import UserError
 
@@ -58,7 +58,7 @@ def open_block_source(source: SourceConfig, config: DataConfig) -> BlockSource:
     blocks = list_blocks(files, max(min(stream.block_mebibytes << 20, enough), 1 << 16), options)
     if not blocks:
         raise UserError(f"{source.path} has no rows: its {len(files)} files are empty")
-    name = source.name or files[0].url.rstrip("/").rpartition("/")[2].partition(".")[0]
+    name = source.name or source_name(source.path)
     parser = RowParser(source)
     parser.decide(row for block in blocks for row in _raw_rows(block, name, options))
     if not parser.form:

@@ -26,7 +26,7 @@ from postrain.data.blocks import list_blocks, read_block
 from postrain.data.decoding import decode_line, one_line, without_nulls
 from postrain.data.kinds import RowParser
 from postrain.data.schema import BadRow, RowRef
-from postrain.data.storage import FORMATS, StoredFile, list_files
+from postrain.data.storage import FORMATS, StoredFile, list_files, source_name
 from postrain.errors import UserError
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
@@ -92,7 +92,7 @@ def open_source(config: SourceConfig) -> Source:
         files = [file for path in _paths(config.path) for file in _open(path)]
     if not sum(len(f) for f in files):
         raise UserError(f"{config.path} has no rows")
-    return Source(config.name or pathlib.Path(config.path).stem, parser, [f for f in files if len(f)])
+    return Source(config.name or source_name(config.path), parser, [f for f in files if len(f)])
 
 
 def _paths(path: str) -> list[pathlib.Path]:

@@ -82,6 +82,13 @@ def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -
     return files
 
 
+def source_name(path: str) -> str:
+    """What a source of the files at ``path`` is called where the config does not say: its last part, less a suffix."""
+    last = path.rstrip("/").rpartition("/")[2]
+    suffix = max((s for s in FORMATS if last.endswith(s)), key=len, default="")
+    return last.removesuffix(suffix) if suffix else pathlib.PurePath(last).stem
+
+
 def open_file(
     file: StoredFile, options: StorageOptions = DEFAULTS, start: int = 0, stop: int | None = None
 ) -> io.BufferedReader:

@@ -134,9 +134,14 @@ def _unknown(units: list[str], found: list[bytes | None]) -> list[str]:
     return [] if all(found) else [unit for unit, known in zip(units, found, strict=True) if not known]
 
 
-@functools.lru_cache(maxsize=8)
 def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
     """None where the tokenizer is not known to end its words at the ends of units."""
+    added = fast.get_added_tokens_decoder()  # tokens may be added to one that was used before
+    return _make_words(fast, repr(added))
+
+
+@functools.lru_cache(maxsize=8)
+def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
     added = fast.get_added_tokens_decoder()
     model, normalizer, before = fast.model, _describe(fast.normalizer), _describe(fast.pre_tokenizer)
     if not isinstance(model, tokenizers.models.BPE) or model.dropout or fast.truncation or fast.padding:
@@ -147,6 +152,8 @@ def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
     if not (all(map(_keeps_units, steps)) and any(map(_cuts_words, steps))):
         return None
     takes_more = any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added.values())
+    if normalizer and any(t.normalized for t in added.values()):  # they are searched in the normalized text
+        return None
     if takes_more or len({t.normalized for t in added.values()}) > 1:  # of two sorts one is searched before the other
         return None
     return Words(fast, {token.content: i for i, token in added.items()})

@@ -1,5 +1,6 @@
 """Files -> rows, by index, with the file and line of each."""
 
+import gzip
 import json
 
 import datasets
@@ -7,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from postrain.config import SourceConfig
+from postrain.config import DataConfig, SourceConfig
+from postrain.data.block_reader import open_block_source
 from postrain.data.schema import BadRow, PromptCompletion, TextRow
 from postrain.data.sources import BLOCK, open_source
 from postrain.errors import UserError
@@ -197,3 +199,20 @@ def test_a_truncated_parquet_file(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
         open_path(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("rows.jsonl", "rows"),
+        ("rows.jsonl.gz", "rows"),
+        ("v1.5.jsonl.gz", "v1.5"),
+        ("part-*.jsonl.gz", "part-*"),
+    ],
+)
+def test_a_source_has_one_name_in_memory_and_in_a_stream(tmp_path, path, name):
+    write = gzip.open if path.endswith("gz") else open
+    with write(tmp_path / path.replace("*", "0"), "wt") as file:
+        file.write('{"text": "a"}\n')
+    config = SourceConfig(path=str(tmp_path / path))
+    assert open_source(config).name == open_block_source(config, DataConfig()).name == name

@@ -127,6 +127,17 @@ def test_a_tokenizer_with_another_way_to_cut_is_left_to_the_library(load):
         {"added_tokens": [token | {"lstrip": True}]},
         {"added_tokens": [token | {"content": "a b"}]},
         {"added_tokens": [token, token | {"id": token["id"] + 1, "content": "<n>", "normalized": True}]},
+        {"added_tokens": [token | {"normalized": True}], "normalizer": {"type": "NFC"}},
         {"model": spec["model"] | {"dropout": 0.1}},
     ):
         assert words._find_words(changed(spec, **change)) is None, change
+
+
+def test_tokens_added_after_its_first_use_are_found(load):
+    fast = changed(json.loads(load("gpt2").to_str()))
+    text = "so <new> it <new>went"
+    before = encode_texts(fast, [text])[0].ids.tolist()
+    for token in ("<new>", tokenizers.AddedToken("<new>", lstrip=True)):
+        fast.add_special_tokens([token])
+        found = encode_texts(fast, [text])[0].ids.tolist()
+        assert found == fast.encode(text).ids and found != before
