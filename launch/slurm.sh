@@ -24,7 +24,11 @@ wait $!
 code=$?
 
 # 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
-if [[ "$code" =~ ^(124|143)$ && "$told" = 0 && "${SLURM_RESTART_COUNT:-0}" -lt 100 ]]; then
+if [[ "$code" =~ ^(124|143)$ && "$told" = 0 ]]; then
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
+        echo "stopped with code $code after 100 restarts: submit the job again to go on" >&2
+        exit "$code"
+    fi
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

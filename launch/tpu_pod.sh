@@ -12,6 +12,7 @@ for start in {0..100}; do
     [[ "$code" =~ ^(124|143)$ ]] || exit "$code"
     sleep 10
 done
+echo "stopped with code $code after 100 restarts: launch again to go on" >&2
 exit "$code"
 END
 )

@@ -55,7 +55,7 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
         more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         ways = ["change it back", "use another workdir"]
         if len(changes) == len(data):  # other weights or another optimizer are another run
-            ways.append(f"go on with the changed data by data.accept_change={change}")
+            ways.append(f"go on with the changed data by --config.data.accept_change={change}")
         raise UserError(
             f"{place}: the run cannot go on from here, since what it stands on has changed: "
             f"{'; '.join(changes[:_SHOWN])}{more}: {', or '.join(ways)}"

@@ -98,6 +98,7 @@ class Run:
         self._owed: dict | None = {} if config.eval.before else None  # the step's line, without its evaluation
         self._unchecked: list[_Unchecked] = []
         self._stopping, self._line = False, {}  # the line: of the last step that was taken
+        self._newest = 0  # step of the newest checkpoint, as all processes know it
 
     def __enter__(self) -> "Run":
         with contextlib.ExitStack() as stack:
@@ -130,10 +131,11 @@ class Run:
 
         Raises UserError as ``Checkpointer.restore`` does; until then nothing is written.
         """
-        restored = self._read_newest()
+        restored = self._read_newest(fingerprint=self._fingerprints.data, accept_change=self._config.data.accept_change)
         if restored is None:
             return None
         self.step, self._owed = restored.step, restored.owed
+        self._newest = restored.step
         self._guard.rollbacks = restored.rollbacks
         before, after = restored.fingerprint, self._fingerprints.data
         if changed := compare_fingerprints(before, after):
@@ -152,11 +154,8 @@ class Run:
         return restored.state.replace(frozen=frozen)
 
     def _read_newest(self, **options) -> Restored | None:
-        prints = {"fingerprint": self._fingerprints.data, "base_fingerprint": self._fingerprints.base}
         with self._watch.phase("checkpoint"):
-            return self._checkpointer.restore(
-                self._abstract_state, accept_change=self._config.data.accept_change, **prints, **options
-            )
+            return self._checkpointer.restore(self._abstract_state, base_fingerprint=self._fingerprints.base, **options)
 
     def begin(self, state: TrainState) -> None:
         """Writes what is due before the next step: the evaluation of a new run, or one that a signal had stopped."""
@@ -201,17 +200,15 @@ class Run:
     def _stop_before_next(self, state: TrainState, position: dict) -> None:
         """SystemExit, once ``state`` is saved; where it is bad, the newest checkpoint is what to go on from anyway."""
         undone = [self._must_undo(taken) for taken in self._unchecked]
-        newest = self._checkpointer.latest_step() or 0
-        if self.step == newest or any(undone):
-            self.step = newest
-        else:
+        if not any(undone):
             self._save(state, self._line, None, position)
         self._raise_stopped()
 
     def _raise_stopped(self) -> None:
         with self._watch.phase("checkpoint"):
             self._checkpointer.wait()
-        self._progress.print(f"stopped at step {self.step} of {self.total_steps}; the same command goes on from there")
+        where = f"step {self._newest} of {self.total_steps}"
+        self._progress.print(f"stopped at {where}; the same command goes on from there")
         raise SystemExit(128 + self._stop.number)
 
     def _must_undo(self, taken: _Unchecked) -> bool:
@@ -245,9 +242,12 @@ class Run:
         Not of one that a signal made: a run that was stopped goes back to where one that was not goes back to.
         """
         self._unchecked, self._line = [], {}
-        restored = self._read_newest(due_only=True)
+        # The data's position is that of the undone step: of which data the checkpoint was does not matter.
+        restored = self._read_newest(fingerprint=None, due_only=True)
         if not restored:
-            raise UserError(f"step {self._undone.step}: no checkpoint yet to go back to: lower checkpoint.every")
+            raise UserError(
+                f"step {self._undone.step}: no checkpoint that was due to go back to: lower checkpoint.every"
+            )
         self.step = restored.step
         self._batches.set_state(self._undone.position)
         self._writer.close()
@@ -317,7 +317,14 @@ class Run:
                 return None
 
     def _save(self, state: TrainState, line: dict, owed: dict | None, position: dict) -> None:
-        """``position``: of the data of this process."""
+        """``position``: of the data of this process.
+
+        After going back there may be a newer checkpoint, made for a signal: from it the run comes to the same bad step
+        again, and on as this one does, so it stays the newest until training is past it.
+        """
+        if self.step <= self._newest:
+            return
+        self._newest = self.step
         position = join_positions(gather(position))
         with self._watch.phase("checkpoint"):
             self._checkpointer.save(

@@ -30,10 +30,12 @@ def carry_over_lanes(
     is cut into other parts, begins anew as a whole.
     """
     first_row = count_updates(position, before) * (after["data"]["batch_size"] // count)
-    kept = _find_kept(before, after, streams="stream.lanes" in after["data"])
+    streams = "stream.lanes" in after["data"]
+    kept = _find_kept(before, after, streams=streams)
     saved = position.get("lanes", {})
     names = [source["name"] for source in before["sources"]]
-    same_lanes, same_documents = len(saved) == count, _same_documents(before, after)
+    same_lanes, same_carry = len(saved) == count, _same_documents(before, after)
+    same_carry &= streams or before.get("documents") == after.get("documents")
     moved = {}
     for lane in lanes:
         state = saved.get(str(lane)) if same_lanes else None
@@ -41,14 +43,17 @@ def carry_over_lanes(
         totals = [[0, 0] for _ in kept]
         for i, source in enumerate(after["sources"]):
             if state and source["name"] in names:
-                totals[i] = list(state["totals"][names.index(source["name"])])
+                same_place = source["name"] in names[i : i + 1]
+                totals[i] = list(state["totals"][i if same_place else names.index(source["name"])])
+        carried = state["carry"] if state and same_carry else []
+        carry = [item for item in carried if item[0] < len(keeps) and keeps[item[0]]]
         moved[str(lane)] = {
             "window": state["window"] if state else 0,
             "first_row": first_row,
             "positions": [state["positions"][i] if keep else None for i, keep in enumerate(keeps)],
             "drawn": [0.0] * len(kept),
             "phase": -1,  # whichever it is: what is drawn counts from here
-            "carry": [item for item in state["carry"] if keeps[item[0]]] if state and same_documents else [],
+            "carry": carry,
             "given": 0,
             "totals": totals,
         }
@@ -58,7 +63,9 @@ def carry_over_lanes(
 def _find_kept(before: Mapping[str, Any], after: Mapping[str, Any], *, streams: bool) -> list[bool]:
     """For each source of ``after`` whether a place in it is what it was in ``before``."""
     same = all(before["data"].get(key) == after["data"].get(key) for key in _PLACE_KEYS)
-    same &= streams or _same_documents(before, after)  # places in memory count documents, not rows of files
+    if not streams:  # places count documents, not rows of files
+        same &= _same_documents(before, after)
+        same &= before["sources"] != after["sources"] or before.get("documents") == after.get("documents")
     old = [*before["sources"], *[None] * len(after["sources"])]
     return [same and source == was for source, was in zip(after["sources"], old, strict=False)]
 

@@ -24,7 +24,7 @@ from postrain.data.plan import permutation
 from postrain.errors import UserError
 
 # Part of the data fingerprint: to be counted up whenever the same data would come in another order.
-LANE_VERSION = 1
+LANE_VERSION = 2
 
 
 class Reader(Protocol):

@@ -10,6 +10,7 @@ documents for each lane.
 """
 
 import collections
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class LaneIterator:
         if rows % lanes or rows % process_count:
             raise UserError(
                 f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.lanes' = {lanes} and of the "
-                f"number of processes, {process_count}"
+                f"number of processes, {process_count}: lanes={math.gcd(rows, lanes)} fits"
             )
         self._names, self._lanes, each = list(names), lanes, rows // lanes
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)

@@ -112,7 +112,7 @@ class _MemoryReader:
         self.seek([0, 0])
 
     def seek(self, position: list[int]) -> None:
-        self.position = list(position)  # epoch, documents of it
+        self.position = [position[0], min(position[1], len(self._part))]  # epoch, documents of it
         seed = self._config.seed, self.position[0], self._index, 3
         self._order = permutation(len(self._part), seed) if self._config.shuffle else range(len(self._part))
 
@@ -125,11 +125,11 @@ class _MemoryReader:
             self.seek([epoch + 1, 0])
             given = 0
         self.position = [self.position[0], given + 1]
-        document = self._part[int(self._order[given])]
-        return document, [self._examples[document]]
+        key = int(self._order[given])
+        return key, [self._examples[self._part[key]]]
 
     def fetch(self, keys: Sequence[int]) -> list[list[Document]]:
-        return [[self._examples[key]] for key in keys]
+        return [[self._examples[self._part[key]]] for key in keys]
 
 
 def _open_stream(

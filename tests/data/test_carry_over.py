@@ -115,6 +115,41 @@ def test_a_new_source_begins_and_the_others_go_on(folder, tokenizer):
     new.batches.close()
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("rows", [200, 40, 0])
+def test_a_source_that_changes_or_goes_leaves_the_others_as_they_were(folder, tokenizer, tmp_path, streaming, rows):
+    """The first one, so that the others' rows stand elsewhere in memory; of 0 rows it is left out."""
+    weights = {"a": 1.0, "b": 1.0, "c": 1.0}
+
+    def make(place, names):
+        config = make_config(place, names, streaming=streaming, mixture=MixtureSection(by="rows"))
+        sources = [dataclasses.replace(source, weight=weights[source.name]) for source in config.train]
+        return dataclasses.replace(config, train=tuple(sources))
+
+    for name in "bc":
+        (tmp_path / f"{name}.jsonl").write_bytes((folder / f"{name}.jsonl").read_bytes())
+    write_jsonl(tmp_path / "a.jsonl", [chat(f"a new{i}?", "word") for i in range(rows)])
+    old = Pipeline(tokenizer, make(folder, "abc"))
+    new = Pipeline(tokenizer, make(tmp_path, "abc" if rows else "bc"))
+    before = old.take(4)
+    new.carry_over(old)
+    after = new.take(4)
+    assert {name for name, _ in after} == set("abc" if rows else "bc")
+    assert all(row.startswith("new") for name, row in after if name == "a")
+    kept = [row for row in after if row[0] in "bc"] if rows else []  # without it the places in the list are others
+    assert len(set(kept) & set(before)) <= 20 and len(set(kept)) == len(kept)
+    new.batches.close()
+
+
+def test_the_code_of_a_change_of_the_rendering_is_of_that_change(folder, tokenizer):
+    pipeline = Pipeline(tokenizer, make_config(folder))
+    pipeline.batches.close()
+    others = [pipeline.fingerprint | {"documents": digest} for digest in ("1", "2")]
+    assert len({digest_change(pipeline.fingerprint, other) for other in others}) == 2
+    changed = pipeline.fingerprint | {"chat_template": "other"}  # here the documents are not known at the start
+    assert digest_change(pipeline.fingerprint, changed) == digest_change(others[0], changed)
+
+
 def test_from_memory_to_a_stream_the_updates_are_counted_on(folder, tokenizer):
     """The place is of another kind, so the data begins anew; phases come at the updates that they name."""
     old = Pipeline(tokenizer, make_config(folder))

@@ -81,7 +81,9 @@ def test_changed_data_are_accepted_by_the_code_that_the_refusal_names(inputs, wa
     refused = []
     for change in (changes[1], changes[0]):
         changed = values | {"data": values["data"] | change}
-        with pytest.raises(UserError, match=r"go on with the changed data by data\.accept_change=(\w+)$") as caught:
+        with pytest.raises(
+            UserError, match=r"go on with the changed data by --config\.data\.accept_change=(\w+)$"
+        ) as caught:
             postrain.train(changed, workdir)
         refused.append(str(caught.value).rpartition("=")[2])
     changed["data"]["accept_change"] = refused[0]
