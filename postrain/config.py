@@ -28,7 +28,7 @@ class SourceConfig:
     """One source of rows."""
 
     path: str = ""  # a .jsonl or .parquet file, a glob of them, a folder saved by `datasets`, s3://, ... (docs/data.md)
-    name: str = ""  # in reports; empty: the file's stem
+    name: str = ""  # in reports; empty: the last part of the path, less its suffix
     # Of kind sft the first row tells the form, or the kind does: "messages", "prompt_completion", "text".
     kind: str | RowFunction = "sft"  # "preference", "prompts", "kd", "events", or a function that gives rows of them
     weight: float = 0.0  # its share beside the other sources' weights; 0 for all of them: by size
