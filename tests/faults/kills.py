@@ -257,30 +257,9 @@ def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts
     from postrain.compute.distributed import join
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    keep_programs()
     own = counts.with_name(f"{counts.name}.{index}") if counts else None
     with join(find_cluster(f"127.0.0.1:{port}", processes, index), cli.explain):
         run(values, workdir, plan if plan and plan["process"] == index else None, own)
-
-
-def keep_programs() -> None:
-    """Has this process, too, write jax's cache of compiled programs.
-
-    Only process 0 does, and on CPUs the keys of the others are not the same: they would compile for most of each run.
-    """
-    import jax
-
-    state = jax.distributed.initialize.__globals__["global_state"]
-    compiler = sys.modules["jax._src.compiler"]
-    write, lock = compiler._cache_write, threading.Lock()
-
-    def write_too(*arguments):
-        with lock:
-            own, state.process_id = state.process_id, 0
-            write(*arguments)
-            state.process_id = own
-
-    compiler._cache_write = write_too
 
 
 def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
