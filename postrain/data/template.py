@@ -20,6 +20,7 @@ from postrain.errors import UserError
 # Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
+_TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates know otherwise
 _PROBE_TOOLS = [
     {
         "type": "function",
@@ -86,10 +87,10 @@ class ChatTemplate:
         """
         self.source = source
         self.origin = origin
-        self._special_tokens = special_tokens
         self._changing: dict[tuple, bool] = {}  # of changes_prompt
         try:
             self._template = _environment().from_string(source)
+            self._globals = {**self._template.globals, **special_tokens}
             tree = _environment().parse(source)
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"{origin}: the chat template is not valid Jinja: line {e.lineno}: {e.message}") from None
@@ -108,16 +109,16 @@ class ChatTemplate:
         """
         date = parse_date(template_date)
         messages = [self._for_template(m) for m in messages]
-        try:
-            return self._template.render(
-                messages=messages,
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=lambda format: date.strftime(format),
-                **self._special_tokens,
-                **variables,
-            )
+        variables |= {
+            "messages": messages,
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": lambda format: date.strftime(format),
+        }
+        try:  # what Template.render does, which would copy its globals, a ChainMap, each time
+            context = self._template.new_context({**self._globals, **variables}, shared=True)
+            return "".join(self._template.root_render_func(context))
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
             raise TemplateRefusal(re.sub(r"\s+", " ", str(e)) or type(e).__name__) from None
 
@@ -135,6 +136,8 @@ class ChatTemplate:
 
     def _for_template(self, message: dict) -> dict:
         """The message with the keys that templates know: not ours, and reasoning under its other name too."""
+        if not _TRANSLATED & message.keys():
+            return message
         out = {k: v for k, v in message.items() if k != "train"}
         if "reasoning_content" in out:
             out["thinking"] = out["reasoning_content"]

@@ -22,7 +22,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,13 +92,18 @@ class Words:
     def encode(self, texts: list[str]) -> list[Ids]:
         split = [self._split_added(text) for text in texts]  # text, added token, text, ..., text
         looked_up = [[self._look_up(piece) for piece in pieces[::2]] for pieces in split]
-        unknown = {unit for pieces in looked_up for units, found in pieces for unit in _unknown(units, found)}
+        unknown = {unit for pieces in looked_up for _, missing in pieces for unit in missing.values()}
         encoded = self._encode(list(unknown)) if unknown else {}
         return [self._join(*both, encoded) for both in zip(split, looked_up, strict=True)]
 
-    def _look_up(self, text: str) -> tuple[list[str], list[bytes | None]]:
+    def _look_up(self, text: str) -> tuple[list[bytes | None], dict[int, str]]:
+        """The ids of each unit, and the units that are not known, by their number.
+
+        The others are not kept: strings by the thousand, of many texts, would not fit into the processor's cache.
+        """
         units = _UNIT.findall(text)
-        return units, list(map(self._known.get, units))
+        found = list(map(self._known.get, units))
+        return found, {at: units[at] for at in _find_all(None, found)} if None in found else {}
 
     def _encode(self, units: list[str]) -> dict[str, bytes]:
         encodings = self._fast.encode_batch_fast(units, add_special_tokens=False)
@@ -121,17 +126,21 @@ class Words:
             if number % 2:
                 ids = self._added[text]
             else:
-                units, found = looked_up[number // 2]
-                if not all(found):
-                    found = [known or encoded[unit] for unit, known in zip(units, found, strict=True)]
+                found, missing = looked_up[number // 2]
+                for at, unit in missing.items():
+                    found[at] = encoded[unit]
                 ids = b"".join(found)
             pieces.append(ids)
             place += len(ids) // 4
         return Ids(np.frombuffer(b"".join(pieces), np.int32), starts, places)
 
 
-def _unknown(units: list[str], found: list[bytes | None]) -> list[str]:
-    return [] if all(found) else [unit for unit, known in zip(units, found, strict=True) if not known]
+def _find_all(value, values: list) -> Iterator[int]:
+    """The indices of a value; where it is rare, quicker than a look at each."""
+    at = -1
+    for _ in range(values.count(value)):
+        at = values.index(value, at + 1)
+        yield at
 
 
 def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
