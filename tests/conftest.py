@@ -1,5 +1,6 @@
 """What every test shares. Compiled programs are kept between runs: the second run is several times faster."""
 
+import importlib.metadata
 import os
 import pathlib
 import sys
@@ -13,8 +14,12 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-# On a clean checkout most of the time is LLVM's: a third less of it without its optimisation.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# On a clean checkout most of the time is the compiler's: a third of it without LLVM's optimisation and, where XLA has
+# them still, with its older emitters. An unknown flag would end the process.
+FAST = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FAST.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST]).strip()
 
 # Collected by the process that tests/test_multidevice.py starts, and by no other.
 collect_ignore = [] if os.environ.get("POSTRAIN_MULTIDEVICE") else ["multidevice"]

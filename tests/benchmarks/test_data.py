@@ -61,8 +61,8 @@ def test_a_step_is_timed_packed_and_padded(load_benchmark, monkeypatch, tmp_path
     monkeypatch.setattr(data, "STEPS", {"stress": (64, 2)})
     monkeypatch.setattr(data, "QUANTILES", 4)
     monkeypatch.setattr(data, "SCALE", 128)
-    figures = {side: data.time_steps(side, str(tmp_path), updates=1)["stress"] for side in ("packed", "padded")}
-    assert figures["packed"]["share"] > 0.9 > figures["padded"]["share"] > 0
+    figures = {side: data.time_steps(side, str(tmp_path), updates=1)["stress"] for side in data.SIDES["step"]}
+    assert figures["packed"]["share"] > 0.9 > figures["padded"]["share"] > 0 and figures["full"]["share"] == 1
     assert figures["packed"]["to_longest"] == figures["padded"]["to_longest"] > 1
     assert all(figure["slots_per_second"] > 0 for figure in figures.values())
 
@@ -89,9 +89,10 @@ def test_the_gain_of_packing_is_held_against_its_ceiling(load_benchmark):
         }
     ]
     for rate, met in ((900, True), (890, False)):
-        text, bars = data.summarize_step({"packed": side(rate, 1.0), "padded": side(1000, 0.25)})
+        sides = {"packed": side(rate, 1.0), "padded": side(1000, 0.25), "full": side(2 * rate, 1.0)}
+        text, bars = data.summarize_step(sides)
         assert [bar.met for bar in bars] == [met] * 3
-        assert f"| **{4 * rate / 1000:.2f}x** | 4.00x |" in text
+        assert f"| **{4 * rate / 1000:.2f}x** | 4.00x | {rate / 1000:.0%} | 50% |" in text
 
 
 @pytest.mark.parametrize(("rate", "met"), [(3000.0, True), (2990.0, False)])

@@ -7,7 +7,7 @@ import sys
 import pytest
 from sft_runs import make_values, read_lines, without_perf, write_config
 
-FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+FOUR = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
 
 
 def run(words, **environment):

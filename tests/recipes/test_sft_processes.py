@@ -16,13 +16,19 @@ from postrain.compute.launch import find_ports
 
 HERE = pathlib.Path(__file__).parent
 ROWS = {"batch_size": 8}
+STREAMED = {"streaming": True, "packing_window": 6, "stream": {"lanes": 4}}
 KEPT = {"every": 2, "keep": 3}
 
 
+def with_devices(count):
+    """The environment of these tests, with so many devices."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags}
+
+
 def run(*words, devices):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-m", "postrain.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=with_devices(devices), timeout=240)
 
 
 def one_of_one():
@@ -32,7 +38,6 @@ def one_of_one():
 
 def start_two(script, *words):
     """Two processes of two devices each, to the end: (exit code, stdout, stderr) of both. ``words`` of each."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     place = [f"--coordinator=127.0.0.1:{find_ports()}", "--num-processes=2"]
     command = [sys.executable, *script]
     processes = [
@@ -41,7 +46,7 @@ def start_two(script, *words):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=with_devices(2),
         )
         for process, own in enumerate(words)
     ]
@@ -49,11 +54,12 @@ def start_two(script, *words):
     return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def two(inputs, tmp_path_factory):
+@pytest.fixture(scope="module", params=["in memory", pytest.param("streamed", marks=pytest.mark.slow)])
+def two(request, inputs, tmp_path_factory):
     """(config, workdir, result) of a run in two processes of two devices."""
     folder = tmp_path_factory.mktemp("processes")
-    values = make_values(inputs, data=ROWS, checkpoint=KEPT, eval={"every": 0}, model={"lora": {"rank": 0}})
+    rows = ROWS | (STREAMED if request.param == "streamed" else {})
+    values = make_values(inputs, data=rows, checkpoint=KEPT, eval={"every": 0}, model={"lora": {"rank": 0}})
     config, workdir = write_config(folder / "c.py", values), folder / "run"
     result = run("launch", "--target=local:2", f"--config={config}", f"--workdir={workdir}", devices=2)
     assert result.returncode == 0, result.stdout + result.stderr
