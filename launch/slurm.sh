@@ -23,8 +23,9 @@ done
 wait $!
 code=$?
 
-# 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
-if [[ "$code" =~ ^(124|143)$ && "$told" = 0 ]]; then
+# 143: stopped by a signal, or a machine was lost; 124: hung; 134, 137, 139: crashed or killed (SIGABRT, SIGKILL, as
+# out of memory, SIGSEGV). The same command goes on from the checkpoint.
+if [[ "$code" =~ ^(124|134|137|139|143)$ && "$told" = 0 ]]; then
     if [ "${SLURM_RESTART_COUNT:-0}" -ge 100 ]; then
         echo "stopped with code $code after 100 restarts: submit the job again to go on" >&2
         exit "$code"

@@ -8,8 +8,9 @@ script=$(cat <<'END'
 for start in {0..100}; do
     @COMMAND@
     code=$?
-    # 143: stopped by a signal, or a machine was lost; 124: hung. The same command goes on from the checkpoint.
-    [[ "$code" =~ ^(124|143)$ ]] || exit "$code"
+    # 143: stopped by a signal, or a machine was lost; 124: hung; 134, 137, 139: crashed or killed (SIGABRT, SIGKILL,
+    # as out of memory, SIGSEGV). The same command goes on from the checkpoint.
+    [[ "$code" =~ ^(124|134|137|139|143)$ ]] || exit "$code"
     sleep 10
 done
 echo "stopped with code $code after 100 restarts: launch again to go on" >&2

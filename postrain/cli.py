@@ -22,8 +22,16 @@ DESCRIPTION = "Post-training of language models: a Hugging Face folder and your 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 1 (the machine failed), 2 (the user can put it right), 130 (^C)."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs one command.
+
+    Returns the exit code: 0, 1 (the machine failed), 2 (the user can put it right), 130 (^C), 143 (processes missing).
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+        if os.getpid() == 1:
+            from postrain.compute.signals import leave_pid_1
+
+            leave_pid_1()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:  # `postrain preview | head`

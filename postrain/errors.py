@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, with its exit code."""
 
 
 class UserError(Exception):
@@ -6,5 +6,7 @@ class UserError(Exception):
 
     The message is one line that says what was expected, what was found, where (``file:line`` of the
     data, the key of the config, the tensor of the file) and what to do. The command line prints it
-    without a traceback and exits with code 2.
+    without a traceback and exits with ``exit_code``.
     """
+
+    exit_code = 2

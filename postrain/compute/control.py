@@ -25,6 +25,12 @@ LOST_CODE = 128 + signal.SIGTERM  # the run can go on from its checkpoint: launc
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
 
 
+class NotMet(UserError):
+    """The processes have not all come in time: a machine may have been lost, so that starting again may help."""
+
+    exit_code = LOST_CODE
+
+
 class Failure(NamedTuple):
     """Why a run ends."""
 
@@ -187,7 +193,7 @@ class Channel:
     def __init__(
         self, address: tuple[str, int], process: int, num_processes: int, hub: Hub | None, on_failure: Callable
     ):
-        """Returns when all processes have come. Raises UserError naming those that did not, within five minutes."""
+        """Returns when all processes have come. Raises NotMet naming those that did not, within five minutes."""
         self.process, self.num_processes = process, num_processes
         self._on_failure, self._changed = on_failure, threading.Condition()
         self._failing = self._left = self._stopping = False
@@ -203,7 +209,7 @@ class Channel:
         with self._changed:
             if not self._changed.wait_for(lambda: self.hosts, deadline - time.monotonic()):
                 who = f"; missing: {', '.join(map(str, hub.missing()))}" if hub else ""
-                raise UserError(
+                raise NotMet(
                     f"several processes: not all {num_processes} came within {SECONDS_TO_MEET:.0f} seconds{who}: see "
                     "why they did not start"
                 )
@@ -290,7 +296,7 @@ def _connect(address: tuple[str, int], deadline: float) -> socket.socket:
             return connection
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
+                raise NotMet(
                     f"several processes: process 0 does not answer at {address[0]}:{address[1]} ({error.strerror}): "
                     "does it run, is the port open, does --coordinator name its machine?"
                 ) from error

@@ -106,7 +106,7 @@ class Processes:
         seconds = _SECONDS_TO_HEAR[UserError if isinstance(error, UserError) else Exception]
         threading.Event().wait(seconds)
         if isinstance(error, UserError):
-            message, code = str(error), 2
+            message, code = str(error), error.exit_code
         elif isinstance(error, KeyboardInterrupt):
             message, code = "interrupted", 130
         elif isinstance(error, SystemExit):

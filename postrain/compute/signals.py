@@ -1,6 +1,7 @@
 """SIGTERM and ^C as a request to stop at the next step, so that a run can save before it ends."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -63,3 +64,28 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave_pid_1() -> None:
+    """For the first process of a container, PID 1: the program goes on in a child, for which this one stays behind.
+
+    The kernel keeps from PID 1 every signal that has no handler: what ends any other process at once would be lost.
+    Python's own handlers are none for that: they wait until a compilation is over. This process passes SIGINT and
+    SIGTERM on, reaps what is orphaned, and ends with the child's exit code, 128 + n where signal n has ended it.
+    """
+    passed = set(EXIT_CODES)
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed | {signal.SIGCHLD})
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed | {signal.SIGCHLD})
+        return
+    while True:
+        found = signal.sigwaitinfo(passed | {signal.SIGCHLD})
+        if found.si_signo in passed:
+            if found.si_code <= 0:  # sent by a process: a terminal's ^C reaches the child by itself
+                os.kill(child, found.si_signo)
+            continue
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == child:
+                code = os.waitstatus_to_exitcode(ended[1])
+                os._exit(code if code >= 0 else 128 - code)

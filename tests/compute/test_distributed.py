@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from postrain.compute import cluster
+from postrain import cli
+from postrain.compute import cluster, control
 from postrain.compute.cluster import Cluster, find_cluster, first_host
 from postrain.compute.control import Hub
 from postrain.compute.launch import find_ports
@@ -108,6 +109,18 @@ def test_processes_that_count_differently_are_told():
         error = process.communicate(timeout=30)[1]
         assert process.returncode == 2
         assert "process 1" in error and "says that it is one of 3 processes, process 0 that there are 2" in error
+
+
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [(0, "not all 2 came within 0 seconds; missing: 1"), (1, "process 0 does not answer at 127.0.0.1:")],
+)
+def test_where_some_do_not_come_the_run_may_be_started_again(monkeypatch, capsys, process, message):
+    """A machine was lost while the pods started: no user's error, after which Kubernetes would give the run up."""
+    monkeypatch.setattr(control, "SECONDS_TO_MEET", 0.4)
+    place = [f"--coordinator=127.0.0.1:{find_ports()}", "--num-processes=2", f"--process-id={process}"]
+    assert cli.main(["train", "--config=c.py", "--workdir=run", *place]) == 143
+    assert message in capsys.readouterr().err
 
 
 def test_one_that_comes_late_hears_of_an_earlier_failure():

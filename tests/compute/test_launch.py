@@ -14,6 +14,7 @@ from postrain.compute import launch
 from postrain.compute.cluster import find_cluster
 from postrain.compute.launch import Job, fill
 
+AGAIN = [124, 134, 137, 139, 143]  # a hang, SIGABRT, SIGKILL, SIGSEGV, SIGTERM or another process was lost
 WORDS = ["train", "--config=c.py", "--workdir=/mnt/runs/My run", "--config.data.default_system=it's $(x) @HOSTS@"]
 
 
@@ -39,7 +40,7 @@ def test_slurm_gets_a_script(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "cancelled", "requeued"),
-    [(0, False, False), (2, False, False), (143, False, True), (124, False, True), (143, True, False)],
+    [(code, False, False) for code in (0, 1, 2, 130)] + [(code, False, True) for code in AGAIN] + [(143, True, False)],
 )
 def test_slurm_starts_again_what_can_go_on(tmp_path, code, cancelled, requeued):
     """The real script, with commands in place of SLURM's that write down what they get."""
@@ -66,7 +67,7 @@ def test_kubernetes_gets_a_job_set():
     [workers] = spec["replicatedJobs"]
     job = workers["template"]["spec"]
     assert (job["completions"], job["parallelism"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
-    # 143 uses up the job's attempts, which starts the whole set again; any other code ends it.
+    # What may go on uses up the job's attempts, which starts the whole set again; any other code ends it.
     rules = {rule["action"]: rule["onJobFailureReasons"] for rule in spec["failurePolicy"]["rules"]}
     assert rules == {"FailJobSet": ["PodFailurePolicy"], "RestartJobSet": ["BackoffLimitExceeded"]}
     lost, failed = job["podFailurePolicy"]["rules"]
@@ -74,7 +75,7 @@ def test_kubernetes_gets_a_job_set():
     assert (failed["action"], failed["onExitCodes"]["operator"], failed["onExitCodes"]["values"]) == (
         "FailJob",
         "NotIn",
-        [124, 143],
+        AGAIN,
     )
     pod = job["template"]["spec"]
     [container] = pod["containers"]
@@ -98,16 +99,17 @@ def test_a_tpu_pod_gets_the_command_on_every_machine(tmp_path):
         '#!/bin/bash\nprintf "%s\\n" "$@" > "$0.out"\nlast="${@: -1}"\nexec bash -c "${last#--command=}"\n'
     )
     (tmp_path / "python3").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@" >> "$0.out"\n[ "$(grep -c postrain "$0.out")" -lt 3 ] && exit 143\nexit 7\n'
+        '#!/bin/bash\nprintf "%s\\n" "$@" >> "$0.out"\n[ "$(grep -c postrain "$0.out")" -lt 6 ] || exit 2\n'
+        f'codes=({" ".join(map(str, AGAIN))})\nexit "${{codes[$(grep -c postrain "$0.out") - 1]}}"\n'
     )
     (tmp_path / "sleep").write_text("#!/bin/bash\n")
     for name in ("gcloud", "python3", "sleep"):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(command, input=text, text=True, env=environment, timeout=30).returncode == 7
+    assert subprocess.run(command, input=text, text=True, env=environment, timeout=30).returncode == 2
     given = (tmp_path / "gcloud.out").read_text().splitlines()
     assert given[:6] == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--worker=all"]
-    assert (tmp_path / "python3.out").read_text().splitlines() == ["-m", "postrain.cli", *WORDS] * 3
+    assert (tmp_path / "python3.out").read_text().splitlines() == ["-m", "postrain.cli", *WORDS] * 6
     # A run that is stopped each time, by a machine that is broken, is not started for ever.
     (tmp_path / "python3").write_text('#!/bin/bash\necho >> "$0.starts"\nexit 124\n')
     assert subprocess.run(command, input=text, text=True, env=environment, timeout=30).returncode == 124

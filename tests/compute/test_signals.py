@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -45,3 +47,46 @@ def test_in_another_thread_nothing_is_caught():
     thread.start()
     thread.join()
     assert found == [None]
+
+
+PID_1 = """
+import os, signal, sys
+from postrain import cli
+
+os.getpid = lambda: 1
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def work(args, overrides):
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    print("begun", os.getppid(), flush=True)
+    if sys.argv[-1] != "wait":
+        return int(sys.argv[-1])
+    while True:
+        os.read(os.pipe()[0], 1)  # as in a compilation, where no Python handler would run
+
+cli.run_import = work
+sys.argv = ["postrain", "import", "x.gguf", sys.argv[-1]]
+sys.exit(cli.main())
+"""
+
+
+def start_as_pid_1(word):
+    """The program as a container's first process would run it, and the parent that its work sees."""
+    process = subprocess.Popen([sys.executable, "-c", PID_1, word], stdout=subprocess.PIPE, text=True)
+    begun, parent = process.stdout.readline().split()
+    assert begun == "begun"
+    return process, int(parent)
+
+
+@pytest.mark.parametrize("code", [0, 2, 124])
+def test_pid_1_ends_as_its_child_does(code):
+    process, parent = start_as_pid_1(str(code))
+    assert parent == process.pid and process.communicate(timeout=30)[0] == "" and process.returncode == code
+
+
+def test_pid_1_passes_a_signal_on_and_ends_as_a_shell_would():
+    """To PID 1 the kernel gives only what is waited for or handled, so no default action may be counted on."""
+    process, parent = start_as_pid_1("wait")
+    assert parent == process.pid
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
