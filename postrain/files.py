@@ -34,6 +34,18 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {advice}") from error
 
 
+def check_local(path: str | os.PathLike, name: str) -> None:
+    """Raises UserError for an address such as ``gs://bucket/run``, which would become a folder ``gs:`` on this machine.
+
+    ``name`` is what the user knows the path by, such as "--workdir".
+    """
+    if "://" in os.fspath(path):
+        raise UserError(
+            f"{name} {path}: expected a path of this machine, found the address of a storage: mount the bucket, or use "
+            "a shared file system"
+        )
+
+
 def check_writable(path: str | os.PathLike, name: str) -> None:
     """Raises UserError where ``write_whole`` could not put a file: to be called before the work that fills it.
 
@@ -41,6 +53,7 @@ def check_writable(path: str | os.PathLike, name: str) -> None:
     """
     if not os.fspath(path):
         raise UserError(f"{name} is empty: expected the name of a file to write")
+    check_local(path, name)
     path = pathlib.Path(path)
     if os.path.isdir(path):
         raise UserError(f"{name} {path} is a folder, expected the name of a file: name one in it, as {path / 'NAME'}")

@@ -151,6 +151,30 @@ def test_preview_refuses_what_train_does_in_the_same_words(model, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["train", "--config=c.py", "--workdir=gs://b/run"], "--workdir"),
+        (["launch", "--config=c.py", "--workdir=gs://b/run", "--target=slurm:2", "--dry-run"], "--workdir"),
+        (["export", "--workdir=gs://b/run", "--output=out"], "--workdir"),
+        (["export", "--workdir=run", "--output=gs://b/run"], "--output"),
+        (["preview", "--config=c.py", "--html=gs://b/run"], "--html"),
+        (["generate", "--model=model", "--input=rows.jsonl", "--output=gs://b/run"], "--output"),
+    ],
+)
+def test_an_address_is_no_place_to_write(model, tmp_path, monkeypatch, capsys, words, name):
+    """It would become a folder `gs:` here, which is lost with the machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    values = {"model": {"path": "model"}, "data": {"train": "rows.jsonl"}}
+    (tmp_path / "c.py").write_text(f"def get_config(arg=None):\n    return {values!r}\n")
+    before = sorted(tmp_path.iterdir())
+    code, error = errors_of(capsys, *words)
+    assert code == 2 and f"{name} gs://b/run: expected a path of this machine, found the address of a storage" in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_overrides_are_taken_out():
     rest, overrides = cli.split_overrides(
         ["train", "--config.a.b=1=2", "--config=x.py", "--config.c", "word", "--workdir=w"]

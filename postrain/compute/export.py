@@ -29,6 +29,7 @@ from postrain.compute.workdir import read_config
 from postrain.config import Config, MeshConfig, check_paths
 from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
+from postrain.files import check_local
 from postrain.hf.fetch import locate_model
 from postrain.hf.folders import check_replaceable, staged_folder
 from postrain.hf.load import load_pretrained
@@ -159,6 +160,8 @@ def export_workdir(
     workdir: str | os.PathLike, output: str | os.PathLike, format: str | None = None, step: int | None = None
 ) -> str:
     """Writes a checkpoint of a run, that of ``step`` or the newest; returns a line that says what was written."""
+    check_local(workdir, "--workdir")
+    check_local(output, "--output")
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
     format = format or config.export.format

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from postrain.errors import UserError
+from postrain.files import check_local
 
 SCRIPTS = pathlib.Path(__file__).resolve().parents[2] / "launch"
 _SECONDS_TO_END = 20.0  # for the other local processes, once one has ended with an error
@@ -39,8 +40,10 @@ class Job:
 def launch(job: Job, *, dry_run: bool = False) -> int:
     """Starts ``job``, or with ``dry_run`` prints what would be started. Returns the exit code.
 
-    Raises UserError: a target that does not exist, what it needs and was not given, a missing submit command.
+    Raises UserError: a workdir that is a URL, a target that does not exist, what it needs and was not given, a missing
+    submit command.
     """
+    check_local(job.workdir, "--workdir")
     kind, value = parse_target(job.target)
     if kind == "local":
         return run_local(job.arguments, int(value), dry_run=dry_run)

@@ -16,7 +16,7 @@ from postrain.compute.metrics import read_metrics
 from postrain.config import Config, resolve, to_dict
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
-from postrain.files import write_whole
+from postrain.files import check_local, write_whole
 from postrain.nested import flatten
 
 # Keys that may change between a checkpoint and the run that goes on from it without a word: they decide how
@@ -29,9 +29,10 @@ REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The folder, made where it is missing. Raises UserError where it cannot be written, or holds a model."""
+    """The folder, made where it is missing. Raises UserError where it cannot be written, holds a model or is a URL."""
     if not os.fspath(workdir):
         raise UserError("--workdir is empty: name a folder for the run")
+    check_local(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
     if any(workdir.glob("*.safetensors")):
         raise UserError(

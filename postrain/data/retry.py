@@ -58,6 +58,10 @@ def retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any
         except Exception as e:
             error = real_error(e)
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if type(error).__name__ == "OfflineModeIsEnabled":
+                raise UserError(
+                    f"{where} cannot be read: HF_HUB_OFFLINE is set in the environment: unset it"
+                ) from error
             if _is_permanent(error):
                 advice = "" if isinstance(error, FileNotFoundError) else " and who may read it"
                 raise UserError(f"{where} cannot be read ({cause}): check the path{advice}") from error

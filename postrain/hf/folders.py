@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 from postrain.errors import UserError
+from postrain.files import check_local
 from postrain.hf.side_files import SIDE_FILES, SIDE_FOLDERS
 
 # What marks a folder as a model's or an adapter's, which a new export may replace.
@@ -27,6 +28,7 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     file, or a folder that holds anything but a model, when another process is writing it, and when writing fails (a
     full disk, a read-only place).
     """
+    check_local(folder, "folder")
     folder = pathlib.Path(os.path.abspath(folder))
     check_replaceable(folder)
     try:

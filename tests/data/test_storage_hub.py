@@ -3,13 +3,18 @@
 import hashlib
 import http.server
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import time
 
 import fsspec
 import huggingface_hub
 import pytest
 from huggingface_hub import HfFileSystem
+from tiny_models import make_tiny_model
 
 from postrain.data import storage
 from postrain.data.blocks import list_blocks, read_block
@@ -23,7 +28,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """One data set, o/d, whose branch ``main`` is the last of its commits."""
 
     protocol_version = "HTTP/1.1"
-    commits, questions, faults = {}, [], []
+    commits, questions, faults, url = {}, [], [], ""
 
     @classmethod
     def commit(cls, **files):
@@ -72,6 +77,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(storage, "PIECE", 30_000)
     for kept in (Hub.commits, Hub.questions, Hub.faults):
         kept.clear()
+    Hub.url = url
     yield Hub
     HfFileSystem.clear_instance_cache()
     server.shutdown()
@@ -110,3 +116,23 @@ def test_what_is_not_on_the_hub_is_named(hub):
     for url in ("hf://datasets/o/d/b.jsonl", "hf://datasets/o/nothing/a.jsonl"):
         with pytest.raises(UserError, match=f"{url} matches no file"):
             list_files(url, QUICK)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_command_line_reads_from_the_hub(hub, tmp_path, streaming):
+    """In a process of its own, as the client decides when it is loaded whether it may ask the hub at all."""
+    hub.commit(**{"a.jsonl": b'{"text": "out of the hub"}\n' * 8})
+    model = make_tiny_model(tmp_path / "model", "llama", vocab_size=301)
+    url, config = "hf://datasets/o/d/a.jsonl", tmp_path / "c.py"
+    values = {"model": {"path": str(model)}, "data": {"train": url, "streaming": streaming}, "train": {"steps": 1}}
+    config.write_text(f"def get_config(arg=None):\n    return {values!r}\n")
+    command = [sys.executable, "-m", "postrain.cli", "preview", f"--config={config}"]
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert result.returncode == 0 and "of the hub<|im_end|>" in result.stdout, result.stderr
+    begun = time.monotonic()
+    environment["HF_HUB_OFFLINE"] = "1"
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert result.returncode == 2 and time.monotonic() - begun < 20  # eight tries would take a minute
+    assert result.stderr == f"error: {url} cannot be read: HF_HUB_OFFLINE is set in the environment: unset it\n"

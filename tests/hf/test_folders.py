@@ -77,6 +77,14 @@ def test_what_another_process_is_writing_stays(tmp_path, kind):
     assert names(tmp_path) == ["out"] and names(out) == ["config.json", "model.safetensors"]
 
 
+def test_an_address_becomes_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="folder gs://b/model: expected a path of this machine"):
+        with atomic_folder("gs://b/model"):
+            raise AssertionError("nothing may be written")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("make", [atomic_folder, staged_folder])
 def test_an_older_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, make, monkeypatch):
     out = tmp_path / "out"
