@@ -13,13 +13,15 @@ import os
 import pathlib
 import platform
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 
 import postrain
-from postrain.compute.distributed import Processes
+from postrain.compute.distributed import Processes, gather
 from postrain.compute.workdir import make_workdir
 from postrain.config import Config, to_dict
+from postrain.data.fingerprint import compare_fingerprints
 from postrain.errors import UserError
 from postrain.nested import flatten
 
@@ -71,6 +73,31 @@ def compare(statements: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> li
     return differences
 
 
+def check_rows(fingerprints: Mapping[str, dict | None]) -> None:
+    """Raises UserError, in all processes the same, where one has found other rows than another. All must call it.
+
+    ``fingerprints`` by the key of the config, as ``data.train``: these know of the files that ``check_processes``
+    cannot look up, of stores, folders in folders and patterns, and of how rows are rendered.
+    """
+    digest = hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()
+    hosts, digests = zip(*gather([socket.gethostname(), digest]), strict=True)
+    if len(set(digests)) == 1:
+        return
+    found = gather(dict(fingerprints))
+    other = next(process for process, digest in enumerate(digests) if digest != digests[0])
+    same = [[process for process, digest in enumerate(digests) if digest == digests[one]] for one in (0, other)]
+    differences = [
+        f"{key}: {change}"
+        for key in fingerprints
+        for change in compare_fingerprints(found[0][key] or {}, found[other][key] or {})
+    ]
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    raise UserError(
+        f'the processes differ: {_name(same[1], hosts)} found other rows than {_name(same[0], hosts)} ("was"): '
+        f"{'; '.join(differences[:_SHOWN])}{more}: expected the same rows on all machines"
+    )
+
+
 def _name(processes: list[int], hosts: Sequence[str]) -> str:
     shown = ", ".join(f"{process} ({hosts[process]})" for process in processes[:4])
     more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
@@ -95,7 +122,10 @@ def describe_config(config: Config) -> dict[str, str]:
 
 
 def describe_files(config: Config) -> dict[str, str]:
-    """Size and hash of every file that the config names and that is on this machine: data, model, tokenizer."""
+    """Size and hash of every file that the config names and that is on this machine: data, model, tokenizer.
+
+    Raises UserError naming one that cannot be read.
+    """
     named = [source.path for source in (*config.data.train, *config.data.eval)]
     named += [config.model.path, config.model.tokenizer, config.data.chat_template, config.model.new_tokens.file]
     files = [file for path in named if path and "://" not in path for file in _expand(path)]
@@ -113,14 +143,18 @@ def _expand(path: str) -> list[pathlib.Path]:
 
 
 def _describe(file: pathlib.Path) -> str:
-    digest, size = hashlib.sha256(), file.stat().st_size
-    with file.open("rb") as opened:
-        if size <= _WHOLE:
-            digest.update(opened.read())
-        else:
-            for i in range(_STRETCHES):
-                opened.seek((size - _STRETCH) * i // (_STRETCHES - 1))
-                digest.update(opened.read(_STRETCH))
+    digest = hashlib.sha256()
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            if size <= _WHOLE:
+                digest.update(opened.read())
+            else:
+                for i in range(_STRETCHES):
+                    opened.seek((size - _STRETCH) * i // (_STRETCHES - 1))
+                    digest.update(opened.read(_STRETCH))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): mend it, or who may read it") from error
     return f"{size:,} bytes ({digest.hexdigest()[:8]})"
 
 

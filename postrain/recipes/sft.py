@@ -20,6 +20,7 @@ from postrain.compute.build import Model, Step, abstract_batch, load_model
 from postrain.compute.distributed import meet
 from postrain.compute.export import export_state, fingerprint_base
 from postrain.compute.optimizer import describe_cut, make_optimizer
+from postrain.compute.preflight import check_rows
 from postrain.compute.report import write_report
 from postrain.compute.resume import check_length, check_resume
 from postrain.compute.run import Fingerprints, Run
@@ -78,6 +79,8 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
         train_rows = open_train_rows(tokenizer, config.data, rejected, kind="sft", **mine)
         if config.data.eval:
             eval_set = load_examples(config.data.eval, tokenizer, config.data, rejected if lead else None, kind="sft")
+    held_out = eval_set.fingerprint if eval_set else None
+    check_rows({"data.train": train_rows.fingerprint, "data.eval": held_out})
     batches = train_rows.batches
     total_steps = config.train.steps or batches.num_steps(config.train.epochs)
     check_length(workdir / "checkpoints", total_steps)
@@ -103,7 +106,6 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     if eval_set:
         samples = workdir / "samples.jsonl"
         evaluate = Evaluator(config, model.config, tokenizer, eval_set, program.eval_loss_fn, mesh, samples)
-    held_out = eval_set.fingerprint if eval_set else None
     fingerprints = Fingerprints(train_rows.fingerprint, fingerprint_base(model, folder, config), held_out)
     with Run(
         config,

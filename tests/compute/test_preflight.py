@@ -1,5 +1,6 @@
 """What several processes must have in common is compared before anything is compiled, and differences have names."""
 
+import errno
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 from postrain.compute.launch import find_ports
 from postrain.compute.preflight import PACKAGES, compare, describe_config, describe_files, describe_software
 from postrain.config import resolve
+from postrain.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
 
@@ -45,6 +47,21 @@ def test_every_version_key_and_file_is_compared(tmp_path):
     assert compare(keys, "ab") == [
         "config key optimizer.learning_rate: 0.001 on process 0 (a), 0.0001 on process 1 (b)"
     ]
+
+
+def test_a_file_that_cannot_be_read_is_named_as_such(tmp_path, monkeypatch):
+    """Not as one that cannot be written, which the system's error leaves open."""
+    path, real = tmp_path / "a.jsonl", pathlib.Path.open
+    path.write_text("{}")
+
+    def refuse(self, *args, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
+        describe_files(make_config(tmp_path))
 
 
 @pytest.mark.parametrize("place", [0, 1 << 19, (1 << 20) - 1])

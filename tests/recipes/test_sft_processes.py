@@ -36,8 +36,8 @@ def one_of_one():
     return [f"--coordinator=127.0.0.1:{find_ports()}", "--num-processes=1", "--process-id=0"]
 
 
-def start_two(script, *words):
-    """Two processes of two devices each, to the end: (exit code, stdout, stderr) of both. ``words`` of each."""
+def start_two(script, *words, folders=(None, None)):
+    """Two processes of two devices each, to the end: (exit code, stdout, stderr) of both. Words and folder of each."""
     place = [f"--coordinator=127.0.0.1:{find_ports()}", "--num-processes=2"]
     command = [sys.executable, *script]
     processes = [
@@ -47,8 +47,9 @@ def start_two(script, *words):
             stderr=subprocess.PIPE,
             text=True,
             env=with_devices(2),
+            cwd=folder,
         )
-        for process, own in enumerate(words)
+        for process, (own, folder) in enumerate(zip(words, folders, strict=True))
     ]
     ends = [process.communicate(timeout=120) for process in processes]
     return [(process.returncode, *end) for process, end in zip(processes, ends, strict=True)]
@@ -111,6 +112,31 @@ def test_processes_that_differ_are_refused_before_anything_is_compiled(inputs, t
         assert (code, out) == (2, "")
         assert f"config key train.seed: 0 on process 0 ({host}), 1 on process 1 ({host}): expected the same" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_read_other_rows_are_refused(inputs, tmp_path):
+    """Files of one name and size behind a pattern, which no comparison of the config's paths can look up."""
+    rows = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    host, folders = socket.gethostname(), []
+    for process in (0, 1):
+        folder = tmp_path / f"host{process}"
+        folder.mkdir()
+        (folder / "rows-0.jsonl").write_text("".join(rows))
+        (folder / "rows-1.jsonl").write_text("".join(rows if process == 0 else rows[::-1]))
+        folders.append(folder)
+    data = ROWS | STREAMED | {"train": "rows-{0..1}.jsonl", "eval": []}
+    values = make_values(inputs, data=data, export={"format": "none"})
+    train = [f"--config={write_config(tmp_path / 'c.py', values)}", f"--workdir={tmp_path / 'run'}"]
+    size = (tmp_path / "host0" / "rows-1.jsonl").stat().st_size
+    expected = (
+        f'the processes differ: process 1 ({host}) found other rows than process 0 ({host}) ("was"): data.train: '
+        f"source 'rows-{{0..1}}': file rows-1.jsonl has other content: was {size:,} bytes, is {size:,}: expected the same rows"
+    )
+    ends = start_two(["-m", "postrain.cli"], train, train, folders=folders)
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert expected in ends[0][2]
+    assert expected in (tmp_path / "run" / "logs" / "process-00001.log").read_text()
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.slow
