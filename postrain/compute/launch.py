@@ -5,6 +5,7 @@ are filled in and given to sbatch, kubectl and gcloud; ``--dry-run`` prints them
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -73,9 +74,13 @@ def fill(job: Job) -> tuple[str, list[str]]:
     """The script of ``job.target`` with everything in its place, and the command that reads it from stdin."""
     kind, value = parse_target(job.target)
     module = ["-m", "postrain.cli", *job.arguments]
-    values = {"NAME": _make_name(job.workdir), "HOSTS": value, "GPUS": str(job.gpus)}
+    values = {"NAME": _make_name(job), "HOSTS": value, "GPUS": str(job.gpus)}
     if kind == "slurm":
-        values |= {"COMMAND": shlex.join([sys.executable, *module]), "LOGS": str(_logs(job))}
+        logs = str(_logs(job))
+        if "\\" in logs or "\n" in logs:
+            raise UserError(f"--workdir {job.workdir}: sbatch takes no backslash or line break there: use another name")
+        # sbatch reads quotes as a shell does, and %j as the number of the job.
+        values |= {"COMMAND": shlex.join([sys.executable, *module]), "LOGS": shlex.quote(logs.replace("%", "%%"))}
         return _fill_script("slurm.sh", values), ["sbatch"]
     if kind == "tpu-pod":
         values |= {"COMMAND": shlex.join(["python3", *module]), "NAME": shlex.quote(value)}
@@ -105,10 +110,15 @@ def _logs(job: Job) -> pathlib.Path:
     return pathlib.Path(job.workdir).absolute() / "logs"
 
 
-def _make_name(workdir: str) -> str:
-    """Of the workdir, as Kubernetes wants names: ``runs/My_run`` -> ``postrain-my-run``."""
-    words = re.sub(r"[^a-z0-9]+", "-", pathlib.PurePath(workdir).name.lower())
-    return f"postrain-{words}"[:40].strip("-")
+def _make_name(job: Job) -> str:
+    """Of the workdir, as Kubernetes wants names: ``runs/My_run`` -> ``postrain-my-run-3fa95c``.
+
+    The hash is of the whole path and the volume that it is in: two runs of one name are two jobs.
+    """
+    workdir = pathlib.PurePath(job.workdir)
+    words = re.sub(r"[^a-z0-9]+", "-", workdir.name.lower())
+    digest = hashlib.sha256(f"{job.volume}\n{workdir}".encode()).hexdigest()
+    return f"{f'postrain-{words}'[:33].strip('-')}-{digest[:6]}"
 
 
 def run_local(arguments: Sequence[str], count: int, *, dry_run: bool = False) -> int:

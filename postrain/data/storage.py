@@ -352,11 +352,13 @@ def _check_shards(path: str, files: list[StoredFile]) -> None:
 
 
 def _expand(path: str) -> list[str]:
-    """The paths that braces stand for: ``{a,b}``, ``{00..31}``."""
+    """The paths that braces stand for: ``{a,b}``, ``{00..31}``. Raises UserError where such numbers go down."""
     for match in re.finditer(r"\{([^{}]*)\}", path):
         inside = match[1]
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
             first, last = numbers.groups()
+            if int(first) > int(last):
+                raise UserError(f"{path}: {match[0]} counts down and gives no file: expected {{{last}..{first}}}")
             choices = [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
         elif "," in inside:
             choices = inside.split(",")

@@ -1,7 +1,9 @@
 """`postrain launch`: scripts that bash and Kubernetes read, filled in, that start again what can go on."""
 
+import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from postrain import cli
 from postrain.compute import launch
 from postrain.compute.cluster import find_cluster
 from postrain.compute.launch import Job, fill
+from postrain.errors import UserError
 
 AGAIN = [124, 134, 137, 139, 143]  # a hang, SIGABRT, SIGKILL, SIGSEGV, SIGTERM or another process was lost
 WORDS = ["train", "--config=c.py", "--workdir=/mnt/runs/My run", "--config.data.default_system=it's $(x) @HOSTS@"]
@@ -32,8 +35,17 @@ def test_slurm_gets_a_script(tmp_path):
     text, command = fill(make_job("slurm:16", gpus=4))
     assert command == ["sbatch"]
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    for line in ("--nodes=16", "--ntasks-per-node=1", "--gpus-per-node=4", "--job-name=postrain-my-run", "--requeue"):
+    for line in ("--nodes=16", "--ntasks-per-node=1", "--gpus-per-node=4", "--requeue"):
         assert f"#SBATCH {line}\n" in text
+    assert "#SBATCH --job-name=postrain-my-run-" in text
+    # sbatch reads its lines as a shell does, and %% as %.
+    [output] = [line for line in text.splitlines() if "--output" in line]
+    assert shlex.split(output) == ["#SBATCH", "--output=/mnt/runs/My run/logs/slurm-%j.out"]
+    odd, _ = fill(Job("slurm:2", WORDS, "/runs/50% of it's #2"))
+    [output] = [line for line in odd.splitlines() if "--output" in line]
+    assert shlex.split(output) == ["#SBATCH", "--output=/runs/50%% of it's #2/logs/slurm-%j.out"]
+    with pytest.raises(UserError, match="sbatch takes no backslash or line break there"):
+        fill(Job("slurm:2", WORDS, "/runs/a\\b"))
     words = split_command(text, "srun")
     assert words[2:] == [sys.executable, "-m", "postrain.cli", *WORDS]
 
@@ -63,7 +75,11 @@ def test_kubernetes_gets_a_job_set():
     job_set = yaml.safe_load(text)
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     name, spec = job_set["metadata"]["name"], job_set["spec"]
-    assert name == spec["network"]["subdomain"] == "postrain-my-run" and spec["network"]["enableDNSHostnames"]
+    assert (
+        name == spec["network"]["subdomain"]
+        and name.startswith("postrain-my-run-")
+        and spec["network"]["enableDNSHostnames"]
+    )
     [workers] = spec["replicatedJobs"]
     job = workers["template"]["spec"]
     assert (job["completions"], job["parallelism"], job["completionMode"], job["backoffLimit"]) == (4, 4, "Indexed", 0)
@@ -88,6 +104,19 @@ def test_kubernetes_gets_a_job_set():
     found = find_cluster(environment=environment)
     assert (found.coordinator, found.num_processes, found.process_id) == (f"{name}-workers-0-0.{name}:8476", 4, 3)
     assert [port["containerPort"] for port in container["ports"]] == [8476, found.control[1]]
+
+
+def test_runs_of_one_name_are_jobs_of_their_own():
+    """`kubectl apply` of a second one would change the first, or do nothing."""
+    places = ["a/run1", "b/run1", f"a/{'x' * 60}1", f"a/{'x' * 60}2", "a/--Läufe--", "a/___"]
+    jobs = [Job("k8s:2", WORDS, f"/mnt/{place}", image="i", volume="c:/mnt") for place in places]
+    jobs.append(dataclasses.replace(jobs[0], volume="d:/mnt"))
+    names = [yaml.safe_load(fill(job)[0])["metadata"]["name"] for job in jobs]
+    assert len(set(names)) == len(jobs) and names[0].startswith("postrain-run1-")
+    for name in names:
+        assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 40
+    again = dataclasses.replace(jobs[0], workdir=f"{jobs[0].workdir}/")
+    assert yaml.safe_load(fill(again)[0])["metadata"]["name"] == names[0]
 
 
 def test_a_tpu_pod_gets_the_command_on_every_machine(tmp_path):

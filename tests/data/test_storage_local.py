@@ -51,6 +51,12 @@ def test_all_shards_or_those_that_were_named(folder):
     assert len(list_files("x/s-00003-of-00004.jsonl")) == 1
 
 
+def test_a_range_that_goes_down_is_named(folder):
+    """It would stand for no name at all, and no name is missing then."""
+    with pytest.raises(UserError, match=r"s-\{03\.\.01\}.jsonl: \{03\.\.01\} counts down .* expected \{01\.\.03\}"):
+        list_files("x/s-{03..01}.jsonl")
+
+
 def test_a_link_is_the_file_behind_it(folder):
     (folder / "link.jsonl").symlink_to(folder / "b.jsonl")
     [file] = list_files("link.jsonl")
