@@ -4,7 +4,7 @@ import html
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from postrain.compute.charts import draw_curves
 from postrain.files import read_jsonl, write_whole
@@ -55,13 +55,18 @@ summary { cursor: pointer; color: var(--soft); }
 
 
 def write_report(
-    workdir: str | os.PathLike, *, conversation_html: str = "", environment: Mapping[str, str] | None = None
+    workdir: str | os.PathLike,
+    *,
+    conversation_html: str = "",
+    drawn: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
     """Writes ``workdir/report.html`` from config.json, metrics.jsonl and samples.jsonl; returns its path.
 
     Args:
         workdir: of a run, finished or not.
         conversation_html: one training row with its trained tokens coloured.
+        drawn: a line for each source, of what was drawn of it.
         environment: what to list, name -> value.
     """
     workdir = pathlib.Path(workdir)
@@ -75,6 +80,7 @@ def write_report(
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(metrics))}</div>',
         _samples_section(samples),
         f"<h2>A training row: the coloured tokens are trained</h2>{conversation_html}" if conversation_html else "",
+        f"<h2>Drawn of each source</h2><pre>{html.escape(chr(10).join(drawn))}</pre>" if drawn else "",
         "<h2>Config</h2><details><summary>every key</summary>",
         f"<pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
         "<h2>Environment</h2><table>" + "".join(map(_environment_row, (environment or {}).items())) + "</table>",

@@ -205,6 +205,7 @@ class Run:
         self._raise_stopped()
 
     def _raise_stopped(self) -> None:
+        self._say_what_was_drawn()
         with self._watch.phase("checkpoint"):
             self._checkpointer.wait()
         where = f"step {self._newest} of {self.total_steps}"
@@ -249,6 +250,7 @@ class Run:
                 f"step {self._undone.step}: no checkpoint that was due to go back to: lower checkpoint.every"
             )
         self.step = restored.step
+        self._newest = gather(self._checkpointer.steps())[0][-1]  # one may have been found damaged
         self._batches.set_state(self._undone.position)
         self._writer.close()
         self._open_writer(self.step)
@@ -279,12 +281,18 @@ class Run:
         if line:
             self._restart_clock()
 
-    def end(self) -> None:
-        """Says what was drawn, and waits for the last save."""
-        for line in self._batches.describe_drawn(join_positions(gather(self._batches.get_state()))):
-            self.say(f"drawn       {line}")
+    def end(self) -> list[str]:
+        """Waits for the last save; says, and returns, what was drawn of each source, where that is not all of it."""
+        drawn = self._say_what_was_drawn()
         with self._watch.phase("checkpoint"):
             self._checkpointer.wait()
+        return drawn
+
+    def _say_what_was_drawn(self) -> list[str]:
+        drawn = self._batches.describe_drawn(join_positions(gather(self._batches.get_state())))
+        for line in drawn:
+            self.say(f"drawn       {line}")
+        return drawn
 
     def _is_due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and after the last one, happens after this one."""

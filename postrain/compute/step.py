@@ -83,7 +83,7 @@ def make_train_step(
         if count_moved_in:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(state.step - 1)
+            metrics["train/learning_rate"] = schedule(history["taken"] - taken)  # of the steps that were taken
         return state, metrics
 
     return _jit_step(train_step, mesh, state_shardings)

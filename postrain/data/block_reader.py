@@ -96,20 +96,25 @@ class BlockReader:
         kind, report = source.parser.kind, SourceReport(source.name, left_out_by=source.parser.left_out)
         self._policy = RowPolicy(report, config, kind, same, least_rows=_LEAST_ROWS, rejected=rejected)
         self._uncounted = RowPolicy(SourceReport(source.name), config, kind, same)
-        self.seek({"epoch": 0, "block": 0, "row": 0, "rows": 0, "bad": 0})
+        self.seek({"epoch": 0, "block": 0, "row": 0, "empty": 0, "counts": report.counts})
 
     @property
     def report(self) -> SourceReport:
         """What became of the rows of this lane's first epoch, as far as they were read."""
         return self._policy.report
 
-    def seek(self, position: dict[str, int]) -> None:
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of ``report``, up to ``position``."""
+        return self.position["counts"]
+
+    def seek(self, position: dict[str, Any]) -> None:
         self.position = dict(position)
         self._ready: collections.deque[tuple[dict, Any, list[Document]]] = collections.deque()
         self._rows = self._read(position["epoch"], position["block"], position["row"])
-        # The share of bad rows is judged after a resume as without one.
-        self.report.rows, self.report.skipped = position["rows"], position["bad"]
-        self._whole, self._kept, self._empty = position["row"] == position["block"] == 0, False, 0
+        # The share of bad rows is judged after a resume as without one, and so is a share without a document.
+        self.report.counts = position["counts"]
+        self._whole, self._kept, self._empty = position["row"] == position["block"] == 0, False, position["empty"]
 
     def draw(self) -> tuple[Any, list[Document]] | None:
         while not self._ready:
@@ -122,19 +127,21 @@ class BlockReader:
         """Renders the next rows of an epoch. Whether there may be more: not after some epochs without a document."""
         rows, ended = [], False
         for row in self._rows:
-            ended = row is None
+            ended = isinstance(row, int)
             rows += [] if ended else [row]
             if ended or len(rows) == BATCH:
                 break
         for (place, key, _), documents in zip(rows, self._render([row for *_, row in rows]), strict=True):
             kept = self._keep(documents, first_epoch=place["epoch"] == 0)
             if kept:
-                counts = {"rows": self.report.rows, "bad": self.report.skipped}
-                self._ready.append((place | counts, key, kept))
+                self._ready.append((place | {"empty": 0, "counts": self.report.counts}, key, kept))
                 self._kept = True
         if ended:
             self._empty = 0 if self._kept or not self._whole else self._empty + 1
             self._whole, self._kept = True, False
+            if not self._ready:
+                place = {"epoch": row + 1, "block": 0, "row": 0}
+                self.position = place | {"empty": self._empty, "counts": self.report.counts}
         return bool(rows or ended) and self._empty < _EMPTY_EPOCHS
 
     def _keep(self, documents: list[Document] | BadRow | None, first_epoch: bool) -> list[Document]:
@@ -158,8 +165,8 @@ class BlockReader:
                 found[block, i] = self._uncounted.keep(documents)
         return [found[tuple(key)] for key in keys]
 
-    def _read(self, epoch: int, block: int, row: int) -> Iterator[tuple[dict, tuple[int, int], Any] | None]:
-        """Rows from a position on, each with the position after it and its key; None at the end of every epoch."""
+    def _read(self, epoch: int, block: int, row: int) -> Iterator[tuple[dict, tuple[int, int], Any] | int]:
+        """Rows from a position on, each with the position after it and its key; at the end of each epoch its number."""
         limit = self._source.max_epochs
         while not limit or epoch < limit:
             blocks, shared = self._share(epoch)
@@ -169,7 +176,7 @@ class BlockReader:
                         continue
                     yield {"epoch": epoch, "block": ordinal, "row": i + 1}, (blocks[ordinal], i), example
                 row = 0
-            yield None
+            yield epoch
             epoch, block = epoch + 1, 0
 
     def _share(self, epoch: int) -> tuple[list[int], bool]:

@@ -56,6 +56,7 @@ def carry_over_lanes(
             "carry": carry,
             "given": 0,
             "totals": totals,
+            "counts": [{} for _ in kept],
         }
     return {"lanes": moved}
 

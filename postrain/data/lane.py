@@ -21,16 +21,18 @@ from postrain.data.documents import Document
 from postrain.data.mixture import Phase, choose, phase_at
 from postrain.data.packing import pack_window
 from postrain.data.plan import permutation
+from postrain.data.report import SourceReport
 from postrain.errors import UserError
 
 # Part of the data fingerprint: to be counted up whenever the same data would come in another order.
-LANE_VERSION = 2
+LANE_VERSION = 3
 
 
 class Reader(Protocol):
     """A lane's share of a source, row by row. ``position`` (JSON-able) is after the last row drawn."""
 
     position: Any
+    counts: dict[str, int]  # what became of the rows up to it (``SourceReport``); {} where that is known beforehand
 
     def draw(self) -> tuple[Any, list[Document]] | None:
         """Key (JSON-able) and documents, at least one, of the next row that has any; None where there is no more."""
@@ -106,7 +108,10 @@ class Lane:
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last row that was given, JSON-able; {} before the first."""
-        return self._start and self._start | {"given": self._given, "totals": [list(total) for total in self._totals]}
+        if not self._start:
+            return {}
+        totals, counts = [list(total) for total in self._totals], [reader.counts for reader in self._readers]
+        return self._start | {"given": self._given, "totals": totals, "counts": counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken, with the same rows. A source whose position is None begins anew."""
@@ -160,13 +165,18 @@ class Lane:
         while (goal := self._next_goal(documents, window)) > len(documents):
             if not self._draw_until(goal, documents):
                 if not documents:
-                    update = self._first_row // self._rows_a_batch + 1
-                    raise UserError(
-                        f"lane {self._index} has no more rows for update {update}: set train.steps below it, raise "
-                        "max_epochs of a source, or give few rows fewer data.stream.lanes"
-                    )
+                    raise UserError(self._describe_end())
                 return documents, True
         return documents, len(documents) < window
+
+    def _describe_end(self) -> str:
+        update, sources = self._first_row // self._rows_a_batch + 1, self._config.train
+        losses = [SourceReport("", **reader.counts).describe_losses() for reader in self._readers]
+        said = "".join(f"; {source.path}: {loss}" for source, loss in zip(sources, losses, strict=True) if loss)
+        lane = f"lane {self._index} of data.stream.lanes has" if self._config.streaming else "data.train has"
+        fewer = ", or have fewer lanes" if self._config.streaming else ""
+        advice = f"set train.steps below it, raise max_epochs of a source{fewer}"
+        return f"{lane} no more rows for update {update}{said}: {advice}"
 
     def _next_goal(self, documents: list[Drawn], window: int) -> int:
         """How many documents to have before looking again; as many as there are: these are enough.

@@ -154,7 +154,7 @@ def _write_rejected(path: pathlib.Path, loaders: list[_SourceLoader]) -> None:
     rejected = sorted(
         (bad for loader in loaders for bad in loader.policy.rejected), key=lambda b: (b.ref.file, b.ref.line)
     )
-    known = [entry for _, entry in read_jsonl(path)] if path.exists() else []
+    known = [entry for _, entry in read_jsonl(path, drop_torn=True)] if path.exists() else []
     entries = [entry for entry in known if entry.get("file") not in files]
     entries += [{"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason} for bad in rejected]
     if entries or path.exists():

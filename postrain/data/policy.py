@@ -108,9 +108,9 @@ class RejectedLog:
     """rejected.jsonl of a stream: each bad row once, however often it is met (in other epochs, after a resume)."""
 
     def __init__(self, path: pathlib.Path):
-        self._path, self._known = path, set()
-        if path.exists():
-            self._known = {(e.get("file"), e.get("line"), e.get("byte", 0)) for _, e in read_jsonl(path)}
+        self._path, known = path, read_jsonl(path, drop_torn=True) if path.exists() else []
+        self._known = {(e.get("file"), e.get("line"), e.get("byte", 0)) for _, e in known}
+        self._begun = False
 
     def write(self, bad: BadRow) -> None:
         place = (bad.ref.file, bad.ref.line, bad.ref.byte)
@@ -119,5 +119,9 @@ class RejectedLog:
         self._known.add(place)
         where = {"line": bad.ref.line} if bad.ref.line else {"line": 0, "byte": bad.ref.byte}
         entry = {"file": bad.ref.file, **where, "reason": bad.reason}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        with open(self._path, "ab+") as file:
+            if not self._begun:  # a full disk, or a kill, may have cut off the last line
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._begun = True

@@ -1,6 +1,7 @@
 """What became of every row: counted per source, printed before training, never silent."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 
 def count(number: int, noun: str) -> str:
@@ -42,9 +43,45 @@ class SourceReport:
     left_out_by: str = ""
 
     @property
+    def counts(self) -> dict[str, int]:
+        """All that is counted, by name; may be set."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    @counts.setter
+    def counts(self, counts: Mapping[str, int]) -> None:
+        for name in COUNTS:
+            setattr(self, name, counts[name])
+
+    def describe_losses(self) -> str:
+        """ "of 120 rows 76 too long (...), 4 bad", or empty where nothing was left out or cut."""
+        by = self.left_out_by or "a function"
+        longest = f"(data.sequence_length; the longest has {count(self.longest, 'token')})"
+        said = {
+            f"documents too long {longest}": self.too_long,
+            f"documents truncated {longest}": self.truncated,
+            "documents with nothing to train on left": self.untrained,
+            "rows bad (rejected.jsonl)": self.skipped,
+            f"rows left out by {by}": self.left_out,
+        }
+        found = ", ".join(f"{number:,} {what}" for what, number in said.items() if number)
+        return f"of {count(self.rows, 'row')} {found}" if found else ""
+
+    @property
     def trained_share(self) -> float:
         """Trained tokens over all tokens of the kept documents; 0 when there are none."""
         return self.trained / self.tokens if self.tokens else 0.0
+
+
+# Names of the counts of a SourceReport.
+COUNTS = tuple(field.name for field in dataclasses.fields(SourceReport) if field.type is int)
+
+
+def add_up(name: str, parts: Iterable[Mapping[str, int]], left_out_by: str = "") -> SourceReport:
+    """The report of all ``parts``, each the ``counts`` of one."""
+    parts = list(parts)
+    total = {c: sum(part[c] for part in parts) for c in COUNTS}
+    total["longest"] = max((part["longest"] for part in parts), default=0)
+    return SourceReport(name, left_out_by=left_out_by, **total)
 
 
 @dataclasses.dataclass
@@ -69,10 +106,7 @@ class DataReport:
     @property
     def total(self) -> SourceReport:
         """All sources together."""
-        counts = [f.name for f in dataclasses.fields(SourceReport) if f.name not in ("name", "longest", "left_out_by")]
-        total = SourceReport("total", **{c: sum(getattr(s, c) for s in self.sources) for c in counts})
-        total.longest = max((s.longest for s in self.sources), default=0)
-        return total
+        return add_up("total", [source.counts for source in self.sources])
 
     @property
     def fill(self) -> float:

@@ -23,6 +23,7 @@ from postrain.data.documents import Document, Layout, check_token_ids, largest_i
 from postrain.data.lane import Lane, Reader
 from postrain.data.mixture import make_phases
 from postrain.data.packing import assemble_batch
+from postrain.data.report import add_up
 from postrain.errors import UserError
 
 _NAMED_BATCHES = 4  # besides those prepared ahead, whose rows can be told: a bad step is found out a step late
@@ -58,8 +59,9 @@ class LaneIterator:
         rows = config.batch_size
         if rows % lanes or rows % process_count:
             raise UserError(
-                f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.lanes' = {lanes} and of the "
-                f"number of processes, {process_count}: lanes={math.gcd(rows, lanes)} fits"
+                f"config key 'data.batch_size' = {rows} must be a multiple of "
+                + (f"'data.stream.lanes' = {lanes} and of " if config.streaming else "")
+                + f"the number of processes that read rows, {process_count}: {math.lcm(lanes, process_count)} fits"
             )
         self._names, self._lanes, each = list(names), lanes, rows // lanes
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
@@ -106,13 +108,19 @@ class LaneIterator:
         return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
 
     def describe_drawn(self, position: Mapping[str, Any]) -> list[str]:
-        """For each source: documents and tokens that were trained on up to ``position``, and their share."""
-        totals = np.sum([lane["totals"] for lane in position["lanes"].values() if lane], axis=0)
+        """For each source: documents and tokens that were trained on up to ``position``, and their share.
+
+        Of a stream what was left out, too, of the rows that were read for it in their first epoch.
+        """
+        lanes = [lane for lane in position["lanes"].values() if lane]
+        totals = np.sum([lane["totals"] for lane in lanes], axis=0, initial=0) + np.zeros((len(self._names), 2), int)
         whole = max(totals[:, 1].sum(), 1)
-        return [
-            f"{name}: {documents:,} documents, {tokens:,} tokens, {tokens / whole:.1%}"
-            for name, (documents, tokens) in zip(self._names, totals.tolist(), strict=True)
-        ]
+        lines = []
+        for i, (name, (documents, tokens)) in enumerate(zip(self._names, totals.tolist(), strict=True)):
+            losses = add_up(name, filter(None, (lane["counts"][i] for lane in lanes))).describe_losses()
+            said = f"; {losses}" if losses else ""
+            lines.append(f"{name}: {documents:,} documents, {tokens:,} tokens, {tokens / whole:.1%}{said}")
+        return lines
 
     def close(self) -> None:
         """Ends the background thread."""

@@ -101,11 +101,16 @@ def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> LaneIterat
     sizes = [report.tokens for report in reports] if config.mixture.by == "tokens" else rows
     make_readers = lambda lane: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
     names, layout = [report.name for report in reports], example_set.layout
+    for source, part in zip(config.train, parts, strict=True):
+        if not part:
+            raise UserError(f"{source.path}: no row of it can be trained on, so it cannot be mixed: leave it out")
     return LaneIterator(names, sizes, make_readers, config, layout=layout, lanes=1, **mine)
 
 
 class _MemoryReader:
     """A ``postrain.data.lane.Reader`` of the documents ``part`` of an example set, shuffled in each epoch."""
+
+    counts: dict[str, int] = {}  # said before training
 
     def __init__(self, example_set: ExampleSet, part: range, index: int, config: DataConfig):
         self._examples, self._part, self._index, self._config = example_set.examples, part, index, config

@@ -14,7 +14,7 @@ from postrain.compute.step import init_train_state, make_train_step
 from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 
-OPTIMIZER, _ = make_optimizer(OptimizerConfig(learning_rate=1e-3), 200)
+OPTIMIZER, SCHEDULE = make_optimizer(OptimizerConfig(learning_rate=1e-3), 200)
 
 
 def scaled_loss(params, batch, rng):
@@ -32,7 +32,7 @@ def batch_of(seed, first=0):
 
 def run(batches, threshold):
     state = init_train_state(make_params(), {}, OPTIMIZER, jax.random.key(0))
-    step, history = make_train_step(scaled_loss, OPTIMIZER, spike_threshold=threshold), []
+    step, history = make_train_step(scaled_loss, OPTIMIZER, spike_threshold=threshold, schedule=SCHEDULE), []
     for batch in batches:
         state, metrics = step(state, batch)
         history.append(jax.device_get(metrics))
@@ -57,6 +57,9 @@ def test_a_spike_changes_nothing_but_the_counts_and_is_not_what_is_usual():
     state, history = run([*good[:-1], *spikes, good[-1]], 3.0)
     assert [bool(m["usual"]) for m in history] == [True] * (NEEDED + 3) + [False] * 3 + [True]
     assert [int(m["in_a_row"]) for m in history][-4:] == [1, 2, 3, 0] and int(state.history["skipped"]) == 3
+    rates = [float(m["train/learning_rate"]) for m in history]
+    assert rates == pytest.approx([float(SCHEDULE(taken)) for taken in [*range(NEEDED + 3), *[NEEDED + 3] * 4]])
+    assert rates[-1] < rates[-5]
     for part in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(without, part))
     for name in ("loss", "grad_norm", "taken"):

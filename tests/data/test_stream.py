@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import gzip
 import json
 
 import numpy as np
@@ -9,14 +10,18 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
+from postrain.data import block_reader
 from postrain.data.block_reader import BlockReader, open_block_source
 from postrain.data.fingerprint import compare_fingerprints
 from postrain.data.packing import shift
+from postrain.data.policy import RejectedLog
 from postrain.data.rendering import render_many
+from postrain.data.schema import BadRow, RowRef
 from postrain.data.sources import open_source
 from postrain.data.tokenizer import load_tokenizer
 from postrain.data.train_rows import open_train_rows
 from postrain.errors import UserError
+from postrain.files import read_jsonl
 
 FIELDS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 BATCH = 8
@@ -270,13 +275,63 @@ def test_sources_and_lanes_without_anything_to_train_on_end(tmp_path, tokenizer)
     lines = [chat(f"a 0 {i}?", "x" if i % 8 != 5 else "word " * 400) for i in range(16)]
     write_jsonl(tmp_path / "a-0.jsonl", lines)
     stream = open_stream(tokenizer, make_config(tmp_path, "a", lanes=8))
-    with pytest.raises(UserError, match="lane 5 has no more rows for update 1"):
+    found = r"lane 5 of .* no more rows for update 1; .*a-\*.jsonl: of 2 rows 2 documents too long \(data.sequence_len"
+    with pytest.raises(UserError, match=found):
         take(stream, 1)
     close(stream)
     (tmp_path / "a-0.jsonl").write_text("")
     config = make_config(tmp_path, "a")
     with pytest.raises(UserError, match="has no rows: its 1 files are empty"):
         open_stream(tokenizer, dataclasses.replace(config, train=(dataclasses.replace(config.train[0], kind="text"),)))
+
+
+def test_a_source_that_ends_for_a_lane_ends_alike_after_a_resume(tmp_path, tokenizer, monkeypatch):
+    """Five of eight blocks, a lane each, have nothing to train on: after three such epochs their lane is done with a."""
+    monkeypatch.setattr(block_reader, "_SHARED_BYTES", 0)  # as if it were large
+    for number in range(8):
+        words = "word " * (400 if number >= 3 else 5)
+        path = write_jsonl(tmp_path / f"a-{number}.jsonl", [chat(f"a {number} {i}?", words) for i in range(6)])
+        (tmp_path / f"a-{number}.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    write_jsonl(tmp_path / "b-0.jsonl", [chat(f"b 0 {i}?", "word " * 9) for i in range(40)])
+    config = make_config(tmp_path, weights=(1.0, 1.0), lanes=8, sequence_length=160, packing_window=64)
+    sources = (dataclasses.replace(config.train[0], path=f"{tmp_path}/a-*.jsonl.gz"), config.train[1])
+    config = dataclasses.replace(config, train=sources)
+    whole, states, batches = open_stream(tokenizer, config), [], []
+    for _ in range(16):
+        batches += take(whole, 1)
+        states.append(json.loads(json.dumps(whole.get_state())))
+    drawn = whole.describe_drawn(states[-1])
+    assert "a: " in drawn[0] and "; of " in drawn[0] and " documents too long (data.sequence_length; the" in drawn[0]
+    assert "too long" not in drawn[1]
+    for step in (1, 5, 10):
+        resumed = open_stream(tokenizer, config)
+        resumed.set_state(states[step - 1])
+        assert_same(take(resumed, 16 - step), batches[step:])
+        assert json.loads(json.dumps(resumed.get_state())) == states[-1]
+        close(resumed)
+    close(whole)
+
+
+def test_a_mixed_source_without_anything_to_train_on_is_refused(tmp_path, tokenizer):
+    write_lengths(tmp_path / "a-0.jsonl", 20, 400, "a")
+    write_lengths(tmp_path / "b-0.jsonl", 20, 10, "b")
+    config = make_config(tmp_path, weights=(1.0, 1.0))
+    with pytest.raises(UserError, match=r"a-\*.jsonl: no row of it can be trained on, so it cannot be mixed"):
+        open_stream(tokenizer, dataclasses.replace(config, streaming=False))
+
+
+def test_bad_rows_are_added_to_a_log_whose_last_line_was_cut_off(tmp_path):
+    log, path = [], tmp_path / "rejected.jsonl"
+    for line in (3, 4, 5):
+        log.append(BadRow(RowRef("a", "a.jsonl", line), "no ünicode"))
+    RejectedLog(path).write(log[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole * 2 + whole[:20])
+    again = RejectedLog(path)
+    for bad in log:
+        again.write(bad)
+    assert [entry["line"] for _, entry in read_jsonl(path)] == [3, 3, 4, 5]
 
 
 def test_the_share_of_bad_rows_is_judged_alike_after_a_resume(tmp_path, tokenizer):

@@ -1,8 +1,10 @@
 """Rows that explode in a run: what is left is, bit for bit, what a run without them gives. kills.py kills such runs."""
 
+import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -25,7 +27,7 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def train(inputs, folder, batches, policy, steps=STEPS, rank=0, **spike):
+def train(inputs, folder, batches, policy, steps=STEPS, rank=0, every=10, **spike):
     """A run over ``batches``, numbers of pairs of rows; the pair SPIKE has a row that is nothing like the others."""
     folder.mkdir(exist_ok=True)
     rows = write_rows(folder / "all.jsonl", 2 * STEPS + 8).read_text().splitlines(keepends=True)
@@ -37,7 +39,7 @@ def train(inputs, folder, batches, policy, steps=STEPS, rank=0, **spike):
         data={"shuffle": False, "packing": "none", "eval": [], "train": str(folder / "train.jsonl")},
         optimizer={"learning_rate": 1e-2, "schedule": "constant"},
         train={"steps": steps, "spike": {"policy": policy, "threshold": 4.0} | spike},
-        checkpoint={"every": 10},
+        checkpoint={"every": every},
         export={"format": "none"},
     )
     postrain.train(values, folder / "run")
@@ -58,7 +60,7 @@ def test_a_step_that_is_skipped_is_as_if_its_batch_had_not_been_there(inputs, tm
     assert len(told) == 1 and f"step {SPIKE}: " in told[0] and f"train.jsonl:{2 * SPIKE}: skipped" in told[0]
     assert [line["train/skipped"] for line in lines] == [float(step >= SPIKE) for step in every]
     every.remove(SPIKE)
-    without, _ = train(inputs, tmp_path / "without", every, "none", steps=STEPS - 1)
+    without, _ = train(inputs, tmp_path / "without", every, "skip", steps=STEPS - 1)  # the same program
     assert_same_updates(state, without)
 
 
@@ -69,7 +71,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_what_comes_after_the_batch(
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["train/rollbacks"] for line in lines] == [0.0] * 20 + [1.0] * (STEPS - 20)
     after = [*range(1, 21), *range(SPIKE + 1, STEPS + 5)]
-    without, _ = train(inputs, tmp_path / "without", after, "none")
+    without, _ = train(inputs, tmp_path / "without", after, "rollback")
     assert_same_updates(state, without)
     assert int(state["step"]) == int(without["step"]) == STEPS
 
@@ -106,7 +108,7 @@ def test_adapters_go_back_with_the_base_that_they_had(inputs, tmp_path, capsys):
     assert len(told) == 1 and f"step {bad}: " in told[0]
     assert [line["train/rollbacks"] for line in lines] == [0.0] * 10 + [1.0] * (steps - 10)
     after = [*range(1, 11), *range(bad + 1, STEPS + 5)]
-    without, _ = train(inputs, tmp_path / "without", after, "none", steps=steps, **low)
+    without, _ = train(inputs, tmp_path / "without", after, "rollback", steps=steps, **low)
     assert_same_updates(state, without)
 
 
@@ -114,3 +116,29 @@ def test_stop_and_a_rollback_without_a_checkpoint_are_errors_that_name_the_step(
     with pytest.raises(UserError, match=rf"step {SPIKE}: a spike, .* rows .*train.jsonl:{2 * SPIKE}: look at them"):
         train(inputs, tmp_path / "stop", range(1, STEPS + 1), "stop")
     assert sorted(path.name for path in (tmp_path / "stop" / "run" / "checkpoints").iterdir()) == ["10", "20"]
+    with pytest.raises(UserError, match=f"step {SPIKE}: no checkpoint that was due to go back to: lower checkpoint"):
+        train(inputs, tmp_path / "back", range(1, STEPS + 1), "rollback", every=STEPS)
+
+
+def test_a_run_that_went_back_past_a_damaged_checkpoint_saves_that_step_again(inputs, tmp_path, monkeypatch, capsys):
+    """Checkpoint 20 is damaged before the spike at 23: back to step 10, and a signal at step 13."""
+    make_batch, calls, checkpoints = sft.make_global_batch, [], tmp_path / "run" / "checkpoints"
+
+    def damage(*arguments):
+        calls.append(1)
+        if len(calls) == 22:
+            while not (checkpoints / "20").exists():
+                time.sleep(0.01)
+            file = max((path for path in (checkpoints / "20").rglob("*") if path.is_file()), key=os.path.getsize)
+            damaged = bytearray(file.read_bytes())
+            damaged[100] ^= 1
+            file.write_bytes(damaged)
+        if len(calls) == SPIKE + 3:
+            signal.raise_signal(signal.SIGTERM)
+        return make_batch(*arguments)
+
+    monkeypatch.setattr(sft, "make_global_batch", damage)
+    with pytest.raises(SystemExit):
+        train(inputs, tmp_path, range(1, STEPS + 5), "rollback")
+    assert f"stopped at step 13 of {STEPS}" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["10", "13", "20.unreadable"]
