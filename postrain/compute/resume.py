@@ -27,7 +27,8 @@ _SHOWN = 8  # changes in one message
 
 
 def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
-    """Raises UserError naming everything because of which the run in ``checkpoints`` cannot go on with ``config``.
+    """Raises UserError naming everything because of which the run in ``checkpoints`` cannot go on with ``config``, or
+    the export that a new run would replace.
 
     Args:
         tokenizer: the one that ``config`` names now.
@@ -35,6 +36,12 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
     """
     place, saved = _read_newest(checkpoints)
     if saved is None:
+        export = checkpoints.parent / "export"
+        if config.export.format != "none" and export.exists():
+            raise UserError(
+                f"{checkpoints.parent} has the export of a finished run, and no checkpoint to go on from: a new run "
+                f"would replace it: use another workdir, or move {export} away"
+            )
         return
     model = fingerprint_model(
         folder, make_lora_config(config.model.lora), config.model.new_tokens, config.model.quantization

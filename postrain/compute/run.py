@@ -213,7 +213,8 @@ class Run:
         raise SystemExit(128 + self._stop.number)
 
     def _must_undo(self, taken: _Unchecked) -> bool:
-        name_rows = lambda: self._batches.describe_rows(taken.row_ids)
+        # Found out by all processes alike, each of which has rows of its own.
+        name_rows = lambda: ", ".join(dict.fromkeys(gather(self._batches.describe_rows(taken.row_ids))))
         return self._guard.must_roll_back(taken.metrics, taken.step, name_rows)
 
     def must_go_back(self, metrics: dict) -> bool:
@@ -252,6 +253,7 @@ class Run:
         self.step = restored.step
         self._newest = gather(self._checkpointer.steps())[0][-1]  # one may have been found damaged
         self._batches.set_state(self._undone.position)
+        self.say(f"back at step {self.step}")
         self._writer.close()
         self._open_writer(self.step)
         self._restart_clock()

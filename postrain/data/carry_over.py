@@ -53,6 +53,7 @@ def carry_over_lanes(
             "positions": [state["positions"][i] if keep else None for i, keep in enumerate(keeps)],
             "drawn": [0.0] * len(kept),
             "phase": -1,  # whichever it is: what is drawn counts from here
+            "size": 0,
             "carry": carry,
             "given": 0,
             "totals": totals,

@@ -115,7 +115,11 @@ def compare_fingerprints(old: dict, new: dict) -> list[str]:
     for part, was, now in _differences(old, new, "versions"):
         changes.append(f"the {part} code is another version: was {was}, is {now}")
     if old != new and not changes:
-        changes.append("the same files and settings give other tokens or loss masks: the rendering code changed")
+        functions = [source["function"] for source in new.get("sources", []) if "function" in source]
+        cause = f"{' or '.join(functions)} does not give the same twice, or " if functions else ""
+        changes.append(
+            f"the same files and settings give other tokens or loss masks: {cause}the rendering code changed"
+        )
     return changes
 
 
@@ -145,7 +149,8 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
         for name in files_before.keys() & files_after.keys():
             a, b = files_before[name], files_after[name]
             if a != b:
-                changes.append(f"{where} {name} has other content: was {a['bytes']:,} bytes, is {b['bytes']:,}")
+                sizes = f": was {a['bytes']:,} bytes, is {b['bytes']:,}" if a["bytes"] != b["bytes"] else ""
+                changes.append(f"{where} {name} has other content{sizes}")
         if not changes and before["files"] != after["files"]:
             changes.append(f"source {before['name']!r}: its files come in another order")
     return changes

@@ -132,10 +132,16 @@ class RowParser:
         row = self._apply(ref, raw)
         if row is None and self._function:
             return None
-        row = check_object(row, ref)
-        if not self.form or not all(key in row for key in _FORMS[self.form]):
-            self._refuse_other(row, ref)
-        return self.kind.parse(row, self.form, ref)
+        try:
+            row = check_object(row, ref)
+            if not self.form or not all(key in row for key in _FORMS[self.form]):
+                self._refuse_other(row, ref)
+            return self.kind.parse(row, self.form, ref)
+        except BadRow as e:
+            if not self._function:
+                raise
+            advice = f"have {self.left_out} make rows of one kind" if e.advice else ""
+            raise BadRow(ref, f"what {self.left_out} made of it: {e.reason}", advice) from None
 
     def _apply(self, ref: RowRef, raw: Any) -> Any:
         if isinstance(raw, BadRow):
@@ -146,7 +152,7 @@ class RowParser:
             return self._function(check_object(raw, ref))
         except BadRow:
             raise
-        except Exception as e:  # whatever the user's own function makes of a row is told with the row
+        except (Exception, SystemExit) as e:  # whatever the user's own function makes of a row is told with the row
             raise BadRow(ref, f"{self.left_out}: {type(e).__name__}: {e}") from e
 
     def _refuse_other(self, row: dict, ref: RowRef) -> None:

@@ -27,6 +27,8 @@ from postrain.errors import UserError
 # Part of the data fingerprint: to be counted up whenever the same data would come in another order.
 LANE_VERSION = 3
 
+_FIRST_WINDOW = 64  # documents, of a phase; up to twice as many for the last of several lanes
+
 
 class Reader(Protocol):
     """A lane's share of a source, row by row. ``position`` (JSON-able) is after the last row drawn."""
@@ -65,8 +67,9 @@ class Lane:
       readers: one for each source.
       phases: from ``make_phases``.
       rows_a_batch: rows of each update that are of this lane.
-      window: documents that are packed together; the first window of lane i of n is shorter, so that not all lanes
-        draw their windows before the same update.
+      window: documents that are packed together. The first windows of a phase have fewer, each twice as many as the
+        one before, so that the rows of its first updates have the shares of its weights, too, and come soon. Lanes
+        begin with different numbers, so that not all of them draw their windows before the same update.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Lane:
         self._readers, self._phases, self._config = readers, phases, config
         self._index, self._lanes, self._rows_a_batch, self._window = index, lanes, rows_a_batch, window
         self._number = -1  # of the window
+        self._size = self._first_size = min(_FIRST_WINDOW * (lanes + index) // lanes, window)  # of the next one
         self._first_row = 0  # of the window, in the stream of this lane
         self._drawn = [0.0] * len(readers)  # in this phase
         self._phase = 0
@@ -121,7 +125,7 @@ class Lane:
             if position is not None:
                 reader.seek(position)
         self._number, self._first_row = state["window"] - 1, state["first_row"]
-        self._drawn, self._phase = list(state["drawn"]), state["phase"]
+        self._drawn, self._phase, self._size = list(state["drawn"]), state["phase"], state["size"]
         self._totals = [list(total) for total in state["totals"]]
         self._carry = self._fetch(state["carry"])
         self._rows = []
@@ -137,14 +141,16 @@ class Lane:
             "positions": [reader.position for reader in self._readers],
             "drawn": list(self._drawn),
             "phase": self._phase,
+            "size": self._size,
             "carry": [[drawn.source, drawn.key, drawn.part] for drawn in self._carry],
         }
         phase = phase_at(self._phases, self._first_row // self._rows_a_batch + 1)
         if phase != self._phase:
-            self._phase, self._drawn = phase, [0.0] * len(self._readers)
+            self._phase, self._drawn, self._size = phase, [0.0] * len(self._readers), self._first_size
             for drawn in self._carry:
                 self._drawn[drawn.source] += self._amount(drawn)
         documents, is_last = self._draw_window()
+        self._size = min(2 * self._size, self._window)
         rows_left = self._rows_of_phase()
         config = self._config
         rows, left = self._pack(documents, last=is_last)
@@ -160,8 +166,7 @@ class Lane:
     def _draw_window(self) -> tuple[list[Drawn], bool]:
         """The carried documents and as many more as make a window, and whether these are the last."""
         documents = list(self._carry)
-        window = max(self._window * (self._index + 1) // self._lanes, 1) if self._number == 0 else self._window
-        window = max(window, len(documents) + 1)
+        window = max(self._size, len(documents) + 1)
         while (goal := self._next_goal(documents, window)) > len(documents):
             if not self._draw_until(goal, documents):
                 if not documents:

@@ -143,6 +143,7 @@ def _describe_empty(report: DataReport, config: DataConfig) -> str:
         f"too long for data.sequence_length = {config.sequence_length} (the longest has {total.longest:,} tokens)":
             total.too_long,
         "left with nothing to train on after truncation": total.untrained,
+        f"left out by {', '.join(s.left_out_by for s in report.sources if s.left_out)}": total.left_out,
     }  # fmt: skip
     found = "; ".join(f"{n} {why}" for why, n in reasons.items() if n)
     return f"nothing to train on in {where}: {count(total.rows, 'row')}" + (f", {found}" if found else "")

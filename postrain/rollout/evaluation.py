@@ -7,6 +7,7 @@ trained span is what serving feeds the model, the span is the expected answer.
 import collections
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from postrain.config import Config
 from postrain.data.pipeline import make_eval_batches
 from postrain.data.rendering import Rendered, split_prompt
 from postrain.data.tokenizer import Tokenizer
+from postrain.errors import UserError
 from postrain.files import read_jsonl, write_whole
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
@@ -138,10 +140,15 @@ class Evaluator:
             print(f"evaluation: {truncated:,} truncated documents are in eval/loss, but not generated and scored")
 
     def __call__(self, state: TrainState) -> dict[str, float]:
-        """``eval/loss``, ``eval/accuracy`` and the scores of the greedy answers; the moving average is used if kept."""
+        """``eval/loss``, ``eval/accuracy`` and the scores of the greedy answers; the moving average is used if kept.
+
+        Raises UserError where the loss is not finite: weights that an update has ruined are not worth going on with.
+        """
         params = state.params if state.ema is None else state.ema
         batches = (Batch(**make_global_batch(batch, self.mesh)) for batch in self.batches)
         metrics = compute_eval_loss(self.eval_step, params, state.frozen, batches)
+        if not math.isfinite(metrics["eval/loss"]):
+            raise UserError(_describe_ruin(metrics["eval/loss"], int(state.step)))
         if self.questions:
             samples = answer_questions(
                 merge_params(params, state.frozen),
@@ -156,6 +163,15 @@ class Evaluator:
             if jax.process_index() == 0:
                 append_samples(self.samples_path, int(state.step), samples)
         return metrics
+
+
+def _describe_ruin(loss: float, step: int) -> str:
+    if not step:
+        return f"eval/loss is {loss} before the first update: check the model with `postrain verify`"
+    return (
+        f"eval/loss is {loss} after step {step}: an update since the last evaluation has ruined the weights: lower "
+        "optimizer.learning_rate or optimizer.max_grad_norm, and start in another workdir"
+    )
 
 
 def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> None:

@@ -24,6 +24,8 @@ DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
 FUNCTION = '''
 def to_chat(row):
     """{"q", "a"} -> messages."""
+    if row.get("q") == "exit":
+        raise SystemExit(3)
     if not row["a"]:
         return None
     return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}]}
@@ -76,7 +78,8 @@ def test_what_it_leaves_out_is_counted_under_its_name(tmp_path, tokenizer):
     ("row", "reason"),
     [
         ({"a": "x"}, "to_chat: KeyError: 'q'"),
-        ({"q": 3, "a": "x"}, "messages[0].content must be a string; found a number"),
+        ({"a": "x", "q": "exit"}, "to_chat: SystemExit: 3"),
+        ({"q": 3, "a": "x"}, "what to_chat made of it: messages[0].content must be a string; found a number"),
         (["q", "a"], "expected an object with the keys of a row, such as 'messages'; found a list"),
     ],
 )
@@ -132,14 +135,15 @@ def test_rows_of_two_kinds_are_told(tmp_path, tokenizer):
     text = FUNCTION.replace("return None", "return {'prompt': row['q'], 'chosen': 'a', 'rejected': 'b'}")
     path = write_jsonl(tmp_path / "rows.jsonl", answers(range(1, 4)))
     config = make_config(path, kind=read_function(tmp_path, text))
-    with pytest.raises(UserError, match=f"{path}:3: expected a row of kind sft, as the first at {path}:1; found"):
+    told = f"{path}:3: what to_chat made of it: expected a row of kind sft, as the first at {path}:1; found .*: have"
+    with pytest.raises(UserError, match=told):
         load_examples(config.train, tokenizer, config)
 
 
 def test_what_is_no_row_is_refused(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", answers(range(3)))
     config = make_config(path, kind=read_function(tmp_path, FUNCTION.replace("return None", "return 3")))
-    with pytest.raises(UserError, match=f"{path}:1: expected an object with the keys of a row.*; found a number"):
+    with pytest.raises(UserError, match=f"{path}:1: what to_chat made of it: expected an object.*; found a number"):
         load_examples(config.train, tokenizer, config)
 
 

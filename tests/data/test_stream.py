@@ -286,7 +286,7 @@ def test_sources_and_lanes_without_anything_to_train_on_end(tmp_path, tokenizer)
 
 
 def test_a_source_that_ends_for_a_lane_ends_alike_after_a_resume(tmp_path, tokenizer, monkeypatch):
-    """Five of eight blocks, a lane each, have nothing to train on: after three such epochs their lane is done with a."""
+    """Five of eight blocks, one a lane, have nothing to train on: after three such epochs the lane is done with a."""
     monkeypatch.setattr(block_reader, "_SHARED_BYTES", 0)  # as if it were large
     for number in range(8):
         words = "word " * (400 if number >= 3 else 5)
@@ -311,6 +311,23 @@ def test_a_source_that_ends_for_a_lane_ends_alike_after_a_resume(tmp_path, token
         assert json.loads(json.dumps(resumed.get_state())) == states[-1]
         close(resumed)
     close(whole)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_first_updates_have_the_shares_however_large_the_window(tmp_path, tokenizer, streaming):
+    """A source of 12 rows, a sixth as long as the others, comes first and whole where its weight says so."""
+    write_jsonl(tmp_path / "a-0.jsonl", [chat(f"a 0 {i}?", "word " * 15) for i in range(400)])
+    write_jsonl(tmp_path / "b-0.jsonl", [chat(f"b 0 {i}?", "word " * 5) for i in range(12)])
+    config = make_config(
+        tmp_path, weights=(1.0, 1.0), lanes=1, packing_window=10_000, mixture=MixtureSection(by="rows")
+    )
+    sources = config.train[0], dataclasses.replace(config.train[1], max_epochs=1)
+    config = dataclasses.replace(config, train=sources, streaming=streaming)
+    stream = open_stream(tokenizer, config)
+    rows_a_window = 64 // BATCH  # at least, of the first one
+    names = [document[0] for document in documents_of(take(stream, rows_a_window), tokenizer)]
+    close(stream)
+    assert names.count("b") == 12
 
 
 def test_a_mixed_source_without_anything_to_train_on_is_refused(tmp_path, tokenizer):
