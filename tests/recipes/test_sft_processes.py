@@ -127,10 +127,9 @@ def test_processes_that_read_other_rows_are_refused(inputs, tmp_path):
     data = ROWS | STREAMED | {"train": "rows-{0..1}.jsonl", "eval": []}
     values = make_values(inputs, data=data, export={"format": "none"})
     train = [f"--config={write_config(tmp_path / 'c.py', values)}", f"--workdir={tmp_path / 'run'}"]
-    size = (tmp_path / "host0" / "rows-1.jsonl").stat().st_size
     expected = (
         f'the processes differ: process 1 ({host}) found other rows than process 0 ({host}) ("was"): data.train: '
-        f"source 'rows-{{0..1}}': file rows-1.jsonl has other content: was {size:,} bytes, is {size:,}: expected"
+        "source 'rows-{0..1}': file rows-1.jsonl has other content: expected the same rows on all machines"
     )
     ends = start_two(["-m", "postrain.cli"], train, train, folders=folders)
     assert [code for code, _, _ in ends] == [2, 2]
