@@ -279,7 +279,7 @@ def test_other_content_of_the_held_out_file_is_told(inputs, tmp_path, capsys):
         capsys.readouterr()
         postrain.train(values, tmp_path / "run")
         printed = capsys.readouterr().out
-        told = "held out: source 'eval': file eval.jsonl has other content: was" in printed
+        told = "held out: source 'eval': file eval.jsonl has other content" in printed
         assert "; changed since: train.steps" in printed and told == (first == 50), printed
 
 
