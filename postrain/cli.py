@@ -219,11 +219,14 @@ def read_config(args, overrides):
 def run_train(args, overrides) -> None:
     from postrain.compute.cluster import find_cluster
     from postrain.compute.distributed import join
+    from postrain.compute.signals import ends_at_once
 
     with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
         config = read_config(args, overrides)
-        from postrain.recipes import train
+        with ends_at_once():
+            from postrain.recipes import train
 
+            importlib.import_module(f"postrain.recipes.{config.recipe}")
         train(config, args.workdir)
 
 

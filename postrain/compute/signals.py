@@ -66,6 +66,25 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """For imports: in the block ^C ends the process. Libraries that try imports take a KeyboardInterrupt for a failed
+    one, and are then half there, or go on without."""
+
+    def end(number, frame):
+        del frame
+        os.write(2, b"error: interrupted\n")
+        os._exit(EXIT_CODES[number])
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # as a job in the background has it
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def leave_pid_1() -> None:
     """For the first process of a container, PID 1: the program goes on in a child, for which this one stays behind.
 

@@ -49,6 +49,24 @@ def test_in_another_thread_nothing_is_caught():
     assert found == [None]
 
 
+@pytest.mark.parametrize(("handler", "code", "output"), [("default_int_handler", 130, ""), ("SIG_IGN", 0, "went on")])
+def test_an_import_cannot_swallow_an_interrupt(handler, code, output):
+    text = f"""
+import signal
+from postrain.compute.signals import ends_at_once
+signal.signal(signal.SIGINT, signal.{handler})
+with ends_at_once():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        pass
+    print("went on")
+"""
+    result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (code, output)
+    assert result.stderr == ("error: interrupted\n" if code else "")
+
+
 PID_1 = """
 import os, signal, sys
 from postrain import cli
