@@ -216,7 +216,10 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         names = {"first": 3.0, "second": 1.0}
         values["data"]["train"] = [{"path": f"s3://corpus/{name}-*.jsonl", "weight": w} for name, w in names.items()]
         cache = {"cache_folder": str(inputs.parent / CACHE), "cache_gibibytes": CACHE_BYTES / 2**30}
-        values["data"] |= {"streaming": True, "packing_window": 6, "stream": {"lanes": 2} | cache}
+        values["data"] |= {"streaming": True, "packing_window": 12, "stream": {"lanes": 2} | cache}
+        # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 27.
+        values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 4, "sequence_length": 96}
+        values["train"]["spike"]["threshold"] = 3.5
     return values
 
 
