@@ -11,7 +11,7 @@ NUM_DEVICES = 8
 def test_on_eight_cpu_devices():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={NUM_DEVICES}",
         "POSTRAIN_MULTIDEVICE": "1",
     }
     folder = pathlib.Path(__file__).parent / "multidevice"

@@ -12,7 +12,8 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.mark.parametrize("check", ["meshes", "layout", "communication", "model"])
 def test_eight_devices(check):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     result = subprocess.run(
         [sys.executable, HERE / "devices_check.py", check], env=environment, capture_output=True, text=True
     )
