@@ -1,4 +1,5 @@
-"""Batches of kind sft are, byte for byte, those of before there were other kinds: a run begun then goes on."""
+"""Batches of kind sft are, byte for byte, what they were: of rows in memory since before there were other kinds, of
+streams since windows begin small (LANE_VERSION 3). Whoever changes them counts a version of the data fingerprint up."""
 
 import hashlib
 import json
@@ -47,7 +48,7 @@ def test_rows_in_memory():
     batches.close()
 
 
-@pytest.mark.parametrize(("streaming", "expected"), [(False, "f2dd0eeefea304d2"), (True, "95570c034f46b314")])
+@pytest.mark.parametrize(("streaming", "expected"), [(False, "f2dd0eeefea304d2"), (True, "d7afebde1a48987c")])
 def test_a_mixture_and_a_stream(tmp_path, tokenizer, streaming, expected):
     for name in "ab":
         rows = [chat(f"{name} {i}?", "word " * (1 + i * 7 % 31)) for i in range(60)]
