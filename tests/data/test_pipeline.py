@@ -429,3 +429,6 @@ def test_changed_data_tokenizer_and_code_are_named(tokenizer, tmp_path):
         f"the packing code is another version: was {version}, is 0"
     ]
     assert "the rendering code changed" in compare_fingerprints(a, a | {"documents": "0"})[0]
+    with_function = a | {"sources": [{**source, "function": "function f 12"} for source in a["sources"]]}
+    (change,) = compare_fingerprints(with_function, with_function | {"documents": "0"})
+    assert change.endswith("function f 12 does not give the same twice, or the rendering code changed")
