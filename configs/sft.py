@@ -6,7 +6,7 @@
 A row is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
 docs/data.md has the other forms. `--config=configs/sft.py:full` trains every parameter in place of LoRA adapters.
 The run leaves metrics.jsonl, report.html, checkpoints and the exported model in the workdir.
-Every key that there is, with its default and its meaning: postrain/config.py.
+Every key that there is, with its default and its meaning: postrain/config/schema.py.
 """
 
 from ml_collections import ConfigDict

@@ -14,9 +14,9 @@ _HOMES = {
     "Config": "postrain.config",
     "UserError": "postrain.errors",
     "generate": "postrain.rollout.chat",
-    "load_config": "postrain.config_file",
+    "load_config": "postrain.config.load",
     "load_pretrained": "postrain.hf.load",
-    "load_tokenizer": "postrain.data.tokenizer",
+    "load_tokenizer": "postrain.data.rendering.tokenizer",
     "logits": "postrain.models.logits",
     "train": "postrain.recipes",
 }

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         if os.getpid() == 1:
-            from postrain.compute.signals import leave_pid_1
+            from postrain.cluster.signals import leave_pid_1
 
             leave_pid_1()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -209,7 +209,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
 def read_config(args, overrides):
     """The config that a command is given; whatever is wrong with it is said here, in the same words to each."""
     from postrain.config import check_paths
-    from postrain.config_file import load_config
+    from postrain.config.load import load_config
 
     config = load_config(args.config, overrides)
     check_paths(config)
@@ -217,9 +217,9 @@ def read_config(args, overrides):
 
 
 def run_train(args, overrides) -> None:
-    from postrain.compute.cluster import find_cluster
-    from postrain.compute.distributed import join
-    from postrain.compute.signals import ends_at_once
+    from postrain.cluster.discover import find_cluster
+    from postrain.cluster.processes import join
+    from postrain.cluster.signals import ends_at_once
 
     with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
         config = read_config(args, overrides)
@@ -231,8 +231,8 @@ def run_train(args, overrides) -> None:
 
 
 def run_launch(args, overrides) -> int:
-    from postrain.compute.launch import Job, launch, parse_target
-    from postrain.config_file import load_config
+    from postrain.cluster.launch import Job, launch, parse_target
+    from postrain.config.load import load_config
 
     if parse_target(args.target)[0] in ("local", "slurm"):  # the files of other machines cannot be looked for here
         read_config(args, overrides)
@@ -252,7 +252,7 @@ def run_preview(args, overrides) -> None:
 
 
 def run_plan(args, overrides) -> int:
-    from postrain.config_file import load_config
+    from postrain.config.load import load_config
 
     config = load_config(args.config, {"data.train": "unread", **overrides})  # no row is read
     os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators of this machine stay untouched
@@ -268,7 +268,7 @@ def with_local_model(config):
     """The config with ``model.path`` as a folder on this machine, for what reads the tokenizer alone."""
     if config.model.tokenizer:
         return config
-    from postrain.hf.fetch import locate_model
+    from postrain.hf.hub import locate_model
 
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path)))
@@ -276,13 +276,13 @@ def with_local_model(config):
 
 
 def run_export(args, overrides) -> None:
-    from postrain.compute.export import export_workdir
+    from postrain.export.export import export_workdir
 
     print(export_workdir(args.workdir, args.output, args.format, args.step))
 
 
 def run_import(args, overrides) -> None:
-    from postrain.hf.gguf import import_gguf
+    from postrain.hf.gguf.convert import import_gguf
 
     import_gguf(args.file, args.output)
     print(f"wrote {args.output}")
@@ -326,7 +326,7 @@ def run_verify(args, overrides) -> int:
     if args.layers and not args.random:
         raise UserError("--layers goes with --random: a model's own weights are verified whole")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no word to the hub about folders of this machine
-    from postrain.hf.verify import verify, verify_random
+    from postrain.hf.verify.compare import verify, verify_random
 
     report = verify_random(args.model, num_layers=args.layers or 0) if args.random else verify(args.model)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))

@@ -47,4 +47,4 @@ class TrainState:
     opt_state: Any  # optax state over params
     rng: jax.Array  # PRNG key []; folded with the step, never split and replaced
     ema: Any = None  # like params, or None when the moving average is off
-    history: Any = None  # of losses and gradient norms, see postrain.compute.spikes
+    history: Any = None  # of losses and gradient norms, see postrain.training.spikes

@@ -15,7 +15,7 @@ from tiny_models import make_tiny_model
 
 from postrain import cli
 from postrain.config import Config
-from postrain.config_file import load_config
+from postrain.config.load import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

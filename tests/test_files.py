@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from postrain.compute.metrics import MetricsWriter, read_metrics
 from postrain.config import SourceConfig, TrackersConfig, resolve
-from postrain.data.loading import load_examples
+from postrain.data.batches.loading import load_examples
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
+from postrain.report.metrics import MetricsWriter, read_metrics
 from postrain.rollout.chat import _read_rows
 
 ODD = "a\u2028b\u2029c\x85d"  # str.splitlines would make four lines of it
@@ -89,7 +89,7 @@ def test_truncated_documents_say_so(tmp_path, tokenizer):
 def tokenizer(tmp_path_factory):
     from tiny_models import make_tiny_tokenizer
 
-    from postrain.data.tokenizer import load_tokenizer
+    from postrain.data.rendering.tokenizer import load_tokenizer
 
     return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 

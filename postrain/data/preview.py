@@ -11,12 +11,12 @@ import sys
 import numpy as np
 
 from postrain.config import Config
+from postrain.data.batches.loading import ExampleSet, load_examples
+from postrain.data.batches.open import sample_stream
+from postrain.data.batches.report import count
 from postrain.data.documents import Document, Rendered
-from postrain.data.kinds import needs_tokenizer
-from postrain.data.loading import ExampleSet, load_examples
-from postrain.data.report import count
-from postrain.data.tokenizer import Tokenizer, load_run_tokenizer
-from postrain.data.train_rows import sample_stream
+from postrain.data.kinds.registry import needs_tokenizer
+from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
 

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.data.tokenizer import Tokenizer
+from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import CONFIG_FILE, DTYPE_KEYS, config_file, parse_config, parse_dtype, read_family
 from postrain.hf.families import FAMILIES, Family, TensorName
 from postrain.hf.load import make_reader, open_checked, place
-from postrain.hf.safetensors_io import read_json
 from postrain.hf.save import cast, choose_dtypes, fetch_tensor, write_folder
 from postrain.hf.side_files import copy_side_files
+from postrain.hf.tensors import read_json
 from postrain.hf.text_part import read_model_json
 from postrain.hf.tree import FileTensor, flatten, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig

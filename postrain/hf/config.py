@@ -13,7 +13,7 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.families import FAMILIES, HARMLESS_KEYS, NEUTRAL_VALUES, USED_KEYS, Family
-from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, read_json
+from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, read_json
 from postrain.hf.text_part import TEXT_PARTS, read_model_json
 from postrain.models.config import ModelConfig, RopeConfig
 

@@ -8,11 +8,11 @@ from jax.sharding import Mesh
 
 from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, is_adapter
-from postrain.hf.fetch import locate_model
+from postrain.hf.hub import locate_model
 from postrain.hf.load import load_pretrained
-from postrain.hf.peft import load_adapter
-from postrain.hf.peft_rows import needed_vocabulary
-from postrain.hf.safetensors_io import read_json
+from postrain.hf.peft.adapter import load_adapter
+from postrain.hf.peft.rows import needed_vocabulary
+from postrain.hf.tensors import read_json
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
 

@@ -14,13 +14,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from postrain.data.tokenizer import Tokenizer
+from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_family, source_dtype, write_config
 from postrain.hf.folders import atomic_folder
 from postrain.hf.load import open_checked
-from postrain.hf.safetensors_io import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
 from postrain.hf.side_files import copy_side_files
+from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import FileTensor, flatten, list_tensors
 from postrain.models.config import ModelConfig

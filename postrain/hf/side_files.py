@@ -5,9 +5,9 @@ import os
 import pathlib
 import shutil
 
-from postrain.data.new_tokens import NewTokens
-from postrain.data.tokenizer import Tokenizer
-from postrain.hf.safetensors_io import read_json
+from postrain.data.rendering.new_tokens import NewTokens
+from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.hf.tensors import read_json
 
 GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"

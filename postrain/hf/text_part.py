@@ -7,7 +7,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
-from postrain.hf.safetensors_io import TensorFiles, read_json
+from postrain.hf.tensors import TensorFiles, read_json
 
 
 class TextPart(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from postrain.hf.families import Family, TensorName
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, param_specs
-from postrain.nested import flatten
+from postrain.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ class ModelConfig:
     compute_dtype: str = "float32"  # "bfloat16" on accelerators
     fp8: bool = False  # products with the layers' matrices in float8, see postrain.models.fp8; not those of experts
     remat: str = "none"  # "none", "dots" (keep matrix products), "full" (keep layer inputs)
-    attention: str = "auto"  # back end, see postrain.models.attention
+    attention: str = "auto"  # back end, see postrain.models.attention.dispatch
     attention_chunk: int = 128  # positions per block of the chunked back end
     lora: LoraConfig | None = None
     new_rows: NewRows | None = None

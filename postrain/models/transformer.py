@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from postrain.models.attention import attention, cached_attention
-from postrain.models.attention_blocks import soft_cap
+from postrain.models.attention.blocks import soft_cap
+from postrain.models.attention.dispatch import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot

@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 
-from postrain.compute import distributed
-from postrain.compute.plan import PlanReport, make_plan
-from postrain.compute.preflight import check_processes
-from postrain.compute.watchdog import Watchdog
-from postrain.compute.workdir import open_workdir
+from postrain.cluster import processes as distributed
+from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_model_path, check_paths, resolve
-from postrain.config_file import load_config
+from postrain.config.load import load_config
+from postrain.plan.plan import PlanReport, make_plan
+from postrain.training.agreement import check_processes
+from postrain.training.workdir import open_workdir
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:

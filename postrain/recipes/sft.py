@@ -16,38 +16,38 @@ import time
 import jax
 from jax.sharding import Mesh
 
-from postrain.compute.build import Model, Step, abstract_batch, load_model
-from postrain.compute.distributed import meet
-from postrain.compute.export import export_state, fingerprint_base
-from postrain.compute.optimizer import describe_cut, make_optimizer
-from postrain.compute.preflight import check_rows
-from postrain.compute.report import write_report
-from postrain.compute.resume import check_length, check_resume
-from postrain.compute.run import Fingerprints, Run
-from postrain.compute.step import abstract_train_state, init_train_state, make_train_step, shardings_of
-from postrain.compute.summary import (
+from postrain.cluster.processes import meet
+from postrain.cluster.watchdog import Watchdog
+from postrain.config import Config
+from postrain.data.batches.loading import load_examples
+from postrain.data.batches.open import open_train_rows
+from postrain.data.documents import check_token_ids
+from postrain.data.preview import render_tokens_html
+from postrain.data.rendering.tokenizer import load_run_tokenizer
+from postrain.export.export import export_state, fingerprint_base
+from postrain.hf.folders import check_replaceable, clear_leftovers
+from postrain.hf.hub import locate_model
+from postrain.hf.peft.adapter import check_base
+from postrain.models.attention.check import check_backend
+from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
+from postrain.objectives.sft import make_sft_loss
+from postrain.report.page import write_report
+from postrain.rollout.answers import Evaluator
+from postrain.sharding import data_process, make_global_batch, make_mesh
+from postrain.training.agreement import check_rows
+from postrain.training.compatibility import check_length, check_resume
+from postrain.training.loop import Fingerprints, Run
+from postrain.training.model import Model, Step, abstract_batch, load_model
+from postrain.training.optimizer import describe_cut, make_optimizer
+from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
+from postrain.training.summary import (
     describe_environment,
     describe_overlong,
     format_memory,
     format_metrics,
     format_summary,
 )
-from postrain.compute.watchdog import Watchdog
-from postrain.compute.workdir import last_values, make_workdir
-from postrain.config import Config
-from postrain.data.documents import check_token_ids
-from postrain.data.loading import load_examples
-from postrain.data.preview import render_tokens_html
-from postrain.data.tokenizer import load_run_tokenizer
-from postrain.data.train_rows import open_train_rows
-from postrain.hf.fetch import locate_model
-from postrain.hf.folders import check_replaceable, clear_leftovers
-from postrain.hf.peft import check_base
-from postrain.models.attention_check import check_backend
-from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
-from postrain.objectives.sft import make_sft_loss
-from postrain.rollout.evaluation import Evaluator
-from postrain.sharding import data_process, make_global_batch, make_mesh
+from postrain.training.workdir import last_values, make_workdir
 from postrain.types import Batch
 
 

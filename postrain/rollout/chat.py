@@ -10,12 +10,11 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from postrain.compute.build import choose_compute_dtype
 from postrain.config import MeshConfig
-from postrain.data.rendering import render_prompt
-from postrain.data.schema import READ_KEYS, RowRef, check_keys, parse_messages, parse_tools
-from postrain.data.template import REASONING_SWITCHES
-from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.data.messages import READ_KEYS, RowRef, check_keys, parse_messages, parse_tools
+from postrain.data.rendering.render import render_prompt
+from postrain.data.rendering.template import REASONING_SWITCHES
+from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.hf.model_folder import find_model, load_model
@@ -23,6 +22,7 @@ from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams
 from postrain.sharding import make_mesh
+from postrain.training.model import choose_compute_dtype
 
 GENERATED = "generated"  # the key of an answered line that holds its answer
 

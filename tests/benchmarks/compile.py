@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import workloads
 from runner import Bar, make_parser, show
 
-from postrain.compute.optimizer import make_optimizer
-from postrain.compute.step import abstract_train_state, make_train_step
 from postrain.config import OptimizerConfig
 from postrain.models import transformer
 from postrain.models.config import ModelConfig, RopeConfig
 from postrain.models.params import abstract_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.optimizer import make_optimizer
+from postrain.training.step import abstract_train_state, make_train_step
 from postrain.types import Batch
 
 CONFIG = ModelConfig(

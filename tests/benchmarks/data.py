@@ -55,7 +55,7 @@ def pack_all(side: str, count: int) -> dict:
 
 
 def _pack_here(lengths: np.ndarray, capacity: int) -> tuple[float, int]:
-    from postrain.data.packing import pack
+    from postrain.data.batches.packing import pack
 
     start = time.perf_counter()
     rows = pack(lengths, capacity, window=WINDOW)
@@ -109,8 +109,8 @@ def prepare_all(side: str, folder: str) -> dict:
 
 
 def _prepare_here(folder: str, clock) -> dict:
-    from postrain.data.tokenizer import load_tokenizer
-    from postrain.hf.fetch import fetch_smollm2
+    from postrain.data.rendering.tokenizer import load_tokenizer
+    from postrain.hf.hub import fetch_smollm2
 
     template = str(pathlib.Path(folder, "template.jinja"))
     figures = {}
@@ -123,7 +123,7 @@ def _prepare_here(folder: str, clock) -> dict:
 
 def _load(path: str, tokenizer, clock) -> dict:
     from postrain.config import DataConfig, SourceConfig
-    from postrain.data.pipeline import load_examples, make_train_iterator
+    from postrain.data.batches.in_memory import load_examples, make_train_iterator
 
     config = DataConfig(train=(SourceConfig(path=path),), sequence_length=PREPARED_LENGTH)
     start = clock()
@@ -140,7 +140,7 @@ def _load(path: str, tokenizer, clock) -> dict:
 def _stream(path: str, tokenizer, clock) -> dict:
     """One lane, once through the file; the last rows, which make no whole batch, are not counted."""
     from postrain.config import DataConfig, SourceConfig, StreamSection
-    from postrain.data.train_rows import open_train_rows
+    from postrain.data.batches.open import open_train_rows
     from postrain.errors import UserError
 
     source = SourceConfig(path=path, max_epochs=1)
@@ -163,7 +163,7 @@ def _prepare_trl(folder: str, processes: int, clock) -> dict:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from postrain.hf.fetch import fetch_smollm2
+    from postrain.hf.hub import fetch_smollm2
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -291,9 +291,9 @@ def summarize_step(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
 def stream_rows(folder: str, rows: int) -> dict:
     """Resident memory, in MiB, after each hundredth of the rows."""
     from postrain.config import DataConfig, SourceConfig
-    from postrain.data.tokenizer import load_tokenizer
-    from postrain.data.train_rows import open_train_rows
-    from postrain.hf.fetch import fetch_smollm2
+    from postrain.data.batches.open import open_train_rows
+    from postrain.data.rendering.tokenizer import load_tokenizer
+    from postrain.hf.hub import fetch_smollm2
 
     source = SourceConfig(path=str(pathlib.Path(folder, "rows-*.jsonl")))
     config = DataConfig(train=(source,), sequence_length=1024, batch_size=32, streaming=True)

@@ -25,7 +25,7 @@ from tiny_models import make_tiny_model  # noqa: E402
 
 from postrain.hf.config import read_family  # noqa: E402
 from postrain.hf.families import FAMILIES  # noqa: E402
-from postrain.hf.verify import verify  # noqa: E402
+from postrain.hf.verify.compare import verify  # noqa: E402
 
 
 def measure_logits() -> dict[str, list[float]]:

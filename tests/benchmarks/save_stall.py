@@ -17,7 +17,7 @@ import time
 import runner
 import workloads
 
-from postrain.hf.fetch import fetch_smollm2
+from postrain.hf.hub import fetch_smollm2
 
 STEPS, ROWS, LENGTH = 4, 1, 128
 SIDES = {"full": 0, "lora": 16}  # rank of the adapters
@@ -29,13 +29,13 @@ def run_side(arguments) -> None:
     import jax
     import numpy as np
 
-    from postrain.compute.build import load_model
-    from postrain.compute.checkpoint import Checkpointer
-    from postrain.compute.checksums import verify_checksums
-    from postrain.compute.step import init_train_state
+    from postrain.checkpoint.checkpointer import Checkpointer
+    from postrain.checkpoint.checksums import verify_checksums
     from postrain.config import MeshConfig, resolve
     from postrain.recipes.sft import make_step
     from postrain.sharding import make_global_batch, make_mesh
+    from postrain.training.model import load_model
+    from postrain.training.step import init_train_state
     from postrain.types import Batch
 
     load, mesh, folder = workloads.Load(), make_mesh(MeshConfig()), fetch_smollm2()

@@ -25,12 +25,12 @@ def make_step(folder: str, steps: int, micro_batches: int):
     """The train step of the tiny model and its first state."""
     import jax
 
-    from postrain.compute.optimizer import make_optimizer
-    from postrain.compute.step import init_train_state, make_train_step
     from postrain.config import OptimizerConfig
     from postrain.hf.load import load_pretrained
     from postrain.models import transformer
     from postrain.objectives.sft import make_sft_loss
+    from postrain.training.optimizer import make_optimizer
+    from postrain.training.step import init_train_state, make_train_step
 
     config, params = load_pretrained(folder)
     loss_fn = make_sft_loss(
@@ -48,10 +48,10 @@ def make_step(folder: str, steps: int, micro_batches: int):
 def make_batches(documents, length: int, rows: int, packing: str = "best_fit"):
     """The endless batches of pairs of tokens and masks, and the documents."""
     from postrain.config import DataConfig
-    from postrain.data.pipeline import ExampleSet, make_train_iterator
-    from postrain.data.rendering import Rendered
-    from postrain.data.report import DataReport
-    from postrain.data.schema import RowRef
+    from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
+    from postrain.data.batches.report import DataReport
+    from postrain.data.messages import RowRef
+    from postrain.data.rendering.render import Rendered
 
     examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]
     config = DataConfig(sequence_length=length, batch_size=rows, packing=packing)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from published_configs import CONFIGS, write_published_config
 
-from postrain.config_file import load_config
+from postrain.config.load import load_config
 from postrain.hf.config import read_config
 from postrain.models.params import abstract_params, num_params
 

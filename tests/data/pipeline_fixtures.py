@@ -9,10 +9,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from postrain.config import DataConfig
-from postrain.data.loading import ExampleSet
-from postrain.data.rendering import Rendered
-from postrain.data.report import DataReport
-from postrain.data.schema import RowRef
+from postrain.data.batches.loading import ExampleSet
+from postrain.data.batches.report import DataReport
+from postrain.data.messages import RowRef
+from postrain.data.rendering.render import Rendered
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[2] / "configs" / "data"
 

@@ -7,9 +7,9 @@ import tokenizers
 from real_tokenizers import get_template_path, get_tokenizer_folder
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from postrain.data.rendering import Rendered, render
-from postrain.data.schema import RowRef, parse_row
-from postrain.data.tokenizer import Tokenizer, load_tokenizer
+from postrain.data.messages import RowRef, parse_row
+from postrain.data.rendering.render import Rendered, render
+from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 
 REF = RowRef("train", "rows.jsonl", 7)
 

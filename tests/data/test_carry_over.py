@@ -8,9 +8,9 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
-from postrain.data.fingerprint import digest_change
-from postrain.data.tokenizer import load_tokenizer
-from postrain.data.train_rows import open_train_rows
+from postrain.data.batches.fingerprint import digest_change
+from postrain.data.batches.open import open_train_rows
+from postrain.data.rendering.tokenizer import load_tokenizer
 
 BATCH = 4
 ROWS = {"a": 160, "b": 120, "c": 50}

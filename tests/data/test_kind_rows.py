@@ -12,16 +12,16 @@ from odd_config import ODD_CONFIG
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 from rendering_fixtures import load_real
 
-from postrain.data.id_rows import parse_teacher_row
-from postrain.data.loading import load_examples
-from postrain.data.packing import assemble_row
-from postrain.data.pipeline import make_train_iterator
-from postrain.data.preference import parse_preference
-from postrain.data.prompts import parse_prompt
-from postrain.data.rendering import render_prompt
-from postrain.data.schema import BadRow, RowRef
-from postrain.data.tokenizer import load_tokenizer
-from postrain.data.train_rows import open_train_rows
+from postrain.data.batches.in_memory import make_train_iterator
+from postrain.data.batches.loading import load_examples
+from postrain.data.batches.open import open_train_rows
+from postrain.data.batches.packing import assemble_row
+from postrain.data.kinds.id_rows import parse_teacher_row
+from postrain.data.kinds.preference import parse_preference
+from postrain.data.kinds.prompts import parse_prompt
+from postrain.data.messages import BadRow, RowRef
+from postrain.data.rendering.render import render_prompt
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.models.params import init_params
 from postrain.models.transformer import compute_hidden

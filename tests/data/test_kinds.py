@@ -18,12 +18,12 @@ from kind_fixtures import (
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, MixtureSection, ModelSection
-from postrain.data.loading import load_examples
-from postrain.data.pipeline import make_eval_batches, make_train_iterator
+from postrain.data.batches.in_memory import make_eval_batches, make_train_iterator
+from postrain.data.batches.loading import load_examples
+from postrain.data.batches.open import open_train_rows
+from postrain.data.batches.streamed import join_positions
 from postrain.data.preview import preview
-from postrain.data.stream import join_positions
-from postrain.data.tokenizer import load_tokenizer
-from postrain.data.train_rows import open_train_rows
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 EXTRA = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rendering_fixtures import load_bare, load_real, render_row, trained_runs, trained_texts
 
-from postrain.data.rendering import render_prompt
-from postrain.data.schema import BadRow
+from postrain.data.messages import BadRow
+from postrain.data.rendering.render import render_prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASK, MORE = {"role": "user", "content": "2+2?"}, {"role": "user", "content": "times 3?"}

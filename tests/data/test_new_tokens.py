@@ -7,9 +7,9 @@ from real_tokenizers import get_tokenizer_folder
 from tiny_models import make_tiny_tokenizer
 
 from postrain.config import NewTokensSection
-from postrain.data.rendering import render
-from postrain.data.schema import RowRef, parse_row
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.messages import RowRef, parse_row
+from postrain.data.rendering.render import render
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 ITEMS = tuple(f"<item_{i}_{j}>" for i in range(40) for j in range(50))

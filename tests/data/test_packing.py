@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pipeline_fixtures import fewest_rows, make_example_set, sample_record_lengths, sample_stress_lengths
 
-from postrain.data.packing import assemble_row, pack, shift
-from postrain.data.rendering import Rendered
-from postrain.data.schema import RowRef
+from postrain.data.batches.packing import assemble_row, pack, shift
+from postrain.data.messages import RowRef
+from postrain.data.rendering.render import Rendered
 
 REF = RowRef("made", "made.jsonl", 7)
 

@@ -18,10 +18,10 @@ from pipeline_fixtures import (
 from rendering_fixtures import CHATML, load_real
 
 from postrain.config import SourceConfig
-from postrain.data.fingerprint import compare_fingerprints
-from postrain.data.pipeline import describe_rows, load_examples, make_eval_batches, make_train_iterator
-from postrain.data.plan import RowPlan
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.batches.epoch_order import RowPlan
+from postrain.data.batches.fingerprint import compare_fingerprints
+from postrain.data.batches.in_memory import describe_rows, load_examples, make_eval_batches, make_train_iterator
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 FIELDS = {"tokens", "targets", "loss_mask", "segment_ids", "positions", "row_ids"}

@@ -9,10 +9,10 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, DataConfig, ModelSection, SourceConfig
+from postrain.data.messages import RowRef
 from postrain.data.preview import preview, render_tokens_html
-from postrain.data.rendering import Rendered
-from postrain.data.schema import RowRef
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.rendering.render import Rendered
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 NASTY = "<script>alert('x')</script> & \x1b[2J caf\u00e9"

@@ -9,16 +9,16 @@ import pytest
 from kind_fixtures import assert_same_batches, make_config
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
-from postrain.compute.preflight import describe_config
-from postrain.compute.workdir import read_config, save_config
 from postrain.config import format_config, resolve, to_dict
-from postrain.config_file import load_config
-from postrain.data import kinds
-from postrain.data.fingerprint import compare_fingerprints
-from postrain.data.loading import load_examples
-from postrain.data.tokenizer import load_tokenizer
-from postrain.data.train_rows import open_train_rows
+from postrain.config.load import load_config
+from postrain.data.batches.fingerprint import compare_fingerprints
+from postrain.data.batches.loading import load_examples
+from postrain.data.batches.open import open_train_rows
+from postrain.data.kinds import registry
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
+from postrain.training.agreement import describe_config
+from postrain.training.workdir import read_config, save_config
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
 FUNCTION = '''
@@ -114,7 +114,7 @@ def test_a_row_that_it_changes_is_the_files_own_again(tmp_path, tokenizer, strea
     ],
 )
 def test_a_stream_is_not_read_further_for_a_row_of_a_known_kind(tmp_path, tokenizer, monkeypatch, change, reason):
-    monkeypatch.setattr(kinds, "_ENOUGH", 20)
+    monkeypatch.setattr(registry, "_ENOUGH", 20)
     text = FUNCTION.replace(*change).replace("    if not", "    CALLS.append(1)\n    if not") + "\n\nCALLS = []\n"
     answer = "" if "None" in change[0] else "a"
     path = write_jsonl(tmp_path / "rows.jsonl", [{"q": "q", "a": answer}] * 50)

@@ -10,9 +10,9 @@ from pipeline_fixtures import CHATML, chat, make_config, make_example_set, write
 from tokenizers import models, pre_tokenizers
 
 from postrain.config import DataConfig, SourceConfig, StreamSection
-from postrain.data.pipeline import make_eval_batches, make_train_iterator
-from postrain.data.tokenizer import load_tokenizer
-from postrain.data.train_rows import open_train_rows
+from postrain.data.batches.in_memory import make_eval_batches, make_train_iterator
+from postrain.data.batches.open import open_train_rows
+from postrain.data.rendering.tokenizer import load_tokenizer
 
 
 def hash_batches(batches):

@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import HfFileSystem
 from tiny_models import make_tiny_model
 
-from postrain.data import storage
-from postrain.data.blocks import list_blocks, read_block
-from postrain.data.storage import StorageOptions, StoredFile, list_files
+from postrain.data.files import storage
+from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.storage import StorageOptions, StoredFile, list_files
 from postrain.errors import UserError
 
 QUICK = StorageOptions(tries=3, timeout=20.0, first_wait=0.01)

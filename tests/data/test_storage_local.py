@@ -2,9 +2,9 @@
 
 import pytest
 
-from postrain.data.blocks import list_blocks, read_block
-from postrain.data.retry import StorageOptions, retried
-from postrain.data.storage import list_files, open_file
+from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.retry import StorageOptions, retried
+from postrain.data.files.storage import list_files, open_file
 from postrain.errors import UserError
 
 

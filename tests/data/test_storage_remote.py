@@ -12,9 +12,9 @@ import pytest
 import s3fs
 from object_store import BUCKET, FAULTS, come_back, serve_store, upload
 
-from postrain.data import storage
-from postrain.data.blocks import list_blocks, read_block
-from postrain.data.storage import StorageOptions, list_files, open_file
+from postrain.data.files import storage
+from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.storage import StorageOptions, list_files, open_file
 from postrain.errors import UserError
 
 QUICK = StorageOptions(tries=4, timeout=20.0, first_wait=0.01)

@@ -11,9 +11,9 @@ from object_store import BUCKET, serve_store, upload
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.data.fingerprint import compare_fingerprints
-from postrain.data.loading import load_examples
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.batches.fingerprint import compare_fingerprints
+from postrain.data.batches.loading import load_examples
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 ROWS = [chat(f"{i}?", " ".join(["word"] * (1 + i % 7))) for i in range(40)]

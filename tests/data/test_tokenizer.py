@@ -7,7 +7,7 @@ import pytest
 from real_tokenizers import get_template, get_tokenizer_folder
 from rendering_fixtures import CHATML, load_bare, load_real, save_small_tokenizer
 
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
 MULTILINGUAL = [

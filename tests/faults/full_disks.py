@@ -4,7 +4,7 @@
     python tests/faults/full_disks.py --every=1 --write  # all of them, and writes the figures into docs/reliability.md
 
 The error comes from the call that Python makes (an audit hook raises it), which a test without a file system of its own
-can do at any write; that of TensorStore's own writes is in tests/compute/test_checkpoint.py, by a limit of the system.
+can do at any write; that of TensorStore is in tests/checkpoint/test_checkpoint.py, by a limit of the system.
 Each run must end with an error of one line that names a path in the workdir, all checkpoints that have their name must
 be whole, and started again it must end in the bytes of a run whose disk was never full. Prints a JSON object.
 """
@@ -41,7 +41,7 @@ def run(values: dict, workdir: pathlib.Path, plan: dict) -> None:
 
 def try_kind(trial: kills.Trial, plan: dict, expected: dict) -> str:
     """What is wrong with how a run took it, "" when nothing is."""
-    from postrain.compute.checksums import verify_checksums
+    from postrain.checkpoint.checksums import verify_checksums
 
     code = os.waitstatus_to_exitcode(kills.fork(functools.partial(run, trial.values, trial.folder, plan), trial.log))
     printed = trial.log.read_text()

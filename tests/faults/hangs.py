@@ -59,12 +59,12 @@ def block_step(fifo: pathlib.Path) -> None:
 
 CASES = {  # what blocks, and the phase that it is to be named by
     "rows": ("data", lambda fifo: block_call("postrain.recipes.sft", "load_examples", 1, fifo)),
-    "evaluator": ("run", lambda fifo: block_call("postrain.data.pipeline", "_assemble_batch", 1, fifo)),
-    "data worker": ("data", lambda fifo: block_call("postrain.data.pipeline", "_assemble_batch", 9, fifo)),
+    "evaluator": ("run", lambda fifo: block_call("postrain.data.batches.in_memory", "_assemble_batch", 1, fifo)),
+    "data worker": ("data", lambda fifo: block_call("postrain.data.batches.in_memory", "_assemble_batch", 9, fifo)),
     "device": ("step", block_step),
-    "save": ("checkpoint", lambda fifo: block_call("postrain.compute.checkpoint", "write_checksums", 2, fifo)),
-    "evaluation": ("evaluation", lambda fifo: block_call("postrain.rollout.evaluation", "compute_eval_loss", 2, fifo)),
-    "export": ("export", lambda fifo: block_call("postrain.compute.export", "check_logits", 1, fifo)),
+    "save": ("checkpoint", lambda fifo: block_call("postrain.checkpoint.checkpointer", "write_checksums", 2, fifo)),
+    "evaluation": ("evaluation", lambda fifo: block_call("postrain.rollout.answers", "compute_eval_loss", 2, fifo)),
+    "export": ("export", lambda fifo: block_call("postrain.export.export", "check_logits", 1, fifo)),
 }
 
 

@@ -55,17 +55,17 @@ FILE_ROWS = 4  # of a file of the streamed data
 LOST_CODE = 143  # of the processes that one was killed of
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
-    "data worker": ("postrain.data.pipeline", "_assemble_batch"),
-    "stream worker": ("postrain.data.stream", "_Batches.next_batch"),
-    "stream position": ("postrain.data.stream", "LaneIterator.get_state"),
-    "stream restored": ("postrain.data.lane", "Lane.set_state"),
-    "storage": ("postrain.data.storage", "_fetch"),
+    "data worker": ("postrain.data.batches.in_memory", "_assemble_batch"),
+    "stream worker": ("postrain.data.batches.streamed", "_Batches.next_batch"),
+    "stream position": ("postrain.data.batches.streamed", "LaneIterator.get_state"),
+    "stream restored": ("postrain.data.batches.shard", "Lane.set_state"),
+    "storage": ("postrain.data.files.storage", "_fetch"),
     "update": ("postrain.recipes.sft", "make_global_batch"),
-    "metrics line": ("postrain.compute.metrics", "_to_number"),
-    "tracker": ("postrain.compute.trackers", "TensorBoard.write"),
-    "evaluation": ("postrain.rollout.evaluation", "compute_eval_loss"),
-    "answers": ("postrain.rollout.evaluation", "answer_questions"),
-    "export checked": ("postrain.compute.export", "check_logits"),
+    "metrics line": ("postrain.report.metrics", "_to_number"),
+    "tracker": ("postrain.report.trackers", "TensorBoard.write"),
+    "evaluation": ("postrain.rollout.answers", "compute_eval_loss"),
+    "answers": ("postrain.rollout.answers", "answer_questions"),
+    "export checked": ("postrain.export.export", "check_logits"),
     "report": ("postrain.recipes.sft", "write_report"),
 }
 
@@ -141,7 +141,7 @@ def fork_all(work, log: pathlib.Path, processes: int) -> tuple[int, float]:
     """Runs ``work(index, port)`` in several processes; returns the wait status of the first that failed, or was killed,
     and the seconds that the others took to end by themselves, each with the code of which launchers start it again.
     """
-    port = importlib.import_module("postrain.compute.launch").find_ports()
+    port = importlib.import_module("postrain.cluster.launch").find_ports()
     return wait([start(functools.partial(work, index, port), log) for index in range(processes)], log)
 
 
@@ -256,8 +256,8 @@ def run_one_of(processes: int, values: dict, workdir: pathlib.Path, plan, counts
     import jax
 
     from postrain import cli
-    from postrain.compute.cluster import find_cluster
-    from postrain.compute.distributed import join
+    from postrain.cluster.discover import find_cluster
+    from postrain.cluster.processes import join
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
     own = counts.with_name(f"{counts.name}.{index}") if counts else None
@@ -270,7 +270,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from postrain.compute.checksums import verify_checksums
+    from postrain.checkpoint.checksums import verify_checksums
 
     found = {"files": sorted(path.name for path in workdir.iterdir())}
     steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())

@@ -56,11 +56,11 @@ def make_config(folder: pathlib.Path, way: str):
 
 def read(folder: pathlib.Path, way: str, devices, position: dict | None) -> tuple[list, dict]:
     """[[ids, checksum of the tokens on the device] of each row] of each update, and the position after SAVED."""
-    from postrain.compute.distributed import gather
+    from postrain.cluster.processes import gather
     from postrain.config import MeshConfig
-    from postrain.data.stream import join_positions
-    from postrain.data.tokenizer import load_tokenizer
-    from postrain.data.train_rows import open_train_rows
+    from postrain.data.batches.open import open_train_rows
+    from postrain.data.batches.streamed import join_positions
+    from postrain.data.rendering.tokenizer import load_tokenizer
     from postrain.sharding import data_process, make_global_batch, make_mesh
 
     mesh = make_mesh(MeshConfig(), devices)
@@ -90,8 +90,8 @@ def work(folder: pathlib.Path, layout: tuple[int, int], index: int = 0, port: in
     import jax
 
     from postrain import cli
-    from postrain.compute import distributed
-    from postrain.compute.cluster import find_cluster
+    from postrain.cluster import processes as distributed
+    from postrain.cluster.discover import find_cluster
 
     processes, devices = layout
     jax.config.update("jax_num_cpu_devices", devices)
@@ -112,7 +112,7 @@ def work(folder: pathlib.Path, layout: tuple[int, int], index: int = 0, port: in
 
 
 def main() -> None:
-    for module in ("postrain.sharding", "postrain.cli", "postrain.data.train_rows", "postrain.compute.distributed"):
+    for module in ("postrain.sharding", "postrain.cli", "postrain.data.batches.open", "postrain.cluster.processes"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="orders") as folder:
         folder = pathlib.Path(folder)

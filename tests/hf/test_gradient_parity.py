@@ -15,8 +15,8 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.save import fetch_tensor
 from postrain.hf.tree import list_tensors
 from postrain.models import transformer
-from postrain.nested import flatten
 from postrain.objectives.sft import make_sft_loss
+from postrain.trees import flatten
 from postrain.types import Batch
 
 MODELS = {

@@ -16,7 +16,7 @@ from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
-from postrain.hf.peft import load_adapter, save_adapter
+from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora, merge_lora, merge_params

@@ -13,7 +13,7 @@ from hf_compare import our_logits, random_ids, relative_difference, torch_logits
 from tiny_models import make_tiny_model
 
 from postrain.hf.load import load_pretrained
-from postrain.hf.peft import load_adapter, save_adapter
+from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora, merge_params
 from postrain.models.transformer import compute_hidden, compute_logits

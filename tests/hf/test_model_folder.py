@@ -9,17 +9,17 @@ import pytest
 from hf_compare import our_logits, random_ids
 from tiny_models import make_tiny_model
 
-from postrain.compute.workdir import save_config
 from postrain.config import Config
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.hf.fetch import locate_model
+from postrain.hf.hub import locate_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.model_folder import ModelFolder, find_model, load_model
-from postrain.hf.peft import save_adapter
+from postrain.hf.peft.adapter import save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora, merge_params
 from postrain.rollout.chat import generate
+from postrain.training.workdir import save_config
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import transformers
 from tiny_models import make_tiny_tokenizer
 
 from postrain.config import NewTokensSection
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.hf.side_files import copy_side_files
 
 

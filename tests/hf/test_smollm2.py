@@ -9,10 +9,10 @@ import safetensors
 import torch
 import transformers
 
-from postrain.hf.gguf import import_gguf
+from postrain.hf.gguf.convert import import_gguf
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
 
 SENTENCES = [
     "Hello, world! It's 12345.67 - isn't it? One  two\n\n\ttabs\r\nCRLF",
@@ -87,8 +87,9 @@ def test_export_is_bit_identical(smollm2, tmp_path):
 
 
 def test_import_is_quick_and_needs_no_torch(smollm2_gguf, tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = None; from postrain.hf.gguf import import_gguf; import_gguf(*sys.argv[1:])"
+    code = (  # a process without torch
+        "import sys; sys.modules['torch'] = None; from postrain.hf.gguf.convert import import_gguf; "
+        "import_gguf(*sys.argv[1:])"
     )
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code, smollm2_gguf, tmp_path / "out"], check=True)

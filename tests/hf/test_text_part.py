@@ -14,7 +14,7 @@ from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import save_pretrained
-from postrain.hf.verify import verify, verify_random
+from postrain.hf.verify.compare import verify, verify_random
 from postrain.recipes import train
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
-from postrain.hf import verify as verify_module
 from postrain.hf.load import load_pretrained
-from postrain.hf.peft import save_adapter
-from postrain.hf.verify import compare, verify, verify_random
+from postrain.hf.peft.adapter import save_adapter
+from postrain.hf.verify import compare as verify_module
+from postrain.hf.verify.compare import compare, verify, verify_random
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from postrain.compute.targets import open_target
 from postrain.config import MeshConfig
-from postrain.models.attention import attention
+from postrain.models.attention.dispatch import attention
+from postrain.plan.targets import open_target
 from postrain.sharding import make_mesh
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 1, 32768, 32, 8, 128

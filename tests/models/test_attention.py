@@ -7,8 +7,8 @@ import pytest
 from attention_cases import MECHANISMS, dense_attention, make_inputs
 
 from postrain.errors import UserError
-from postrain.models import attention as attention_module
-from postrain.models.attention import attention, cached_attention, compute_document_starts, select_backend
+from postrain.models.attention import dispatch as attention_module
+from postrain.models.attention.dispatch import attention, cached_attention, compute_document_starts, select_backend
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)

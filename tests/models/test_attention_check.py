@@ -9,11 +9,11 @@ import pytest
 from odd_config import ODD_CONFIG
 
 from postrain.errors import UserError
-from postrain.models import attention_check
-from postrain.models.attention_check import check_backend, compare
-from postrain.models.attention_chunked import chunked
-from postrain.models.attention_gpu import flash_gpu
-from postrain.models.attention_tpu import flash_tpu
+from postrain.models.attention import check as attention_check
+from postrain.models.attention.check import check_backend, compare
+from postrain.models.attention.chunked import chunked
+from postrain.models.attention.gpu import flash_gpu
+from postrain.models.attention.tpu import flash_tpu
 
 CONFIG = dataclasses.replace(
     ODD_CONFIG, layer_windows=(0, 70, 0), attention_sinks=True, attention_softcap=4.0, compute_dtype="bfloat16"

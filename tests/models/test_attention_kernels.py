@@ -12,10 +12,10 @@ import pytest
 from attention_cases import LONG_ROWS, MECHANISMS, dense_attention, make_inputs
 
 from postrain.errors import UserError
-from postrain.models.attention import attention, compute_visible_starts, select_backend
-from postrain.models.attention_chunked import chunked
-from postrain.models.attention_gpu import flash_gpu
-from postrain.models.attention_tpu import MAX_PAIRS, flash_tpu
+from postrain.models.attention.chunked import chunked
+from postrain.models.attention.dispatch import attention, compute_visible_starts, select_backend
+from postrain.models.attention.gpu import flash_gpu
+from postrain.models.attention.tpu import MAX_PAIRS, flash_tpu
 
 HERE = jax.default_backend()
 BACKENDS = {

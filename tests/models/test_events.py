@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from odd_config import ODD_CONFIG
 
-from postrain.compute.optimizer import make_optimizer
-from postrain.compute.step import init_train_state, make_train_step
 from postrain.config import OptimizerConfig
 from postrain.models.heads import HeadConfig, apply_heads, init_heads, init_trunk
 from postrain.models.transformer import compute_hidden
 from postrain.objectives.heads import cross_entropy, make_head_loss, squared_error
+from postrain.training.optimizer import make_optimizer
+from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(ODD_CONFIG, num_layers=2, init_std=0.1)

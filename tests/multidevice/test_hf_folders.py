@@ -11,7 +11,7 @@ from tiny_models import make_tiny_model
 from postrain.config import MeshConfig
 from postrain.hf import load
 from postrain.hf.load import load_pretrained
-from postrain.hf.peft import load_adapter, save_adapter
+from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import LoraConfig
 from postrain.models.params import axes_of, frozen_specs, init_lora, logical_axes, lora_specs

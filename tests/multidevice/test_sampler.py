@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.compute.step import count_compilations
 from postrain.config import MeshConfig
 from postrain.models.params import axes_of, init_params, param_specs
 from postrain.rollout.sampler import SamplingParams, generate
 from postrain.sharding import make_mesh, named_shardings
+from postrain.training.step import count_compilations
 
 CONFIG = dataclasses.replace(ODD_CONFIG, init_std=0.2)
 

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from postrain import recipes
-from postrain.compute import export
+from postrain.export import export
 
 
 def kill():

@@ -10,7 +10,7 @@ import threading
 import time
 
 from postrain import cli
-from postrain.data import stream
+from postrain.data.batches import streamed as stream
 
 if __name__ == "__main__":
     next_batch, calls = stream._Batches.next_batch, []

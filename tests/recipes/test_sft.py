@@ -11,11 +11,11 @@ import transformers
 from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
-from postrain.compute.export import export_workdir
-from postrain.compute.metrics import MetricsWriter
-from postrain.compute.step import count_compilations
 from postrain.errors import UserError
+from postrain.export.export import export_workdir
 from postrain.recipes import sft
+from postrain.report.metrics import MetricsWriter
+from postrain.training.step import count_compilations
 
 
 def test_the_workdir_holds_everything(finished):

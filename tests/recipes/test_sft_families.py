@@ -5,9 +5,9 @@ from sft_runs import make_inputs, make_values
 from tiny_models import make_tiny_model
 
 import postrain
-from postrain.compute.workdir import read_metrics
 from postrain.errors import UserError
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
+from postrain.training.workdir import read_metrics
 
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS = {

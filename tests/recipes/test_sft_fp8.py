@@ -4,8 +4,8 @@ import pytest
 from sft_runs import make_values
 
 import postrain
-from postrain.compute.workdir import read_metrics
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
+from postrain.training.workdir import read_metrics
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -5,10 +5,10 @@ import json
 import pytest
 from sft_runs import make_values, read_folder
 
-from postrain.compute.workdir import read_config
-from postrain.config_file import load_config
+from postrain.config.load import load_config
 from postrain.errors import UserError
 from postrain.recipes import train
+from postrain.training.workdir import read_config
 
 CONFIG = """
 def to_chat(row):

@@ -12,11 +12,11 @@ from sft_runs import make_values
 from tiny_models import make_tiny_model
 
 import postrain
-from postrain.compute.export import export_workdir
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
+from postrain.export.export import export_workdir
 from postrain.hf.model_folder import find_model, load_model
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
 from postrain.models.logits import logits
 
 OLD = 260  # ids of the tiny tokenizer

@@ -6,15 +6,15 @@ import pytest
 from sft_runs import make_values
 
 import postrain
-from postrain.compute.build import abstract_model, load_model
-from postrain.compute.export import export_workdir
-from postrain.compute.workdir import read_metrics
 from postrain.config import MeshConfig, resolve
 from postrain.errors import UserError
+from postrain.export.export import export_workdir
 from postrain.hf.load import load_pretrained
-from postrain.hf.verify import verify
+from postrain.hf.verify.compare import verify
 from postrain.models.quantized import dequantize_params
 from postrain.sharding import make_mesh
+from postrain.training.model import abstract_model, load_model
+from postrain.training.workdir import read_metrics
 
 
 def values_of(inputs, kind="nf4", **sections):

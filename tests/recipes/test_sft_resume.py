@@ -14,16 +14,16 @@ import pytest
 from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config, write_rows
 
 import postrain
-from postrain.compute.build import load_model
-from postrain.compute.checkpoint import Checkpointer
-from postrain.compute.export import export_workdir, fingerprint_base
-from postrain.compute.optimizer import make_optimizer
-from postrain.compute.step import abstract_train_state
-from postrain.compute.workdir import describe_changes, lock_workdir
+from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
+from postrain.export.export import export_workdir, fingerprint_base
 from postrain.recipes import sft
 from postrain.sharding import make_mesh
+from postrain.training.model import load_model
+from postrain.training.optimizer import make_optimizer
+from postrain.training.step import abstract_train_state
+from postrain.training.workdir import describe_changes, lock_workdir
 
 STEPS = 40
 

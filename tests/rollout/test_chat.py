@@ -10,9 +10,9 @@ from real_tokenizers import get_template_path, get_tokenizer_folder
 from tiny_models import make_tiny_model
 
 from postrain import cli
-from postrain.data.rendering import render, render_prompt, split_prompt
-from postrain.data.schema import RowRef, parse_row
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.messages import RowRef, parse_row
+from postrain.data.rendering.render import render, render_prompt, split_prompt
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.rollout import sampler
 from postrain.rollout.chat import TextStream, answer_file, answer_prompt, encode_prompt, generate, load_chat_model

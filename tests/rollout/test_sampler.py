@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from postrain.compute.step import count_compilations
 from postrain.errors import UserError
 from postrain.models import cache as cache_lib
 from postrain.models import params as params_lib
@@ -15,6 +14,7 @@ from postrain.models.config import LoraConfig
 from postrain.models.transformer import compute_hidden, compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout import sampler
 from postrain.rollout.sampler import SamplingParams, bucket, generate
+from postrain.training.step import count_compilations
 
 LENGTHS = (1, 9, 2, 30, 17, 5)
 

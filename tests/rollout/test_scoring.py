@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_tokenizer
 
-from postrain.data.rendering import Rendered, render, render_prompt
-from postrain.data.schema import RowRef, parse_row
-from postrain.data.tokenizer import load_tokenizer
+from postrain.data.messages import RowRef, parse_row
+from postrain.data.rendering.render import Rendered, render, render_prompt
+from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.files import read_jsonl
-from postrain.rollout.evaluation import Question, Sample, append_samples, make_questions, mean_scores
+from postrain.rollout.answers import Question, Sample, append_samples, make_questions, mean_scores
 from postrain.rollout.scoring import exact_match, valid_json
 
 

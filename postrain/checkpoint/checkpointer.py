@@ -1,0 +1,429 @@
+"""Checkpoints: one atomic unit of all that a run needs to go on as if it had never stopped.
+
+A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json``
+(data position, resolved config, fingerprint of the data pipeline, fingerprint of the model, metrics) and
+``checksums.txt``, by which a file that is torn, missing or has a flipped bit is found and named. Orbax writes it as
+``STEP.saving``; when it is whole, its checksums are written, all of it is on disk, and then it gets its name: a run
+killed at any instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder,
+and a folder that has changed since is refused.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from postrain.checkpoint.checksums import sync_folder, verify_checksums, write_checksums
+from postrain.checkpoint.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
+from postrain.cluster.processes import gather
+from postrain.config import CheckpointConfig
+from postrain.data.batches.fingerprint import compare_fingerprints, digest_change
+from postrain.errors import UserError
+from postrain.files import write_whole
+from postrain.trees import flatten
+from postrain.types import TrainState
+
+UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
+DELETED_SUFFIX = ".deleting"
+UNREADABLE_SUFFIX = ".unreadable"
+LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of it changes
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read back."""
+
+    step: int
+    state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
+    data_position: dict[str, Any]
+    config: dict[str, Any]  # resolved, as the run that saved it had it
+    fingerprint: dict[str, Any]  # of the data pipeline
+    metrics: dict[str, Any]
+    eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
+    rollbacks: int  # that the run had made
+    reports: dict[str, Any]  # of ``describe_reports``
+    owed: dict[str, Any] | None  # metrics of ``step`` that are not in metrics.jsonl, as their evaluation is yet to be
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run; a context manager, so that no save is left unfinished.
+
+    Keeps the ``config.keep`` newest and, besides, the ``config.keep_best`` best by ``config.metric``. A save
+    runs in the background (unless ``config.asynchronous`` is off). If it fails, the next call of any method
+    raises, and ``close`` at the latest; older checkpoints are deleted only after a newer one is whole.
+    ``report`` gets a line for everything that was found broken and left aside.
+
+    ``read_only``: nothing in the folder is touched, so that another process may be saving there. Without it, what
+    looks like an unfinished save is removed: only for the one run that holds the workdir (``lock_workdir``).
+    """
+
+    def __init__(
+        self, folder, config: CheckpointConfig, *, read_only: bool = False, report: Callable[[str], None] = print
+    ):
+        self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
+        self._read_only, self._warned = read_only, False
+        if read_only and not self._folder.is_dir():
+            raise UserError(f"{self._folder}: no finished checkpoint in it, expected the checkpoints of a run")
+        self._lead = jax.process_index() == 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future | None = None  # the save under way
+        self._failure: UserError | None = None
+        # Orbax logs the traceback of a failed save from five threads; the exception itself reaches the caller.
+        logging.getLogger("absl").addFilter(_is_not_from_orbax)
+        registry = ocp.handlers.local_registry()
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = registry
+        # Float32 weights shrink by 8% and saving takes ten times as long: not worth a pause in training.
+        self._context.array.saving.use_compression = False
+        try:
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            cleans = self._lead and not read_only
+            for suffix, what in ((UNFINISHED_SUFFIX, "save"), (DELETED_SUFFIX, "deletion")) if cleans else ():
+                for part in sorted(self._folder.glob(f"*{suffix}*")):
+                    report(f"checkpoint {part}: an unfinished {what}, removed")
+                    shutil.rmtree(part)
+        except OSError as error:
+            raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data_position: dict,
+        config: dict,
+        fingerprint: dict,
+        base_fingerprint: dict | None = None,
+        eval_fingerprint: dict | None = None,
+        metrics: dict | None = None,
+        rollbacks: int = 0,
+        reports: dict | None = None,
+        owed: dict | None = None,
+    ) -> None:
+        """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
+
+        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
+        ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
+        ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
+        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``; ``reports``: see
+        ``describe_reports``. ``owed``: the metrics of this step so far, where a signal stopped its evaluation. Raises
+        UserError when the previous save failed.
+        """
+        if self._read_only:
+            raise ValueError(f"{self._folder} was opened read-only")
+        self.wait()
+        metrics = dict(metrics or {})
+        self._check_metric(step, metrics)
+        run = {
+            "data_position": data_position,
+            "config": config,
+            "fingerprint": fingerprint,
+            "base_fingerprint": base_fingerprint,
+            "eval_fingerprint": eval_fingerprint,
+            "metrics": metrics,
+            "rollbacks": rollbacks,
+            "reports": reports or {},
+            "owed": owed,
+        }
+        items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
+        unfinished = self._folder / f"{step}{UNFINISHED_SUFFIX}"
+        try:
+            with self._context:
+                written = ocp.save_checkpointables_async(unfinished, items)
+        except (OSError, ValueError) as error:
+            self._fail(error)
+        self._pending = self._thread.submit(self._finish, step, unfinished, written)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def add_metrics(self, step: int, metrics: dict) -> None:
+        """Those of a checkpoint whose evaluation came after it was saved: by them it is ranked from now on."""
+        if self._lead:
+            write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
+
+    def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
+        """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
+        written.result()
+        if not self._lead:
+            return
+        write_checksums(unfinished)
+        unfinished.rename(self._folder / str(step))
+        sync_folder(self._folder)
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        kept = self._choose_kept()
+        for old in [old for old in self.steps() if old not in kept]:
+            try:  # by another name first: what is half deleted must not look like a damaged checkpoint
+                deleted = (self._folder / str(old)).rename(self._folder / f"{old}{DELETED_SUFFIX}")
+                shutil.rmtree(deleted)
+            except OSError as error:
+                self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
+
+    def _choose_kept(self) -> set[int]:
+        """Steps of the newest checkpoints, the newest due one, and the best; of equally good ones the newer."""
+        steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
+
+        def rank(step: int) -> float:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, perhaps
+                folder = self._folder / str(step)
+                metrics = json.loads((folder / "run" / "data.json").read_text(encoding="utf-8"))["metrics"]
+                if (folder / LATER_METRICS).exists():
+                    metrics = json.loads((folder / LATER_METRICS).read_text(encoding="utf-8"))
+                value = metrics.get(self._config.metric)
+                if value is not None and math.isfinite(value):
+                    return sign * value
+            return -math.inf  # a checkpoint saved without the metric
+
+        best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
+        due = [step for step in steps if self._was_due(step)]
+        return {*steps[-self._config.keep :], *due[-1:], *best}
+
+    def _was_due(self, step: int) -> bool:
+        """Whether a run that no signal stops has a checkpoint of ``step``, or might have."""
+        return not self._config.every or step % self._config.every == 0
+
+    def _check_metric(self, step: int, metrics: dict) -> None:
+        """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
+        wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
+        others = sorted(name for name in metrics if name.startswith(group))
+        if self._config.keep_best and others and wanted not in metrics and not self._warned:
+            self._warned = True
+            self._report(
+                f"checkpoint.metric: step {step} has no {wanted!r}, so it ranks as worst; found {', '.join(others)}"
+            )
+
+    def wait(self) -> None:
+        """Until the save under way is on disk. Raises UserError if it, or any save before it, failed.
+
+        With several processes every one must call it, and all raise when the save of one failed.
+        """
+        if self._failure is not None:
+            raise self._failure
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            error = pending.exception()
+            others = gather(describe_cause(error) if error else "")
+            if error is not None or any(others):
+                self._fail(error or Damaged(next(filter(None, others))))
+
+    def _fail(self, error: BaseException) -> None:
+        if self._lead:
+            for part in self._folder.glob(f"*{UNFINISHED_SUFFIX}*"):
+                shutil.rmtree(part, ignore_errors=True)  # room for the log of what happened; never a finished one
+        steps = self.steps()
+        left = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier one"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        advice = "look at the folder's disk and permissions"
+        if any(text in str(error) for text in DISK_FULL):
+            advice = "free some space or lower checkpoint.keep, and start again"
+        message = f"checkpoint in {self._folder} was not saved ({reason}); {left}: {advice}"
+        self._failure = UserError(message)
+        raise self._failure from error
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending; one that is still being written is not among them."""
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+
+    def find_step(self, step: int) -> int:
+        """``step``; raises UserError when there is no finished checkpoint of it, naming those that there are."""
+        self.wait()
+        if step not in self.steps():
+            raise UserError(f"checkpoints in {self._folder}: no step {step}, found {self.steps() or 'none'}")
+        return step
+
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint, None when there is none. Waits for a save under way."""
+        self.wait()
+        return max(self.steps(), default=None)
+
+    def restore(
+        self,
+        abstract_state: TrainState,
+        *,
+        fingerprint: dict | None,
+        base_fingerprint: dict | None = None,
+        accept_change: str = "",
+        step: int | None = None,
+        due_only: bool = False,
+    ) -> Restored | None:
+        """The newest readable checkpoint (or that of ``step``); None when the folder has none.
+
+        ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
+        mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
+        ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
+        ``due_only``: not one that was saved out of turn, for a signal.
+        A damaged checkpoint is reported, moved aside, and the one before it taken.
+        Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
+        when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
+        when there were checkpoints and none can be read: a run never starts anew over them.
+        """
+        self.wait()
+        candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
+        if due_only:
+            candidates = [candidate for candidate in candidates if self._was_due(candidate)]
+        candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
+        for candidate in candidates:
+            where = self._folder / str(candidate)
+            _, error = _catch(self._verify, where)
+            if not self._is_good(candidate, error):
+                continue
+            found, error = _catch(self._read_run, where)
+            if not self._is_good(candidate, error):
+                continue
+            run, saved = found
+            if fingerprint is not None:
+                changes = compare_fingerprints(run["fingerprint"], fingerprint)
+                change = digest_change(run["fingerprint"], fingerprint)
+                if change != accept_change:
+                    _refuse(f"{where}: the data pipeline", changes, f"another workdir, or data.accept_change={change}")
+            _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
+            abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
+            _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
+            found, error = _catch(self._load, where, {"state": abstract})
+            if not self._is_good(candidate, error):
+                continue
+            state = found["state"]
+            told = [field.name for field in dataclasses.fields(Restored) if field.name not in ("step", "state")]
+            if self._lead and not self._read_only and step is None:
+                self._delete_old()  # which a kill may have kept the save from
+            return Restored(candidate, state, **{key: run[key] for key in told})
+        aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
+        if aside and step is None:
+            raise UserError(
+                f"checkpoints in {self._folder}: none can be read, found {', '.join(aside)}: bring one back under its "
+                "number if you can mend it; to start anew, delete them or use another workdir"
+            )
+        if candidates:
+            raise UserError(f"checkpoints in {self._folder}: step {step} cannot be read, there are {self.steps()}")
+        return None
+
+    def _verify(self, folder: pathlib.Path) -> None:
+        verify_checksums(folder, share=(jax.process_index(), jax.process_count()))
+
+    def _read_run(self, folder: pathlib.Path) -> tuple[dict, dict]:
+        """What is saved beside the state, and the shapes of the state."""
+        run = self._load(folder, {"run": None})["run"]
+        with self._context:
+            saved = _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
+        if not saved:
+            raise Damaged("its list of arrays is damaged")
+        return run, saved
+
+    def _load(self, folder: pathlib.Path, items: dict) -> dict:
+        with self._context:
+            return ocp.load_checkpointables(folder, items)
+
+    def _is_good(self, step: int, error: Exception | None) -> bool:
+        """Whether no process has met an error in this checkpoint. If one has, all of them go by one judgement of it,
+        made before anything is moved: it is set aside, or where it may be whole UserError is raised."""
+        own = error and [describe_cause(error), is_damaged(self._folder / str(step), error), is_out_of_memory(error)]
+        found = [judged for judged in gather(own) if judged]
+        if found:
+            self._set_aside(step, *min(found, key=lambda judged: judged[1]), error)
+            gather(None)  # it has been renamed
+        return not found
+
+    def _set_aside(self, step: int, cause: str, damaged: bool, out_of_memory: bool, error: Exception | None) -> None:
+        """Rename a damaged checkpoint, so that the run can save that step again; nothing is ever deleted.
+
+        Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
+        """
+        path = self._folder / str(step)
+        if self._read_only and not path.exists():
+            raise UserError(
+                f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
+                f"{self.steps()}, or have it keep more (checkpoint.keep)"
+            ) from error
+        if not damaged:
+            advice = "free some memory" if out_of_memory else "see to the disk and its permissions"
+            message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"
+            raise UserError(message) from error
+        if self._read_only:
+            raise UserError(f"checkpoint {path}: is damaged ({cause}): take another of steps {self.steps()}") from error
+        target, number = path.with_name(path.name + UNREADABLE_SUFFIX), 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"{path.name}{UNREADABLE_SUFFIX}.{number}")
+        self._report(f"checkpoint {path}: cannot be read ({cause}), moved to {target.name}")
+        if self._lead:
+            try:
+                path.rename(target)
+            except OSError as failure:
+                raise UserError(f"checkpoint {path}: is damaged ({cause}) and cannot be renamed: {failure}") from error
+
+    def close(self) -> None:
+        """Wait for the save under way and release the threads. Raises UserError if a save failed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except UserError as failure:  # the run is stopping for another reason, which must be the one that is seen
+            if failure is not error:
+                self._report(str(failure))
+
+
+def _catch(call: Callable, *arguments) -> tuple[Any, Exception | None]:
+    """What ``call`` gave, and what it raised: Orbax has no one type for a torn folder."""
+    try:
+        return call(*arguments), None
+    except Exception as error:
+        return None, error
+
+
+def _place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Without a sharding Orbax would take the one in the file, of devices that may not exist here."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.levelno >= logging.CRITICAL
+
+
+def _shapes(tree) -> dict[str, str]:
+    """Path -> ``float32[3,4]`` of every array; keys are compared by their data, a uint32 array."""
+
+    def describe(leaf) -> str:
+        if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): describe(leaf) for path, leaf in leaves}
+
+
+def _compare(what: str, saved, now, advice: str) -> None:
+    saved, now = (flatten(json.loads(json.dumps(values or {}))) for values in (saved, now))
+    changed = [key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key)]
+    changed.sort(key=lambda key: (not key.startswith("params"), key))  # a parameter says more than its moments
+    _refuse(what, [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in changed], advice)
+
+
+def _refuse(what: str, changes: list[str], advice: str) -> None:
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        shown = ", ".join(changes[:3]) + more
+        raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")

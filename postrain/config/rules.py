@@ -1,0 +1,171 @@
+"""What keys of a config must be to each other: each a mistake that is answered before anything else happens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from postrain.config.limits import CHOICES
+from postrain.errors import UserError
+
+if TYPE_CHECKING:
+    from postrain.config import Config, DataConfig, ModelSection
+
+
+def check_rules(config: Config) -> None:
+    """Raises UserError naming the keys that do not go together."""
+    _check_rows(config)
+    _check_mixture(config.data)
+    _check_stream(config)
+    _check_adapters(config.model)
+    _check_new_tokens(config.model)
+    _check_best(config)
+    if config.train.spike.policy == "rollback" and not config.checkpoint.every:
+        raise UserError("config key 'train.spike.policy' = 'rollback' needs 'checkpoint.every' above 0")
+
+
+def has_mixture(config: DataConfig) -> bool:
+    """Whether the config asks for other shares of its sources than each row once an epoch."""
+    own = any(source.weight or source.max_epochs for source in config.train)
+    return own or bool(config.mixture.phases) or config.mixture.temperature != 1
+
+
+def _check_rows(config: Config) -> None:
+    """The rows of an update are shared out evenly; over how many devices is known here where no axis is -1."""
+    rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
+    free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config keys {' and '.join(free)} are -1, what is left by the others: give all but one a number"
+        )
+    if rows % micro_batches:
+        raise UserError(
+            f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
+        )
+    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
+    if rows % (micro_batches * shards):
+        raise UserError(
+            f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
+            f"times 'mesh.data' x 'mesh.fsdp' x 'mesh.expert' = {shards}"
+        )
+    if config.data.sequence_length % max(mesh.sequence, 1):
+        raise UserError(
+            f"config key 'data.sequence_length' = {config.data.sequence_length} must be a multiple of "
+            f"'mesh.sequence' = {mesh.sequence}"
+        )
+
+
+def _check_adapters(model: ModelSection) -> None:
+    """Adapters that could not change the model are a mistake, and so is what goes with adapters that are not there."""
+    lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
+    own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
+    if not lora.rank:
+        if model.quantization != "none":
+            raise UserError(f"config key 'model.quantization' = {model.quantization!r} is for a frozen base, but {off}")
+        if lora.dora or own_ranks:
+            raise UserError(
+                f"config key 'model.lora.{'dora' if lora.dora else 'ranks.' + own_ranks[0]}' is set, but {off}"
+            )
+    if lora.targets and (others := [target for target in own_ranks if target not in lora.targets]):
+        raise UserError(
+            f"config key 'model.lora.ranks.{others[0]}' is set, but 'model.lora.targets' is {', '.join(lora.targets)}: "
+            f"add {others[0]} there, or set its rank to 0"
+        )
+    twice = [target for i, target in enumerate(lora.targets) if target in lora.targets[:i]]
+    if twice:
+        raise UserError(f"config key 'model.lora.targets' names {twice[0]!r} twice: name each layer once")
+    if lora.rank and not lora.targets:
+        raise UserError("config key 'model.lora.targets' is empty: name the layers that get adapters, or set rank to 0")
+    if model.fp8 and model.quantization != "none":
+        raise UserError(
+            f"config keys 'model.fp8' and 'model.quantization' = {model.quantization!r}: a product is in one of them: "
+            "switch the other off"
+        )
+    if lora.rank and not lora.alpha:
+        raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
+
+
+def _check_new_tokens(model: ModelSection) -> None:
+    """What the tokens themselves must be is checked where they are read (``postrain.data.rendering.new_tokens``)."""
+    section, where = model.new_tokens, "config key 'model.new_tokens."
+    if section.tokens and section.file:
+        raise UserError(
+            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both given: put all tokens in one "
+            "of them"
+        )
+    for key in ("train_alone", "special"):
+        if getattr(section, key) and not (section.tokens or section.file):
+            raise UserError(f"{where}{key}' is True, but there are no new tokens: give tokens or a file of them")
+    if section.train_alone and model.lora.rank:
+        raise UserError(
+            f"{where}train_alone' is True and 'model.lora.rank' is {model.lora.rank}: set one of them; with adapters "
+            "the rows of new tokens train beside them anyway"
+        )
+
+
+def _check_best(config: Config) -> None:
+    """``checkpoint.metric`` must be one that the run will have, if checkpoints are to be kept by it."""
+    metric, scored = config.checkpoint.metric, CHOICES["eval.metrics"]
+    if not config.checkpoint.keep_best:
+        return
+    where = f"config key 'checkpoint.metric' = {metric!r}"
+    if not metric.startswith(("train/", "eval/")):
+        raise UserError(f"{where}: expected a name that starts with train/ or eval/, such as eval/loss")
+    if metric.startswith("eval/") and not config.data.eval:
+        raise UserError(f"{where} needs held-out rows: give 'data.eval', or set 'checkpoint.keep_best' to 0")
+    name = metric.removeprefix("eval/")
+    answered = config.eval.metrics if config.eval.generate_rows else ()
+    if metric.startswith("eval/") and name in scored and name not in answered:
+        raise UserError(f"{where} needs 'eval.generate_rows' above 0 and {name!r} in 'eval.metrics'")
+    key, every = "train.log_every", config.train.log_every
+    if metric.startswith("eval/"):
+        key, every = "eval.every", config.eval.every
+    saved = config.checkpoint.every  # 0: the only checkpoint is the last, which is always measured
+    if saved and (every == 0 or saved % every):
+        raise UserError(
+            f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
+            f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
+        )
+
+
+def _check_stream(config: Config) -> None:
+    data, train = config.data, config.train
+    asked = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
+    if (data.streaming or has_mixture(data)) and not train.steps:
+        raise UserError(f"config key {asked}: such data have no end that is known beforehand: set 'train.steps'")
+    lanes = data.stream.lanes
+    if data.streaming and data.batch_size % lanes:
+        raise UserError(
+            f"config key 'data.batch_size' = {data.batch_size} must be a multiple of 'data.stream.lanes' = {lanes}"
+        )
+    if (data.stream.cache_gibibytes > 0) != bool(data.stream.cache_folder):
+        raise UserError(
+            "config keys 'data.stream.cache_folder' and 'data.stream.cache_gibibytes' go together: set both, or neither"
+        )
+
+
+def _check_mixture(config: DataConfig) -> None:
+    """Raises UserError for weights that cannot be meant."""
+    sources, mixture = config.train, config.mixture
+    weighted = [source.weight > 0 for source in sources]
+    if any(weighted) and mixture.temperature != 1:
+        raise UserError(
+            f"config key 'data.mixture.temperature' = {mixture.temperature} makes weights of the sizes of sources, but "
+            "'data.train' gives weights: leave one of them out"
+        )
+    if any(weighted) and not all(weighted) and not mixture.phases:
+        missing = sources[weighted.index(False)]
+        raise UserError(
+            f"config key 'data.train': source {missing.name or missing.path!r} has no weight and others have: give "
+            "every source one, or none (by size), or leave the source out"
+        )
+    last = 1
+    for phase in mixture.phases:
+        where = f"config key 'data.mixture.phases', that from update {phase.step}:"
+        if len(phase.weights) != len(sources):
+            raise UserError(f"{where} {len(phase.weights)} weights for {len(sources)} sources: give one for each")
+        if min(phase.weights) < 0 or not any(phase.weights):
+            raise UserError(f"{where} expected weights of at least 0, one of them above, found {phase.weights}")
+        if phase.step <= last:
+            raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
+        last = phase.step

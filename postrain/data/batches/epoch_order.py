@@ -1,0 +1,107 @@
+"""The endless stream of packed rows that training reads, as indices: a pure function of lengths, seed and epoch.
+
+Epoch e is: a seeded permutation of all documents, packed in windows, and the rows shuffled. The epochs' rows
+follow each other without a gap, and update i takes the rows ``[i * B, (i + 1) * B)`` of that stream, whatever
+the number of processes. So every update has a full batch, and every document comes exactly once in every
+epoch: an update may hold the last rows of one epoch and the first of the next.
+
+The shuffles sort numbers drawn from Philox, whose streams numpy promises never to change; ``Generator``'s own
+``permutation`` carries no such promise, and a resume under another numpy must give the same rows.
+"""
+
+import collections
+import math
+import threading
+
+import numpy as np
+
+from postrain.config import DataConfig
+from postrain.data.batches.packing import pack
+
+# Part of the data fingerprint: to be counted up whenever the same documents would come in another order.
+PLAN_VERSION = 1
+
+_KEPT_EPOCHS = 4  # rows of so many epochs are kept; a small set may pass several epochs in one batch
+
+
+class RowPlan:
+    """Which documents are in which row of the stream.
+
+    Args:
+      lengths: int [N], slots of each document.
+      config: ``sequence_length``, ``packing``, ``packing_window``, ``shuffle`` and ``seed`` are used.
+    """
+
+    def __init__(self, lengths: np.ndarray, config: DataConfig):
+        self._lengths = np.asarray(lengths, np.int64)
+        self._config = config
+        self._starts = {0: 0}  # epoch -> its first row in the stream, as far as known
+        self._rows: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
+        self._lock = threading.RLock()  # the prefetch thread and the training loop both ask
+
+    def rows_of_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The rows of an epoch, in order: for each the indices of its documents."""
+        with self._lock:
+            if epoch not in self._rows:
+                self._rows[epoch] = self._make_epoch(epoch)
+                while len(self._rows) > _KEPT_EPOCHS:
+                    self._rows.popitem(last=False)
+            self._rows.move_to_end(epoch)
+            return self._rows[epoch]
+
+    def rows(self, start: int, stop: int) -> list[np.ndarray]:
+        """Rows ``[start, stop)`` of the stream."""
+        rows: list[np.ndarray] = []
+        with self._lock:
+            epoch = self.epoch_at(start)
+            while start < stop:
+                offset = start - self._starts[epoch]
+                rows += self.rows_of_epoch(epoch)[offset : offset + stop - start]
+                epoch += 1
+                start = self.first_row(epoch)
+        return rows
+
+    def first_row(self, epoch: int) -> int:
+        """Where in the stream an epoch begins. Epochs may have different numbers of rows, so those before count."""
+        with self._lock:
+            known = max(e for e in self._starts if e <= epoch)
+            for e in range(known, epoch):
+                self._starts[e + 1] = self._starts[e] + len(self.rows_of_epoch(e))
+            return self._starts[epoch]
+
+    def epoch_at(self, row: int) -> int:
+        """The epoch that a row of the stream belongs to."""
+        with self._lock:
+            epoch = max(e for e, first in self._starts.items() if first <= row)
+            while self.first_row(epoch + 1) <= row:
+                epoch += 1
+            return epoch
+
+    def set_first_row(self, epoch: int, row: int) -> None:
+        """Says where an epoch begins, so that a resume need not pack all the epochs before it again."""
+        with self._lock:
+            self._starts = {0: 0, epoch: row}
+
+    def num_rows(self, epochs: float) -> int:
+        """Rows of the stream that cover so many epochs, a part of an epoch rounded up."""
+        whole = math.floor(epochs)
+        part = math.ceil((epochs - whole) * len(self.rows_of_epoch(whole))) if epochs > whole else 0
+        return self.first_row(whole) + part
+
+    def _make_epoch(self, epoch: int) -> list[np.ndarray]:
+        config = self._config
+        order = np.arange(self._lengths.size)
+        if config.shuffle:
+            order = permutation(order.size, (config.seed, epoch, 0))
+        packed = pack(self._lengths[order], config.sequence_length, window=config.packing_window, method=config.packing)
+        if config.shuffle:
+            packed = [packed[i] for i in permutation(len(packed), (config.seed, epoch, 1))]
+        else:  # rows by their first document: as near to the order of the source as packing allows
+            packed.sort(key=lambda documents: int(documents[0]))
+        return [order[documents] for documents in packed]
+
+
+def permutation(size: int, seed: tuple[int, ...]) -> np.ndarray:
+    """int [size]: 0 to size - 1 in an order that ``seed`` alone decides."""
+    bits = np.random.Philox(np.random.SeedSequence([part % 2**64 for part in seed]))
+    return np.argsort(bits.random_raw(size), kind="stable")

@@ -1,0 +1,177 @@
+"""What decides the rows that training sees, written down, so that a resume can refuse a changed pipeline.
+
+The hash of the rendered documents alone would tell *that* something changed; the rest is there to tell *what*.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from postrain.config import DataConfig
+from postrain.config.rules import has_mixture
+from postrain.data.batches.epoch_order import PLAN_VERSION
+from postrain.data.batches.packing import PACKING_VERSION
+from postrain.data.batches.shard import LANE_VERSION
+from postrain.data.documents import Document, Group
+from postrain.data.files.storage import is_local, list_files
+from postrain.data.rendering.tokenizer import Tokenizer
+
+# Keys of the config that decide which rows come when.
+_KEYS = (
+    "sequence_length", "batch_size", "packing", "packing_window", "too_long", "on_bad_row", "shuffle", "seed",
+    "template_date", "default_system",
+)  # fmt: skip
+
+
+def make_fingerprint(
+    sources: Sequence[tuple[str, list[str], dict]],
+    tokenizer: Tokenizer | None,
+    examples: Iterable[Document],
+    config: DataConfig,
+) -> dict:
+    """A JSON-able description of the pipeline.
+
+    Args:
+      sources: name, files and ``RowParser.identity`` of each.
+      tokenizer: None where no row is text.
+      examples: the rendered documents, in order.
+    """
+    described = [{"name": name, "files": _describe_files(files)} | identity for name, files, identity in sources]
+    return describe_pipeline(described, tokenizer, config) | {"documents": hash_documents(examples)}
+
+
+def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+    """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
+    return {
+        "data": {key: getattr(config, key) for key in _KEYS} | _describe_mixture(config),
+        "sources": sources,
+        "tokenizer": tokenizer and tokenizer.fingerprint(),
+        "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
+        | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
+    }
+
+
+def _describe_mixture(config: DataConfig) -> dict:
+    """Keys that say nothing at their defaults stay out, so that they count only where they are used."""
+    mixture = {
+        "weights": [source.weight for source in config.train],
+        "max_epochs": [source.max_epochs for source in config.train],
+        "phases": [[phase.step, list(phase.weights)] for phase in config.mixture.phases],
+        "temperature": config.mixture.temperature,
+        "by": config.mixture.by,
+    }
+    used = config.streaming or has_mixture(config)
+    described = {f"mixture.{key}": value for key, value in mixture.items()} if used else {}
+    if config.streaming:
+        described |= {"stream.lanes": config.stream.lanes, "stream.block_mebibytes": config.stream.block_mebibytes}
+    return described
+
+
+def hash_documents(examples: Iterable[Document]) -> str:
+    """Hash over tokens, loss masks and whatever else the documents bring, in order."""
+    digest = hashlib.blake2b(digest_size=20)
+    for example in examples:
+        if isinstance(example, Group):
+            digest.update(b"group" + len(example.sequences).to_bytes(8, "little"))
+        for sequence in example.sequences:
+            digest.update(len(sequence.tokens).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(sequence.tokens, "<i4"))
+            digest.update(np.packbits(sequence.loss_mask))
+            for name, values, _ in sequence.fields:
+                digest.update(
+                    name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
+                )
+            if sequence.metadata is not None:
+                digest.update(json.dumps(sequence.metadata, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def digest_change(old: dict, new: dict) -> str:
+    """Stands for the change from one fingerprint to another, for ``data.accept_change``.
+
+    The documents count where nothing else tells the change: they are known only when all rows have been rendered.
+    """
+    pair = [{key: value for key, value in print_.items() if key != "documents"} for print_ in (old, new)]
+    if pair[0] == pair[1]:
+        pair = [old, new]
+    return hashlib.sha256(json.dumps(pair, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def compare_fingerprints(old: dict, new: dict) -> list[str]:
+    """What changed between two fingerprints, one readable phrase each; empty: nothing did.
+
+    Parts that one of them lacks (it was written by another version) count as changed, not as an error.
+    """
+    changes = [f"data.{key}: was {was!r}, is {now!r}" for key, was, now in _differences(old, new, "data")]
+    changes += _compare_sources(old.get("sources", []), new.get("sources", []))
+    if old.get("chat_template") != new.get("chat_template"):
+        changes.append("the chat template is another one")
+    elif old.get("tokenizer") != new.get("tokenizer"):
+        changes.append("the tokenizer (or the code that renders with it) is another one")
+    for part, was, now in _differences(old, new, "versions"):
+        changes.append(f"the {part} code is another version: was {was}, is {now}")
+    if old != new and not changes:
+        functions = [source["function"] for source in new.get("sources", []) if "function" in source]
+        cause = f"{' or '.join(functions)} does not give the same twice, or " if functions else ""
+        changes.append(
+            f"the same files and settings give other tokens or loss masks: {cause}the rendering code changed"
+        )
+    return changes
+
+
+def _differences(old: dict, new: dict, part: str) -> list[tuple]:
+    was, now = old.get(part, {}), new.get(part, {})
+    both = [(key, was.get(key), now.get(key)) for key in sorted(was.keys() | now.keys())]
+    return [(key, before, after) for key, before, after in both if before != after]
+
+
+def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
+    was, now = ([s["name"] for s in sources] for sources in (old, new))
+    if was != now:
+        return [f"sources: were {', '.join(was)}; are {', '.join(now)}"]
+    changes = []
+    for before, after in zip(old, new, strict=True):
+        if before.get("kind") != after.get("kind"):
+            changes.append(f"source {before['name']!r}: kind was {before.get('kind')}, is {after.get('kind')}")
+        if before.get("function") != after.get("function"):
+            changes.append(
+                f"source {before['name']!r}: rows went through {before.get('function', 'no function')}, now "
+                f"{after.get('function', 'no function')}"
+            )
+        files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
+        where = f"source {before['name']!r}: file"
+        changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]
+        changes += [f"{where} {n} is new" for n in files_after if n not in files_before]
+        for name in files_before.keys() & files_after.keys():
+            a, b = files_before[name], files_after[name]
+            if a != b:
+                sizes = f": was {a['bytes']:,} bytes, is {b['bytes']:,}" if a["bytes"] != b["bytes"] else ""
+                changes.append(f"{where} {name} has other content{sizes}")
+        if not changes and before["files"] != after["files"]:
+            changes.append(f"source {before['name']!r}: its files come in another order")
+    return changes
+
+
+def _describe_files(files: list[str]) -> list[dict]:
+    """By name, size and content (elsewhere: version): a folder may move, its files may not change."""
+    described = []
+    for name, file in zip(name_files(files), files, strict=True):
+        if is_local(file):
+            with open(file, "rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+        else:
+            (stored,) = list_files(file)
+            described.append({"name": name, "bytes": stored.bytes, "version": stored.version})
+    return described
+
+
+def name_files(urls: Sequence[str]) -> list[str]:
+    """Names from the folder on that all of them are in."""
+    urls = [os.path.abspath(url) if is_local(url) else url for url in urls]
+    folder = os.path.commonprefix([url.rpartition("/")[0] + "/" for url in urls])
+    return [url[folder.rfind("/") + 1 :] for url in urls]

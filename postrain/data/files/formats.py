@@ -1,0 +1,257 @@
+"""Stored files -> blocks -> rows.
+
+A block is what is read on its own and shuffled as a whole. Which blocks there are is known without reading the data:
+
+* plain JSON lines: ranges of bytes; a line belongs to the block in which it begins, whatever the size of blocks
+* Parquet: row groups, several small ones together (its footer is read)
+* ArrayRecord, a record being the JSON of a row: ranges of records where the file is local (its index is read), else
+  the whole file, which has to be copied to the disk to be read
+* ``.jsonl.gz``, ``.jsonl.zst``, ``.tar``: the whole file, as it can only be read from its start
+
+Rows of a block come in the order of the file. What is held is a row, or 64 of Parquet and the row group's compressed
+columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so is one that
+was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz or .zst
+between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and Zstandard
+unless their writer was asked for it) where the row can still be decoded.
+"""
+
+import dataclasses
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from postrain.data.files import storage
+from postrain.data.files.decoding import decode_line, one_line, without_nulls
+from postrain.data.files.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
+from postrain.data.files.tar import read_tar
+from postrain.data.messages import BadRow, RowRef
+from postrain.errors import UserError
+
+RECORDS = 64  # rows of Parquet and ArrayRecord that are taken together
+_TORN = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    pa.ArrowException,
+    tarfile.TarError,
+    RuntimeError,
+)  # what readers say
+
+Row = tuple[RowRef, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """``start``, ``stop``: bytes (jsonl), row groups (parquet), records (array_record); None: up to the end."""
+
+    file: StoredFile
+    kind: str  # one of FORMATS' values
+    start: int = 0
+    stop: int | None = None
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "Block":
+        """The block whose ``dataclasses.asdict`` this is."""
+        return cls(**(fields | {"file": StoredFile(**fields["file"])}))
+
+
+def list_blocks(files: Sequence[StoredFile], block_bytes: int, options: StorageOptions = DEFAULTS) -> list[Block]:
+    """The blocks of files, in order, of about ``block_bytes`` stored bytes each where the format can be divided.
+
+    Raises:
+      UserError: an unknown suffix; a footer or index that cannot be read; no bytes, but for plain JSON lines.
+    """
+    found = storage.parallel(lambda file: _divide(file, block_bytes, options), files)
+    return [block for blocks in found for block in blocks]
+
+
+def read_block(block: Block, source: str = "", options: StorageOptions = DEFAULTS) -> Iterator[Row]:
+    """(where, raw row) of each row, in the order of the file; ``source`` is the name in each ``RowRef``.
+
+    Raises:
+      BadRow: from ``next``, for a row that cannot be decoded; the next ``next`` goes on with the row after it.
+      UserError: a file that is torn, gone, changed or cannot be read; the rows before it may have come.
+    """
+    return map(_value, _read_checked(block, source, options))
+
+
+def _value(row: Row) -> Row:
+    if isinstance(row[1], BadRow):
+        raise row[1]
+    return row
+
+
+def _read_checked(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    try:
+        yield from _READERS[block.kind](block, source, options)
+    except _TORN as e:
+        raise UserError(_torn(block.file, e)) from e
+    storage.check_unchanged(block.file, options)
+
+
+def _torn(file: StoredFile, cause: Exception | str) -> str:
+    what = f"{type(cause).__name__} {one_line(cause)}".strip() if isinstance(cause, Exception) else cause
+    return f"{file.url} is damaged or cut off ({what}): bring it anew, or leave it out"
+
+
+def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list[Block]:
+    name = file.url.partition("::")[0]
+    suffix = max((s for s in FORMATS if name.endswith(s)), key=len, default=None)
+    if suffix is None:
+        raise UserError(f"{file.url}: expected a file of {', '.join(FORMATS)}")
+    kind = FORMATS[suffix]
+    if kind == "jsonl":
+        begins = range(0, file.bytes, block_bytes)
+        return [Block(file, kind, begin, min(begin + block_bytes, file.bytes)) for begin in begins]
+    if not file.bytes:
+        raise UserError(_torn(file, "0 bytes"))
+    try:
+        if kind == "parquet":
+            return _divide_parquet(file, block_bytes, options)
+        if kind == "array_record" and storage.is_local(file.url):
+            return _divide_records(file, block_bytes)
+    except _TORN as e:
+        raise UserError(_torn(file, e)) from e
+    return [Block(file, kind)]
+
+
+def _decoded(line: bytes, ref: RowRef, first: bool = False) -> Row:
+    try:
+        return ref, decode_line(line.removesuffix(b"\n"), ref, first=first)
+    except BadRow as e:
+        return ref, e
+
+
+def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    """Starts a byte early: a line begins at ``start`` exactly where the byte before it ends one."""
+    url, position = block.file.url, max(block.start - 1, 0)
+    with open_file(block.file, options, position, block.stop) as f:
+        if block.start:
+            skipped = f.readline(block.stop - position)
+            position += len(skipped)
+            if not skipped.endswith(b"\n"):  # one line fills the block, from before its start to beyond its end
+                return
+        for number, line in enumerate(f, 1):
+            if position >= block.stop:
+                return
+            if line.strip():
+                ref = RowRef(source, url, 0, position) if block.start else RowRef(source, url, number)
+                yield _decoded(line, ref, first=position == 0)
+            position += len(line)
+
+
+def _number_lines(lines, source: str, url: str) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _decoded(line, RowRef(source, url, number), first=number == 1)
+
+
+def _read_gzip(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    with open_file(block.file, options, 0, block.file.bytes) as f, gzip.GzipFile(fileobj=f) as lines:
+        yield from _number_lines(lines, source, block.file.url)
+
+
+def _read_zstd(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    with open_file(block.file, options, 0, block.file.bytes) as f:
+        stream = pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
+        yield from _number_lines(io.BufferedReader(stream, buffer_size=1 << 18), source, block.file.url)
+
+
+def _divide_parquet(file: StoredFile, block_bytes: int, options: StorageOptions) -> list[Block]:
+    with open_file(file, options) as f:
+        meta = pq.ParquetFile(f).metadata
+    blocks, start, size = [], 0, 0
+    for group in range(meta.num_row_groups):
+        columns = [meta.row_group(group).column(c) for c in range(meta.num_columns)]
+        more = sum(c.total_compressed_size for c in columns)
+        if size and size + more > block_bytes:
+            blocks.append(Block(file, "parquet", start, group))
+            start, size = group, 0
+        size += more
+    return [*blocks, Block(file, "parquet", start, meta.num_row_groups)] if meta.num_row_groups else []
+
+
+def _read_parquet(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    with open_file(block.file, options) as f:
+        parquet = pq.ParquetFile(f, page_checksum_verification=True)
+        counts = [parquet.metadata.row_group(g).num_rows for g in range(block.stop)]
+        row = sum(counts[: block.start])
+        for group in range(block.start, block.stop):
+            end = row + counts[group]
+            for batch in parquet.iter_batches(RECORDS, row_groups=[group], use_threads=False):
+                for value in _batch_rows(batch):
+                    row += 1
+                    ref = RowRef(source, block.file.url, row)
+                    yield (
+                        ref,
+                        BadRow(ref, str(value)) if isinstance(value, UnicodeDecodeError) else without_nulls(value),
+                    )
+            if row != end:
+                raise UserError(_torn(block.file, f"row group {group} has {counts[group] + row - end} rows of {end}"))
+
+
+def _batch_rows(batch: pa.RecordBatch) -> list:
+    """Rows as objects, or the error of those whose text is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = []
+        for i in range(batch.num_rows):
+            try:
+                rows += batch.slice(i, 1).to_pylist()
+            except UnicodeDecodeError as e:
+                rows.append(e)
+        return rows
+
+
+def _open_records(path: str):
+    from array_record.python.array_record_module import ArrayRecordReader  # no wheels for Windows
+
+    reader = ArrayRecordReader(path, "readahead_buffer_size:0")
+    if not reader.ok():
+        reader.close()  # raises what was wrong
+    return reader
+
+
+def _divide_records(file: StoredFile, block_bytes: int) -> list[Block]:
+    reader = _open_records(file.url)
+    number = reader.num_records()
+    reader.close()
+    step = max(block_bytes * number // file.bytes, 1)
+    return [Block(file, "array_record", i, min(i + step, number)) for i in range(0, number, step)]
+
+
+def _read_records(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    with local_copy(block.file, options) as path:
+        reader = _open_records(path)
+        stop = reader.num_records() if block.stop is None else block.stop
+        for begin in range(block.start, stop, RECORDS):
+            end = min(begin + RECORDS, stop)
+            records = reader.read(begin, end)
+            if len(records) != end - begin:
+                raise UserError(_torn(block.file, f"{len(records)} of records {begin + 1} to {end}"))
+            for number, record in enumerate(records, begin + 1):
+                yield _decoded(record, RowRef(source, block.file.url, number))
+        reader.close()
+
+
+def _read_tar(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    with open_file(block.file, options, 0, block.file.bytes) as f:
+        yield from read_tar(f, source, block.file.url)
+
+
+_READERS = {
+    "jsonl": _read_lines,
+    "jsonl.gz": _read_gzip,
+    "jsonl.zst": _read_zstd,
+    "parquet": _read_parquet,
+    "array_record": _read_records,
+    "tar": _read_tar,
+}

@@ -1,0 +1,368 @@
+"""Files of data wherever they are: local, ``s3://``, ``gs://``, ``hf://``, any path that fsspec knows.
+
+A remote file is read in pieces, each by a request of its own that says which bytes it wants. A request that fails or
+hangs is made again for the same bytes, so that what has been read is never read twice and a body that ends too early is
+never taken for the end of the file. Pieces may be kept in a folder of limited size (``postrain.data.files.cache``).
+
+Credentials are found by the libraries below (environment, their own files, the machine's role), never here.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from postrain.data.files.cache import PieceCache
+from postrain.data.files.retry import StorageOptions, real_error, retried
+from postrain.errors import UserError
+
+PIECE = 8 << 20  # bytes of one request
+TAIL = 256 << 10  # bytes of a request where less than a piece is known to be needed
+LISTING = 10  # times the time-out of a request: a listing is made of many
+FORMATS = {  # by the suffix
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".jsonl.gz": "jsonl.gz",
+    ".ndjson.gz": "jsonl.gz",
+    ".json.gz": "jsonl.gz",
+    ".jsonl.zst": "jsonl.zst",
+    ".ndjson.zst": "jsonl.zst",
+    ".json.zst": "jsonl.zst",
+    ".parquet": "parquet",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+    ".tar": "tar",
+}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
+DEFAULTS = StorageOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """``url`` is an absolute path where the file is local; ``version`` changes with the contents (ETag, else time)."""
+
+    url: str
+    bytes: int
+    version: str
+
+
+def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -> list[StoredFile]:
+    """The files at a path or at each of several, in their order; those of one path are sorted by name.
+
+    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder is
+    all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with
+    ``_`` in front are left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
+    ``NAME-00000-of-00032``, all 32 must be there.
+
+    Raises:
+      UserError: nothing there, a missing shard, a file given twice, a storage that refuses or does not answer, a
+        package that is not installed.
+    """
+    paths = [paths] if isinstance(paths, str) else list(paths)
+    files = [file for path in paths for file in _list_path(path, options)]
+    seen = set()
+    for file in files:
+        if file.url in seen:
+            raise UserError(f"{file.url} is given twice by {', '.join(paths)}: its rows would be read twice")
+        seen.add(file.url)
+    return files
+
+
+def source_name(path: str) -> str:
+    """What a source of the files at ``path`` is called where the config does not say: its last part, less a suffix."""
+    last = path.rstrip("/").rpartition("/")[2]
+    suffix = max((s for s in FORMATS if last.endswith(s)), key=len, default="")
+    return last.removesuffix(suffix) if suffix else pathlib.PurePath(last).stem
+
+
+def open_file(
+    file: StoredFile, options: StorageOptions = DEFAULTS, start: int = 0, stop: int | None = None
+) -> io.BufferedReader:
+    """A seekable binary file that stands at byte ``start``.
+
+    ``stop`` is a hint: up to it all bytes will be read, from it on few. None: single ranges will be read.
+
+    Raises:
+      UserError: here or in any read, where the storage refuses or ``options.tries`` requests for the same bytes have
+        failed; here, where the file is no longer the one that was listed.
+    """
+    fs, path = _filesystem(file.url)
+    if isinstance(fs, LocalFileSystem):
+        return _open_local(file, start)
+    check_unchanged(file, options)
+    path = retried(options, file.url, lambda: _pin(fs, path)[0])
+    reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
+    reader.seek(start)
+    return reader
+
+
+def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> None:
+    """Raises UserError where what is stored is not what was listed."""
+    fs, path = _filesystem(file.url)
+    if isinstance(fs, LocalFileSystem):
+        try:
+            found = _local_file(path)
+        except OSError as e:
+            raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
+    else:
+        found = _stored_file(file.url, retried(options, file.url, lambda: _info(fs, path)))
+    if found != file:
+        raise UserError(
+            f"{file.url} has changed since it was listed ({file.bytes} bytes, version {file.version}; now "
+            f"{found.bytes} bytes, version {found.version}): put it back, or start again with the data as they are now"
+        )
+
+
+def is_local(url: str) -> bool:
+    return isinstance(_filesystem(url)[0], LocalFileSystem)
+
+
+def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """``function`` of each item, in order; 16 at once, as each of them waits for an answer."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        return list(pool.map(function, items))
+
+
+@contextlib.contextmanager
+def local_copy(file: StoredFile, options: StorageOptions = DEFAULTS) -> Iterator[str]:
+    """A path for readers that need a file on the disk; a copy has no name there, and is gone however the process ends.
+
+    Raises:
+      UserError: as ``open_file``; the disk does not take the copy.
+    """
+    if is_local(file.url):
+        check_unchanged(file)
+        yield file.url
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            if options.cache_folder:
+                pathlib.Path(options.cache_folder).mkdir(parents=True, exist_ok=True)
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=options.cache_folder or None))
+            with open_file(file, options, 0, file.bytes) as source:
+                shutil.copyfileobj(source, copy, PIECE)
+            copy.flush()
+        except OSError as e:
+            raise UserError(
+                f"{file.url} is read from a copy on the disk, and its {file.bytes} bytes could not be written ({e}): "
+                "free some space, or name another cache folder"
+            ) from e
+        yield f"/dev/fd/{copy.fileno()}"
+
+
+def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL (one per process: fsspec keeps them) and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        protocol = url.partition("::")[2].partition("://")[0] or url.partition("://")[0]
+        advice = f": pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        raise UserError(f"{url} needs a package that is not installed: {e}{advice}") from e
+    except ValueError as e:
+        raise UserError(f"{url} cannot be read: {e}; expected a path or an fsspec URL such as s3://BUCKET/KEY") from e
+
+
+def _open_local(file: StoredFile, start: int) -> io.BufferedReader:
+    check_unchanged(file)
+    try:
+        reader = open(file.url, "rb", buffering=1 << 20)
+    except OSError as e:
+        raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
+    reader.seek(start)
+    return reader
+
+
+class _RemoteReader(io.RawIOBase):
+    def __init__(self, file: StoredFile, fs, path: str, options: StorageOptions, stop: int | None):
+        self._file, self._fs, self._path, self._options, self._stop = file, fs, path, options, stop
+        self._cache = PieceCache(options.cache_folder, options.cache_bytes) if options.cache_folder else None
+        self._position, self._begin, self._piece = 0, 0, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.bytes}[whence]
+        return self._position
+
+    def readinto(self, buffer) -> int:
+        if self._position >= self._file.bytes:
+            return 0
+        if not 0 <= self._position - self._begin < len(self._piece):
+            self._begin, self._piece = self._position, memoryview(self._read(self._position, len(buffer)))
+        data = self._piece[self._position - self._begin :][: len(buffer)]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _read(self, start: int, wanted: int) -> bytes:
+        if self._stop is None:
+            left = max(wanted, TAIL)
+        else:
+            left = self._stop - start if start < self._stop else TAIL
+        stop = min(start + min(left, PIECE), self._file.bytes)
+        key = f"{self._file.url}\n{self._file.version}\n{self._file.bytes}\n{start}\n{stop}"
+        keep = self._cache is not None and bool(self._file.version)
+        if keep and (piece := self._cache.get(key)) is not None:
+            return piece
+        where = f"{self._file.url}@{start}"
+        piece = retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
+        if keep:
+            self._cache.put(key, piece)
+        return piece
+
+
+def _fetch(fs, path: str, start: int, stop: int) -> bytes:
+    if fs.async_impl:
+        piece = fs.cat_file(path, start=start, end=stop)
+    else:  # cat_file would read ahead
+        with fs.open(path, "rb", cache_type="none") as f:
+            f.seek(start)
+            piece = f.read(stop - start)
+    if len(piece) != stop - start:
+        raise OSError(f"{stop - start} bytes were asked for and {len(piece)} came")
+    return piece
+
+
+def _info(fs, path: str) -> dict:
+    place, fixed = _pin(fs, path)
+    if not fixed:
+        fs.invalidate_cache()
+    return fs.info(place)
+
+
+def _pin(fs, path: str) -> tuple[str, bool]:
+    """(path, whether what is there can never change): on the Hugging Face hub, the path at a commit.
+
+    It is the commit at which the branch stood when this process first asked. The listing is asked for once, then,
+    where others are asked about each file that is opened.
+    """
+    if fs.protocol != "hf":
+        return path, False
+    place = fs.resolve_path(path)
+    if not hasattr(place, "repo_id"):  # a bucket, which has no commits
+        return path, False
+    commit = _commit(fs, place.repo_type, place.repo_id, place.revision)
+    return f"{path.partition(place.repo_id)[0]}{place.repo_id}@{commit}/{place.path_in_repo}", True
+
+
+@functools.cache
+def _commit(fs, repo_type: str, repo_id: str, revision: str) -> str:
+    from huggingface_hub import HfApi  # loads slowly
+
+    return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
+
+
+def _local_file(path: str) -> StoredFile:
+    status = os.stat(path)  # of the file, where fsspec tells the time of a link
+    return StoredFile(path, status.st_size, str(status.st_mtime_ns))
+
+
+def _stored_file(url: str, info: dict) -> StoredFile:
+    version = next((str(info[k]) for k in _VERSIONS if info.get(k)), "")
+    return StoredFile(url, int(info.get("size") or 0), version.strip('"'))
+
+
+def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
+    if not path:
+        raise UserError("a path is empty; expected a file, a glob or a folder of data")
+    fs, inner = _filesystem(path)
+    if files := _list_one(fs, inner, path, options):
+        return files
+    patterns = _expand(path)
+    if patterns == [path]:
+        raise UserError(f"{path} matches no file; expected {', '.join(FORMATS)}, a glob of them, or a folder")
+    found = parallel(lambda p: _list_one(fs, _filesystem(p)[1], p, options), patterns)
+    if missing := [p for p, files in zip(patterns, found, strict=True) if not files]:
+        raise UserError(f"{path}: {len(missing)} of {len(patterns)} names match no file, the first is {missing[0]}")
+    return sorted(itertools.chain.from_iterable(found), key=lambda f: f.url)
+
+
+def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[StoredFile]:
+    """Files at a path without braces; none where there is nothing."""
+    local = isinstance(fs, LocalFileSystem)
+    rest = path.partition("::")[1] + path.partition("::")[2]
+
+    def look() -> tuple[bool, list[StoredFile]]:
+        fs.invalidate_cache()
+        one_name = False
+        try:
+            info = fs.info(inner)
+        except FileNotFoundError as e:
+            if not isinstance(real_error(e), FileNotFoundError):
+                raise
+            entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
+            entries = {n: i for n, i in entries.items() if not n.rpartition("/")[2].startswith(".")}
+        else:
+            one_name = info["type"] != "directory"
+            entries = {info["name"]: info} if one_name else fs.find(inner, detail=True)
+            entries = {n: i for n, i in entries.items() if one_name or _is_data(n, info["name"])}
+        names = [n for n, i in entries.items() if i["type"] != "directory"]
+        if local:
+            return one_name, [_local_file(n) for n in names]
+        return one_name, [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
+
+    one_name, files = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
+    if not one_name:
+        _check_shards(path, files)
+    return sorted(files, key=lambda f: f.url)
+
+
+def _is_data(name: str, folder: str) -> bool:
+    inside = name.removeprefix(folder).strip("/")
+    if any(part[:1] in ("", ".", "_") for part in inside.split("/")) or inside.endswith(".json"):
+        return False
+    return inside.endswith(tuple(FORMATS))
+
+
+def _check_shards(path: str, files: list[StoredFile]) -> None:
+    """Raises UserError where files that number themselves ``-00000-of-00032`` are not all there."""
+    there: dict[tuple[str, str, str], set[int]] = {}
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d{4,})-of-(\d{4,})(.*)", file.url):
+            before, number, total, after = match.groups()
+            there.setdefault((before, total, after), set()).add(int(number))
+    for (before, total, after), numbers in there.items():
+        if missing := sorted(set(range(int(total))) - numbers):
+            first = f"{before}-{missing[0]:0{len(total)}}-of-{total}{after}"
+            raise UserError(
+                f"{path}: {len(missing)} of {int(total)} shards are missing, the first is {first}: bring them, or name "
+                "those that you mean with braces, as {00000..00003}"
+            )
+
+
+def _expand(path: str) -> list[str]:
+    """The paths that braces stand for: ``{a,b}``, ``{00..31}``. Raises UserError where such numbers go down."""
+    for match in re.finditer(r"\{([^{}]*)\}", path):
+        inside = match[1]
+        if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+            first, last = numbers.groups()
+            if int(first) > int(last):
+                raise UserError(f"{path}: {match[0]} counts down and gives no file: expected {{{last}..{first}}}")
+            choices = [f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1)]
+        elif "," in inside:
+            choices = inside.split(",")
+        else:
+            continue
+        return [p for c in choices for p in _expand(path[: match.start()] + c + path[match.end() :])]
+    return [path]

@@ -1,0 +1,200 @@
+"""Kind preference: answers to one prompt, and which is better.
+
+Rows are ``{"prompt", "chosen", "rejected"}``; ``{"chosen", "rejected"}``, two conversations, whose common beginning is
+the prompt; or ``{"prompt", "completions": [...], "scores": [...]}``, two answers or more. Text is plain text, without
+any template; a list of messages is rendered. Only the answers are trained (``loss_mask``). They stay together in
+packing: a ``Group``, each with its score in the array ``scores``, chosen 1 and rejected 0.
+
+A group cannot be cut to a length: its scores were given to whole answers.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from postrain.data.documents import Field, Group, Rendered
+from postrain.data.messages import (
+    BadRow,
+    Conversation,
+    PromptCompletion,
+    RowRef,
+    check_keys,
+    is_empty,
+    name_keys,
+    parse_messages,
+    parse_row,
+)
+from postrain.data.rendering.render import render_many
+from postrain.data.rendering.tokenizer import Tokenizer
+
+FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores")}
+_READ_KEYS = {form: ("prompt", *keys, "tools") for form, keys in FORMS.items()}
+_ANY_KEYS = tuple(dict.fromkeys(key for keys in _READ_KEYS.values() for key in keys))
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """``answers`` to one prompt, each whole with it as a row of kind sft, and their ``scores``."""
+
+    answers: tuple[Conversation | PromptCompletion, ...]
+    scores: tuple[float, ...]
+    names: tuple[str, ...]  # of the answers, in the row
+    ref: RowRef
+
+
+def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
+    """Checks one row; ``form`` is one of FORMS. Raises BadRow."""
+    check_keys(raw, _READ_KEYS.get(form, _ANY_KEYS), ref)
+    missing = [name for name in FORMS.get(form, ()) if raw.get(name) is None]
+    if missing:
+        raise BadRow(ref, f"{missing[0]!r} is missing or null")
+    if form == "pair":
+        names, answers, scores = ("chosen", "rejected"), [raw["chosen"], raw["rejected"]], (1.0, 0.0)
+    elif form == "scored_list":
+        answers, scores = raw["completions"], _parse_scores(raw["completions"], raw["scores"], ref)
+        names = tuple(f"completions[{i}]" for i in range(len(answers)))
+    else:
+        raise BadRow(
+            ref, f"expected the keys 'chosen' and 'rejected', or 'completions' and 'scores'; found {name_keys(raw)}"
+        )
+    if len({isinstance(answer, str) for answer in answers}) > 1:
+        raise BadRow(ref, "expected answers that are all text or all lists of messages; found both")
+    prompt = raw.get("prompt")
+    if prompt is None:
+        prompt, answers = _split_prompt(answers, names, ref)
+    elif is_empty(prompt):
+        raise BadRow(ref, "'prompt' is empty: the answers have no prompt in common")
+    elif not isinstance(answers[0], str):
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = parse_messages(prompt, ref)
+        answers = [_without_prompt(prompt, answer, name, ref) for answer, name in zip(answers, names, strict=True)]
+    rows = [{"prompt": prompt, "completion": answer, "tools": raw.get("tools")} for answer in answers]
+    parsed = tuple(_parse_answer(row, name, ref) for row, name in zip(rows, names, strict=True))
+    return Preference(parsed, scores, names, ref)
+
+
+def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
+    for name, values in (("completions", answers), ("scores", scores)):
+        if not isinstance(values, list | tuple):
+            raise BadRow(ref, f"{name!r} must be a list; found {values!r:.40}")
+    if len(answers) != len(scores):
+        raise BadRow(ref, f"{len(answers)} completions and {len(scores)} scores: expected one score for each")
+    if len(answers) < 2:
+        raise BadRow(ref, f"expected at least 2 completions to compare; found {len(answers)}")
+    for i, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < _LARGEST:
+            raise BadRow(ref, f"scores[{i}] must be a finite number; found {score!r}")
+    if len(set(scores)) == 1:
+        raise BadRow(ref, f"all scores are {scores[0]}: nothing is preferred")
+    return tuple(map(float, scores))
+
+
+def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef) -> tuple[list, list]:
+    """The common beginning of whole conversations, and what each has after it."""
+    if isinstance(answers[0], str):
+        raise BadRow(ref, "the row has no 'prompt', and answers that are text have no prompt in common")
+    answers = [_parse_list(answer, name, ref) for answer, name in zip(answers, names, strict=True)]
+    common = next(
+        (i for i, turns in enumerate(zip(*answers, strict=False)) if any(turn != turns[0] for turn in turns)),
+        min(map(len, answers)),
+    )
+    rests = [answer[common:] for answer in answers]
+    if not any(rests):
+        raise BadRow(ref, f"{' and '.join(names)} are equal: nothing is preferred")
+    if not common:
+        raise BadRow(ref, "the answers have no prompt in common: their first messages differ")
+    for name, rest in zip(names, rests, strict=True):
+        if not rest or rest[0]["role"] != "assistant":
+            found = rest[0]["role"] if rest else "nothing"
+            raise BadRow(
+                ref,
+                f"{name}[{common}]: where the conversations part, each must go on with an assistant message; found "
+                f"{found}",
+            )
+    return answers[0][:common], rests
+
+
+def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef) -> list[dict]:
+    """The messages of an answer, which may be given with the prompt's before them."""
+    answer = _parse_list(answer, name, ref)
+    answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+    if not answer or answer[0]["role"] != "assistant":
+        found = answer[0]["role"] if answer else "nothing"
+        raise BadRow(ref, f"{name} must go on after the prompt with an assistant message; found {found}")
+    return answer
+
+
+def _parse_list(messages: Any, name: str, ref: RowRef) -> list[dict]:
+    try:
+        return parse_messages(messages, ref)
+    except BadRow as e:
+        raise BadRow(ref, f"{name}: {e.reason}") from None
+
+
+def _parse_answer(row: dict, name: str, ref: RowRef) -> Conversation | PromptCompletion:
+    try:
+        return parse_row(row, "prompt_completion", ref)
+    except BadRow as e:
+        raise BadRow(ref, f"{name}: {e.reason}") from None
+
+
+def render_preferences(
+    examples: Iterable[Preference], tokenizer: Tokenizer, *, template_date: str, default_system: str
+) -> Iterator[list[Group] | BadRow]:
+    """One group of each example, or why there is none; their sequences begin with the same ids, those of the prompt."""
+    pending: collections.deque[Preference] = collections.deque()
+
+    def answers() -> Iterator[Conversation | PromptCompletion]:
+        for example in examples:
+            pending.append(example)
+            yield from example.answers
+
+    options = {"template_date": template_date, "default_system": default_system}
+    rendered = render_many(answers(), tokenizer, **options)
+    for first in rendered:
+        example = pending.popleft()
+        results = [first, *itertools.islice(rendered, len(example.answers) - 1)]
+        try:
+            yield [_make_group(example, results)]
+        except BadRow as e:
+            yield e
+
+
+def _make_group(example: Preference, results: list[list[Rendered] | BadRow]) -> Group:
+    sequences: list[Rendered] = []
+    for name, result in zip(example.names, results, strict=True):
+        if isinstance(result, BadRow):
+            raise BadRow(example.ref, f"{name}: {result.reason}", result.advice)
+        if len(result) > 1:
+            raise BadRow(
+                example.ref,
+                f"{name}: the chat template renders earlier turns of an answer in another way than its last, so that "
+                f"it is no single sequence but {len(result)}",
+                "let the prompt hold all but the last turn",
+            )
+        sequences += result
+    prompts = [sequence.tokens[: int(sequence.loss_mask.argmax())].tolist() for sequence in sequences]
+    if any(prompt != prompts[0] for prompt in prompts):
+        raise BadRow(
+            example.ref,
+            "the chat template gives the answers different prompts (of answers with and without reasoning, for "
+            "instance): they cannot be compared",
+        )
+    if len(prompts[0]) < 1:
+        raise BadRow(example.ref, "the answers have no prompt in common: it has no tokens")
+    seen: dict[tuple[int, ...], int] = {}
+    for i, sequence in enumerate(sequences):
+        j = seen.setdefault(tuple(sequence.tokens.tolist()), i)
+        if example.scores[i] != example.scores[j]:
+            raise BadRow(example.ref, f"{example.names[j]} and {example.names[i]} are equal: nothing is preferred")
+    return Group(
+        tuple(
+            dataclasses.replace(one, fields=(Field("scores", np.full(len(one.tokens), score, np.float32), True),))
+            for one, score in zip(sequences, example.scores, strict=True)
+        )
+    )

@@ -1,0 +1,93 @@
+"""Kind prompts: what to generate answers to, and what rewards need to know of it.
+
+Rows are ``{"prompt": ..., "tools": [...]}``, the prompt text or messages that do not end with the assistant's; every
+other key is metadata and travels with the batch. The tokens are those that serving feeds (``render_prompt``; text is
+fed as it is, without any template), and none is trained.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from postrain.data.documents import Rendered
+from postrain.data.messages import (
+    BadRow,
+    RowRef,
+    check_keys,
+    checked_strings,
+    is_empty,
+    name_keys,
+    parse_messages,
+    parse_tools,
+)
+from postrain.data.rendering.render import BATCH, encode_prompts
+from postrain.data.rendering.tokenizer import Tokenizer
+
+FORMS = {"prompts": ("prompt",)}
+_READ_KEYS = ("prompt", "tools")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """``prompt`` is text or normalised messages."""
+
+    prompt: str | list[dict]
+    tools: tuple[dict, ...] | None
+    metadata: dict[str, Any]
+    ref: RowRef
+
+
+def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
+    """Checks one row. Raises BadRow."""
+    check_keys(raw, _READ_KEYS, ref)
+    prompt, tools = raw.get("prompt"), parse_tools(raw.get("tools"), ref)
+    if is_empty(prompt):
+        raise BadRow(ref, f"expected a 'prompt', text or a list of messages; found {name_keys(raw)}")
+    if isinstance(prompt, str):
+        checked_strings(prompt, "prompt", ref)
+        if tools:
+            raise BadRow(ref, "a string is plain text, which has no 'tools': write the prompt as a list of messages")
+    else:
+        prompt = parse_messages(prompt, ref)
+        if prompt[-1]["role"] == "assistant":
+            raise BadRow(ref, "the prompt must not end with an assistant message: that is what is to be generated")
+    metadata = {key: value for key, value in raw.items() if key not in _READ_KEYS}
+    _check_json(metadata, "", ref)
+    return Prompt(prompt, tools, metadata, ref)
+
+
+def _check_json(value: Any, where: str, ref: RowRef) -> None:
+    """Raises BadRow for what JSON has not: it travels, and is part of the data's fingerprint, by its JSON."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            name = f"{where}.{key}" if where else f"{key}"
+            if not isinstance(key, str):
+                raise BadRow(ref, f"key {name} of the metadata must be a string; found {type(key).__name__}")
+            _check_json(inside, name, ref)
+    elif isinstance(value, list | tuple):
+        for i, inside in enumerate(value):
+            _check_json(inside, f"{where}[{i}]", ref)
+    elif not isinstance(value, str | int | float | None):
+        raise BadRow(
+            ref,
+            f"{where!r} is metadata, which must be JSON (text, numbers, lists, objects); found {type(value).__name__}",
+        )
+
+
+def render_prompts(
+    examples: Iterable[Prompt], tokenizer: Tokenizer, *, template_date: str, default_system: str
+) -> Iterator[list[Rendered] | BadRow]:
+    """One sequence of each example, or why there is none."""
+    options = {"template_date": template_date, "default_system": default_system}
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, BATCH)):
+        rendered = encode_prompts([(e.prompt, e.tools, e.ref) for e in batch], tokenizer, **options)
+        for example, tokens in zip(batch, rendered, strict=True):
+            if isinstance(tokens, BadRow):
+                yield tokens
+                continue
+            mask = np.zeros(len(tokens), bool)
+            yield [Rendered(tokens, mask, example.ref, is_prompt=True, metadata=example.metadata)]

@@ -1,0 +1,294 @@
+"""Tokenizers: a Hugging Face folder's tokenizer.json, run as written.
+
+What the folder's files say is read once and kept plain: the ids that begin and end a sequence, the chat
+template, and the set of tokens at which serving stops. ``transformers`` itself is loaded only when ``.hf``
+is asked for.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+import re
+
+import tokenizers
+
+from postrain.config import Config, NewTokensSection
+from postrain.data.rendering.new_tokens import NewTokens, add_new_tokens, read_new_tokens
+from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
+from postrain.errors import UserError
+
+# Raise it whenever the same row with the same tokenizer would give other tokens or another mask.
+RENDERING_VERSION = 1
+PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """A tokenizer, its chat template and its stop set.
+
+    Attributes:
+      folder: where it was loaded from.
+      fast: the `tokenizers.Tokenizer`.
+      template: ChatTemplate or None; ``chat_template`` is its Jinja text or "".
+      bos_id, eos_id, pad_id: ids or None. ``pad_id`` is the end token's where none is named; nothing depends
+        on its value, masks are by position.
+      prefix_ids: what stands before plain text: the BOS where this tokenizer adds one, else nothing.
+      stop_ids: the tokens at which serving stops, see ``_stop_ids``.
+      control_tokens: text -> id of the tokens that only a template may write, see ``_control_tokens``.
+      vocab_size: one more than the largest id.
+      new_tokens: those of the vocabulary that the folder's own files do not have, or None.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        fast,
+        config: dict,
+        generation: dict | None,
+        template_source: str,
+        origin,
+        new_tokens: NewTokens | None = None,
+    ):
+        self.folder = folder
+        self.fast = fast
+        self.new_tokens = new_tokens
+        self._config = config
+        named = {k: _text(v) for k, v in config.items() if k.endswith("_token")}
+        self.special_tokens = {k: v for k, v in named.items() if isinstance(v, str)}  # not add_bos_token
+        self.bos_id, self.eos_id, self.pad_id = (self._named_id(k) for k in NAMED_TOKENS[:3])
+        self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
+        self.template = ChatTemplate(template_source, self.special_tokens, str(origin)) if template_source else None
+        self.added = {token.content: i for i, token in fast.get_added_tokens_decoder().items()}
+        self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
+        self.prefix_ids = self._prefix_ids()
+        self.stop_ids = self._stop_ids(generation)
+        self.control_tokens = self._control_tokens()
+        self.control_pattern = any_of(self.control_tokens)
+        self.stop_names = tuple(t for t, i in self.added.items() if i in self.stop_ids)
+        self.stop_pattern = any_of(self.stop_names)
+
+    @property
+    def chat_template(self) -> str:
+        return self.template.source if self.template else ""
+
+    def require_template(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+          UserError: there is none, or it writes no generation prompt, so that nothing says where an answer begins.
+        """
+        if self.template is None:
+            raise UserError(
+                f"{self.folder} has no chat template, which conversations need; give a Jinja file as data.chat_template"
+            )
+        if self._header_would_be_trained:
+            raise UserError(
+                f"{self.template.origin}: the chat template ignores add_generation_prompt, so that nothing tells its "
+                "header from the answer; give one that writes a generation prompt as data.chat_template"
+            )
+        return self.template
+
+    @functools.cached_property
+    def _header_would_be_trained(self) -> bool:
+        """An empty generation prompt may be right ("[/INST]" has ended the user's turn already); it is not where
+        the template then writes special tokens before the answer."""
+        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+        options = {"template_date": PROBE_DATE}
+        try:
+            prompt = self.template.render(messages[:1], add_generation_prompt=True, **options)
+            whole = self.template.render(messages, add_generation_prompt=False, **options)
+            ignored = prompt == self.template.render(messages[:1], add_generation_prompt=False, **options)
+        except TemplateRefusal:
+            return False
+        head = whole[len(prompt) :].partition(PROBE)[0]
+        return ignored and whole.startswith(prompt) and self.control_pattern.search(head) is not None
+
+    @functools.cached_property
+    def hf(self):
+        """The same tokenizer as a `transformers.PreTrainedTokenizerFast`."""
+        from transformers import PreTrainedTokenizerFast
+
+        extra = {"chat_template": self.chat_template} if self.template else {}
+        named = {k: v for k, v in self.special_tokens.items() if k in NAMED_TOKENS}
+        return PreTrainedTokenizerFast(tokenizer_object=self.fast, **named, **extra)
+
+    def decode(self, ids) -> str:
+        """The text of token ids, special tokens included."""
+        return self.fast.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of text as the tokenizer splits it, special tokens recognised, nothing added."""
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def fingerprint(self) -> str:
+        """Hash of all that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
+        parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
+        return hashlib.sha256(json.dumps([*parts, RENDERING_VERSION]).encode()).hexdigest()
+
+    def _named_id(self, key: str) -> int | None:
+        text = self.special_tokens.get(key)
+        if text is None:
+            return None
+        i = self.fast.token_to_id(text)
+        if i is None:
+            raise UserError(
+                f"{self.folder}/tokenizer_config.json: {key} is {text!r}, which tokenizer.json does not have"
+            )
+        return i
+
+    def _prefix_ids(self) -> list[int]:
+        """``add_bos_token`` of tokenizer_config.json decides; without it, what tokenizer.json adds before text."""
+        add_bos = self._config.get("add_bos_token")
+        if add_bos is not None:
+            return [self.bos_id] if add_bos and self.bos_id is not None else []
+        plain = self.fast.encode("a", add_special_tokens=False).ids
+        full = self.fast.encode("a", add_special_tokens=True).ids
+        return full[: len(full) - len(plain)] if plain and full[-len(plain) :] == plain else []
+
+    def _stop_ids(self, generation: dict | None) -> frozenset[int]:
+        """The tokenizer's eos and the ``eos_token_id`` (one or a list) of generation_config.json.
+
+        A folder without generation_config.json (a bare tokenizer) leaves open how its turns end. Then the
+        template is asked: the last added token that it writes after the answer of a two-message
+        conversation, and after a tool call, ends a turn (``<|eot_id|>``, ``<end_of_turn>``, ``<|call|>``).
+        """
+        stops = set() if self.eos_id is None else {self.eos_id}
+        if generation is not None and generation.get("eos_token_id") is not None:
+            ids = generation["eos_token_id"]
+            return frozenset(stops | set(ids if isinstance(ids, list) else [ids]))
+        return frozenset(stops | self._turn_ends())
+
+    def _turn_ends(self) -> set[int]:
+        if self.template is None or not self.added:
+            return set()
+        call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"a": PROBE}}}
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+        tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": schema}}
+        ends = set()
+        for reply, tools in (({"content": PROBE}, None), ({"content": "", "tool_calls": [call]}, [tool])):
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", **reply}]
+            try:
+                text = self.template.render(messages, tools, template_date=PROBE_DATE, add_generation_prompt=False)
+            except TemplateRefusal:
+                continue
+            _, found, tail = text.rpartition(PROBE)
+            end = self._end_of_turn(tail) if found else None
+            if end is not None:
+                ends.add(end)
+        return ends
+
+    def _end_of_turn(self, tail: str) -> int | None:
+        """Of what follows an answer, the last added token that is neither whitespace nor a tag."""
+        found = any_of(t for t in self.added if t.strip() and not self._is_markup(t)).findall(tail)
+        return self.added[found[-1]] if found else None
+
+    def _is_markup(self, token: str) -> bool:
+        """A tag of which the vocabulary has both ends, as <think> and </think>: text with structure, not turns."""
+        if token.startswith("</"):
+            return "<" + token[2:] in self.added
+        return token.startswith("<") and "</" + token[1:] in self.added
+
+    def _control_tokens(self) -> dict[str, int]:
+        """Tokens that text from a row must never become: all that the tokenizer calls special, and the other
+        added tokens that the template itself writes (DeepSeek's ``<｜User｜>`` is not called special).
+
+        Left out are whitespace (Gemma has added tokens for runs of newlines) and tags with both ends in the
+        vocabulary, such as ``<think>`` or ``<tool_call>`` of Qwen: in a message these are text with structure,
+        and engines encode them, and the model emits them, as their one token.
+        """
+        literals = self.template.literals if self.template else ""
+        special = {i for i, token in self.fast.get_added_tokens_decoder().items() if token.special}
+        return {
+            text: i
+            for text, i in self.added.items()
+            if text.strip() and (i in special or i in self.stop_ids or (text in literals and not self._is_markup(text)))
+        }
+
+
+def any_of(tokens) -> re.Pattern:
+    """Matches any of the strings, the longest first, as the tokenizer does; of no strings, nothing."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def load_run_tokenizer(config: Config, folder) -> Tokenizer:
+    """The tokenizer of a run on the model in ``folder``: with the chat template and the new tokens of ``config``.
+
+    Raises UserError as load_tokenizer does.
+    """
+    return load_tokenizer(config.model.tokenizer or folder, config.data.chat_template, config.model.new_tokens)
+
+
+def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection | None = None) -> Tokenizer:
+    """Loads tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a folder.
+
+    Args:
+      folder: a Hugging Face model or tokenizer folder.
+      chat_template: path of a Jinja file to use in place of the folder's own template.
+      new_tokens: tokens to add to those of the folder.
+
+    Raises:
+      UserError: no folder, no tokenizer.json, a file that cannot be read, an invalid template, new tokens that are
+        empty, given twice, or there already.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face folder with a tokenizer.json")
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json; save the tokenizer there with transformers' "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...), or name another folder as model.tokenizer"
+        )
+    try:
+        fast = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # the Rust library raises bare Exception for every malformed file
+        raise UserError(f"{path}: cannot be read as a tokenizer: {e}") from None
+    fast.no_padding()
+    fast.no_truncation()
+    config = _read_json(folder / "tokenizer_config.json") or {}
+    named = _read_json(folder / "special_tokens_map.json") or {}
+    config = {**{k: named[k] for k in NAMED_TOKENS if k in named}, **{k: v for k, v in config.items() if v is not None}}
+    source, origin = _template_source(folder, config, chat_template)
+    added = read_new_tokens(new_tokens) if new_tokens is not None else ()
+    grown = add_new_tokens(fast, added, new_tokens.special) if added else None
+    return Tokenizer(folder, fast, config, _read_json(folder / "generation_config.json"), source, origin, grown)
+
+
+def _template_source(folder: pathlib.Path, config: dict, override: str) -> tuple[str, pathlib.Path]:
+    """The override, else chat_template.jinja, else tokenizer_config.json's (of several: the one named default)."""
+    if override:
+        return _read_text(pathlib.Path(override), "data.chat_template"), pathlib.Path(override)
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return _read_text(path, "chat template"), path
+    path = folder / "tokenizer_config.json"
+    source = config.get("chat_template") or ""
+    if isinstance(source, list):
+        source = {entry["name"]: entry["template"] for entry in source}
+    if isinstance(source, dict):
+        source = source.get("default", "")
+    return source, path
+
+
+def _read_text(path: pathlib.Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{what}: {path} cannot be read: {e}") from None
+
+
+def _read_json(path: pathlib.Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(_read_text(path, "tokenizer"))
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _text(token) -> str:
+    return token.get("content") if isinstance(token, dict) else token

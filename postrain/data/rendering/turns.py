@@ -1,0 +1,355 @@
+"""Which text the model is given and which it must produce, for every trained turn of a conversation.
+
+For the assistant message k the template is run twice, as serving would: ``prompt`` is the rendering of the
+messages before k with the generation prompt, ``whole`` that of the messages up to k. The model must produce
+what ``whole`` has after ``prompt``, up to and including the first stop token: that is the turn's
+``continuation``, and nothing else is ever trained (no header, no newline after the stop token).
+
+Turns share one training sequence where the template lets them: turn j continues the sequence of turn k if its
+prompt starts with k's prompt and continuation. Templates that render earlier turns in another way than the
+last (Qwen3 drops their reasoning, gpt-oss ends them with another token) break that, and such a conversation
+becomes one sequence per turn: each is exactly what serving would see.
+
+Two kinds of reasoning templates need more than that:
+
+* a template with a switch (``enable_thinking``) has two generation prompts. A turn without reasoning is
+  trained after the one that asks for none (``<think>\\n\\n</think>\\n\\n`` is then a part of the prompt, not
+  something to learn), a turn with reasoning after the default one.
+* a template whose generation prompt opens the reasoning (``...<think>\\n``) while its rendering of an answer
+  leaves reasoning out (DeepSeek): what the model must produce is the reasoning, the closing tag and the
+  answer, and that is put together here. Without reasoning in the message there is nothing right to train,
+  and the row is refused.
+
+Everything that a trained message holds (reasoning, content, each call's name and arguments) must be found in
+its continuation, and every other message and tool in its prompt; what the template silently drops makes the
+row refused, by name.
+
+Strings of a row that spell a token which only templates may write (``<|im_end|>`` in a user's message) are
+wrapped in two noncharacters while the template runs, so that afterwards they can be told from the template's
+own and encoded as ordinary text (see encoding.py).
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+
+from postrain.data.messages import BadRow, Conversation
+from postrain.data.rendering.template import TemplateRefusal, split_inline
+from postrain.data.rendering.tokenizer import Tokenizer
+
+MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # schema.py lets no row hold them
+_PYTHON = {"true": "True", "false": "False", "null": "None"}
+OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
+
+
+class Refusal(Exception):
+    """Why a turn cannot be trained as it would be served; ``advice``, where more than this row is at fault."""
+
+    def __init__(self, reason: str, advice: str = ""):
+        super().__init__(reason)
+        self.advice = advice
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One training sequence as text, with marks.
+
+    Attributes:
+      spans: character ranges that the model must produce.
+      asked: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
+        where it does not. Or nothing at all, where none does.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    asked: tuple[str, ...] = ()
+
+
+def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
+    """The training sequences of a conversation, in order, each with at least one trained span.
+
+    Raises:
+      BadRow: a turn cannot be rendered faithfully; the reason says which and why.
+    """
+    ref = conversation.ref
+    renderer = Renderer(tokenizer, conversation.messages, conversation.tools, template_date, default_system, ref)
+    sequences: list[Sequence] = []
+    reached = ""  # prompt and continuation of the turn before
+    for k, message in enumerate(renderer.messages):
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        try:
+            prompt, continuation, asked = renderer.turn(k)
+        except Refusal as e:
+            advice = e.advice or renderer.advise_on_tools()
+            raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
+        span = (len(prompt), len(prompt) + len(continuation))
+        if sequences and prompt.startswith(reached):
+            before = sequences.pop()
+            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.asked, asked)))
+        else:
+            sequences.append(Sequence(prompt + continuation, (span,), (asked,)))
+        reached = prompt + continuation
+    return sequences
+
+
+class Renderer:
+    """Renders prefixes of one conversation, marked; ``added`` counts messages put in front (default system)."""
+
+    def __init__(self, tokenizer, messages, tools, template_date, default_system, ref):
+        self.tokenizer, self.ref, self.date = tokenizer, ref, template_date
+        self.template = tokenizer.require_template()
+        self._tools_shown = False
+        messages = list(messages)
+        self.added = int(bool(default_system) and messages[0]["role"] not in ("system", "developer"))
+        if self.added:
+            messages.insert(0, {"role": "system", "content": default_system})
+        messages = [self.template.lift_reasoning(m) for m in messages]
+        self.plain = (messages, tools)
+        self.messages, self.tools = self.plain
+        self.marked = _matches(self.plain, tokenizer.control_pattern)
+        if self.marked:
+            self.messages, self.tools = mark(self.plain, tokenizer.control_pattern)
+
+    def render(self, stop: int, add_generation_prompt: bool, variables: dict) -> str:
+        """The first ``stop`` messages as text, with marks.
+
+        Raises:
+          Refusal: the template raised, or reads special tokens inside the row's text.
+        """
+        options = {"template_date": self.date, "add_generation_prompt": add_generation_prompt, **variables}
+        try:
+            text = self.template.render(self.messages[:stop], self.tools, **options)
+            if self.marked:
+                messages, tools = self.plain
+                if unmark(text)[0] != self.template.render(messages[:stop], tools, **options):
+                    raise Refusal("the chat template treats special tokens inside the row's text in its own way")
+        except TemplateRefusal as e:
+            raise Refusal(f"the chat template refuses this conversation: {e}") from None
+        return text
+
+    def turn(self, k: int) -> tuple[str, str, str]:
+        """Prompt and continuation of assistant message k, with marks, and how the prompt was asked for (Sequence).
+
+        Raises:
+          Refusal: no generation prompt of the template leads to a faithful continuation.
+        """
+        refusal = None
+        for variables in self.generation_prompts(k):
+            try:
+                return *self._turn(k, variables), self._describe_asking(variables)
+            except Refusal as e:
+                # The default prompt's reason is the one to show; it is among those tried.
+                refusal = e if refusal is None or not variables else refusal
+        raise refusal
+
+    def _describe_asking(self, variables: dict) -> str:
+        if not variables or not self.template.changes_prompt(**variables):
+            return ""
+        return ", ".join(f"{name}={value}" for name, value in variables.items())
+
+    def generation_prompts(self, k: int) -> list[dict]:
+        """Template variables to try, best first, by whether the message reasons."""
+        switches = self.template.switches
+        if reasoning_of(self.messages[k]):
+            return [{}, *({name: True} for name in switches)]
+        return [*({name: False} for name in switches), {}]
+
+    def _turn(self, k: int, variables: dict) -> tuple[str, str]:
+        message = self.messages[k]
+        prompt = self.render(k, True, variables)
+        whole = self.render(k + 1, False, variables)
+        if whole.startswith(prompt):
+            tail = whole[len(prompt) :]
+        else:
+            begun, written = self._since_last_message(k, variables, prompt, whole)
+            same = written.startswith(begun)
+            tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
+        continuation = tail[: self._stop_end(tail)]
+        check_nothing_dropped(message, continuation)
+        self._check_prompt(prompt, k, variables)
+        return prompt, continuation
+
+    def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
+        """What prompt and whole have after the content of message k - 1.
+
+        Where a template renders the turns before in another way once there is an answer (gpt-oss drops the reasoning
+        before a call), the two differ early, and yet write the turn itself alike. The place is found by a tag at the
+        end of that content; where the tag is lost or changes more than itself, the whole texts are given back.
+        """
+        if k == 0:
+            return prompt, whole
+        before, messages, tools = self.messages[k - 1], self.messages, self.tools
+        kept = before["content"].rstrip()
+        tagged = {**before, "content": kept + TAG + before["content"][len(kept) :]}
+        options = {"template_date": self.date, **variables}
+        texts = []
+        for stop, expected in ((k, prompt), (k + 1, whole)):
+            shown = [*messages[: k - 1], tagged, *messages[k:stop]]
+            try:
+                text = self.template.render(shown, tools, add_generation_prompt=stop == k, **options)
+            except TemplateRefusal:
+                return prompt, whole
+            head, found, tail = text.partition(TAG)
+            if not found or head + tail != expected:
+                return prompt, whole
+            texts.append(tail)
+        return texts[0], texts[1]
+
+    def _stop_end(self, tail: str) -> int:
+        """Where the first stop token that the template wrote ends.
+
+        Raises:
+          Refusal: there is none: the model would never stop.
+        """
+        text, ranges = unmark(tail)
+        pattern = self.tokenizer.stop_pattern
+        if not ranges:
+            match = pattern.search(tail)
+            if match:
+                return match.end()
+        for match in pattern.finditer(tail):
+            if match.start() == 0 or tail[match.start() - 1] != MARK_OPEN:
+                return match.end()
+        names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
+        raise Refusal(
+            f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
+            f"{text[-24:]!r})",
+            "put the token that ends a turn into eos_token_id of generation_config.json",
+        )
+
+    def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
+        """Messages that are not the assistant's, and tools, must be in the prompt.
+
+        Raises:
+          Refusal: the template dropped one.
+        """
+        for i, message in enumerate(self.messages[:k]):
+            if message["role"] != "assistant" and not _contains(prompt, message["content"]):
+                which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
+                raise Refusal(f"the chat template drops the content of {which}")
+        if self.tools and not self._tools_shown:
+            options = {"template_date": self.date, "add_generation_prompt": True, **variables}
+            if prompt == self.template.render(self.messages[:k], None, **options):
+                raise Refusal("the chat template drops the tools")
+            missing = [t["function"]["name"] for t in self.tools if not _contains(prompt, t["function"]["name"])]
+            if missing:
+                raise Refusal(f"the chat template drops the tool {missing[0]!r}")
+            self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
+
+    def advise_on_tools(self) -> str:
+        """What to do about a refusal, where the conversation has tools and the template has none; else empty."""
+        has_tools = self.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
+        if not has_tools or self.template.renders_tools:
+            return ""
+        return (
+            f"the chat template of {self.template.origin} does not render tools: name one that does as "
+            "data.chat_template=FILE, or take tools, tool_calls and tool messages out of the rows"
+        )
+
+
+def reasoning_of(message: dict) -> str:
+    """The message's reasoning: its ``reasoning_content``, or a ``<think>`` block at the start of its content."""
+    return message.get("reasoning_content", "").strip() or split_inline(message["content"])[0]
+
+
+def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
+    """What the model must produce after a prompt that opens the reasoning, which ``whole`` leaves out."""
+    opened = OPENED_REASONING.search(prompt)
+    base = prompt[: opened.start()] if opened else None
+    if base is None or not whole.startswith(base):
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+        raise Refusal(
+            "the chat template renders the answer otherwise than its generation prompt begins it: the prompt goes on "
+            f"{prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
+        )
+    if not reasoning:
+        raise Refusal(
+            f"the generation prompt of the chat template opens <{opened[1]}>, so the model must reason first, and the "
+            "message has no reasoning_content",
+            "give it, or use a template without that (data.chat_template=FILE)",
+        )
+    return f"{reasoning}\n</{opened[1]}>\n\n" + whole[len(base) :].lstrip("\n")
+
+
+def check_nothing_dropped(message: dict, continuation: str) -> None:
+    """Reasoning, content, and every call's name and arguments must each have a place of their own in it.
+
+    Raises:
+      Refusal: naming what the template dropped.
+    """
+    reasoning, answer = message.get("reasoning_content", ""), message["content"]
+    if not reasoning.strip():
+        reasoning, answer = split_inline(answer)
+    pieces = [("reasoning", reasoning.strip()), ("content", answer.strip())]
+    for call in message.get("tool_calls", ()):
+        name = call["function"]["name"]
+        pieces.append((f"tool call {name!r}", name))
+        pieces += [(f"arguments of the tool call {name!r}", leaf) for leaf in _leaves(call["function"]["arguments"])]
+    # Longest first, each place used once: a short piece must not be found inside a longer one.
+    for what, piece in sorted(pieces, key=lambda p: -len(p[1])):
+        for form in _forms(piece):
+            at = continuation.find(form)
+            if at >= 0:
+                continuation = continuation[:at] + "\0" * len(form) + continuation[at + len(form) :]
+                break
+        else:
+            raise Refusal(f"the chat template drops the {what}: {piece[:40]!r} is not in what it renders")
+
+
+def _leaves(value) -> list[str]:
+    """Keys and values of a call's arguments as text, in order."""
+    if isinstance(value, dict):
+        return [text for k, v in value.items() for text in (k, *_leaves(v))]
+    if isinstance(value, list):
+        return [text for v in value for text in _leaves(v)]
+    return [value if isinstance(value, str) else json.dumps(value)]
+
+
+def _forms(piece: str) -> Iterator[str]:
+    """How a piece may be written: as it is, inside a JSON string, or as Python writes true, false and null."""
+    yield piece
+    yield json.dumps(piece, ensure_ascii=False)[1:-1]
+    yield json.dumps(piece)[1:-1]
+    if piece in _PYTHON:
+        yield _PYTHON[piece]
+
+
+def _contains(text: str, piece: str) -> bool:
+    piece = piece.strip()
+    return any(form in text for form in _forms(piece))
+
+
+def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Takes the marks out; the character ranges, in what is left, that had stood between them."""
+    if MARK_OPEN not in text:
+        return text, []
+    out, ranges, length = [], [], 0
+    for i, piece in enumerate(re.split(f"{MARK_OPEN}(.*?){MARK_CLOSE}", text, flags=re.DOTALL)):
+        if i % 2:
+            ranges.append((length, length + len(piece)))
+        out.append(piece)
+        length += len(piece)
+    return "".join(out), ranges
+
+
+def mark(value, pattern: re.Pattern):
+    """The value with every match of ``pattern`` in its strings, keys included, between marks."""
+    if isinstance(value, str):
+        return pattern.sub(f"{MARK_OPEN}\\g<0>{MARK_CLOSE}", value)
+    if isinstance(value, dict):
+        return {mark(k, pattern): mark(v, pattern) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mark(v, pattern) for v in value]
+    return value
+
+
+def _matches(value, pattern: re.Pattern) -> bool:
+    """Whether the pattern is found in a string, or in the keys and values, however deep, of lists and objects."""
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, dict):
+        return any(_matches(k, pattern) or _matches(v, pattern) for k, v in value.items())
+    return isinstance(value, (list, tuple)) and any(_matches(v, pattern) for v in value)

@@ -1,0 +1,173 @@
+"""Flash attention (Dao et al. 2022, arXiv:2205.14135; backward by recomputation) in plain XLA, for every platform.
+
+Blocks of ``chunk`` queries against blocks of ``chunk`` keys with a running softmax, no [T, S] array in forward or
+backward, and blocks that no query of the block may see are skipped at run time: with short documents the work grows
+with T * document length, not T^2. It is the reference that the kernels are held to.
+
+Legend: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim, C chunk, R rows computed
+together.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from postrain.models.attention.blocks import MASKED, pad_to_blocks, sink_gradient, soft_cap
+from postrain.sharding import current_platform
+
+
+def chunked(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N, first, *, softcap: float, scale: float, chunk: int):
+    """What ``postrain.models.attention.dispatch`` says of every back end, [B, T, N, H]."""
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv, chunk = k_BSKH.shape[2], min(chunk, length)
+    q_BTNH, k_BSKH, v_BSKH, starts_BT = pad_to_blocks(q_BTNH, k_BSKH, v_BSKH, starts_BT, first, chunk, chunk)
+    # The scale is folded into q once, instead of into every block of scores.
+    q = (q_BTNH * scale).astype(q_BTNH.dtype)
+    q = q.reshape(batch, -1, num_kv, num_heads // num_kv, head_dim).transpose(0, 2, 3, 1, 4)
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+    sinks_KG = None if sinks_N is None else sinks_N.reshape(num_kv, num_heads // num_kv)
+    # One row at a time on CPU, where a loop costs nothing and each row skips its own blocks; all rows
+    # together on accelerators, which need the width.
+    rows = 1 if current_platform() == "cpu" else batch
+    out = _flash(q, k, v, starts_BT, jnp.asarray(first, jnp.int32), sinks_KG, _Static(softcap, chunk, rows))
+    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, num_heads, head_dim)
+    return out[:, :length]
+
+
+class _Static(NamedTuple):
+    softcap: float
+    chunk: int
+    rows: int  # computed together
+
+
+def _block(x, index, chunk, axis):
+    return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis)
+
+
+def _end_of_keys(i, first, chunk):
+    """One past the last block of keys that block i of queries may see."""
+    return (first + (i + 1) * chunk - 1) // chunk + 1
+
+
+def _visible(starts_RC, i, j, first, chunk):
+    """[R, 1, 1, C, C] bool: may query c of block i see key s of block j?"""
+    offsets = jnp.arange(chunk, dtype=jnp.int32)
+    key_index = j * chunk + offsets
+    causal = key_index[None, :] <= (first + i * chunk + offsets)[:, None]
+    return (causal & (key_index[None, None, :] >= starts_RC[:, :, None]))[:, None, None]
+
+
+def _scores(q_RKGCH, k_RKSH, softcap):
+    return soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=jnp.float32), softcap)
+
+
+def _groups(x, rows):
+    """[B, ...] -> [B / R, R, ...]."""
+    return x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _flash(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static):
+    return _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static)[0]
+
+
+def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static):
+    softcap, chunk, rows = static
+    num_blocks = q_BKGTH.shape[3] // chunk
+
+    def row_group(operands):
+        q, k, v, starts = operands
+
+        def query_block(i):
+            q_i, starts_i = _block(q, i, chunk, 3), _block(starts, i, chunk, 1)
+
+            def key_block(j, carry):
+                out, total, peak = carry
+                scores = _scores(q_i, _block(k, j, chunk, 2), softcap)
+                scores = jnp.where(_visible(starts_i, i, j, first, chunk), scores, MASKED)
+                new_peak = jnp.maximum(peak, scores.max(-1))
+                weights = jnp.exp(scores - new_peak[..., None])
+                decay = jnp.exp(peak - new_peak)
+                values = jnp.einsum(
+                    "rkgcs,rksh->rkgch",
+                    weights.astype(v.dtype),
+                    _block(v, j, chunk, 2),
+                    preferred_element_type=jnp.float32,
+                )
+                return out * decay[..., None] + values, total * decay + weights.sum(-1), new_peak
+
+            shape = q_i.shape[:-1]
+            if sinks_KG is None:
+                start = jnp.zeros(shape, jnp.float32), jnp.full(shape, MASKED)
+            else:  # a key seen before all others, whose value is 0
+                start = jnp.ones(shape, jnp.float32), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
+            start = jnp.zeros(q_i.shape, jnp.float32), *start
+            out, total, peak = jax.lax.fori_loop(
+                starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start
+            )
+            return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
+
+        return jax.lax.map(query_block, jnp.arange(num_blocks, dtype=jnp.int32))
+
+    out, logsumexp = jax.lax.map(row_group, tuple(_groups(x, rows) for x in (q_BKGTH, k_BKSH, v_BKSH, starts_BT)))
+    # [B/R, T/C, R, K, G, C, ...] -> [B, K, G, T, ...]
+    out = jnp.moveaxis(out, 1, 4).reshape(q_BKGTH.shape)
+    logsumexp = jnp.moveaxis(logsumexp, 1, 4).reshape(q_BKGTH.shape[:-1])
+    # What backward needs besides the inputs: named here, where rematerialisation can keep both.
+    out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
+    return out, (q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, out, logsumexp)
+
+
+def _flash_backward(static: _Static, residuals, grad_BKGTH):
+    softcap, chunk, rows = static
+    q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, out, logsumexp = residuals
+    num_blocks = q_BKGTH.shape[3] // chunk
+    # sum_s p_s dp_s of every query, by the identity of the flash attention paper (section 3.1 of the backward).
+    dots = (grad_BKGTH.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def row_group(operands):
+        q, k, v, starts, grad, dots, logsumexp = operands
+
+        def query_block(carry, i):
+            starts_i = _block(starts, i, chunk, 1)
+            q_i, grad_i, dots_i, lse_i = (_block(x, i, chunk, 3) for x in (q, grad, dots, logsumexp))
+
+            def key_block(j, carry):
+                dq_i, dk, dv = carry
+                k_j, v_j = _block(k, j, chunk, 2), _block(v, j, chunk, 2)
+                scores = _scores(q_i, k_j, softcap)
+                visible = _visible(starts_i, i, j, first, chunk)
+                weights = jnp.exp(jnp.where(visible, scores, MASKED) - lse_i[..., None])
+                dv_j = jnp.einsum(
+                    "rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=jnp.float32
+                )
+                dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=jnp.float32)
+                dscores = weights * (dweights - dots_i[..., None])
+                if softcap:  # d(c tanh(x / c)) = 1 - tanh^2
+                    dscores = dscores * (1 - jnp.square(scores / softcap))
+                dscores = dscores.astype(q.dtype)
+                dq_i = dq_i + jnp.einsum("rkgcs,rksh->rkgch", dscores, k_j, preferred_element_type=jnp.float32)
+                dk_j = jnp.einsum("rkgcs,rkgch->rksh", dscores, q_i, preferred_element_type=jnp.float32)
+                add = lambda total, part: jax.lax.dynamic_update_slice_in_dim(
+                    total, _block(total, j, chunk, 2) + part, j * chunk, 2
+                )
+                return dq_i, add(dk, dk_j), add(dv, dv_j)
+
+            start = jnp.zeros(q_i.shape, jnp.float32), *carry
+            dq_i, dk, dv = jax.lax.fori_loop(starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start)
+            return (dk, dv), dq_i.astype(q.dtype)
+
+        start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
+        return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+    operands = q_BKGTH, k_BKSH, v_BKSH, starts_BT, grad_BKGTH, dots, logsumexp
+    dq, dk, dv = jax.lax.map(row_group, tuple(_groups(x, rows) for x in operands))
+    dq = jnp.moveaxis(dq, 1, 4).reshape(q_BKGTH.shape)
+    return dq, dk.reshape(k_BKSH.shape), dv.reshape(v_BKSH.shape), None, None, sink_gradient(sinks_KG, logsumexp, dots)
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

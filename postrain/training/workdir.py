@@ -1,0 +1,181 @@
+"""The folder of a run: made, checked, described."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import TextIO
+
+import jax
+
+from postrain.config import Config, resolve, to_dict
+from postrain.data.batches.fingerprint import compare_fingerprints
+from postrain.errors import UserError
+from postrain.files import check_local, write_whole
+from postrain.report.metrics import read_metrics
+from postrain.trees import flatten
+
+# Keys that may change between a checkpoint and the run that goes on from it without a word: they decide how
+# the work is done or what is shown of it, not its result. Neither ``data.eval`` nor what is measured on it is among
+# them: they change no update, but evaluations before and after (and the best checkpoints, ranked by them) differ.
+HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
+HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
+HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
+REPORTS = ("metrics.jsonl", "samples.jsonl")
+
+
+def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """The folder, made where it is missing. Raises UserError where it cannot be written, holds a model or is a URL."""
+    if not os.fspath(workdir):
+        raise UserError("--workdir is empty: name a folder for the run")
+    check_local(workdir, "--workdir")
+    workdir = pathlib.Path(workdir)
+    if any(workdir.glob("*.safetensors")):
+        raise UserError(
+            f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
+            "choose another place"
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
+            probe.write(b"1")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error
+    return workdir
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """The folder, made and locked for the run of the block. Where that writes nothing, nothing is left of it.
+
+    Raises UserError as make_workdir and lock_workdir do.
+    """
+    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not folder.exists()]
+    try:
+        made = make_workdir(workdir)
+        with lock_workdir(made):
+            yield made
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty, or not made
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds ``workdir`` for one run, by its file .lock, which is removed when the block ends.
+
+    A process that is killed leaves the file, but the system releases it, and the next run takes it over.
+
+    Two runs in one folder would take each other's unfinished checkpoints for leftovers, and mix their metrics. Only
+    the first process of a run takes the lock, for all of them. Raises UserError naming the process that holds it.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    path = workdir / ".lock"
+    with _take_lock(path, workdir) as file:
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _take_lock(path: pathlib.Path, workdir: pathlib.Path) -> TextIO:
+    """The open lock file, held."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise UserError(
+                f"--workdir {workdir} is in use by another run (process {holder}): wait for it, stop it, or use another"
+            ) from error
+        except OSError as error:  # some network file systems know no locks; better to run than to refuse them
+            print(f"workdir {workdir}: cannot be locked ({error.strerror}): start no second run in it")
+            return file
+        # A run that ended between our open and our lock has removed the file: what we hold then keeps nobody out.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def save_config(workdir: pathlib.Path, config: Config) -> None:
+    """Writes the resolved config."""
+    write_whole(workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The resolved config of a run. Raises UserError when ``workdir`` is none."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir}: no run in it, expected {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: the config of a run, but it cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict) or not {"model", "data", "optimizer"} <= set(values):
+        raise UserError(f"{workdir}: expected the workdir of a run, found a {path.name} of something else")
+    return resolve(values)
+
+
+def describe_changes(old: dict, new: dict, old_held_out: dict | None = None, held_out: dict | None = None) -> str:
+    """What is another than in the checkpoint and changes the run's result or its evaluations, to be printed.
+
+    ``old`` and ``new`` are resolved configs, ``held_out`` fingerprints of the held-out rows (None: there are none).
+    """
+    before, after = flatten(old), flatten(new)
+    changed = [
+        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
+        for key in after
+        if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
+    ]
+    if old_held_out and held_out:
+        changed += [f"held out: {change}" for change in compare_fingerprints(old_held_out, held_out)]
+    return f"; changed since: {', '.join(changed)}" if changed else ""
+
+
+def describe_reports(workdir: pathlib.Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of the files that a run adds to, so that a resume finds what became of them since."""
+    contents = {name: (workdir / name).read_bytes() for name in REPORTS if (workdir / name).exists()}
+    return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
+
+
+def check_reports(workdir: pathlib.Path, before: dict[str, list[int]]) -> list[str]:
+    """A line for each file that does not begin with what it held at ``describe_reports``. Raises UserError: unreadable.
+
+    No reason to stop, as the training itself needs none of them.
+    """
+    lines = []
+    for name, (size, crc) in before.items():
+        path = workdir / name
+        try:
+            found = path.read_bytes()[:size]
+        except FileNotFoundError:
+            found = b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): mend it or move it away") from error
+        if zlib.crc32(found) != crc or len(found) != size:
+            what = f"expected {size:,} bytes, found {len(found):,}" if len(found) != size else "its content has changed"
+            lines.append(
+                f"{path}: not as the checkpoint saw it ({what}): what it says of earlier steps is not reliable"
+            )
+    return lines
+
+
+def last_values(workdir: pathlib.Path) -> dict[str, float]:
+    """The last value of every metric in metrics.jsonl."""
+    values: dict[str, float] = {}
+    for line in read_metrics(workdir):
+        values |= {name: value for name, value in line.items() if name != "step" and value is not None}
+    return values

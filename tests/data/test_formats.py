@@ -1,0 +1,359 @@
+"""Files of every format -> blocks -> the rows that were written, each once; what is torn is named."""
+
+import dataclasses
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
+from object_store import serve_store, upload
+
+from postrain.config import SourceConfig
+from postrain.data.batches.source import open_source
+from postrain.data.files import storage
+from postrain.data.files.formats import Block, list_blocks, read_block
+from postrain.data.files.storage import FORMATS, StorageOptions, list_files
+from postrain.data.messages import BadRow, RowRef
+from postrain.errors import UserError
+
+ROWS = [{"text": f"ä{i} " * (i % 9), "id": i, "messages": [{"role": "user", "content": "\u2028"}]} for i in range(700)]
+WHOLE = {"jsonl.gz", "jsonl.zst", "tar"}
+
+
+def lines_of(rows):
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def write_jsonl(path, rows):
+    path.write_bytes(lines_of(rows))
+
+
+compress_zstd = zstandard.ZstdCompressor(write_checksum=True).compress
+
+
+def write_gzip(path, rows):  # two members, as `cat a.gz b.gz` makes them
+    path.write_bytes(gzip.compress(lines_of(rows[:99]), 1) + gzip.compress(lines_of(rows[99:]), 1))
+
+
+def write_zstd(path, rows):
+    path.write_bytes(compress_zstd(lines_of(rows[:99])) + compress_zstd(lines_of(rows[99:])))
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=90, write_page_checksum=True)
+
+
+def write_records(path, rows):
+    writer = ArrayRecordWriter(str(path), "group_size:7")
+    for row in rows:
+        writer.write(json.dumps(row).encode())
+    writer.close()
+
+
+def write_tar(path, rows):
+    with tarfile.open(path, "w") as archive:
+        for i, row in enumerate(rows):
+            fields = {k: v for k, v in row.items() if k != "text"}
+            for suffix, data in (("json", json.dumps(fields).encode()), ("txt", row["text"].encode())):
+                member = tarfile.TarInfo(f"part/{i:05}.{suffix}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+WRITERS = {
+    "jsonl": write_jsonl,
+    "jsonl.gz": write_gzip,
+    "jsonl.zst": write_zstd,
+    "parquet": write_parquet,
+    "array_record": write_records,
+    "tar": write_tar,
+}
+assert set(WRITERS) == set(FORMATS.values())
+
+
+def blocks_of(path, block_bytes=5_000, options=storage.DEFAULTS):
+    return list_blocks(list_files(str(path), options), block_bytes, options)
+
+
+def read(blocks, options=storage.DEFAULTS):
+    return [row for block in blocks for row in read_block(block, "s", options)]
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    with pytest.MonkeyPatch.context() as patch, serve_store(patch) as proxy:
+        patch.setattr(storage, "PIECE", 30_000)
+        yield proxy
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_rows_read_are_the_rows_written(tmp_path, kind, proxy):
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, ROWS)
+    blocks = blocks_of(path)
+    assert (len(blocks) == 1) == (kind in WHOLE)
+    assert [Block.from_json(json.loads(json.dumps(dataclasses.asdict(b)))) for b in blocks] == blocks
+    got = read(blocks)
+    assert [raw for _, raw in got] == ROWS
+    assert all(str(ref).startswith(f"{path}:") or ref.line == 0 for ref, _ in got)
+    if kind != "jsonl":
+        assert [ref for ref, _ in got] == [RowRef("s", str(path), i) for i in range(1, 701)]
+    options = StorageOptions(tries=3, timeout=5.0, first_wait=0.01)
+    url = upload(path, f"rows.{kind}")
+    remote = blocks_of(url, options=options)
+    proxy.faults[:] = ["reset", None, "short"] if kind not in ("jsonl.gz", "jsonl.zst") else ["reset", "short"]
+    assert [raw for _, raw in read(remote, options)] == ROWS
+    assert not proxy.faults
+
+
+def test_records_of_a_store_are_copied_to_the_disk_without_a_name(tmp_path, proxy):
+    write_records(tmp_path / "rows.array_record", ROWS)
+    options = StorageOptions(cache_folder=str(tmp_path / "cache"), cache_bytes=10**7)
+    url = upload(tmp_path / "rows.array_record", "copied.array_record")
+    rows = read_block(blocks_of(url, options=options)[0], "s", options)
+    next(rows)
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".piece", ""}  # and the lock
+    assert [raw for _, raw in rows] == ROWS[1:]
+    (tmp_path / "file").write_text("in the way")
+    options = StorageOptions(cache_folder=str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"{url} is read from a copy on the disk, and its .* could not be written"):
+        read(blocks_of(url), options)
+
+
+def random_file(rng):
+    """Lines of odd lengths, blank ones, CRLF, a BOM, perhaps no newline at the end; and the rows in them."""
+    lines, rows = [], []
+    for i in range(rng.integers(0, 20)):
+        kind = rng.integers(0, 8)
+        if kind == 0:
+            lines.append([b"", b"\r", b"  "][rng.integers(0, 3)])
+            continue
+        rows.append({"i": i, "t": "é\u2028x"[: rng.integers(0, 4)] * int(rng.integers(0, 60 if kind == 1 else 5))})
+        lines.append(json.dumps(rows[-1], ensure_ascii=bool(rng.integers(0, 2))).encode() + b"\r" * int(kind == 2))
+    data = b"\n".join(lines) + b"\n" * int(rng.integers(0, 3))
+    if rows and lines[0].startswith(b"{") and rng.integers(0, 2):
+        data = b"\xef\xbb\xbf" + data
+    return data, rows
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_every_line_is_in_exactly_one_block(tmp_path, seed):
+    data, rows = random_file(np.random.default_rng(seed))
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    lines = data.split(b"\n")
+    begins = dict(enumerate(np.cumsum([0] + [len(line) + 1 for line in lines]).tolist()))
+    number = {begins[i]: i + 1 for i in range(len(lines))}
+    for block_bytes in [1, 3, 7, 13, 14, 31, 50, 200, 10**6]:
+        got = []
+        for block in blocks_of(path, block_bytes):
+            for ref, raw in read_block(block):
+                begin = ref.byte if ref.line == 0 else begins[ref.line - 1]
+                assert begin in number and block.start <= begin < block.stop
+                assert str(ref) == (f"{path}@{begin}" if block.start else f"{path}:{number[begin]}")
+                got.append(raw)
+        assert got == rows
+
+
+def test_a_block_reads_no_more_of_the_file_than_it_needs(proxy, monkeypatch):
+    monkeypatch.setattr(storage, "TAIL", 100)
+    url = upload(lines_of({"text": "x" * 29} for _ in range(1000)), "few.jsonl")  # 42 bytes a line
+    blocks = blocks_of(url, 10_000)
+    proxy.reads.clear()
+    assert len(read(blocks[1:2])) == sum(10_000 <= begin < 20_000 for begin in range(0, 42_000, 42))
+    assert [wanted for _, wanted in proxy.reads] == ["bytes=9999-19999", "bytes=20000-20099"]
+    long = blocks_of(upload(lines_of([{"text": "x" * 50_000}]), "long.jsonl"), 10_000)
+    proxy.reads.clear()
+    assert read(long[2:3]) == [] and [wanted for _, wanted in proxy.reads] == ["bytes=19999-29999"]
+
+
+def test_lines_that_cannot_be_decoded_are_those_of_a_source(tmp_path):
+    lines = [b'{"text": "1"}', b"{", b'{"text": "\xff"}', b"[" * 5000, b"[1", b'{"text": "2"}', b'{"text": "3']
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    source = open_source(SourceConfig(path=str(path)))
+
+    def outcome(read_one):
+        try:
+            return read_one()[1]
+        except BadRow as e:
+            return e.reason
+
+    expected = [outcome(lambda i=i: source.raw(i)) for i in range(len(lines))]
+    for block_bytes in (1_000_000, 7):
+        found = []
+        for block in blocks_of(path, block_bytes):
+            rows = read_block(block)
+            while True:
+                try:
+                    found.append(outcome(lambda rows=rows: next(rows)))
+                except StopIteration:
+                    break
+        assert found == expected
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    rows = read_block(blocks_of(path.with_suffix(".jsonl.gz"))[0])
+    next(rows)
+    with pytest.raises(BadRow, match=r"rows.jsonl.gz:2: invalid JSON: Expecting"):
+        next(rows)
+    rows = read_block(blocks_of(path, 10)[1])
+    with pytest.raises(BadRow, match=r"rows.jsonl@14: invalid JSON: Expecting"):
+        next(rows)
+
+
+def test_a_row_of_parquet_whose_text_is_not_utf8(tmp_path):
+    text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(np.array([0, 1, 2, 3], np.int32)), pa.py_buffer(b"a\xffc")]
+    )
+    pq.write_table(pa.table({"text": text}), tmp_path / "rows.parquet")
+    rows = read_block(blocks_of(tmp_path / "rows.parquet")[0])
+    assert next(rows)[1] == {"text": "a"}
+    with pytest.raises(BadRow, match="rows.parquet:2: .*utf-8"):
+        next(rows)
+    assert next(rows)[1] == {"text": "c"}
+
+
+def test_tar_fields(tmp_path):
+    path = tmp_path / "rows.tar"
+    members = [
+        ("./a/0.json", b'{"id": 0}'),
+        ("./a/0.prompt.txt", "ä".encode()),
+        ("./a/0.meta.json", b"[1]"),
+        ("./a/0.png", b"\x89"),
+        ("b/0.txt", b"other folder"),
+        ("b/._0.txt", b"hidden"),
+        ("b/1.json", b"{"),
+        ("b/2.json", b"[]"),
+        ("b/3.json", b'{"text": "1"}'),
+        ("b/3.txt", b"2"),
+        ("b/README", b"no row"),
+        ("b/4.txt", b"last"),
+    ]
+    with tarfile.open(path, "w") as archive:
+        folder = tarfile.TarInfo("b")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    rows = read_block(blocks_of(path)[0])
+    assert next(rows)[1] == {"id": 0, "prompt": "ä", "meta": [1], "png": b"\x89"}
+    assert next(rows)[1] == {"text": "other folder"}
+    for message in (
+        "rows.tar:3: its .json is not valid: Expecting",
+        "rows.tar:4: its .json must hold a JSON object; found list",
+        "rows.tar:5: text comes from .txt and from a file before it",
+        "rows.tar:6: .*a file of a row needs a suffix",
+    ):
+        with pytest.raises(BadRow, match=message):
+            next(rows)
+    assert next(rows)[1] == {"text": "last"} and next(rows, None) is None
+
+
+@pytest.mark.parametrize("kind", [k for k in WRITERS if k != "jsonl"])
+def test_a_file_cut_off_anywhere_is_named(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, ROWS[:200])
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) if kind == "tar" else len(whole)  # a tar may end in any number of zeros
+    cuts = {0, 1, 511, 512, 1024, 1536, end - 1, end // 2 + 1, (end - 1) // 512 * 512}
+    cuts |= set(np.linspace(0, end - 1, 15, dtype=int).tolist())
+    if kind in ("jsonl.gz", "jsonl.zst"):  # what ends between two members is a whole file
+        compress = (lambda data: gzip.compress(data, 1)) if kind == "jsonl.gz" else compress_zstd
+        cuts.discard(len(compress(lines_of(ROWS[:99]))))
+    for cut in sorted(c for c in cuts if c < end):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))} is damaged or cut off") as error:
+            read(blocks_of(path))
+        assert not isinstance(error.value, BadRow)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "array_record"])
+def test_a_flipped_bit_is_found_by_the_checksum_of_the_format(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, ROWS)
+    whole = path.read_bytes()
+    assert [raw for _, raw in read(blocks_of(path))] == ROWS
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            got = [raw for _, raw in read(blocks_of(path))]
+        except UserError as error:
+            assert str(error).startswith(f"{path} is damaged or cut off") or "@" in str(error) or ":" in str(error)
+        else:  # in a byte that says nothing about the rows, as the time in the header of gzip
+            assert got == ROWS
+
+
+def test_a_tar_with_a_damaged_header_or_a_second_archive_behind_is_named(tmp_path):
+    path = tmp_path / "rows.tar"
+    write_tar(path, ROWS[:20])
+    whole = path.read_bytes()
+    for header in range(0, len(whole.rstrip(b"\0")), 512):
+        if whole[header : header + 5] == b"part/":
+            path.write_bytes(whole[: header + 3] + b"?" + whole[header + 4 :])
+            with pytest.raises(UserError, match="rows.tar is damaged or cut off"):
+                read(blocks_of(path))
+    path.write_bytes(whole + whole)
+    with pytest.raises(UserError, match="neither a file nor the end of the archive"):
+        read(blocks_of(path))
+
+
+def test_files_that_are_no_data(tmp_path):
+    (tmp_path / "a.csv").write_text("1")
+    with pytest.raises(UserError, match=r"a.csv: expected a file of \.jsonl, "):
+        blocks_of(tmp_path / "a.csv")
+    with pytest.raises(UserError, match=f"{tmp_path} matches no file"):
+        blocks_of(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert blocks_of(tmp_path) == []
+
+
+def test_any_fsspec_path(tmp_path):
+    fsspec.filesystem("memory").pipe_file("/corpus/a.jsonl", lines_of(ROWS))
+    assert [raw for _, raw in read(blocks_of("memory://corpus/*.jsonl"))] == ROWS
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("in/a.jsonl", lines_of(ROWS))
+        archive.writestr("in/b.jsonl", lines_of(ROWS[:9]))
+    assert [raw for _, raw in read(blocks_of(f"zip://in/*.jsonl::{tmp_path}/rows.zip"))] == ROWS + ROWS[:9]
+    with pytest.raises(UserError, match="nope://a: .*|nope://a cannot be read"):
+        list_files("nope://a")
+
+
+READER = """
+import resource, sys
+from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.storage import list_files
+
+def read(path):
+    return sum(len(raw["text"]) for block in list_blocks(list_files(path), 4 << 20) for _, raw in read_block(block))
+
+small = read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(small, read(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_memory_does_not_grow_with_the_file(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(4_000).hex() for _ in range(500)]
+    for name, times in (("small", 1), ("large", 6)):
+        WRITERS[kind](tmp_path / f"{name}.{kind}", [{"text": text} for text in texts * times])
+    command = [sys.executable, "-c", READER, *(str(tmp_path / f"{name}.{kind}") for name in ("small", "large"))]
+    small, large, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert (small, large) == (4_000_000, 24_000_000)
+    assert grown < 8_000  # KiB

@@ -1,0 +1,218 @@
+"""Files -> rows, by index, with the file and line of each."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from postrain.config import DataConfig, SourceConfig
+from postrain.data.batches.shard_reader import open_block_source
+from postrain.data.batches.source import BLOCK, open_source
+from postrain.data.messages import BadRow, PromptCompletion, TextRow
+from postrain.errors import UserError
+
+
+def chat(i):
+    return {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"ä{i}"}]}
+
+
+def write_lines(path, lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+def open_path(path, **options):
+    return open_source(SourceConfig(path=str(path), **options))
+
+
+def test_jsonl_by_index_with_blank_lines_and_crlf(tmp_path):
+    lines = [b"\xef\xbb\xbf" + json.dumps(chat(0)).encode() + b"\r", b"", b"  \r", chat(1), b"", chat(2), b""]
+    source = open_path(write_lines(tmp_path / "rows.jsonl", lines))
+    assert (len(source), source.name, source.parser.form) == (3, "rows", "messages")
+    assert [source[i].messages[0]["content"] for i in (2, 0, 1)] == ["q2", "q0", "q1"]
+    assert [str(e.ref) for e in source] == [f"{tmp_path}/rows.jsonl:{line}" for line in (1, 4, 6)]
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_glob_reads_files_in_order(tmp_path):
+    write_lines(tmp_path / "b.jsonl", [{"text": "3"}])
+    write_lines(tmp_path / "a.jsonl", [{"text": "1"}, {"text": "2"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    source = open_path(tmp_path / "*.jsonl", name="mine")
+    assert [(e.text, e.ref.source, e.ref.line) for e in source] == [
+        ("1", "mine", 1),
+        ("2", "mine", 2),
+        ("3", "mine", 1),
+    ]
+
+
+def test_kinds(tmp_path):
+    source = open_path(write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "completion": "b", "text": "c"}]))
+    assert source.parser.form == "prompt_completion" and isinstance(source[0], PromptCompletion)
+    assert isinstance(open_path(tmp_path / "p.jsonl", kind="text")[0], TextRow)
+
+
+@pytest.mark.parametrize(
+    ("rows", "line", "found", "expected"),
+    [
+        ([chat(0), chat(1), {"text": "x"}], 3, "text", "messages, as the first at {}:1"),
+        ([b"{", {"id": 3}, {"text": "x"}, chat(1)], 4, "messages", "text, as the first at {}:3"),
+        ([{"prompt": "a", "completion": "b"}, {"text": "x"}], 2, "text", "prompt_completion, as the first at {}:1"),
+    ],
+)
+def test_rows_of_two_kinds_are_named_by_their_first_lines(tmp_path, rows, line, found, expected):
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(BadRow) as error:
+        open_path(path)[line - 1]
+    assert str(error.value) == (
+        f"{path}:{line}: expected a row of kind {expected.format(path)}; found one of kind {found}: a source has one "
+        f"kind: put the {found} rows into a file of their own, and list both in the config"
+    )
+
+
+def test_the_kind_that_the_config_gives_holds(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", [chat(0) | {"text": "x"}, {"text": "y"}, chat(1), {"id": 1}])
+    source = open_path(path, kind="text")
+    assert [source[i].text for i in (0, 1)] == ["x", "y"]
+    with pytest.raises(BadRow, match="rows.jsonl:3: expected a row of the source's kind, text; found one of kind mess"):
+        source[2]
+    with pytest.raises(BadRow, match="rows.jsonl:4: text must be a string; found nothing"):
+        source[3]
+
+
+BAD_LINES = {
+    "not JSON": (b'{"text": "a" "b"}', "invalid JSON: Expecting ',' delimiter at column 14"),
+    "cut off": (b'{"text": "a', "invalid JSON: Unterminated string"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "invalid JSON: Extra data"),
+    "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 14 of the line"),
+    "too deep": (b"[" * 100_000, "invalid JSON: "),
+    "a number": (b"12", "expected an object"),
+}
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_bad_lines_name_their_line_and_leave_the_others(tmp_path, line, reason):
+    source = open_path(write_lines(tmp_path / "rows.jsonl", [{"text": "good"}, b"", line, {"text": "fine"}]))
+    with pytest.raises(BadRow) as error:
+        source[1]
+    assert str(error.value).startswith(f"{tmp_path}/rows.jsonl:3: ") and reason in str(error.value)
+    assert source[0].text == "good" and source[2].text == "fine"
+
+
+def test_a_bad_first_line_is_that_rows_error(tmp_path):
+    source = open_path(write_lines(tmp_path / "rows.jsonl", [b"{", {"text": "fine"}]))
+    with pytest.raises(BadRow, match="rows.jsonl:1: invalid JSON"):
+        source[0]
+    assert source[1].text == "fine"
+
+
+def test_a_json_list_in_place_of_lines_is_explained(tmp_path):
+    (tmp_path / "rows.json").write_text("[\n" + json.dumps(chat(0)) + "\n]")
+    with pytest.raises(BadRow, match="one JSON object per line is expected, not a list"):
+        open_path(tmp_path / "rows.json")[0]
+
+
+def test_parquet_over_row_groups(tmp_path):
+    num = BLOCK * 2 + 30
+    table = pa.Table.from_pylist([chat(i) for i in range(num)])
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=200)
+    source = open_path(tmp_path / "rows.parquet")
+    assert len(source) == num
+    for i in (num - 1, 0, 199, 200, BLOCK - 1, BLOCK, 777, 1):
+        assert source[i].messages == tuple(chat(i)["messages"]) and source[i].ref.line == i + 1
+
+
+def test_nulls_that_arrow_adds_are_taken_out(tmp_path):
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": {"c": "x"}}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert b"null" in json.dumps(pq.read_table(tmp_path / "rows.parquet").to_pylist()).encode()  # the trap is there
+    source = open_path(tmp_path / "rows.parquet")
+    found = [e.messages[1]["tool_calls"][0]["function"] for e in source]
+    assert found == [{"name": c["name"], "arguments": c["arguments"]} for c in calls]
+    lines = open_path(
+        write_lines(
+            tmp_path / "rows.jsonl",
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "q"},
+                        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": None}}]},
+                    ]
+                }
+            ],
+        )
+    )
+    assert lines[0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+def test_folder_saved_by_datasets(tmp_path):
+    rows = [chat(i) for i in range(7)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=2)
+    source = open_path(tmp_path / "saved")
+    assert (source.name, len(source)) == ("saved", 7)
+    assert [e.messages for e in source] == [tuple(r["messages"]) for r in rows]
+    assert source[6].ref.file.endswith("data-00001-of-00002.arrow") and source[6].ref.line == 3
+
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="holds several splits; give one of them as the path: .*splits/train"):
+        open_path(tmp_path / "splits")
+    assert len(open_path(tmp_path / "splits" / "train")) == 7
+
+
+def test_what_cannot_be_opened(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
+    (tmp_path / "broken.arrow").write_bytes(b"not arrow at all")
+    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "folder").mkdir()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    expected = {
+        "": "a source has no path",
+        "missing.jsonl": "missing.jsonl does not exist; expected a .jsonl or .parquet file, a glob of them, or a",
+        "no*.jsonl": "matches no file",
+        "empty.jsonl": "empty.jsonl has no rows",
+        "none.parquet": "none.parquet has no rows",
+        "broken.parquet": "broken.parquet cannot be read as Parquet",
+        "broken.arrow": "broken.arrow cannot be read as Arrow",
+        "rows.csv": "expected .jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar; found '.csv'",
+        "folder": "folder is not a folder saved by datasets (no state.json)",
+    }
+    for name, reason in expected.items():
+        with pytest.raises(UserError) as error:
+            open_path(tmp_path / name if name else "")
+        assert reason in str(error.value) and "\n" not in str(error.value), name
+    with pytest.raises(UserError, match="must be one of sft, preference, .*, prompt_completion, text; found 'chat'"):
+        open_path(tmp_path / "empty.jsonl", kind="chat")
+
+
+def test_a_truncated_parquet_file(tmp_path):
+    pq.write_table(pa.table({"text": ["x" * 50] * 3000}), tmp_path / "rows.parquet", compression="none")
+    data = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "rows.parquet").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        open_path(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("rows.jsonl", "rows"),
+        ("rows.jsonl.gz", "rows"),
+        ("v1.5.jsonl.gz", "v1.5"),
+        ("part-*.jsonl.gz", "part-*"),
+    ],
+)
+def test_a_source_has_one_name_in_memory_and_in_a_stream(tmp_path, path, name):
+    write = gzip.open if path.endswith("gz") else open
+    with write(tmp_path / path.replace("*", "0"), "wt") as file:
+        file.write('{"text": "a"}\n')
+    config = SourceConfig(path=str(tmp_path / path))
+    assert open_source(config).name == open_block_source(config, DataConfig()).name == name

@@ -1,0 +1,98 @@
+"""What is tried when a step does not fit: the order, where it stops, what is not compiled."""
+
+import types
+
+import pytest
+
+from postrain.config import resolve
+from postrain.plan.advice import advise, list_changes, list_micro_batches, replace_keys
+from postrain.plan.report import describe_advice
+from postrain.plan.targets import CHIPS
+
+GIB = 2**30
+MEMORY = {"activations": 40 * GIB, "total": 50 * GIB}
+
+
+def make_program(data=1, rank=0, size=64, fp8=False, **train):
+    values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": {"path": "m", "fp8": fp8}}
+    config = resolve(values | {"mesh": {"data": data}, "train": train})
+    mesh = types.SimpleNamespace(shape={"data": data, "fsdp": 8 // data, "expert": 1})
+    model = types.SimpleNamespace(config=types.SimpleNamespace(embed_size=size), frozen=bool(rank))
+    return types.SimpleNamespace(config=config, mesh=mesh, model=model)
+
+
+def make_target(chip, usable):
+    return types.SimpleNamespace(chip=CHIPS.get(chip), usable=usable)
+
+
+def try_out(program, target, sizes):
+    """The advice where each change in turn needs one of ``sizes``, and the configs that were weighed."""
+    weighed = []
+
+    def weigh(config):
+        weighed.append(config)
+        return sizes[len(weighed) - 1] * GIB, sizes[len(weighed) - 1] < 100
+
+    return advise(program, MEMORY, target, weigh), weighed
+
+
+def test_each_change_keeps_the_ones_before_and_the_first_that_fits_ends_it(capsys):
+    advice, weighed = try_out(make_program(data=2), make_target("v5e", 16 * GIB), [120, 17, 16.5, 15])
+    changes = [one["change"] for one in advice]
+    assert changes == [
+        {"mesh.data": 1, "mesh.fsdp": -1},
+        {"mesh.data": 1, "mesh.fsdp": -1, "train.micro_batches": 8},
+        {"mesh.data": 1, "mesh.fsdp": -1, "train.micro_batches": 8, "model.remat": "full"},
+        {"mesh.data": 1, "mesh.fsdp": -1, "train.micro_batches": 8, "model.remat": "full", "model.lora.rank": 16},
+    ]
+    assert [one["fits"] for one in advice] == [False, False, False, True]
+    last = weighed[-1]
+    assert (last.mesh.data, last.mesh.fsdp, last.train.micro_batches) == (1, -1, 8)
+    assert (last.model.remat, last.model.lora.rank, last.data.sequence_length) == ("full", 16, 1024)
+    lines = describe_advice(advice, 16 * GIB, 8)
+    assert lines[0].endswith(": cannot, what the step is given and its gradients take 120.00 GiB")
+    assert lines[1].endswith(": does not, 17.00 GiB") and lines[3].endswith(": fits, 15.00 GiB") and len(lines) == 4
+    assert capsys.readouterr().err.count("does not fit, trying ") == 4
+
+
+def test_shorter_rows_come_last_and_then_more_devices():
+    advice, _ = try_out(make_program(rank=4), make_target("v5e", 16 * GIB), [40, 30, 27, 25, 20])
+    assert [one["change"].get("data.sequence_length") for one in advice] == [None, None, None, 512, 256]
+    assert [one["change"].get("model.quantization") for one in advice] == [None, None, "nf4", "nf4", "nf4"]
+    assert all("model.lora.rank" not in one["change"] for one in advice), "it has adapters already"
+    assert describe_advice(advice, 16 * GIB, 8)[-1].startswith("nothing tried fits: take more devices (about 10 of")
+
+
+def test_memory_that_jax_leaves_free_is_the_first_advice():
+    target = make_target("h100", int(0.75 * CHIPS["h100"].memory))
+    memory = MEMORY | {"total": int(0.9 * CHIPS["h100"].memory)}
+    advice = advise(make_program(), memory, target, lambda config: pytest.fail("nothing has to be compiled again"))
+    assert advice[0]["change"] == {"environment XLA_CLIENT_MEM_FRACTION": 0.95} and advice[0]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("now", "rows", "usable", "expected"),
+    [
+        (1, 64, 30, [4, 64]),  # 40 of activations into 20, a fifth more to be sure: 2.4
+        (2, 64, 30, [8, 64]),
+        (1, 64, 11, [64]),  # 48 of 64 rows' share
+        (1, 64, 9, [64]),  # no room: what can be tried
+        (1, 7, 30, [7]),
+        (64, 64, 30, []),
+    ],
+)
+def test_micro_batches_are_chosen_by_proportion(now, rows, usable, expected):
+    assert list_micro_batches(now, rows, MEMORY, usable * GIB) == expected
+
+
+def test_keys_are_replaced_in_a_frozen_config():
+    config = make_program().config
+    changed = replace_keys(config, {"model.lora.rank": 8, "train.micro_batches": 2})
+    assert (changed.model.lora.rank, changed.train.micro_batches) == (8, 2)
+    assert config.model.lora.rank == 0 and changed.data == config.data
+
+
+def test_nf4_is_proposed_only_where_a_run_takes_it():
+    proposed = lambda **words: [list(change)[-1] for change, _ in list_changes(make_program(**words), MEMORY, GIB)]
+    assert "model.quantization" in proposed() and "model.quantization" in proposed(rank=4)
+    assert "model.quantization" not in proposed(size=63) + proposed(fp8=True)

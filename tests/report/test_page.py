@@ -1,0 +1,113 @@
+"""The report page: made of what a workdir holds, safe against what rows contain."""
+
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from postrain.config import resolve, to_dict
+from postrain.report.charts import draw_curves, make_ticks, thin
+from postrain.report.page import find_frame, write_report
+
+CONFIG = resolve({"model": {"path": "models/small"}, "data": {"train": "x.jsonl"}})
+
+
+def write_run(folder, metrics, samples):
+    (folder / "config.json").write_text(json.dumps(to_dict(CONFIG)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+
+
+def make_sample(step, found, **changes):
+    sample = {"step": step, "row": "a/b.jsonl:1", "prompt": "<s>hi</s>", "expected": "x", "found": found}
+    return sample | {"finished": True} | changes
+
+
+def test_the_page_shows_first_and_last(tmp_path):
+    metrics = [{"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.04}, {"step": 5, "train/loss": 1.5}]
+    metrics += [{"step": 9, "train/loss": 0.25, "eval/loss": 0.5, "eval/exact_match": 0.875}]
+    write_run(tmp_path, metrics, [make_sample(0, "before"), make_sample(5, "halfway"), make_sample(9, "x")])
+    page = write_report(tmp_path, conversation_html="<pre>row</pre>", environment={"jax": "1.2"}).read_text()
+    for words in ("SFT of small", "4% → 88%", "3.000 → 0.500", "9 updates", "✗ before", "✓ x", "<pre>row</pre>", "1.2"):
+        assert words in page
+    assert "halfway" not in page
+
+
+def test_what_rows_contain_is_text_and_never_markup(tmp_path):
+    write_run(tmp_path, [], [make_sample(0, "<script>alert(1)</script>", prompt="<b>", expected="<i>")])
+    page = write_report(tmp_path).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<b>" not in page and "<i>" not in page
+
+
+def test_turns_of_one_row_are_compared_each_with_itself(tmp_path):
+    samples = [make_sample(step, f"{step} of {turn}", turn=turn) for step in (0, 9) for turn in (1, 2)]
+    write_run(tmp_path, [], samples)
+    page = write_report(tmp_path).read_text()
+    assert page.index("0 of 1") < page.index("9 of 1") < page.index("0 of 2") < page.index("9 of 2")
+    assert page.count("b.jsonl:1 turn 2") == 1
+
+
+def test_an_answer_that_never_stopped_is_wrong(tmp_path):
+    write_run(tmp_path, [], [make_sample(0, "x", finished=False)])
+    assert "✗ x" in write_report(tmp_path).read_text()
+
+
+def test_a_run_without_anything_has_a_page(tmp_path):
+    write_run(tmp_path, [], [])
+    (tmp_path / "samples.jsonl").unlink()
+    assert "no updates yet" in write_report(tmp_path).read_text()
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    write_run(tmp_path, [{"step": 1, "train/loss": 2.0}], [])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    assert "1 update<" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "frame"),
+    [
+        (["<u>\nred</u>\n", "<u>\nblue</u>\n"], (4, 5)),
+        (["same", "same"], (0, 0)),
+        (["only"], (0, 0)),
+        (["a film of mine", "a film of hers"], (0, 0)),
+        (["<u>one</u>", "<u>one and more</u>"], (3, 4)),
+    ],
+)
+def test_what_all_prompts_share_is_left_out_at_marks(prompts, frame):
+    assert find_frame(prompts) == frame
+
+
+def test_a_curve_is_drawn_to_scale():
+    svg = draw_curves({"loss": [(0, 4.0), (10, 0.0), (5, math.nan)]}).split("<figcaption>")[0].removeprefix("<figure>")
+    root = ElementTree.fromstring(svg)
+    [line] = [element for element in root if element.tag == "polyline"]
+    (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    ticks = {element.text: float(element.get("y")) - 4 for element in root if element.get("class") == "tick end"}
+    assert (y0, y1) == (ticks["4"], ticks["0"])
+    assert (x0, x1) == (52.0, 544.0)
+    assert draw_curves({"loss": [(1, math.inf)]}) == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.13, 0.52, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        (3, 3, [3]),
+        (0, 600, [0, 200, 400, 600]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert make_ticks(low, high) == ticks
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends_and_mean():
+    points = [(float(i), float(i % 2)) for i in range(10_001)]
+    thinned = thin(points)
+    assert len(thinned) <= 400
+    assert thinned[-1] == points[-1]
+    assert all(abs(y - 0.5) < 0.05 for _, y in thinned[:-1])

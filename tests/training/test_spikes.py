@@ -1,0 +1,111 @@
+"""Steps that explode: judged by the median of what was taken, left out in the step, counted, bounded."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_network import compute_loss, make_batch, make_params
+
+from postrain.config import OptimizerConfig, SpikeSection
+from postrain.errors import UserError
+from postrain.training.optimizer import make_optimizer
+from postrain.training.spikes import NEEDED, WINDOW, SpikeGuard, compute_limits, new_history, update_history
+from postrain.training.step import init_train_state, make_train_step
+
+OPTIMIZER, SCHEDULE = make_optimizer(OptimizerConfig(learning_rate=1e-3), 200)
+
+
+def scaled_loss(params, batch, rng):
+    """The first token of a batch makes its loss large (7) or NaN (8); any other leaves it."""
+    loss, weight, sums = compute_loss(params, batch, rng)
+    first = batch["tokens"][0, 0]
+    return loss * jnp.where(first == 7, 50.0, jnp.where(first == 8, jnp.nan, 1.0)), weight, sums
+
+
+def batch_of(seed, first=0):
+    batch = make_batch(seed)
+    batch["tokens"][0, 0] = first
+    return batch
+
+
+def run(batches, threshold):
+    state = init_train_state(make_params(), {}, OPTIMIZER, jax.random.key(0))
+    step, history = make_train_step(scaled_loss, OPTIMIZER, spike_threshold=threshold, schedule=SCHEDULE), []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state.replace(rng=None)), history
+
+
+def test_limits_are_the_threshold_times_the_medians_of_the_last_steps_taken():
+    history, values = new_history(), np.random.default_rng(0).uniform(1, 9, (2, 100)).astype(np.float32)
+    taken, none = jnp.bool_(True), jnp.bool_(False)
+    for count, (loss, norm) in enumerate(values.T, start=1):
+        history = update_history(history, loss, norm, taken, none)
+        found = [float(limit) for limit in compute_limits(history, 3.0)]
+        expected = 3 * np.median(values[:, max(0, count - WINDOW) : count], axis=1)
+        np.testing.assert_allclose(found, expected if count >= NEEDED else [np.inf] * 2, rtol=1e-6)
+        assert [float(limit) for limit in compute_limits(history, 0.0)] == [np.inf] * 2, "no threshold judges nothing"
+
+
+def test_a_spike_changes_nothing_but_the_counts_and_is_not_what_is_usual():
+    good = [batch_of(seed) for seed in range(NEEDED + 4)]
+    spikes = [batch_of(seed, first) for seed, first in ((90, 7), (91, 8), (92, 7))]
+    without, _ = run(good, 3.0)
+    state, history = run([*good[:-1], *spikes, good[-1]], 3.0)
+    assert [bool(m["usual"]) for m in history] == [True] * (NEEDED + 3) + [False] * 3 + [True]
+    assert [int(m["in_a_row"]) for m in history][-4:] == [1, 2, 3, 0] and int(state.history["skipped"]) == 3
+    rates = [float(m["train/learning_rate"]) for m in history]
+    assert rates == pytest.approx([float(SCHEDULE(taken)) for taken in [*range(NEEDED + 3), *[NEEDED + 3] * 4]])
+    assert rates[-1] < rates[-5]
+    for part in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(without, part))
+    for name in ("loss", "grad_norm", "taken"):
+        np.testing.assert_array_equal(state.history[name], without.history[name])
+    assert int(state.step) == NEEDED + 7
+
+
+def test_nothing_is_judged_before_there_is_a_history_or_without_a_threshold():
+    _, early = run([batch_of(0), batch_of(1, 7)], 3.0)
+    _, off = run([*[batch_of(seed) for seed in range(NEEDED)], batch_of(1, 7)], 0.0)
+    assert all(bool(m["usual"]) for m in early + off)
+
+
+def metrics_of(**values):
+    usual = {"train/loss": 9.0, "train/grad_norm": 5.0, "loss_limit": 3.0, "grad_norm_limit": 4.0}
+    return usual | {"finite": True, "usual": False, "in_a_row": 1, "skipped": 1} | values
+
+
+@pytest.mark.parametrize("policy", ["none", "stop"])
+def test_stop_names_step_rows_and_what_is_usual(policy):
+    guard = SpikeGuard(SpikeSection(policy=policy), print)
+    message = (
+        r"step 17: a spike, loss 9 and gradient norm 5 where at most 3 and 4 are usual .*, rows chat.jsonl:3: look"
+    )
+    with pytest.raises(UserError, match=message):
+        guard.must_roll_back(metrics_of(), 17, lambda: "chat.jsonl:3")
+    with pytest.raises(UserError, match="step 18: loss nan .* not both finite, rows chat.jsonl:3"):
+        guard.must_roll_back(metrics_of(finite=False, **{"train/loss": np.nan}), 18, lambda: "chat.jsonl:3")
+
+
+def test_skips_are_told_and_bounded_in_a_row():
+    lines, section = [], SpikeSection(policy="skip", limit=2)
+    guard = SpikeGuard(section, lines.append)
+    for in_a_row in (1, 2, 1, 2):
+        assert not guard.must_roll_back(metrics_of(in_a_row=in_a_row), 17, lambda: "chat.jsonl:3")
+    assert len(lines) == 4 and lines[0].endswith("rows chat.jsonl:3: skipped")
+    with pytest.raises(UserError, match=r"more than train.spike.limit = 2 steps in a row"):
+        guard.must_roll_back(metrics_of(in_a_row=3), 17, lambda: "chat.jsonl:3")
+    assert guard.count(metrics_of(skipped=5)) == {"train/skipped": 5.0}
+
+
+def test_rollbacks_are_bounded_over_the_whole_run():
+    guard = SpikeGuard(SpikeSection(policy="rollback", limit=3), print, rollbacks=1)
+    assert guard.must_roll_back(metrics_of(), 17, lambda: "") and guard.must_roll_back(metrics_of(), 17, lambda: "")
+    assert guard.count(metrics_of()) == {"train/rollbacks": 3.0}
+    with pytest.raises(UserError, match=r"has gone back train.spike.limit = 3 times already"):
+        guard.must_roll_back(metrics_of(), 17, lambda: "")
+    assert not guard.must_roll_back(metrics_of(usual=True), 17, lambda: "never asked")
+    assert dataclasses.asdict(SpikeSection())["policy"] == "none"

@@ -1,0 +1,81 @@
+"""What a run says of itself before it starts, and the folder that it takes."""
+
+import concurrent.futures
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from postrain.config import MeshConfig
+from postrain.errors import UserError
+from postrain.models.config import ModelConfig, MoeConfig
+from postrain.sharding import make_mesh
+from postrain.training.summary import describe_backends, describe_overlong
+from postrain.training.workdir import make_workdir, open_workdir
+
+CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
+
+
+def test_documents_beyond_the_models_positions_are_warned_of():
+    assert describe_overlong(np.array([3, 128]), CONFIG) == ""
+    line = describe_overlong(np.array([3, 128, 129, 2048]), CONFIG)
+    assert "2 of 4 documents are longer than the 128 positions" in line and "the longest takes 2,048" in line
+    assert "\n" not in line
+
+
+def test_what_computes_attention_and_experts_is_said_and_what_cannot_is_refused():
+    mesh = make_mesh(MeshConfig())  # of CPUs
+    assert describe_backends(CONFIG, mesh) == ["attention   chunked, float32, remat none"]
+    experts = dataclasses.replace(CONFIG, moe=MoeConfig(4, 2, 8))
+    assert describe_backends(experts, mesh)[1:] == ["experts     blocks"]
+    with pytest.raises(UserError, match="'model.attention' = 'flash_tpu' runs on tpu, the devices are cpu"):
+        describe_backends(dataclasses.replace(CONFIG, attention="flash_tpu"), mesh)
+
+
+def test_processes_that_make_the_same_workdir_do_not_meet(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(make_workdir, [tmp_path / "run"] * 200))
+    assert set(made) == {tmp_path / "run"} and not list((tmp_path / "run").iterdir())
+
+
+def fail_in(workdir, write=None):
+    with pytest.raises(UserError, match="a mistake"), open_workdir(workdir):
+        assert (workdir / ".lock").exists()
+        if write:
+            (workdir / write).write_text("x")
+        raise UserError("a mistake")
+
+
+def test_a_run_that_fails_before_it_writes_leaves_nothing(tmp_path):
+    fail_in(tmp_path / "a" / "b" / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    fail_in(tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder that was there stays, as it was"
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    fail_in(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    fail_in(tmp_path / "run", write="metrics.jsonl")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_one_run_at_a_time_though_the_lock_file_comes_and_goes(tmp_path):
+    """Two inside at once would show: each expects to find the count as it left it."""
+    (tmp_path / "count").write_text("0")
+
+    def run(_):
+        while True:
+            try:
+                with open_workdir(tmp_path):
+                    before = (tmp_path / "count").read_text()
+                    (tmp_path / "count").write_text("")
+                    time.sleep(0.0002)
+                    (tmp_path / "count").write_text(str(int(before) + 1))
+                return
+            except UserError:
+                time.sleep(0.0001)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(100)))
+    assert (tmp_path / "count").read_text() == "100"
