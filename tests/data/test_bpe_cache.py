@@ -85,7 +85,7 @@ def test_ids_are_those_of_the_whole_text(load, name):
 
 def test_words_that_were_met_are_not_encoded_again(load):
     fast = load("gpt2")
-    known = words.Words(fast, {})
+    known = bpe_cache.Words(fast, {})
     text = " ".join(f"word{i % 50} and." for i in range(1000))
     expected = fast.encode(text).ids
     assert (
@@ -96,9 +96,9 @@ def test_words_that_were_met_are_not_encoded_again(load):
 
 
 def test_what_is_remembered_is_bounded(load, monkeypatch):
-    monkeypatch.setattr(words, "_KNOWN", 100)
+    monkeypatch.setattr(bpe_cache, "_KNOWN", 100)
     fast = load("gpt2")
-    known = words.Words(fast, {})
+    known = bpe_cache.Words(fast, {})
     texts = [" ".join(f"w{i}{'x' * (i % 90)}" for i in range(n, n + 60)) for n in range(0, 1200, 60)]
     for text in texts * 2:
         (found,) = known.encode([text])
