@@ -35,6 +35,24 @@ class Batch:
         return cls(**{name: arrays.get(name) for name in names}, fields=further)
 
 
+class WeightedSum(NamedTuple):
+    """A weighted sum of values and the sum of their weights; the mean is ``total / weight``, 0 for weight 0."""
+
+    total: jax.Array  # float32 []
+    weight: jax.Array  # float32 []
+
+
+class LossSums(NamedTuple):
+    """What a loss function returns for the rows it is given: named losses, which train, and metrics, which do not.
+
+    Sums add up over micro-batches and devices; each is divided once, by its own weight over the whole batch. The
+    weights of losses must not depend on parameters.
+    """
+
+    losses: dict[str, WeightedSum]
+    metrics: dict[str, WeightedSum]
+
+
 @flax.struct.dataclass
 class RowTerms:
     """What a model adds to the loss of every trained token of a row, such as the losses of its routers."""

@@ -35,9 +35,7 @@ HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
 
-def check_resumable(
-    checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike
-) -> None:
+def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
     """Raises UserError naming everything because of which the run in ``checkpoints`` cannot continue with ``config``,
     or the finished export that a new run would replace.
 

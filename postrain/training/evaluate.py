@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
 
 from postrain.data.batches.in_memory import ExampleSet, make_eval_batches
 from postrain.errors import UserError
@@ -29,9 +32,8 @@ def make_loss_evaluator(session: Session, program: Program, rows: ExampleSet) ->
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema
-        metrics = compute_eval_loss(
-            eval_step, params, state.frozen, (place_batch(batch, session.mesh) for batch in batches)
-        )
+        placed = (place_batch(batch, session.mesh) for batch in batches)
+        metrics = compute_eval_loss(eval_step, params, state.frozen, placed, program.loss_coefs)
         if math.isfinite(loss := metrics["eval/loss"]):
             return metrics
         if not step:
@@ -44,14 +46,25 @@ def make_loss_evaluator(session: Session, program: Program, rows: ExampleSet) ->
     return evaluate
 
 
-def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) -> dict[str, float]:
-    """``{"eval/loss": mean per trained token, ...}``: sums over all batches, divided once by their weight."""
-    totals: dict[str, float] = {}
+def compute_eval_loss(
+    eval_step: Callable, params, frozen, batches: Iterable, loss_coefs: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """``{"eval/loss": ..., "eval/NAME": ...}`` of every metric: sums over all batches, each divided by its own weight.
+
+    Of several losses ``eval/loss`` is their sum with the factors of ``loss_coefs`` (1 without), and ``eval/loss/NAME``
+    each without.
+    """
+    sums = None
     for batch in batches:
-        for name, value in eval_step(params, frozen, batch).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    weight = totals.pop("weight")
-    return {f"eval/{name}": total / weight for name, total in totals.items()}
+        new = jax.tree.map(float, jax.device_get(eval_step(params, frozen, batch)))
+        sums = new if sums is None else jax.tree.map(operator.add, sums, new)
+    mean = lambda term: term.total / term.weight if term.weight else 0.0
+    losses = {name: mean(term) for name, term in sums.losses.items()}
+    values = {"loss": sum((loss_coefs or {}).get(name, 1.0) * loss for name, loss in losses.items())}
+    if len(losses) > 1:
+        values |= {f"loss/{name}": loss for name, loss in losses.items()}
+    values |= {name: mean(term) for name, term in sums.metrics.items()}
+    return {f"eval/{name}": value for name, value in values.items()}
 
 
 def spread(examples: Sequence, count: int) -> list:

@@ -28,6 +28,7 @@ class Program:
       loss_fn: of training, see ``postrain.training.step``.
       eval_loss_fn: of held-out rows, without the terms that only training adds.
       abstract_state, abstract_batch: ``jax.ShapeDtypeStruct`` with shardings.
+      loss_coefs: factors of the named losses, 1 for the others.
       updates: of the whole run.
       train_step: ``(state, batch) -> (state, metrics)``: jitted, and after ``compile`` the executable.
     """
@@ -37,6 +38,7 @@ class Program:
     optimizer: optax.GradientTransformation
     abstract_state: TrainState
     abstract_batch: Batch
+    loss_coefs: Mapping[str, float]
     updates: int
     train_step: Any
 
@@ -71,6 +73,7 @@ def build_program(
     train_step = make_train_step(
         loss_fn,
         optimizer,
+        loss_coefs=loss_coefs,
         micro_batches=config.train.micro_batches,
         mesh=mesh,
         state_shardings=shardings_of(abstract),
@@ -81,7 +84,8 @@ def build_program(
         count_moved_in=model.config.compute_dtype if config.train.count_moved else "",
     )
     batch = abstract_batch(config.data, mesh, layout)
-    return Program(loss_fn, eval_loss_fn or loss_fn, optimizer, abstract, batch, updates, train_step)
+    coefs = loss_coefs or {}
+    return Program(loss_fn, eval_loss_fn or loss_fn, optimizer, abstract, batch, coefs, updates, train_step)
 
 
 def abstract_batch(config: DataConfig, mesh: Mesh, layout: Layout = NO_LAYOUT) -> Batch:

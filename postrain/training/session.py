@@ -68,9 +68,7 @@ class Session:
         if self.is_lead:
             print(text, flush=True)
 
-    def print_summary(
-        self, model: Model, program: Program, rows: "Rows", held_out: ExampleSet | None = None
-    ) -> None:
+    def print_summary(self, model: Model, program: Program, rows: "Rows", held_out: ExampleSet | None = None) -> None:
         """Says what will run, and compiles its train step to say what memory it takes. Returns when all processes have.
 
         Raises UserError where the devices cannot run the attention back end that the config names.

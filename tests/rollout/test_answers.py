@@ -8,8 +8,15 @@ from postrain.data.messages import RowRef, parse_row
 from postrain.data.rendering.render import Rendered, render, render_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.files import read_jsonl
-from postrain.rollout.answers import Question, Sample, append_samples, make_questions, mean_scores
-from postrain.rollout.answers import exact_match, valid_json
+from postrain.rollout.answers import (
+    Question,
+    Sample,
+    append_samples,
+    exact_match,
+    make_questions,
+    mean_scores,
+    valid_json,
+)
 
 
 @pytest.fixture(scope="module")
