@@ -7,7 +7,7 @@ from tiny_models import make_tiny_model
 
 from postrain.config import resolve
 from postrain.plan.plan import count_held
-from postrain.plan.traced_flops import count_traced_flops
+from postrain.plan.roofline import count_traced_flops
 from postrain.recipes.sft import make_step
 from postrain.sharding import current_platform, make_mesh
 from postrain.training.model import abstract_model, load_model
@@ -49,7 +49,7 @@ def test_an_abstract_model_is_the_loaded_one(folder, rank, dtype):
     numbers = jax.tree.map(
         lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state
     )
-    held = count_held(step, abstract)
+    held = count_held(step)
     assert sum(held.values()) - held["batch"] == sum(leaf.nbytes for leaf in jax.tree.leaves(numbers))
 
 
