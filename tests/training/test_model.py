@@ -7,7 +7,7 @@ from tiny_models import make_tiny_model
 
 from postrain.config import resolve
 from postrain.plan.plan import count_held
-from postrain.plan.traced_flops import count_traced_flops
+from postrain.plan.roofline import count_traced_flops
 from postrain.recipes.sft import make_program
 from postrain.sharding import current_platform, make_mesh
 from postrain.training.model import abstract_model, load_model
@@ -45,11 +45,11 @@ def test_an_abstract_model_is_the_loaded_one(folder, rank, dtype):
 
     step = make_program(config, abstract, mesh, 10)
     state = init_train_state(loaded.params, loaded.frozen, step.optimizer, jax.random.key(0), mesh=mesh, ema=True)
-    assert describe(step.state) == describe(state)
+    assert describe(step.abstract_state) == describe(state)
     numbers = jax.tree.map(
         lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state
     )
-    held = count_held(step, abstract)
+    held = count_held(step)
     assert sum(held.values()) - held["batch"] == sum(leaf.nbytes for leaf in jax.tree.leaves(numbers))
 
 
@@ -60,7 +60,7 @@ def test_traced_products_are_the_formula_of_the_layers(folder, rank, remat):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     model = abstract_model(config, folder, mesh)
     step = make_program(config, model, mesh, 10)
-    counted = count_traced_flops(step.train_step.trace(step.state, step.batch).jaxpr)
+    counted = count_traced_flops(step.train_step.trace(step.abstract_state, step.abstract_batch).jaxpr)
     c, tokens = model.config, 2 * 64
     sizes = {
         "q": (c.embed_size, c.num_heads * c.head_dim),
