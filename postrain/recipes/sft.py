@@ -148,7 +148,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
     metrics = last_values(workdir)
     if lead:
         row = render_tokens_html(train_rows.sample, tokenizer)
-        write_report(workdir, conversation_html=row, drawn=drawn, environment=describe_environment(mesh))
+        write_report(workdir, row_html=row, consumed=drawn, environment=describe_environment(mesh))
     minutes = (time.monotonic() - started) / 60
     say(f"done after {minutes:.1f} min: {format_metrics(total_steps, metrics)}")
     say(f"{workdir / 'report.html'} shows the run" + ("" if form == "none" else f", {workdir / 'export'} is the model"))

@@ -37,7 +37,8 @@ from postrain.data.batches.open import Batches
 from postrain.data.batches.streamed import join_positions
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig
-from postrain.report.metrics import MetricsWriter, ProgressLine
+from postrain.report.metrics import MetricsWriter
+from postrain.report.progress import ProgressLine
 from postrain.sharding import data_process
 from postrain.training.flops import BatchStats, compute_perf, count_batch
 from postrain.training.spikes import SpikeGuard
