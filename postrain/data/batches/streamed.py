@@ -23,7 +23,7 @@ from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.report import add_up
 from postrain.data.batches.shard import Reader, Shard
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 _NAMED_BATCHES = 4  # besides those prepared ahead, whose rows can be told: a bad step is found out a step late
 
@@ -103,8 +103,7 @@ class ShardedBatches:
         """``file:line, file:line, ...`` of the documents in ``row_ids`` of one of the last batches."""
         names = {number: name for batch in list(self._source.named) for number, name in batch.items()}
         refs = dict.fromkeys(names[i] for i in np.ravel(row_ids).tolist() if i in names)
-        named = ", ".join(list(refs)[:limit])
-        return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
+        return shorten(refs, limit)
 
     def format_consumption(self, position: Mapping[str, Any]) -> list[str]:
         """For each source: documents and tokens that were trained on up to ``position``, and their share.
