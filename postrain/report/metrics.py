@@ -17,6 +17,7 @@ from postrain.errors import UserError
 from postrain.files import read_jsonl, write_whole
 from postrain.report.progress import ProgressLine
 from postrain.report.trackers import make_trackers
+from postrain.sharding import to_host
 
 __all__ = ["MetricsWriter", "ProgressLine", "read_metrics"]
 
@@ -79,7 +80,7 @@ def read_metrics(workdir) -> list[dict]:
 
 def _to_number(value) -> float | int:
     """A Python number that prints short: float32 0.1 as 0.1, not as 0.10000000149011612."""
-    array = np.asarray(value)
+    array = to_host(value)
     if array.shape:
         raise ValueError(f"a metric is a scalar, found shape {array.shape}")
     if array.dtype == np.float32:

@@ -26,7 +26,7 @@ from postrain.rollout import sampler
 from postrain.rollout.chat import to_answer
 from postrain.rollout.sampler import SamplingParams
 from postrain.rollout.scoring import SCORES
-from postrain.sharding import data_process, make_global_batch
+from postrain.sharding import data_process, make_global_batch, to_host
 from postrain.training.step import make_eval_step
 from postrain.types import Batch, TrainState
 
@@ -108,7 +108,7 @@ def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) ->
     totals: dict[str, float] = {}
     for batch in batches:
         for name, value in eval_step(params, frozen, batch).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
+            totals[name] = totals.get(name, 0.0) + float(to_host(value))
     weight = totals.pop("weight")
     return {f"eval/{name}": total / weight for name, total in totals.items()}
 
@@ -144,11 +144,11 @@ class Evaluator:
 
         Raises UserError where the loss is not finite: weights that an update has ruined are not worth going on with.
         """
-        params = state.params if state.ema is None else state.ema
+        step, params = int(to_host(state.step)), state.params if state.ema is None else state.ema
         batches = (Batch(**make_global_batch(batch, self.mesh)) for batch in self.batches)
         metrics = compute_eval_loss(self.eval_step, params, state.frozen, batches)
         if not math.isfinite(metrics["eval/loss"]):
-            raise UserError(_describe_ruin(metrics["eval/loss"], int(state.step)))
+            raise UserError(_describe_ruin(metrics["eval/loss"], step))
         if self.questions:
             samples = answer_questions(
                 merge_params(params, state.frozen),
@@ -161,7 +161,7 @@ class Evaluator:
             )
             metrics |= mean_scores(samples)
             if jax.process_index() == 0:
-                append_samples(self.samples_path, int(state.step), samples)
+                append_samples(self.samples_path, step, samples)
         return metrics
 
 

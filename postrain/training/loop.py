@@ -38,7 +38,7 @@ from postrain.data.batches.streamed import join_positions
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig
 from postrain.report.metrics import MetricsWriter, ProgressLine
-from postrain.sharding import data_process
+from postrain.sharding import data_process, to_host
 from postrain.training.flops import BatchStats, compute_perf, count_batch
 from postrain.training.spikes import SpikeGuard
 from postrain.training.summary import format_metrics
@@ -308,7 +308,7 @@ class Run:
     def _make_line(self, metrics: dict) -> dict[str, float]:
         seconds = time.perf_counter() - self._clock
         _, row_groups = data_process(self._mesh)
-        line = {name: float(value) for name, value in metrics.items() if name.startswith("train/")}
+        line = {name: float(to_host(value)) for name, value in metrics.items() if name.startswith("train/")}
         line |= self._guard.count(metrics)
         line |= compute_perf(self._model, self._stats, seconds, self._mesh.local_devices, row_groups)
         line["perf/input_wait_fraction"] = self._waited / seconds

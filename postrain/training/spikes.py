@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from postrain.config import SpikeSection
 from postrain.errors import UserError
+from postrain.sharding import to_host
 
 WINDOW, NEEDED = 64, 16
 
@@ -63,7 +64,7 @@ class SpikeGuard:
     def count(self, metrics: dict) -> dict[str, float]:
         """What metrics.jsonl tells of a policy that leaves steps out."""
         if self._config.policy == "skip":
-            return {"train/skipped": float(metrics["skipped"])}
+            return {"train/skipped": float(to_host(metrics["skipped"]))}
         return {"train/rollbacks": float(self.rollbacks)} if self.rolls_back else {}
 
     def must_roll_back(self, metrics: dict, step: int, describe_rows: Callable[[], str]) -> bool:
@@ -72,7 +73,7 @@ class SpikeGuard:
         Says which rows a skipped step had. Raises UserError naming step and rows where the run must stop: the policy
         is "stop" (or "none", and the step is not finite), or the limit of skips in a row or of rollbacks is passed.
         """
-        if bool(metrics["usual"]):
+        if to_host(metrics["usual"]):
             return False
         policy, limit = self._config.policy, self._config.limit
         what = f"{_describe(metrics, step)}, rows {describe_rows()}"
@@ -80,7 +81,7 @@ class SpikeGuard:
         if policy in ("none", "stop"):
             raise UserError(f"{what}: {advice}")
         if policy == "skip":
-            if int(metrics["in_a_row"]) > limit:
+            if to_host(metrics["in_a_row"]) > limit:
                 raise UserError(f"{what}: more than train.spike.limit = {limit} steps in a row: {advice}")
             self._say(f"{what}: skipped")
             return False
@@ -92,10 +93,11 @@ class SpikeGuard:
 
 
 def _describe(metrics: dict, step: int) -> str:
-    loss, norm = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
-    if not bool(metrics["finite"]):
+    values = {name: float(to_host(value)) for name, value in metrics.items()}
+    loss, norm = values["train/loss"], values["train/grad_norm"]
+    if not values["finite"]:
         return f"step {step}: loss {loss} and gradient norm {norm} are not both finite"
-    loss_limit, norm_limit = float(metrics["loss_limit"]), float(metrics["grad_norm_limit"])
+    loss_limit, norm_limit = values["loss_limit"], values["grad_norm_limit"]
     return (
         f"step {step}: a spike, loss {loss:.4g} and gradient norm {norm:.4g} where at most {loss_limit:.4g} and "
         f"{norm_limit:.4g} are usual (train.spike.threshold)"

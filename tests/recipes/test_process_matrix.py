@@ -76,7 +76,7 @@ NEW_TOKENS = [*WORDS, *(f"<item_{i}>" for i in range(40))]  # more than the tabl
 DATA = {
     "in memory": {},
     "mixed": {"mixture": {"phases": [{"step": 3, "weights": [1.0, 3.0]}]}},
-    "streamed": {"streaming": True, "stream": {"lanes": 4}, "packing_window": 6},
+    "streamed": {"streaming": True, "stream": {"shards": 4}, "packing_window": 6},
 }
 
 
