@@ -21,7 +21,7 @@ from postrain.config import DataConfig
 from postrain.data.batches.mixture import make_phases
 from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.report import add_up
-from postrain.data.batches.shard import Shard, Reader
+from postrain.data.batches.shard import Reader, Shard
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.errors import UserError
 
