@@ -26,7 +26,7 @@ from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.batches.streamed import join_positions
 from postrain.report.metrics import MetricsWriter
 from postrain.report.progress import ProgressLine
-from postrain.sharding import data_process
+from postrain.sharding import data_process, to_host
 from postrain.training.compatibility import check_record, format_config_changes
 from postrain.training.evaluate import Evaluator
 from postrain.training.flops import BatchStats, compute_perf, count_batch
@@ -275,10 +275,10 @@ class Loop:
         seconds = time.perf_counter() - self._clock
         _, row_groups = data_process(self._session.mesh)
         names = [name for name in updates[-1] if name.startswith("train/")]
-        line = {name: sum(float(metrics[name]) for metrics in updates) / len(updates) for name in names}
+        line = {name: sum(float(to_host(metrics[name])) for metrics in updates) / len(updates) for name in names}
         line |= self._guard.count(updates[-1])
         if len(updates) > 1:
-            line["train/updates"] = float(self.state.step)
+            line["train/updates"] = float(to_host(self.state.step))
         devices = self._session.mesh.local_devices
         line |= compute_perf(self._model.config, self._stats, seconds, devices, row_groups)
         line["perf/input_wait_fraction"] = self._waited / seconds

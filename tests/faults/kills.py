@@ -62,7 +62,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "storage": ("postrain.data.files.storage", "_fetch"),
     "update": ("postrain.training.rows", "Rows.__next__"),
     "metrics line": ("postrain.report.metrics", "_to_number"),
-    "tracker": ("postrain.report.trackers", "TensorBoard.write"),
+    "tracker": ("postrain.report.metrics", "TensorBoard.write"),
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "export checked": ("postrain.export.export", "check_logits"),
