@@ -66,7 +66,9 @@ class ShardedBatches:
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
         phases, window = make_phases(config, sizes), max(config.packing_window // shards, each)
         made = {
-            shard: Shard(make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window)
+            shard: Shard(
+                make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window
+            )
             for shard in range(mine.start // each, -(-mine.stop // each))
         }
         self._source = _Batches(made, mine, each, config, layout)
