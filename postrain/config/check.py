@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from postrain.config.functions import PREFIX, identify_function
 from postrain.config.rules import check_rules
-from postrain.config.schema import Config
+from postrain.config.schema import Config, SourceConfig
 from postrain.errors import UserError
 from postrain.trees import flatten
 
+RECIPE_KINDS = {"preference": "preference"}  # of the rows of recipes that train on another kind than sft
 HOW_TO_GET_A_MODEL = (
     "give the folder of a model; names on the Hugging Face hub are not downloaded, so first "
     "`hf download {name} --local-dir DIR`, then give DIR"
@@ -31,7 +32,7 @@ def resolve(values: Any) -> Config:
       UserError: naming the key that does not exist (and the nearest that does), has a value of the wrong type or range,
         or contradicts another one.
     """
-    config = _read_section(plain_dict(values), Config, "")
+    config = _read_section(_fill_kinds(plain_dict(values)), Config, "")
     _check_choice(config.recipe, list_recipes(), "recipe")
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
@@ -39,6 +40,23 @@ def resolve(values: Any) -> Config:
         raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL.format(name='NAME')}")
     check_rules(config)
     return config
+
+
+def _fill_kinds(values: dict) -> dict:
+    """``values`` with the kind of the recipe's rows in sources that do not name theirs."""
+    kind, data = RECIPE_KINDS.get(values.get("recipe")), values.get("data")
+    if kind is None or not isinstance(data, dict):
+        return values
+
+    def fill(source):
+        source = {SourceConfig.SHORT_FOR: source} if isinstance(source, str) else source
+        return {"kind": kind} | source if isinstance(source, dict) else source
+
+    filled = dict(data)
+    for key in ("train", "eval"):
+        sources = data.get(key) or []
+        filled[key] = [fill(source) for source in ([sources] if isinstance(sources, (str, dict)) else sources)]
+    return values | {"data": filled}
 
 
 def to_dict(config: Config) -> dict:

@@ -19,6 +19,7 @@ from postrain.data.kinds.preference import LAYOUT
 from postrain.export.export import export_state
 from postrain.models.params import drop_adapters
 from postrain.objectives.preference import check_pairs, make_dpo_loss
+from postrain.report.charts import Chart
 from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.forward import Forward
 from postrain.training.loop import open_loop
@@ -26,6 +27,15 @@ from postrain.training.model import Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import open_session
+
+CHARTS = (
+    Chart("Loss per pair", ("train/loss", "eval/loss")),
+    Chart("Share of pairs in the right order", ("train/rewards/accuracies", "eval/rewards/accuracies"), 0.0, 1.0),
+    Chart("Reward margin", ("train/rewards/margins", "eval/rewards/margins")),
+    Chart("log p of the chosen answer", ("train/logps/chosen", "eval/logps/chosen")),
+    Chart("log p of the rejected answer", ("train/logps/rejected", "eval/logps/rejected")),
+    Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
+)
 
 
 def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
@@ -49,7 +59,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 loop.finish_step(metrics)
 
         export_state(session, loop.state, model)
-        return session.write_report(rows)
+        return session.write_report(rows, CHARTS)
 
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -22,6 +22,7 @@ from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.hub import locate_model
 from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
+from postrain.report.charts import CHARTS, Chart
 from postrain.report.page import write_report
 from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
@@ -83,16 +84,17 @@ class Session:
         self.say(format_memory(program.compile()))
         meet()
 
-    def write_report(self, rows: "Rows") -> dict[str, float]:
-        """Writes report.html and says where it is; returns the last value of every metric."""
+    def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
+        """Writes report.html with these charts and says where it is; returns the last value of every metric."""
         metrics = last_values(self.workdir)
-        consumption = rows.format_consumption(rows.gather_state())
+        consumed = rows.format_consumption(rows.gather_state())
         if self.is_lead:
             write_report(
                 self.workdir,
-                conversation_html=render_tokens_html(rows.sample, self.tokenizer),
-                drawn=consumption,
+                row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
+                consumed=consumed,
                 environment=describe_environment(self.mesh),
+                charts=charts,
             )
         minutes = (time.monotonic() - self.started) / 60
         self.say(f"done after {minutes:.1f} min: {format_metrics(last_step(self.workdir), metrics)}")
