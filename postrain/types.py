@@ -3,7 +3,7 @@
 Legend: B rows of a batch, T positions of a row, L layers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,6 +23,24 @@ class Batch:
     positions: jax.Array  # int32 [B, T]; restart at 0 with each document
     # What else a model or a loss reads, by name: fields of events [B, T], targets of heads [B, S] or [B, T].
     fields: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+class WeightedSum(NamedTuple):
+    """A weighted sum of values and the sum of their weights; the mean is ``total / weight``, 0 for weight 0."""
+
+    total: jax.Array  # float32 []
+    weight: jax.Array  # float32 []
+
+
+class LossSums(NamedTuple):
+    """What a loss function returns for the rows it is given: named losses, which train, and metrics, which do not.
+
+    Sums add up over micro-batches and devices; each is divided once, by its own weight over the whole batch. The
+    weights of losses must not depend on parameters.
+    """
+
+    losses: dict[str, WeightedSum]
+    metrics: dict[str, WeightedSum]
 
 
 @flax.struct.dataclass

@@ -32,6 +32,7 @@ class ParamSpec:
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # what may have adapters, and may be quantised under them
 PARTS = ("attention", "mlp", "moe")  # of a layer, that they are in
+ADAPTER_LEAVES = ("lora_a", "lora_b", "magnitude")  # beside the kernel that they adapt
 
 
 def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:
@@ -297,8 +298,21 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     merged = as_array(kernel, jnp.float32) + scale * _product(params)
     if "magnitude" in params:
         merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
-    rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b", "magnitude")}
+    rest = {key: value for key, value in params.items() if key not in ADAPTER_LEAVES}
     return rest | {"kernel": merged.astype(dtype)}
+
+
+def drop_adapters(params: dict) -> dict:
+    """The tree without ``lora_a``, ``lora_b`` and ``magnitude``: the base model, whose arrays are shared, not copied.
+
+    New adapters change nothing (``init_lora``), so this is the model that training began with, as long as nothing but
+    adapters trains: rows of new tokens stay, trained as they are.
+    """
+    return {
+        key: drop_adapters(value) if isinstance(value, dict) else value
+        for key, value in params.items()
+        if key not in ADAPTER_LEAVES
+    }
 
 
 def name_broken(tree: Any) -> str:

@@ -9,7 +9,6 @@ loop, export, report. To change the loop, copy it. Left out: dropout and noise o
 runs on chat data do not need.
 """
 
-import functools
 import os
 import time
 
@@ -29,13 +28,13 @@ from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.hub import locate_model
 from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
-from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.report.page import write_report
 from postrain.rollout.answers import Evaluator
 from postrain.sharding import data_process, make_global_batch, make_mesh
 from postrain.training.agreement import check_rows
 from postrain.training.compatibility import check_length, check_resume
+from postrain.training.forward import Forward
 from postrain.training.loop import Fingerprints, Run
 from postrain.training.model import Model, Step, abstract_batch, load_model
 from postrain.training.optimizer import describe_cut, make_optimizer
@@ -160,15 +159,8 @@ def make_step(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Ste
     optimizer, schedule = make_optimizer(config.optimizer, total_steps)
     average = config.optimizer.ema_decay > 0
     abstract = abstract_train_state(model.params, model.frozen, optimizer, mesh=mesh, ema=average)
-    make_loss = functools.partial(
-        make_sft_loss,
-        get_unembedding=lambda params: unembedding(params, model.config),
-        vocab_size=model.config.vocab_size,
-        softcap=model.config.logits_softcap,
-        chunk=config.model.loss_chunk,
-    )
-    loss_fn = make_loss(lambda params, *rows: compute_hidden_and_terms(params, model.config, *rows))
-    eval_loss_fn = make_loss(lambda params, *rows: (compute_hidden(params, model.config, *rows), None))
+    forward = Forward(model.config, config.model.loss_chunk)
+    loss_fn, eval_loss_fn = make_sft_loss(forward.nll), make_sft_loss(forward.nll, router_losses=False)
     train_step = make_train_step(
         loss_fn,
         optimizer,

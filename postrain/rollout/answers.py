@@ -8,8 +8,9 @@ import collections
 import dataclasses
 import json
 import math
+import operator
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -103,14 +104,25 @@ def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
     return {f"eval/{name}": sum(sample.scores[name] for sample in samples) / len(samples) for name in names}
 
 
-def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) -> dict[str, float]:
-    """``{"eval/loss": mean per trained token, ...}``: sums over all batches, divided once by their weight."""
-    totals: dict[str, float] = {}
+def compute_eval_loss(
+    eval_step: Callable, params, frozen, batches: Iterable, loss_coefs: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """``{"eval/loss": ..., "eval/NAME": ...}`` of every metric: sums over all batches, each divided by its own weight.
+
+    Of several losses ``eval/loss`` is their sum with the factors of ``loss_coefs`` (1 without), and ``eval/loss/NAME``
+    each without.
+    """
+    sums = None
     for batch in batches:
-        for name, value in eval_step(params, frozen, batch).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    weight = totals.pop("weight")
-    return {f"eval/{name}": total / weight for name, total in totals.items()}
+        new = jax.tree.map(float, jax.device_get(eval_step(params, frozen, batch)))
+        sums = new if sums is None else jax.tree.map(operator.add, sums, new)
+    mean = lambda term: term.total / term.weight if term.weight else 0.0
+    losses = {name: mean(term) for name, term in sums.losses.items()}
+    values = {"loss": sum((loss_coefs or {}).get(name, 1.0) * loss for name, loss in losses.items())}
+    if len(losses) > 1:
+        values |= {f"loss/{name}": loss for name, loss in losses.items()}
+    values |= {name: mean(term) for name, term in sums.metrics.items()}
+    return {f"eval/{name}": value for name, value in values.items()}
 
 
 def spread(examples: Sequence, count: int) -> list:

@@ -136,7 +136,6 @@ class Run:
             return None
         self.step, self._owed = restored.step, restored.owed
         self._newest = restored.step
-        self._guard.rollbacks = restored.rollbacks
         before, after = restored.fingerprint, self._fingerprints.data
         if changed := compare_fingerprints(before, after):
             self._batches.carry_over(restored.data_position, before, after)
@@ -215,7 +214,8 @@ class Run:
     def _must_undo(self, taken: _Unchecked) -> bool:
         # Found out by all processes alike, each of which has rows of its own.
         name_rows = lambda: ", ".join(dict.fromkeys(gather(self._batches.describe_rows(taken.row_ids))))
-        return self._guard.must_roll_back(taken.metrics, taken.step, name_rows)
+        self._guard.check(taken.step, taken.metrics, name_rows)
+        return False
 
     def must_go_back(self, metrics: dict) -> bool:
         """Whether the step that was just taken, or the one before it, has to be undone: then ``go_back`` comes next.
@@ -224,7 +224,7 @@ class Run:
         something is written. Raises UserError where the run must stop.
         """
         self._stats += count_batch(self._arrays, self._model)
-        position = self._batches.get_state() if self._guard.rolls_back else None
+        position = None
         self._unchecked.append(_Unchecked(self.step, metrics, self._row_ids, position))
         intervals = self._config.train.log_every, self._config.eval.every, self._config.checkpoint.every
         with self._watch.phase("step", watches_cpu=False):
@@ -346,7 +346,6 @@ class Run:
                 base_fingerprint=self._fingerprints.base,
                 eval_fingerprint=self._fingerprints.held_out,
                 metrics=line,
-                rollbacks=self._guard.rollbacks,
                 reports=describe_reports(self._workdir) if self._lead else None,
                 owed=owed,
             )
