@@ -9,7 +9,7 @@ import jax
 
 from postrain.data.batches.in_memory import ExampleSet, make_eval_batches
 from postrain.errors import UserError
-from postrain.sharding import data_process, to_host
+from postrain.sharding import data_process
 from postrain.training.program import Program
 from postrain.training.rows import place_batch
 from postrain.training.session import Session
