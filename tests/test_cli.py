@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 from tiny_models import make_tiny_model
@@ -64,11 +63,14 @@ def test_compilers_for_other_hardware_are_not_tried_as_devices(monkeypatch):
     assert not cli.has_compilers_only()
 
 
-def test_a_wrong_key_is_answered_at_once():
-    start = time.perf_counter()
-    result = run("train", "--config=configs/sft.py", "--workdir=nowhere", "--config.optimizer.learning_rat=1")
-    assert time.perf_counter() - start < 5
-    assert (result.returncode, result.stdout) == (2, "")
+def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
+    words = ["train", "--config=configs/sft.py", "--workdir=nowhere", "--config.optimizer.learning_rat=1"]
+    script = (
+        f"import sys, postrain.cli as c; code = c.main({words}); "
+        "print([m for m in ('jax', 'transformers', 'grain') if m in sys.modules]); sys.exit(code)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (2, "[]\n")
     assert result.stderr == (
         "error: config key 'optimizer.learning_rat' does not exist; did you mean 'optimizer.learning_rate'?\n"
     )
