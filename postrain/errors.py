@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, with its exit code."""
+"""The one exception that a user's mistake raises, with its exit code; the text of other errors on one line."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, cut to 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -136,7 +136,12 @@ def test_export_of_what_is_no_run(capsys, tmp_path, content, words):
         ("mesh.data", "0", "config key 'mesh.data' must be at least 1 (or -1), found 0"),
         ("optimizer.b2", "1", "config key 'optimizer.b2' must be below 1"),
         ("checkpoint.keep", "0", "config key 'checkpoint.keep' must be at least 1"),
-        ("model.path", "Qwen/Qwen3-0.6B", "names on the Hugging Face hub are not downloaded"),
+        ("model.path", "Qwen/Qwen3-0.6B", "does not hold it, and HF_HUB_OFFLINE is set: unset it"),
+        (
+            "model.path",
+            "nowhere",
+            "is a folder that does not exist: give the folder of a model, or its name on the Hug",
+        ),
         ("model.path", "", "config key 'model.path' is empty"),
         ("model.lora.targets", "q,x", "config key 'model.lora.targets' must be one of q, k, v"),
     ],

@@ -26,6 +26,7 @@ from postrain.config.schema import (
     check_model_path,
     check_paths,
     format_config,
+    is_hub_name,
     resolve,
     to_dict,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "TrainSection",
     "as_dict",
     "check_model_path",
+    "is_hub_name",
     "check_paths",
     "format_config",
     "resolve",

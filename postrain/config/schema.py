@@ -273,7 +273,7 @@ def resolve(values: Any) -> Config:
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
     if not config.model.path:
-        raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL.format(name='NAME')}")
+        raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL}")
     if config.train.steps == 0 and config.train.epochs <= 0:
         raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
     if config.model.lora.rank == 0 and config.export.format == "adapter":
@@ -282,25 +282,31 @@ def resolve(values: Any) -> Config:
     return config
 
 
-HOW_TO_GET_A_MODEL = (
-    "give the folder of a model; names on the Hugging Face hub are not downloaded, so first "
-    "`hf download {name} --local-dir DIR`, then give DIR"
-)
+HOW_TO_GET_A_MODEL = "give the folder of a model, or its name on the Hugging Face hub, such as Qwen/Qwen3-0.6B"
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path`` names a repository on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+
+    What is on this machine wins: a folder or file of that name is itself.
+    """
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\S+)?", path) and not path.endswith(".gguf")
+    return bool(named) and not pathlib.Path(path).exists()
 
 
 def check_model_path(path: str, where: str = "config key 'model.path'") -> None:
-    """Raises UserError, saying how to get a model, where ``path`` is no folder. GGUF files and packages pass.
+    """Raises UserError where ``path`` is not a folder. GGUF files, packages and names on the hub pass: they are not
+    looked for yet.
 
-    To be called before anything that takes time: what needs the model would speak of the part that it misses first.
+    Call this first; otherwise the first reader fails with a less helpful message.
     """
-    if path.startswith("pypi:") or path.endswith(".gguf"):
+    if path.startswith("pypi:") or path.endswith(".gguf") or is_hub_name(path):
         return
     folder = pathlib.Path(path)
     if not path or not folder.is_dir():
-        like_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir()
         found = "a file, expected a folder" if folder.is_file() else "a folder that does not exist"
         found = f"= {path!r} is {found}" if path else "is empty"
-        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL.format(name=path if like_hub else 'NAME')}")
+        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL}")
 
 
 def check_paths(config: Config) -> None:
