@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             leave_pid_1()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.unraisablehook = report_main_thread_only
     if has_compilers_only():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -279,7 +280,7 @@ def with_local_model(config):
     from postrain.hf.hub import locate_model
 
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path)))
+        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path, weights=False)))
     )
 
 
@@ -330,7 +331,6 @@ def run_verify(args, overrides) -> int:
         raise UserError(f"--layers {args.layers}: expected at least 1; without it all layers are verified")
     if args.layers and not args.random:
         raise UserError("--layers goes with --random: a model's own weights are verified whole")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would ask the hub about local folders
     from postrain.hf.verify.compare import verify, verify_random
 
     report = verify_random(args.model, num_layers=args.layers or 0) if args.random else verify(args.model)

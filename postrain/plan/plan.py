@@ -50,7 +50,7 @@ class Program(NamedTuple):
 def make_plan(config: Config, target_name: str, make_step: MakeStep) -> PlanReport:
     """The report on ``config`` at ``target_name``, with advice where it does not fit."""
     target = open_target(target_name)
-    folder = locate_model(config.model.path)
+    folder = locate_model(config.model.path, weights=False)
     program = compile_step(config, folder, target, make_step)
     memory = count_memory(program)
     needed = memory["total"]

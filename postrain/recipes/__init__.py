@@ -12,6 +12,7 @@ from postrain.cluster import processes as distributed
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_model_path, check_paths, resolve
 from postrain.config.load import load_config
+from postrain.hf.hub import locate_model
 from postrain.plan.plan import PlanReport, make_plan
 from postrain.training.agreement import check_processes
 from postrain.training.workdir import open_workdir
@@ -35,6 +36,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     else:  # a Config may have been changed by hand
         config = resolve(dataclasses.asdict(config) if isinstance(config, Config) else config)
     check_paths(config)
+    locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if processes := distributed.current():
         check_processes(processes, config, workdir)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")

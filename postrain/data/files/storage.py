@@ -10,7 +10,6 @@ Credentials are found by the libraries below (environment, their own files, the 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -26,6 +25,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from postrain.data.files.cache import PieceCache
+from postrain.data.files.hub import find_commit
 from postrain.data.files.retry import StorageOptions, real_error, retried
 from postrain.errors import UserError
 
@@ -264,15 +264,8 @@ def _pin(fs, path: str) -> tuple[str, bool]:
     place = fs.resolve_path(path)
     if not hasattr(place, "repo_id"):  # a bucket, which has no commits
         return path, False
-    commit = _commit(fs, place.repo_type, place.repo_id, place.revision)
+    commit = find_commit(fs, place.repo_type, place.repo_id, place.revision)
     return f"{path.partition(place.repo_id)[0]}{place.repo_id}@{commit}/{place.path_in_repo}", True
-
-
-@functools.cache
-def _commit(fs, repo_type: str, repo_id: str, revision: str) -> str:
-    from huggingface_hub import HfApi  # loads slowly
-
-    return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
 
 
 def _local_file(path: str) -> StoredFile:
