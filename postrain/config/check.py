@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 
 from postrain.config.functions import PREFIX, identify_function
 from postrain.config.rules import check_rules
-from postrain.config.schema import Config
+from postrain.config.schema import Config, SourceConfig
 from postrain.errors import UserError
 from postrain.trees import flatten
 
+RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
 HOW_TO_GET_A_MODEL = "give the folder of a model, or its name on the Hugging Face hub, such as Qwen/Qwen3-0.6B"
 
 
@@ -28,7 +29,7 @@ def resolve(values: Any) -> Config:
       UserError: naming the key that does not exist (and the nearest that does), has a value of the wrong type or range,
         or contradicts another one.
     """
-    config = _read_section(plain_dict(values), Config, "")
+    config = _read_section(_fill_kinds(plain_dict(values)), Config, "")
     _check_choice(config.recipe, list_recipes(), "recipe")
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
@@ -36,6 +37,25 @@ def resolve(values: Any) -> Config:
         raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL}")
     check_rules(config)
     return config
+
+
+def _fill_kinds(values: dict) -> dict:
+    """``values`` with the kind of the recipe's rows in sources that do not name a kind."""
+    kind, data = RECIPE_KINDS.get(values.get("recipe")), values.get("data")
+    if kind is None or not isinstance(data, dict):
+        return values
+
+    def fill(source):
+        source = {SourceConfig.SHORT_FOR: source} if isinstance(source, str) else source
+        return {"kind": kind} | source if isinstance(source, dict) else source
+
+    filled = dict(data)
+    for key in ("train", "eval"):
+        sources = data.get(key) or ()
+        sources = [sources] if isinstance(sources, (str, dict)) else sources
+        if isinstance(sources, (list, tuple)):
+            filled[key] = [fill(source) for source in sources]
+    return values | {"data": filled}
 
 
 def to_dict(config: Config) -> dict:

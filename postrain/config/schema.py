@@ -273,6 +273,14 @@ class TrackersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceSection:
+    """The loss of recipe preference (DPO, arXiv:2305.18290)."""
+
+    beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportSection:
     """What is written to ``workdir/export`` at the end."""
 
@@ -294,3 +302,4 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
     export: ExportSection = ExportSection()
+    preference: PreferenceSection = PreferenceSection()

@@ -19,6 +19,7 @@ import numpy as np
 from postrain.config import TrackersConfig
 from postrain.errors import UserError
 from postrain.files import read_jsonl, write_whole
+from postrain.sharding import to_host
 
 
 class MetricsWriter:
@@ -92,7 +93,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
 
 def _to_number(value) -> float | int:
     """A Python number that prints short: float32 0.1 as 0.1, not as 0.10000000149011612."""
-    array = np.asarray(value)
+    array = to_host(value)
     if array.shape:
         raise ValueError(f"a metric is a scalar, found shape {array.shape}")
     if array.dtype == np.float32:

@@ -274,3 +274,12 @@ def test_existing_paths_pass_and_missing_ones_are_named_by_their_key(tmp_path):
     ):
         with pytest.raises(UserError, match=f"config key '{key}' = "):
             check_paths(resolve(MINIMAL | keys))
+
+
+def test_a_source_without_a_kind_has_that_of_the_recipe():
+    values = {"recipe": "preference", "model": {"path": "m", "lora": {"rank": 4}}}
+    data = {"train": ["a.jsonl", {"path": "b.jsonl"}], "eval": {"path": "c.jsonl"}}
+    config = resolve(values | {"data": data})
+    assert [source.kind for source in (*config.data.train, *config.data.eval)] == ["preference"] * 3
+    assert resolve(values | {"data": {"train": "a.jsonl", "eval": None}}).data.train[0].kind == "preference"
+    assert "config key 'data.train' must be a list, found 7" in error_of(values | {"data": {"train": 7}})

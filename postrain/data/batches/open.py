@@ -210,7 +210,9 @@ def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
         f"{count(len(source.blocks), 'block')}, kind {source.parser.form}"
         for source in sources
     ]
-    return "\n".join([*lines, f"streamed in {count(config.stream.shards, 'shard')}: rows are checked when they are read"])
+    return "\n".join(
+        [*lines, f"streamed in {count(config.stream.shards, 'shard')}: rows are checked when they are read"]
+    )
 
 
 def _describe(file: StoredFile) -> dict:

@@ -21,7 +21,7 @@ from postrain.config import DataConfig
 from postrain.data.batches.mixture import make_phases
 from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.report import add_up
-from postrain.data.batches.shard import Shard, Reader
+from postrain.data.batches.shard import Reader, Shard
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.errors import UserError, shorten
 
@@ -66,7 +66,9 @@ class ShardedBatches:
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
         phases, window = make_phases(config, sizes), max(config.packing_window // shards, each)
         made = {
-            shard: Shard(make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window)
+            shard: Shard(
+                make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window
+            )
             for shard in range(mine.start // each, -(-mine.stop // each))
         }
         self._source = _Batches(made, mine, each, config, layout)
