@@ -28,6 +28,10 @@ class Repository:
         self.commits[found] = dict(files)
         return found
 
+    def head(self) -> str:
+        """The id of the last commit."""
+        return list(self.commits)[-1]
+
 
 class HubServer(http.server.ThreadingHTTPServer):
     """``repositories`` by kind ("models", "datasets") and name; ``requests`` are all so far; ``faults``: status of the
@@ -101,7 +105,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if repository is None or (repository.private and not allowed):
             return self._refuse(404 if allowed else 401, "RepoNotFound", "Repository not found")
         revision = revision or "main"
-        commit = list(repository.commits)[-1] if revision == "main" else revision
+        commit = repository.head() if revision == "main" else revision
         if commit not in repository.commits:
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = repository.commits[commit]

@@ -8,7 +8,9 @@ files of ``SMALL_FILES`` and the weights that are asked for is fetched.
 
 import functools
 import pathlib
+import re
 import sys
+import urllib.parse
 from collections.abc import Sequence
 
 from postrain.errors import UserError, one_line
@@ -73,19 +75,50 @@ def find_commit(fs, repo_type: str, repo: str, revision: str) -> str:
     return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo, repo_type=repo_type, revision=revision).sha
 
 
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set: ``huggingface_hub`` then answers from its cache alone."""
+    from huggingface_hub import constants  # loads slowly
+
+    return constants.HF_HUB_OFFLINE
+
+
+def cached_path(url: str) -> str:
+    """The path in the cache of what an ``hf://`` URL names: a file, a folder or a glob.
+
+    Raises UserError where the cache does not hold all files of that name, as the repository's listing there has them.
+    """
+    from huggingface_hub import get_cached_repo_tree, snapshot_download  # loads slowly
+
+    found = re.fullmatch(r"hf://(?:(dataset|space|model)s/)?([^/@]+/[^/@]+)(?:@([^/]+))?/?(.*)", url)
+    if found is None:
+        raise UserError(f"{url} cannot be read with HF_HUB_OFFLINE set: expected hf://datasets/OWNER/NAME/PATH")
+    kind, repo, revision, path = found.groups()
+    where = {"repo_id": repo, "repo_type": kind, "revision": revision and urllib.parse.unquote(revision)}
+    try:
+        get_cached_repo_tree(**where)  # without it nobody knows of files that are missing
+        patterns = [path, f"{path.rstrip('/')}/*"] if path else None
+        return f"{snapshot_download(**where, local_files_only=True, allow_patterns=patterns)}/{path}"
+    except Exception as error:
+        raise UserError(f"{url} cannot be read: {explain(error) or one_line(error)}") from error
+
+
 def _download(name: str, revision: str, files: Sequence[str]) -> pathlib.Path:
-    from huggingface_hub import snapshot_download  # loads slowly
+    from huggingface_hub import constants, snapshot_download  # loads slowly
 
     try:
         folder = snapshot_download(name.partition("@")[0], revision=revision or None, allow_patterns=list(files))
     except Exception as error:  # of the hub, of the network, of the disk: the kinds are many
-        reason = explain(error) or f"cannot be fetched from the Hugging Face hub: {one_line(error)}"
+        reason = explain(error)
+        if not reason and isinstance(error, OSError) and error.errno:
+            cache = constants.HF_HUB_CACHE
+            reason = f"the cache {cache} cannot be written ({error.strerror}): free some space, or set HF_HOME"
+        reason = reason or f"the Hugging Face hub at {constants.ENDPOINT} failed ({one_line(error)}): try again later"
         raise UserError(f"{name} is not a folder here, and {reason}") from error
     return pathlib.Path(folder)
 
 
 def explain(error: Exception) -> str | None:
-    """What is wrong with a repository and what to do, for an error of ``huggingface_hub``; None for any other error."""
+    """What is wrong with a repository and what to do, for an error of ``huggingface_hub`` about it; else None."""
     from huggingface_hub import constants, errors  # loads slowly
 
     hub, cache = f"the Hugging Face hub at {constants.ENDPOINT}", f"the cache {constants.HF_HUB_CACHE}"
@@ -97,13 +130,10 @@ def explain(error: Exception) -> str | None:
         return f"{hub} has no such revision of it: give a branch, a tag or a commit"
     if isinstance(error, errors.HFValidationError):
         return f"it cannot be a name on {hub} ({one_line(error)}): expected OWNER/NAME or OWNER/NAME@REVISION"
-    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+    absent = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.CachedRepoTreeNotFoundError)
+    if isinstance(error, absent):
         if constants.HF_HUB_OFFLINE:
             return f"{cache} does not hold it, and HF_HUB_OFFLINE is set: unset it, or first fetch it by `hf download`"
         cause = one_line(error.__cause__ or error)
         return f"{cache} does not hold it, and {hub} cannot be reached ({cause}): check the network"
-    if isinstance(error, errors.HTTPError):
-        return f"{hub} failed ({one_line(error)}): try again later"
-    if isinstance(error, OSError) and error.errno:
-        return f"{cache} cannot be written ({error.strerror}): free some space, or set HF_HOME to another place"
     return None
