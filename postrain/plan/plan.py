@@ -71,7 +71,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
     ``make_program``: the recipe's, the function that ``train`` calls.
     """
     target = open_target(target_name)
-    folder = locate_model(config.model.path)
+    folder = locate_model(config.model.path, weights=False)
     step = compile_step(config, folder, target, make_program)
     memory, flops = count_memory(step), count_step_flops(step)
     advice = []

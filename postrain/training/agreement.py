@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence
 
 import postrain
 from postrain.cluster.processes import Processes, gather
-from postrain.config import Config, to_dict
+from postrain.config import Config, is_hub_name, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
+from postrain.data.files.hub import fetch_small_files
 from postrain.errors import UserError, shorten
 from postrain.files import digest, spread
 from postrain.training.workdir import make_workdir
@@ -121,12 +122,16 @@ def describe_config(config: Config) -> dict[str, str]:
 def describe_files(config: Config) -> dict[str, str]:
     """Size and hash of every file that the config names and that is on this machine: data, model, tokenizer.
 
+    Of a model or tokenizer on the Hugging Face hub, the commit.
+
     Raises UserError naming one that cannot be read.
     """
     named = [source.path for source in (*config.data.train, *config.data.eval)]
     named += [config.model.path, config.model.tokenizer, config.data.chat_template, config.model.new_tokens.file]
     files = [file for path in named if path and "://" not in path for file in _expand(path)]
-    return {f"file {file}": _describe(file) for file in dict.fromkeys(files)}
+    hub_names = [name for name in (config.model.path, config.model.tokenizer) if is_hub_name(name)]
+    commits = {f"{name} on the Hugging Face hub": f"commit {fetch_small_files(name).name}" for name in hub_names}
+    return {f"file {file}": _describe(file) for file in dict.fromkeys(files)} | commits
 
 
 def _expand(path: str) -> list[pathlib.Path]:

@@ -113,6 +113,7 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
     """
     started = time.monotonic()
     check_paths(config)
+    locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if several := processes.current():
         check_processes(several, config, workdir)
     process = {"process": jax.process_index(), "processes": jax.process_count()}
