@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from postrain.cluster import processes as distributed
+from postrain.cluster.processes import current
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_model_path, check_paths, resolve
 from postrain.config.load import load_config
@@ -35,7 +35,7 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     else:  # a Config may have been changed by hand
         config = resolve(dataclasses.asdict(config) if isinstance(config, Config) else config)
     check_paths(config)
-    if processes := distributed.current():
+    if processes := current():
         check_processes(processes, config, workdir)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
     with open_workdir(workdir) as folder:

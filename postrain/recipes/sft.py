@@ -16,7 +16,7 @@ import time
 import jax
 from jax.sharding import Mesh
 
-from postrain.cluster.processes import meet
+from postrain.cluster.processes import barrier
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config
 from postrain.data.batches.loading import load_examples
@@ -99,7 +99,7 @@ def train(config: Config, workdir: str | os.PathLike, watch: Watchdog) -> dict[s
             say(warning)
     train_step = program.train_step.lower(program.state, program.batch).compile()
     say(format_memory(train_step), flush=True)
-    meet()
+    barrier()
 
     # The state: where the newest checkpoint left it, or new.
     evaluate = None

@@ -1,0 +1,160 @@
+"""One connection of the control channel: JSON lines between two processes that know the run's secret.
+
+Both ends prove that they know it before anything else is said, each over a nonce that the other end has just chosen
+(challenge and response with HMAC-SHA256, RFC 2104). The secret itself is never sent, so that neither a stranger who
+connects nor an impostor in the place of process 0 learns it. Messages after that are neither encrypted nor signed:
+somebody who can change packets on their way is not kept out.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from postrain.errors import UserError
+
+SECRET = "POSTRAIN_SECRET"  # the environment variable: `ps` shows every user what stands on a command line
+SECONDS_TO_PROVE = 10.0
+_SHORTEST_SECRET = 16  # characters
+_LONGEST_PROOF = 4096  # bytes that a stranger may send
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
+
+
+def make_secret() -> str:
+    """256 random bits."""
+    return secrets.token_hex(32)
+
+
+def read_secret(num_processes: int, environment: Mapping[str, str] = os.environ) -> str:
+    """The run's secret, which whatever starts the processes gives to all of them.
+
+    A run of one process, which nobody joins, makes its own. Raises UserError if there is none, or one that can be
+    guessed.
+    """
+    secret = environment.get(SECRET, "")
+    if num_processes == 1:
+        return secret or make_secret()
+    if not secret:
+        raise UserError(
+            f"several processes: {SECRET} is not set: expected the same random text in all of them, which keeps "
+            f"others out of the run: `export {SECRET}=...` with the output of `openssl rand -hex 32` before starting "
+            "each, or start them by `postrain launch`"
+        )
+    if len(secret) < _SHORTEST_SECRET:
+        raise UserError(
+            f"several processes: {SECRET} has {len(secret)} characters: expected at least {_SHORTEST_SECRET} random "
+            "ones: take the output of `openssl rand -hex 32`"
+        )
+    return secret
+
+
+class WrongSecret(UserError):
+    """The two ends of a connection have different secrets."""
+
+
+class Connection:
+    """JSON values out, from any thread, and in, from one."""
+
+    def __init__(self, connected: socket.socket):
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEP_ALIVE.items():
+            if hasattr(socket, name):
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        connected.settimeout(None)
+        self._socket, self._received, self._lock = connected, bytearray(), threading.Lock()
+
+    def send(self, message: dict) -> None:
+        """Does nothing when the connection is closed: its reader notices that."""
+        try:
+            with self._lock:
+                self._socket.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return
+
+    def receive(self, seconds: float | None = None, limit: float = float("inf")) -> Any:
+        """The next value; None if the connection is closed or what came is not JSON.
+
+        None too if no whole line came within ``seconds`` or ``limit`` bytes.
+        """
+        try:
+            return json.loads(self._read_line(seconds, limit))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def _read_line(self, seconds: float | None, limit: float) -> bytes:
+        deadline, searched = None if seconds is None else time.monotonic() + seconds, 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            if (searched := len(self._received)) > limit:
+                raise ValueError("too long")
+            if deadline is not None:
+                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = self._socket.recv(1 << 16)
+            if not part:
+                raise ConnectionError("closed")
+            self._received += part
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        if deadline is not None:
+            self._socket.settimeout(None)
+        return line
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close()
+
+
+def admit(connection: Connection, secret: str) -> tuple[dict | None, bool]:
+    """The side of process 0: what a process that knows the secret says of itself, as it was given to ``introduce``.
+
+    Anybody else's connection is closed: ``(None, True)`` for a process with another secret, ``(None, False)`` for who
+    does not speak this protocol or is silent for ten seconds.
+    """
+    nonce = secrets.token_hex(32)
+    connection.send({"nonce": nonce})
+    answer = connection.receive(SECONDS_TO_PROVE, _LONGEST_PROOF)
+    known = isinstance(answer, dict) and answer.keys() == {"hello", "nonce", "proof"}
+    if known and _same(answer["proof"], _prove(secret, "joins", nonce, answer["nonce"], answer["hello"])):
+        connection.send({"proof": _prove(secret, "accepts", answer["nonce"], nonce)})
+        return answer["hello"], False
+    if known:
+        connection.send({"refused": "secret"})
+    connection.close()
+    return None, known
+
+
+def introduce(connection: Connection, secret: str, hello: dict, seconds: float) -> bool:
+    """The side of a process that joins. False if the other end does not answer as process 0 would.
+
+    Process 0 has ``seconds`` to answer. Raises WrongSecret if it does not accept this process's secret, or does not
+    know it itself.
+    """
+    challenge = connection.receive(min(seconds, SECONDS_TO_PROVE), _LONGEST_PROOF)
+    if not isinstance(challenge, dict) or challenge.keys() != {"nonce"}:
+        return False
+    nonce = secrets.token_hex(32)
+    proof = _prove(secret, "joins", challenge["nonce"], nonce, hello)
+    connection.send({"hello": hello, "nonce": nonce, "proof": proof})
+    answer = connection.receive(seconds, _LONGEST_PROOF)
+    if not isinstance(answer, dict):
+        return False
+    if "refused" in answer:
+        raise WrongSecret(f"does not accept this process's {SECRET}")
+    if not _same(answer.get("proof"), _prove(secret, "accepts", nonce, challenge["nonce"])):
+        raise WrongSecret(f"does not know this process's {SECRET}")
+    return True
+
+
+def _prove(secret: str, role: str, *statement: Any) -> str:
+    """``role`` keeps one end's proof from being sent back to it as the other end's."""
+    text = json.dumps([role, *statement], sort_keys=True)
+    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def _same(proof: Any, expected: str) -> bool:
+    return hmac.compare_digest(str(proof).encode(errors="replace"), expected.encode())
