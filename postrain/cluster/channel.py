@@ -51,10 +51,10 @@ class Failure(NamedTuple):
 
 
 def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
-    """A listening socket on the one address of this machine that ``host`` stands for.
+    """A listening socket on one address: the first of ``host`` that is this machine's, loopback ones last.
 
-    An address that other machines can reach is preferred. Raises UserError if no address of ``host`` is this
-    machine's or the port is taken, ProcessesMissing if ``host`` is unknown for a minute.
+    Raises UserError if no address of ``host`` is this machine's or the port is taken, ProcessesMissing if nobody knows
+    ``host`` for a minute.
     """
     deadline = time.monotonic() + SECONDS_TO_RESOLVE
     while True:
@@ -79,7 +79,7 @@ def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise UserError(
                     f"several processes: port {port} of {place[0]} cannot be listened on ({error.strerror}): choose "
-                    f"another --coordinator=HOST:PORT; the port after it, this one, must be free too"
+                    "another --coordinator=HOST:PORT; the port after it, this one, must be free too"
                 ) from error
     raise UserError(
         f"several processes: the coordinator's host {host!r} is {shorten(addresses, 4)}: expected an address of "
@@ -109,7 +109,9 @@ class Hub:
         self._ended = queue.SimpleQueue()  # processes whose connection has closed
         self._proving = threading.Semaphore(_STRANGERS)
         self._listener = listen(*address, backlog=num_processes + 16)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        place = self._listener.getsockname()
+        numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # with the zone of a link-local address
+        self.address: tuple[str, int] = (socket.getnameinfo(place, numeric)[0], place[1])
         threading.Thread(target=self._accept, name="hub", daemon=True).start()
 
     def missing(self) -> list[int]:
@@ -118,7 +120,7 @@ class Hub:
             return [process for process in range(self._count) if process not in self._connections]
 
     def missing_error(self) -> UserError:
-        """Who has not joined, and what may have kept them from it."""
+        """The error that says who has not joined, and what may have kept them from it."""
         text = f"{_missing(self._count)}; missing: {shorten(self.missing(), 8)}"
         if self._refused:
             text += f"; refused, for another {SECRET}: {shorten(self._refused, 4)}"
@@ -141,13 +143,15 @@ class Hub:
                 except OSError:  # no more open files, or who knocked has gone
                     time.sleep(_TICK)
                     continue
-                self._proving.acquire()
+                self._proving.acquire()  # for _serve to release
                 threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
 
     def _serve(self, connected: socket.socket, address: str) -> None:
-        connection = Connection(connected)
-        hello, refused = admit(connection, self._secret)
-        self._proving.release()
+        try:
+            connection = Connection(connected)
+            hello, refused = admit(connection, self._secret)
+        finally:
+            self._proving.release()
         if hello is None:
             if refused:
                 self._refused[address] = None
