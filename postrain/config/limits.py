@@ -72,7 +72,7 @@ RANGES: dict[str, Range] = {
     "data.mixture.temperature": Range(above=0),
     "data.mixture.phases.step": Range(2, _INT32),
     "data.mixture.phases.weights": Range(0),
-    "data.stream.lanes": Range(1, 2**16),
+    "data.stream.shards": Range(1, 2**16),
     "data.stream.block_mebibytes": Range(1, 2**20),
     "data.stream.cache_gibibytes": Range(0),
     "data.seed": _SEED,

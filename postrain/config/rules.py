@@ -133,10 +133,10 @@ def _check_stream(config: Config) -> None:
     asked = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
     if (data.streaming or has_mixture(data)) and not train.steps:
         raise UserError(f"config key {asked}: such data have no end that is known beforehand: set 'train.steps'")
-    lanes = data.stream.lanes
-    if data.streaming and data.batch_size % lanes:
+    shards = data.stream.shards
+    if data.streaming and data.batch_size % shards:
         raise UserError(
-            f"config key 'data.batch_size' = {data.batch_size} must be a multiple of 'data.stream.lanes' = {lanes}"
+            f"config key 'data.batch_size' = {data.batch_size} must be a multiple of 'data.stream.shards' = {shards}"
         )
     if (data.stream.cache_gibibytes > 0) != bool(data.stream.cache_folder):
         raise UserError(

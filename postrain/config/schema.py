@@ -56,8 +56,8 @@ class MixtureSection:
 class StreamSection:
     """How ``data.streaming`` reads."""
 
-    lanes: int = 8  # parts of the data that are read side by side, each by one process; divides data.batch_size
-    block_mebibytes: int = 16  # read in one piece and shuffled as a whole; smaller where a lane had fewer than 16
+    shards: int = 8  # parts of the data that are read side by side, each by one process; divides data.batch_size
+    block_mebibytes: int = 16  # read in one piece and shuffled as a whole; smaller where a shard had fewer than 16
     cache_folder: str = ""  # pieces of remote files are kept here
     cache_gibibytes: float = 0.0  # up to so much; 0: no cache
 
@@ -82,7 +82,7 @@ class DataConfig:
     template_date: str = "2024-07-26"  # what templates that print today's date are given
     default_system: str = ""  # a system message for conversations that have none
     mixture: MixtureSection = MixtureSection()
-    accept_change: str = ""  # go on although the data changed: the code that the refusal names, for that change alone
+    accept_change: str = ""  # the code that the refusal of changed data names: the data start anew at this update
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
     stream: StreamSection = StreamSection()
 

@@ -139,10 +139,8 @@ class Run:
         self._guard.rollbacks = restored.rollbacks
         before, after = restored.fingerprint, self._fingerprints.data
         if changed := compare_fingerprints(before, after):
-            self._batches.carry_over(restored.data_position, before, after)
-            self.say(
-                f"the data changed, as accepted: {'; '.join(changed)}: some rows may come again, others not at all"
-            )
+            self._batches.start_anew(restored.step)
+            self.say(f"the data changed, as accepted: {'; '.join(changed)}: they start anew after update {self.step}")
         else:
             self._batches.set_state(restored.data_position)
         for line in check_reports(self._workdir, restored.reports) if self._lead else ():
@@ -291,7 +289,7 @@ class Run:
         return drawn
 
     def _say_what_was_drawn(self) -> list[str]:
-        drawn = self._batches.describe_drawn(join_positions(gather(self._batches.get_state())))
+        drawn = self._batches.format_consumption(join_positions(gather(self._batches.get_state())))
         for line in drawn:
             self.say(f"drawn       {line}")
         return drawn

@@ -58,8 +58,8 @@ AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir":
 CALLS = {  # what is called at instants of the run that write nothing
     "data worker": ("postrain.data.batches.in_memory", "_assemble_batch"),
     "stream worker": ("postrain.data.batches.streamed", "_Batches.next_batch"),
-    "stream position": ("postrain.data.batches.streamed", "LaneIterator.get_state"),
-    "stream restored": ("postrain.data.batches.shard", "Lane.set_state"),
+    "stream position": ("postrain.data.batches.streamed", "ShardedBatches.get_state"),
+    "stream restored": ("postrain.data.batches.shard", "Shard.set_state"),
     "storage": ("postrain.data.files.storage", "_fetch"),
     "update": ("postrain.recipes.sft", "make_global_batch"),
     "metrics line": ("postrain.report.metrics", "_to_number"),
@@ -218,7 +218,7 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         names = {"first": 3.0, "second": 1.0}
         values["data"]["train"] = [{"path": f"s3://corpus/{name}-*.jsonl", "weight": w} for name, w in names.items()]
         cache = {"cache_folder": str(inputs.parent / CACHE), "cache_gibibytes": CACHE_BYTES / 2**30}
-        values["data"] |= {"streaming": True, "packing_window": 12, "stream": {"lanes": 2} | cache}
+        values["data"] |= {"streaming": True, "packing_window": 12, "stream": {"shards": 2} | cache}
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5

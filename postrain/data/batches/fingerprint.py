@@ -14,7 +14,7 @@ from postrain.config import DataConfig
 from postrain.config.rules import has_mixture
 from postrain.data.batches.epoch_order import PLAN_VERSION
 from postrain.data.batches.packing import PACKING_VERSION
-from postrain.data.batches.shard import LANE_VERSION
+from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.documents import Document, Group
 from postrain.data.files.storage import is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: 
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
-        | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
+        | ({"shard": SHARD_VERSION} if config.streaming or has_mixture(config) else {}),
     }
 
 
@@ -67,7 +67,7 @@ def _describe_mixture(config: DataConfig) -> dict:
     used = config.streaming or has_mixture(config)
     described = {f"mixture.{key}": value for key, value in mixture.items()} if used else {}
     if config.streaming:
-        described |= {"stream.lanes": config.stream.lanes, "stream.block_mebibytes": config.stream.block_mebibytes}
+        described |= {"stream.shards": config.stream.shards, "stream.block_mebibytes": config.stream.block_mebibytes}
     return described
 
 
