@@ -147,14 +147,14 @@ class Hub:
                 threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
 
     def _serve(self, connected: socket.socket, address: str) -> None:
+        connection, hello = Connection(connected), None
         try:
-            connection = Connection(connected)
-            hello, refused = admit(connection, self._secret)
+            hello = admit(connection, self._secret)
+        except WrongSecret:
+            self._refused[address] = None
         finally:
             self._proving.release()
         if hello is None:
-            if refused:
-                self._refused[address] = None
             return
         process = hello["process"]
         with self._lock:

@@ -109,30 +109,31 @@ class Connection:
             self._socket.close()
 
 
-def admit(connection: Connection, secret: str) -> tuple[dict | None, bool]:
-    """The side of process 0: what a process that knows the secret says of itself, as it was given to ``introduce``.
+def admit(connection: Connection, secret: str) -> dict | None:
+    """The side of process 0: the ``hello`` of a process that knows the secret. Closes any other connection.
 
-    Anybody else's connection is closed: ``(None, True)`` for a process with another secret, ``(None, False)`` for who
-    does not speak this protocol or is silent for ten seconds.
+    None if the other end does not speak this protocol, or is silent for ten seconds. Raises WrongSecret if it does not
+    know the secret.
     """
     nonce = secrets.token_hex(32)
     connection.send({"nonce": nonce})
     answer = connection.receive(SECONDS_TO_PROVE, _LONGEST_PROOF)
-    known = isinstance(answer, dict) and answer.keys() == {"hello", "nonce", "proof"}
-    if known and _same(answer["proof"], _prove(secret, "joins", nonce, answer["nonce"], answer["hello"])):
-        connection.send({"proof": _prove(secret, "accepts", answer["nonce"], nonce)})
-        return answer["hello"], False
-    if known:
+    if not isinstance(answer, dict) or answer.keys() != {"hello", "nonce", "proof"}:
+        connection.close()
+        return None
+    if not _same(answer["proof"], _prove(secret, "joins", nonce, answer["nonce"], answer["hello"])):
         connection.send({"refused": "secret"})
-    connection.close()
-    return None, known
+        connection.close()
+        raise WrongSecret("another secret")
+    connection.send({"proof": _prove(secret, "accepts", answer["nonce"], nonce)})
+    return answer["hello"]
 
 
 def introduce(connection: Connection, secret: str, hello: dict, seconds: float) -> bool:
-    """The side of a process that joins. False if the other end does not answer as process 0 would.
+    """The side of a process that joins: sends ``hello`` and returns whether process 0 has answered.
 
-    Process 0 has ``seconds`` to answer. Raises WrongSecret if it does not accept this process's secret, or does not
-    know it itself.
+    False if the other end does not speak this protocol, or not within ``seconds``. Raises WrongSecret if it refuses
+    this process's secret, or does not know it itself.
     """
     challenge = connection.receive(min(seconds, SECONDS_TO_PROVE), _LONGEST_PROOF)
     if not isinstance(challenge, dict) or challenge.keys() != {"nonce"}:

@@ -1,4 +1,4 @@
-"""One of the processes of test_processes.py: joins the others and runs the test's case. No jax is needed.
+"""One of the processes of test_processes.py: joins the others and runs the test's case. Only one case needs jax.
 
 python process_check.py COORDINATOR COUNT PROCESS CASE
 """
@@ -6,6 +6,7 @@ python process_check.py COORDINATOR COUNT PROCESS CASE
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -46,6 +47,12 @@ def run(case, process):
             raise UserError("late")
     elif case == "stop":
         train_until_stopped(process)
+    elif case == "jax":
+        processes.current().start_jax()
+        host, port = processes.current().cluster.coordinator.split(":")
+        for address in (host, "127.0.0.1"):
+            with socket.socket() as probe:
+                print(address, probe.connect_ex((address, int(port))) == 0)
     elif case.startswith("share "):
         from postrain.training import agreement
 

@@ -228,6 +228,19 @@ def test_mistakes_are_refused_before_anything_is_submitted(config, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_local_processes_share_a_secret_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv(SECRET, "of whoever launches")
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\n[[ "$*" == *$POSTRAIN_SECRET* ]] && exit 5\nprintenv POSTRAIN_SECRET >> "$0.out"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    assert launch.run_local(["train"], 3) == launch.run_local(["train"], 1) == 0
+    found = (tmp_path / "python.out").read_text().splitlines()
+    assert len(found) == 4 and len(set(found[:3])) == 1 and found[3] != found[0]
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in found)
+
+
 def test_local_processes_end_together(monkeypatch, tmp_path):
     """One that fails before it meets the others does not leave them waiting for it."""
     monkeypatch.setattr(launch, "_SECONDS_TO_END", 0.5)

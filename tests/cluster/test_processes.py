@@ -293,6 +293,11 @@ def test_the_hub_listens_on_the_coordinators_address_alone():
             socket.create_connection((other, hub.address[1]), timeout=5)
 
 
+def test_jax_listens_there_too():
+    ends, _ = start("jax", 1, coordinator=f"127.0.0.2:{find_ports()}")
+    assert ends[0][:2] == (0, "127.0.0.2 True\n127.0.0.1 False\ndone\n"), ends[0]
+
+
 def test_the_port_closes_when_all_have_joined():
     hub = Hub(("127.0.0.1", 0), 2, WORD)
     joined = [join_hub(hub.address[1], process=process) for process in (0, 1)]
