@@ -78,9 +78,9 @@ class Connection:
             return
 
     def receive(self, seconds: float | None = None, limit: float = float("inf")) -> Any:
-        """The next value; None if the connection is closed or what came is not JSON.
+        """The next value; None if the connection is closed or the next line is not JSON.
 
-        None too if no whole line came within ``seconds`` or ``limit`` bytes.
+        None too if no whole line came within ``seconds`` or about ``limit`` bytes.
         """
         try:
             return json.loads(self._read_line(seconds, limit))
@@ -93,8 +93,10 @@ class Connection:
             if (searched := len(self._received)) > limit:
                 raise ValueError("too long")
             if deadline is not None:
-                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-            part = self._socket.recv(1 << 16)
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise TimeoutError
+                self._socket.settimeout(left)
+            part = self._socket.recv(int(min(1 << 16, limit)))
             if not part:
                 raise ConnectionError("closed")
             self._received += part
@@ -112,21 +114,24 @@ class Connection:
 def admit(connection: Connection, secret: str) -> dict | None:
     """The side of process 0: the ``hello`` of a process that knows the secret. Closes any other connection.
 
-    None if the other end does not speak this protocol, or is silent for ten seconds. Raises WrongSecret if it does not
-    know the secret.
+    ``hello``: ``{"process": its number, "of": how many it counts, "host": its machine}``. None if the other end does
+    not speak this protocol, or is silent for ten seconds. Raises WrongSecret if it does not know the secret.
     """
     nonce = secrets.token_hex(32)
     connection.send({"nonce": nonce})
     answer = connection.receive(SECONDS_TO_PROVE, _LONGEST_PROOF)
-    if not isinstance(answer, dict) or answer.keys() != {"hello", "nonce", "proof"}:
-        connection.close()
-        return None
-    if not _same(answer["proof"], _prove(secret, "joins", nonce, answer["nonce"], answer["hello"])):
+    match answer:
+        case {"process": int(process), "of": int(of), "host": str(host), "nonce": str(theirs), "proof": str(proof)}:
+            hello = {"process": process, "of": of, "host": host}
+        case _:
+            connection.close()
+            return None
+    if not _same(proof, _prove(secret, "joins", nonce, theirs, hello)):
         connection.send({"refused": "secret"})
         connection.close()
         raise WrongSecret("another secret")
-    connection.send({"proof": _prove(secret, "accepts", answer["nonce"], nonce)})
-    return answer["hello"]
+    connection.send({"proof": _prove(secret, "accepts", theirs, nonce)})
+    return hello
 
 
 def introduce(connection: Connection, secret: str, hello: dict, seconds: float) -> bool:
@@ -135,27 +140,27 @@ def introduce(connection: Connection, secret: str, hello: dict, seconds: float) 
     False if the other end does not speak this protocol, or not within ``seconds``. Raises WrongSecret if it refuses
     this process's secret, or does not know it itself.
     """
-    challenge = connection.receive(min(seconds, SECONDS_TO_PROVE), _LONGEST_PROOF)
-    if not isinstance(challenge, dict) or challenge.keys() != {"nonce"}:
-        return False
-    nonce = secrets.token_hex(32)
-    proof = _prove(secret, "joins", challenge["nonce"], nonce, hello)
-    connection.send({"hello": hello, "nonce": nonce, "proof": proof})
-    answer = connection.receive(seconds, _LONGEST_PROOF)
-    if not isinstance(answer, dict):
-        return False
-    if "refused" in answer:
-        raise WrongSecret(f"does not accept this process's {SECRET}")
-    if not _same(answer.get("proof"), _prove(secret, "accepts", nonce, challenge["nonce"])):
-        raise WrongSecret(f"does not know this process's {SECRET}")
-    return True
+    match connection.receive(min(seconds, SECONDS_TO_PROVE), _LONGEST_PROOF):
+        case {"nonce": str(theirs)}:
+            nonce = secrets.token_hex(32)
+        case _:
+            return False
+    connection.send(hello | {"nonce": nonce, "proof": _prove(secret, "joins", theirs, nonce, hello)})
+    match connection.receive(seconds, _LONGEST_PROOF):
+        case None:
+            return False
+        case {"refused": _}:
+            raise WrongSecret(f"does not accept this process's {SECRET}")
+        case {"proof": str(proof)} if _same(proof, _prove(secret, "accepts", nonce, theirs)):
+            return True
+    raise WrongSecret(f"does not know this process's {SECRET}")
 
 
 def _prove(secret: str, role: str, *statement: Any) -> str:
     """``role`` keeps one end's proof from being sent back to it as the other end's."""
     text = json.dumps([role, *statement], sort_keys=True)
-    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(os.fsencode(secret), text.encode(), hashlib.sha256).hexdigest()
 
 
-def _same(proof: Any, expected: str) -> bool:
-    return hmac.compare_digest(str(proof).encode(errors="replace"), expected.encode())
+def _same(proof: str, expected: str) -> bool:
+    return hmac.compare_digest(proof.encode(errors="replace"), expected.encode())

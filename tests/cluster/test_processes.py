@@ -176,11 +176,11 @@ def test_a_stranger_changes_nothing():
         assert stranger.makefile().read().count("\n") == 1, words  # the challenge, and it is closed
     with pytest.raises(WrongSecret, match=f"does not accept this process's {SECRET}"):
         join_hub(port + 1, "the secret of another run")
-    for claim in ({"process": 1, "of": 2, "host": "x"}, None):
+    claim = {"process": 1, "of": 2, "host": "x", "nonce": "0"}
+    for proof in ("no", "\udc80", "", ["no"], None):
         stranger = connect(port + 1)
-        answer = {"hello": claim, "nonce": "0", "proof": ["no", 1]}
-        stranger.sendall(json.dumps(answer).encode() + b"\n" + b'{"failed": [1, "x", "y", 2]}\n')
-        assert "refused" in stranger.makefile().read()
+        stranger.sendall(json.dumps(claim | {"proof": proof}).encode() + b'\n{"failed": [1, "x", "y", 2]}\n')
+        assert stranger.makefile().read().count("refused") == isinstance(proof, str)
     processes.append(subprocess.Popen([*command, "1", "gather"], **options))
     for process in processes:
         out, error = process.communicate(timeout=30)
