@@ -7,8 +7,8 @@ Searched in this order, the first one counts: ``--coordinator``, ``--num-process
 processes are connected, its key-value store is private, and ``jax.process_index()`` starts the devices. The control
 channel needs the three values earlier, before jax is even imported: a wrong key of the config must end all processes
 at once, and versions and devices are compared before anything of jax may fail on their difference. So this file reads
-the variables that jax reads, a test holds it to jax's own answers, and jax is given what was found. It finds two
-things more: Open MPI 5, and one process for all GPUs of a machine, where jax would give it the first GPU alone.
+the variables that jax reads, a test compares its answers with those of jax, and jax gets the values found here. Two
+things are new: Open MPI 5, and one process for all GPUs of a machine, which jax would give its first GPU alone.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from collections.abc import Callable, Mapping
 
 from postrain.errors import UserError
 
-TPU_PORT = 8482  # as jax has it
+TPU_PORT = 8482  # the default of jax
 _PORTS = range(61440, 65535, 2)  # of the coordinator; the one after each is for the control channel
-_SECONDS = 2.0  # that Google's metadata server, a link-local address, may take
+_SECONDS = 2.0  # for Google's metadata server, a link-local address
 
 
 @dataclasses.dataclass(frozen=True)
