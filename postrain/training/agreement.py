@@ -22,6 +22,7 @@ from postrain.cluster.processes import Processes, gather
 from postrain.config import Config, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.errors import UserError, shorten
+from postrain.files import digest, spread
 from postrain.training.workdir import make_workdir
 from postrain.trees import flatten
 
@@ -47,8 +48,8 @@ def check_processes(processes: Processes, config: Config, workdir: str | os.Path
 
 
 def _compare(processes: Processes, facts: Mapping[str, str], expected: str) -> None:
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if len(set(processes.channel.gather(digest))) == 1:  # the usual case: spares hundreds of hosts all the facts
+    own = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    if len(set(processes.channel.gather(own))) == 1:  # the usual case: spares hundreds of hosts all the facts
         return
     differences = find_differences(processes.channel.gather(dict(facts)), processes.channel.hosts)
     if differences:
@@ -77,19 +78,19 @@ def check_rows(fingerprints: Mapping[str, dict | None]) -> None:
     ``fingerprints`` by the key of the config, such as ``data.train``. They cover what ``check_processes`` cannot look
     up: files in stores, in folders of folders and behind patterns, and how rows are rendered.
     """
-    digest = hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()
-    hosts, digests = zip(*gather([socket.gethostname(), digest]), strict=True)
-    if len(set(digests)) == 1:
+    own = hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()
+    hosts, hashes = zip(*gather([socket.gethostname(), own]), strict=True)
+    if len(set(hashes)) == 1:
         return
     found = gather(dict(fingerprints))
-    other = next(process for process, digest in enumerate(digests) if digest != digests[0])
-    same = [[process for process, digest in enumerate(digests) if digest == digests[one]] for one in (0, other)]
+    other = next(process for process, one in enumerate(hashes) if one != hashes[0])
+    groups = [[i for i, one in enumerate(hashes) if one == reference] for reference in (hashes[0], hashes[other])]
     differences = [
         f"{key}: {change}"
         for key in fingerprints
         for change in compare_fingerprints(found[0][key] or {}, found[other][key] or {})
     ]
-    lead, others = (_format_processes(processes, hosts) for processes in same)
+    lead, others = (_format_processes(group, hosts) for group in groups)
     raise UserError(
         f'the processes differ: {others} found other rows than {lead} ("was"): {shorten(differences, _SHOWN, "; ")}: '
         "expected the same rows on all machines"
@@ -101,19 +102,19 @@ def _format_processes(processes: list[int], hosts: Sequence[str]) -> str:
     return f"process{'es' * (len(processes) > 1)} {shown}"
 
 
-# --- what a process has ---
+# Facts of a process
 
 
 def software_facts() -> dict[str, str]:
     """Versions, settings that change jax's devices or arithmetic, and a hash of this package's own code."""
     folder = pathlib.Path(postrain.__file__).parent
-    digest = hashlib.sha256()
+    code = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+        code.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     variables = {name: os.environ.get(name, "not set") for name in VARIABLES}
     devices = {f"files {pattern}": str(len(glob.glob(pattern))) for pattern in DEVICE_FILES}
-    return {"python": platform.python_version(), "postrain": digest.hexdigest()[:12]} | versions | variables | devices
+    return {"python": platform.python_version(), "postrain": code.hexdigest()[:12]} | versions | variables | devices
 
 
 def config_facts(config: Config) -> dict[str, str]:
@@ -144,19 +145,9 @@ def _expand(path: str) -> list[pathlib.Path]:
 
 def _format_content(file: pathlib.Path) -> str:
     """``1,234 bytes (89abcdef)``."""
-    digest = hashlib.sha256()
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            if size <= _WHOLE:
-                digest.update(opened.read())
-            else:
-                for i in range(_STRETCHES):
-                    opened.seek((size - _STRETCH) * i // (_STRETCHES - 1))
-                    digest.update(opened.read(_STRETCH))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): check the file and its permissions") from error
-    return f"{size:,} bytes ({digest.hexdigest()[:8]})"
+    size = file.stat().st_size
+    stretches = None if size <= _WHOLE else spread(0, size, _STRETCHES, _STRETCH)
+    return f"{size:,} bytes ({digest(file, stretches)[:8]})"
 
 
 def check_shared(processes: Processes, workdir: str | os.PathLike) -> None:

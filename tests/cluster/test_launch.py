@@ -22,8 +22,8 @@ AGAIN = [124, 134, 137, 139, 143]  # a hang, SIGABRT, SIGKILL, SIGSEGV, SIGTERM 
 WORDS = ["train", "--config=c.py", "--workdir=/mnt/runs/My run", "--config.data.default_system=it's $(x) @HOSTS@"]
 
 
-def make_job(target, **given):
-    return Job(target, WORDS, "/mnt/runs/My run", **given)
+def make_job(target, **options):
+    return Job(target, WORDS, "/mnt/runs/My run", **options)
 
 
 def split_command(text, head):

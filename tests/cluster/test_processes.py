@@ -153,7 +153,7 @@ def test_a_taken_port_is_named():
     assert ends[0][0] == 2 and f"port {port} of 127.0.0.1 cannot be listened on" in ends[0][2]
 
 
-# --- strangers: nobody without the secret joins, reads or ends a run ---
+# Strangers: nobody without the secret joins, reads or ends a run
 
 
 def test_a_stranger_changes_nothing():
@@ -281,7 +281,7 @@ def test_several_processes_need_a_secret(secret, message):
     assert make_secret() != make_secret()
 
 
-# --- the address that the hub listens on ---
+# The address that the hub listens on
 
 
 def test_the_hub_listens_on_the_coordinators_address_alone():
@@ -345,7 +345,7 @@ def test_an_unknown_name_is_looked_up_again(monkeypatch):
         listen("pod-0", 0)
 
 
-# --- which process of how many ---
+# Which process of how many
 
 
 SLURM = {
@@ -414,7 +414,7 @@ def test_flags_come_first_and_may_name_the_machine_alone():
     assert place(SLURM, coordinator="h:9000", num_processes=2, process_id=1) == ("h", 2, 1, None)
     assert place(SLURM, coordinator="h:9000") == ("h", 4, 2, None)
     assert place(MPI, coordinator="h:9000") == ("h", 2, 1, None)
-    assert find_cluster("h:9000", 1, 0, {}).num_processes == 1  # asked for, so it is one of one
+    assert find_cluster("h:9000", 1, 0, {}).num_processes == 1  # set explicitly, so it is one of one
 
 
 def test_all_of_a_job_choose_the_same_port_and_other_jobs_another():
