@@ -261,7 +261,7 @@ def run_plan(args, overrides) -> int:
 
     report = plan(config, args.target)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
-    return 0 if report.fits else _fail(report.describe_misfit(), 1)
+    return 0 if report.fits else _fail(report.format_misfit(), 1)
 
 
 def with_local_model(config):
