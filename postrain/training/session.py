@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
-from postrain.cluster.processes import meet
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_paths
 from postrain.data.batches.in_memory import ExampleSet
@@ -82,7 +81,7 @@ class Session:
         for warning in filter(None, warnings):
             self.say(warning)
         self.say(format_memory(program.compile()))
-        meet()
+        processes.barrier()
 
     def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
         """Writes report.html with these charts and says where it is; returns the last value of every metric."""
