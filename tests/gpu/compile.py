@@ -34,7 +34,12 @@ def compile_kernel(target: Target, mesh, name: str, heads: tuple[int, int, int],
     num_heads, num_kv, head_dim = heads
     options = dict(MECHANISMS["all"])
     options.pop("sinks")
-    run = parts.make_attention(load_kernel(name), options.pop("window"), **options)
+    attend = parts.make_attention(load_kernel(name), options.pop("window"), **options)
+
+    def run(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # by which Triton knows the device
+            return attend(*arrays)
+
     whole = NamedSharding(mesh, PartitionSpec())
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     length = parts.FULL.exact_length
