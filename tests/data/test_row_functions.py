@@ -224,7 +224,7 @@ def test_the_function_of_the_guide(tmp_path, tokenizer):
 def test_a_stream_goes_on_from_any_position(tmp_path, tokenizer):
     """Rows left out stand between those that are kept: places in files count both."""
     path = write_jsonl(tmp_path / "rows.jsonl", answers(range(200)))
-    config = make_config(path, kind=read_function(tmp_path), streaming=True, lanes=2, sequence_length=64)
+    config = make_config(path, kind=read_function(tmp_path), streaming=True, shards=2, sequence_length=64)
     whole = open_train_rows(tokenizer, config).batches
     states, batches = [], []
     for _ in range(16):

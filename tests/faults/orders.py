@@ -22,10 +22,10 @@ STEPS, SAVED, BATCH = 14, 5, 8
 WAYS = {
     "in memory": {},
     "mixed": {"mixture": {"phases": [{"step": 9, "weights": [1.0, 3.0]}]}},
-    "streamed": {"streaming": True, "stream": {"lanes": 4}},
+    "streamed": {"streaming": True, "stream": {"shards": 4}},
     "streamed and mixed": {
         "streaming": True,
-        "stream": {"lanes": 2},
+        "stream": {"shards": 2},
         "mixture": {"by": "rows", "phases": [{"step": 7, "weights": [1.0, 1.0]}]},
     },
 }

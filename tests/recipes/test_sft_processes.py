@@ -16,7 +16,7 @@ from postrain.cluster.launch import find_ports
 
 HERE = pathlib.Path(__file__).parent
 ROWS = {"batch_size": 8}
-STREAMED = {"streaming": True, "packing_window": 6, "stream": {"lanes": 4}}
+STREAMED = {"streaming": True, "packing_window": 6, "stream": {"shards": 4}}
 KEPT = {"every": 2, "keep": 3}
 
 
