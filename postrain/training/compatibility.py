@@ -133,12 +133,16 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, RunRecord] | 
 
 
 def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict:
-    """As it would be saved now; the documents, which are not known yet, as they were."""
+    """The fingerprint of the data pipeline as far as the config and its files tell; the rest as it was saved.
+
+    The documents are not known yet, nor the parts that a recipe's own source adds.
+    """
     if config.data.streaming:
         sources = [open_block_source(source, config.data) for source in config.data.train]
-        return fingerprint_stream(sources, tokenizer, config.data)
+        return saved | fingerprint_stream(sources, tokenizer, config.data)
     files = [_list_files(source) for source in config.data.train]
-    return make_fingerprint(files, tokenizer, [], config.data) | {"documents": saved.get("documents")}
+    now = make_fingerprint(files, tokenizer, [], config.data)
+    return saved | now | {"documents": saved.get("documents")}
 
 
 def _list_files(config: SourceConfig) -> tuple[str, list[str], dict]:
