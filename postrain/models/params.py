@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.quantized import as_array, is_quantized, quantize, quantize_rows
-from postrain.sharding import find_mesh, replicated
+from postrain.sharding import find_mesh, replicated, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,9 +324,9 @@ def name_broken(tree: Any) -> str:
         return finite.reshape(array.shape[0], -1).all(1) if is_stack(path) else finite.all()
 
     mesh = find_mesh(tree)
-    everywhere = replicated(mesh) if mesh is not None else None  # so that every process can read it
+    everywhere = replicated(mesh) if mesh is not None else None  # one gather for all
     checked = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, check), out_shardings=everywhere)(tree)
-    for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(checked)):
+    for path, finite in jax.tree_util.tree_leaves_with_path(jax.tree.map(to_host, checked)):
         if not finite.all():
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             return f"layer {finite.argmin()}, {name.removeprefix('layers.')}" if is_stack(path) else name
