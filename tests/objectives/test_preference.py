@@ -110,6 +110,8 @@ def model(tmp_path_factory):
 def compute_in_trl(model: Model, groups, folder, swapped=False):
     """(loss, metrics, gradients by PEFT's names) of DPOTrainer on padded pairs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.base)
+    adapter = peft.PeftConfig.from_pretrained(model.adapter)
+    adapter.inference_mode = False
     trainer = trl.DPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(model.base, attn_implementation="eager"),
         args=trl.DPOConfig(
@@ -117,7 +119,7 @@ def compute_in_trl(model: Model, groups, folder, swapped=False):
         ),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,
-        peft_config=peft.PeftConfig.from_pretrained(model.adapter),
+        peft_config=adapter,
     )
     weights = {name: torch.from_numpy(array) for name, array in load_file(model.adapter / TENSORS).items()}
     missing = peft.set_peft_model_state_dict(trainer.model, weights)
@@ -134,7 +136,7 @@ def compute_in_trl(model: Model, groups, folder, swapped=False):
     loss = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     loss.backward()
     grads = {
-        name.replace(".default", ""): parameter.grad.numpy()
+        name.replace(".default", "").replace("_vector.weight", "_vector"): parameter.grad.numpy()
         for name, parameter in trainer.model.named_parameters()
         if parameter.requires_grad
     }
