@@ -28,7 +28,7 @@ from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
 from postrain.training.model import Model
-from postrain.training.optimizer import describe_cut
+from postrain.training.optimizer import format_cut
 from postrain.training.program import Program
 from postrain.training.summary import (
     describe_environment,
@@ -77,7 +77,7 @@ class Session:
         if checked := check_backend(model.config):
             self.say(f"attention   {checked}")
         self.say(rows.summary + (f"\nheld out\n{held_out.report}" if held_out else ""))
-        warnings = describe_overlong(rows.lengths, model.config), describe_cut(self.config.optimizer, program.updates)
+        warnings = describe_overlong(rows.lengths, model.config), format_cut(self.config.optimizer, program.updates)
         for warning in filter(None, warnings):
             self.say(warning)
         self.say(format_memory(program.compile()))

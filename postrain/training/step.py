@@ -87,14 +87,14 @@ def make_train_step(
             loss_limit, norm_limit = compute_limits(state.history, spike_threshold)
             usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
             has_weight = functools.reduce(jnp.logical_or, (term.weight > 0 for term in sums.losses.values()))
-            updates = usual & has_weight
+            is_update = usual & has_weight
 
             update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema = jax.lax.cond(
-                updates, update, lambda *same: same, state.params, state.opt_state, state.ema
+                is_update, update, lambda *same: same, state.params, state.opt_state, state.ema
             )
-            history = update_history(state.history, loss, norm, updates, ~usual)
+            history = update_history(state.history, loss, norm, is_update, ~usual)
             moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
         metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
@@ -104,7 +104,7 @@ def make_train_step(
         if count_moved_in:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(history["taken"] - updates)  # of the steps that were taken
+            metrics["train/learning_rate"] = schedule(history["updates"] - is_update)  # skipped steps do not count
         return state, metrics
 
     return _jit_step(train_step, mesh, state_shardings)
