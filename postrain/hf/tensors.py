@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor, packed_names
 
 ONE_FILE = "model.safetensors"
@@ -29,7 +29,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-MXFP4 = "MXFP4"  # no dtype of safetensors: blocks and scales that are read as one tensor
+MXFP4 = "MXFP4"  # not a dtype of safetensors: blocks and scales that are read as one tensor
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -86,13 +86,14 @@ class TensorFiles:
             found = read_header(self.folder / file)
             listed = {name for name, where in weight_map.items() if where == file}
             if absent := sorted(listed - set(found)):
-                raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {_some(absent)}")
+                raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {shorten(absent, 8)}")
             if unlisted := sorted(set(found) - listed):
-                raise UserError(f"{index}: has no entry for tensors of {file}: {_some(unlisted)}: download it again")
+                names = shorten(unlisted, 8)
+                raise UserError(f"{index}: has no entry for tensors of {file}: {names}: download it again")
             self.infos |= found
 
     def read(self, name: str) -> np.ndarray | Mxfp4Tensor:
-        """The tensor as a read-only array over the file: only what is then sliced or copied is read."""
+        """The tensor as a read-only array over the file: only the parts that are sliced or copied are read."""
         if name in self._packed:
             return Mxfp4Tensor(*(self._map(info, np.dtype(np.uint8)) for info in self._packed[name]))
         info = self.infos[name]
@@ -102,7 +103,7 @@ class TensorFiles:
         return self._map(info, DTYPES[info.dtype])
 
     def forget(self, name: str) -> None:
-        """Lets go of the pages of the file that were read for a tensor; they count as this process's memory."""
+        """Releases the pages of the file that were read for a tensor, which count as this process's memory."""
         file = self._packed[name][0].file if name in self._packed else self.infos[name].file
         if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
             self._maps[file].madvise(mmap.MADV_DONTNEED)
@@ -129,7 +130,7 @@ def read_json(file: pathlib.Path) -> dict:
 
 
 def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file. Raises UserError when it is truncated or is no such file."""
+    """Every tensor of a safetensors file. Raises UserError when it is truncated or not in that format."""
     try:
         safe_open(file, framework="numpy")  # checks the header against the length of the file
         with open(file, "rb") as stream:
@@ -204,10 +205,6 @@ def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.nda
             stream.write(array.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())  # a full disk behind a network shows itself here at the latest
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _other_weights(folder: pathlib.Path) -> str:
