@@ -3,12 +3,12 @@
     loss of a pair = -log sigmoid(beta * margin)
     margin = [log p(chosen) - log p_ref(chosen)] - [log p(rejected) - log p_ref(rejected)]
 
-(Rafailov et al. 2023, arXiv:2305.18290, eq. 7.) With ``label_smoothing`` e a label is taken to be wrong with probability
-e: (1 - e) * loss(margin) + e * loss(-margin), which is conservative DPO (Mitchell 2023, "A note on DPO with noisy
-preferences & relationship to IPO").
+(Rafailov et al. 2023, arXiv:2305.18290, eq. 7.) With ``label_smoothing`` e a label is taken to be wrong with
+probability e: (1 - e) * loss(margin) + e * loss(-margin), which is conservative DPO (Mitchell 2023, "A note on DPO with
+noisy preferences & relationship to IPO").
 
-Pairs come packed: the two answers are segments of one row that share a ``group_ids``, each with its prompt before it. So
-no sum leaves its row. Left out: lists of more than two answers (``check_pairs`` refuses them).
+Pairs come packed: the two answers are segments of one row with the same ``group_ids``, each after its own copy of the
+prompt. So no sum leaves its row. Left out: lists of more than two answers (``check_pairs`` refuses them).
 
 Legend: B rows, T positions, G groups of a row at most.
 """
@@ -39,9 +39,10 @@ def make_dpo_loss(
       label_smoothing: e, from 0 to below 1/2.
 
     ``batch.fields`` has ``group_ids`` int32 [B, T] (0 = padding) and ``scores`` float32 [B, T] (kind preference); the
-    answer of the higher score is the chosen one. Metrics, means over pairs: ``rewards/chosen`` and ``rewards/rejected``,
-    beta times log p - log p_ref of an answer; ``rewards/margins``, their difference; ``rewards/accuracies``, whether it
-    is above 0; ``logps/chosen`` and ``logps/rejected``. A loss of routers is one more (``add_router_loss``).
+    answer of the higher score is the chosen one. Metrics, means over pairs: ``rewards/chosen`` and
+    ``rewards/rejected``, beta times log p - log p_ref of an answer; ``rewards/margins``, their difference;
+    ``rewards/accuracies``, whether it is above 0; ``logps/chosen`` and ``logps/rejected``, log p of an answer. The
+    losses of routers are one more loss, ``router``, a mean over trained tokens.
     """
     if not (beta > 0 and 0 <= label_smoothing < 0.5):
         raise ValueError(
@@ -99,7 +100,7 @@ def find_pairs(group_ids_BT: jax.Array, scores_BT: jax.Array) -> Pairs:
 
 
 def _reduce(reduce: Callable, values_BT: jax.Array, group_ids_BT: jax.Array) -> jax.Array:
-    """[B, G] of ``jax.ops.segment_sum`` and the like over each row; a pair has at least two positions, so G is T/2 + 1."""
+    """[B, G] of ``jax.ops.segment_sum`` and the like over each row; a pair has two positions or more: G = T/2 + 1."""
     size = group_ids_BT.shape[1] // 2 + 1
     return jax.vmap(lambda values, ids: reduce(values, ids, num_segments=size))(values_BT, group_ids_BT)
 
@@ -115,6 +116,6 @@ def check_pairs(arrays: Mapping[str, np.ndarray]) -> None:
     _, sizes = np.unique(sequences[:2], axis=1, return_counts=True)
     if (sizes != 2).any():
         raise UserError(
-            f"a row of preferences has {sizes[sizes != 2][0]} answers: expected pairs, a chosen and a rejected one: make "
-            "rows of two answers out of longer lists"
+            f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "
+            "rows of two out of longer lists"
         )

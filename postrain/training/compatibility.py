@@ -176,8 +176,7 @@ def _compare_models(saved: dict | None, now: dict) -> list[str]:
     changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return changes + [f"model.path: other content of {', '.join(others[:3])}{more}"] * bool(others)
+    return changes + ([f"model.path: other content of {shorten(others, 3)}"] if others else [])
 
 
 def _compare_new_tokens(before: dict, after: dict) -> list[str]:

@@ -51,7 +51,7 @@ class Forward:
     def heads(
         self, params: dict, batch: Batch, heads: Sequence[HeadConfig]
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], RowTerms | None]:
-        """Outputs of ``heads`` by name, float32 [B, T, K] or [B, S, K], and where they are present, bool [B, T] or [B, S].
+        """Outputs of ``heads`` by name, float32 [B, T, K] or [B, S, K], and where they are: bool [B, T] or [B, S].
 
         S is that of the targets of the heads at position "last", ``batch.fields[name]`` [B, S].
         """

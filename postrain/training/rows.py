@@ -1,13 +1,13 @@
 """Rows of a config: those that a loop trains on, as a source of batches, and those that are held out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from postrain.cluster.processes import gather
-from postrain.data.batches.in_memory import ExampleSet, load_examples
+from postrain.data.batches.in_memory import ExampleSet, load_examples, make_eval_batches
 from postrain.data.batches.open import TrainRows
 from postrain.data.batches.open import open_train_rows as open_batches
 from postrain.data.batches.streamed import join_positions
@@ -20,6 +20,7 @@ from postrain.training.session import Session
 from postrain.types import Batch, BatchFacts
 
 HOST_ARRAYS = ("row_ids", "metadata")  # of a batch, what no device computes with
+Check = Callable[[Mapping[str, np.ndarray]], None]  # of a numpy batch that a recipe cannot train on; raises UserError
 
 
 class Rows:
@@ -33,13 +34,15 @@ class Rows:
       layout: the arrays of its batches besides those that all have.
     """
 
-    def __init__(self, train_rows: TrainRows, mesh: Mesh):
-        self._batches, self._mesh, self._last = train_rows.batches, mesh, {}
+    def __init__(self, train_rows: TrainRows, mesh: Mesh, check: Check | None = None):
+        self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
         self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
 
     def __next__(self) -> Batch:
         self._last = next(self._batches)
+        if self._check is not None:
+            self._check(self._last)
         return place_batch(self._last, self._mesh)
 
     def describe_last(self) -> BatchFacts:
@@ -69,10 +72,11 @@ class Rows:
         self._batches.close()
 
 
-def open_train_rows(session: Session, kind: str) -> Rows:
+def open_train_rows(session: Session, kind: str, check: Check | None = None) -> Rows:
     """``data.train``, all of it of one kind. Rows in memory are read, rendered, checked and counted here.
 
-    Raises UserError: a bad row, a token that the model has no row for, processes that found other rows.
+    ``check``: what the recipe refuses besides; called with every batch. Raises UserError: a bad row, a token that the
+    model has no row for, processes that found other rows.
     """
     config, rejected = session.config, session.workdir / "rejected.jsonl"
     process, processes = data_process(session.mesh)
@@ -82,10 +86,10 @@ def open_train_rows(session: Session, kind: str) -> Rows:
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
-    return Rows(rows, session.mesh)
+    return Rows(rows, session.mesh, check)
 
 
-def open_eval_rows(session: Session, kind: str) -> ExampleSet | None:
+def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> ExampleSet | None:
     """``data.eval``, read, rendered and checked; None where the config has none. Raises as ``open_train_rows``."""
     config = session.config
     if not config.data.eval:
@@ -95,6 +99,8 @@ def open_eval_rows(session: Session, kind: str) -> ExampleSet | None:
         rows = load_examples(config.data.eval, session.tokenizer, config.data, rejected, kind=kind)
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
+    for batch in make_eval_batches(rows, config.data) if check else ():
+        check(batch)
     return rows
 
 

@@ -5,14 +5,13 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
-from postrain.cluster.processes import meet
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_paths
 from postrain.data.batches.in_memory import ExampleSet
@@ -22,7 +21,9 @@ from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.hub import locate_model
 from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
+from postrain.report.charts import CHARTS, Chart
 from postrain.report.page import write_report
+from postrain.report.workdir import last_step, last_values, open_workdir
 from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
@@ -36,7 +37,6 @@ from postrain.training.summary import (
     format_metrics,
     format_summary,
 )
-from postrain.training.workdir import last_step, last_values, open_workdir
 
 if TYPE_CHECKING:
     from postrain.training.rows import Rows
@@ -81,18 +81,19 @@ class Session:
         for warning in filter(None, warnings):
             self.say(warning)
         self.say(format_memory(program.compile()))
-        meet()
+        processes.barrier()
 
-    def write_report(self, rows: "Rows") -> dict[str, float]:
-        """Writes report.html and says where it is; returns the last value of every metric."""
+    def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
+        """Writes report.html with these charts and says where it is; returns the last value of every metric."""
         metrics = last_values(self.workdir)
-        consumption = rows.format_consumption(rows.gather_state())
+        consumed = rows.format_consumption(rows.gather_state())
         if self.is_lead:
             write_report(
                 self.workdir,
-                conversation_html=render_tokens_html(rows.sample, self.tokenizer),
-                drawn=consumption,
+                row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
+                consumed=consumed,
                 environment=describe_environment(self.mesh),
+                charts=charts,
             )
         minutes = (time.monotonic() - self.started) / 60
         self.say(f"done after {minutes:.1f} min: {format_metrics(last_step(self.workdir), metrics)}")
@@ -111,6 +112,7 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
     """
     started = time.monotonic()
     check_paths(config)
+    locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if several := processes.current():
         check_processes(several, config, workdir)
     process = {"process": jax.process_index(), "processes": jax.process_count()}

@@ -8,9 +8,9 @@ where ``total`` and ``weight`` are added up over all micro-batches (and, by the 
 divided once, by its own weight of the whole batch. Then the gradient is clipped by its global norm and the parameters
 are updated. So a result does not depend on how a batch is split.
 
-One loss is divided at the end. Of several, each micro-batch's gradient needs the weights of the whole batch, so those are
-added up first, by a pass over the micro-batches that costs nothing: weights must not depend on parameters, and what
-only parameters need is removed as dead code.
+One loss is divided at the end. With several, the gradient of a micro-batch needs the weights of the whole batch. A
+first pass over the micro-batches adds them up; it costs nothing, since weights must not depend on parameters and the
+forward pass is then dead code.
 
 A batch without a single trained token (all weights 0), with a loss or gradient that is not finite, or far above what is
 usual (``postrain.training.spikes``) changes no parameter and no optimizer state; only ``state.step``, the number of
@@ -59,8 +59,8 @@ def make_train_step(
       state_shardings: ``shardings_of(abstract_train_state(...))``, needed with a mesh: left alone, XLA replicates
         gradients and FSDP silently degrades.
       schedule: of the learning rate, for ``train/learning_rate``.
-      count_moved_in: a dtype, for ``train/weights_moved``: the share of the trained weights that the update changes, seen
-        in that dtype; the old parameters then stay in memory beside the new ones.
+      count_moved_in: a dtype, for ``train/weights_moved``: the share of the trained weights that the update changes
+        when rounded to it; the old parameters then stay in memory beside the new ones.
       spike_threshold: how many times the medians of the last steps a step may be; 0: any.
 
     ``batch`` is a pytree whose leaves have the rows first, B a multiple of ``micro_batches`` times the row shards of

@@ -28,6 +28,7 @@ import os
 import pathlib
 import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -62,7 +63,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "storage": ("postrain.data.files.storage", "_fetch"),
     "update": ("postrain.training.rows", "Rows.__next__"),
     "metrics line": ("postrain.report.metrics", "_to_number"),
-    "tracker": ("postrain.report.trackers", "TensorBoard.write"),
+    "tracker": ("postrain.report.metrics", "TensorBoard.write"),
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "export checked": ("postrain.export.export", "check_logits"),
@@ -142,6 +143,7 @@ def fork_all(work, log: pathlib.Path, processes: int) -> tuple[int, float]:
     and the seconds that the others took to end by themselves, each with the code of which launchers start it again.
     """
     port = importlib.import_module("postrain.cluster.launch").find_ports()
+    os.environ.setdefault("POSTRAIN_SECRET", secrets.token_hex(32))
     return wait([start(functools.partial(work, index, port), log) for index in range(processes)], log)
 
 
