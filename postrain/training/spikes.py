@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from postrain.config import SpikeSection
 from postrain.errors import UserError
+from postrain.sharding import to_host
 
 WINDOW = 64  # updates whose medians are what is usual
 MIN_UPDATES = 16  # before a step is judged by them
@@ -69,7 +70,7 @@ class SpikeGuard:
 
     def count(self, metrics: dict) -> dict[str, float]:
         """Further metrics to log: ``train/skipped``, where the policy skips steps."""
-        return {"train/skipped": float(metrics["skipped"])} if self._config.policy == "skip" else {}
+        return {"train/skipped": float(to_host(metrics["skipped"]))} if self._config.policy == "skip" else {}
 
     def check(self, step: int, metrics: dict, describe_rows: Callable[[], str]) -> None:
         """Says which rows a skipped step had; ``metrics`` are those of the train step, ``step`` is its number.
@@ -77,23 +78,24 @@ class SpikeGuard:
         Raises UserError naming step and rows where the run must stop: the policy is "stop" (or "none", and the step is
         not finite), or more than ``train.spike.limit`` steps in a row were skipped.
         """
-        if bool(metrics["usual"]):
+        if to_host(metrics["usual"]):
             return
         found = f"{_format_step(metrics, step)}, rows {describe_rows()}"
         advice = "look at them with `postrain preview`, or lower optimizer.learning_rate"
         if self._config.policy != "skip":
             raise UserError(f"{found}: {advice}")
         limit = self._config.limit
-        if int(metrics["in_a_row"]) > limit:
+        if to_host(metrics["in_a_row"]) > limit:
             raise UserError(f"{found}: more than train.spike.limit = {limit} steps in a row: {advice}")
         self._say(f"{found}: skipped")
 
 
 def _format_step(metrics: dict, step: int) -> str:
-    loss, norm = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
-    if not bool(metrics["finite"]):
+    loss, norm, loss_limit, norm_limit = (
+        float(to_host(metrics[name])) for name in ("train/loss", "train/grad_norm", "loss_limit", "grad_norm_limit")
+    )
+    if not to_host(metrics["finite"]):
         return f"step {step}: loss {loss} and gradient norm {norm} are not both finite"
-    loss_limit, norm_limit = float(metrics["loss_limit"]), float(metrics["grad_norm_limit"])
     return (
         f"step {step}: a spike, loss {loss:.4g} and gradient norm {norm:.4g}; expected at most {loss_limit:.4g} and "
         f"{norm_limit:.4g} (train.spike.threshold)"
