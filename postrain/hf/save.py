@@ -22,9 +22,11 @@ from postrain.hf.load import open_checked
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
 from postrain.hf.text_part import open_tensors
-from postrain.hf.tree import FileTensor, flatten, list_tensors
+from postrain.hf.tree import FileTensor, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
+from postrain.sharding import to_host
+from postrain.trees import flatten
 
 
 def save_pretrained(
@@ -116,10 +118,10 @@ def gather(param, places: tuple[int, ...] = ()) -> np.ndarray:
     devices = param.sharding.device_set
     if len(devices) > 1:
         everywhere = NamedSharding(param.sharding.mesh, PartitionSpec())
-        return np.asarray(_make_gather(everywhere)(param, places).addressable_data(0))
+        return to_host(_make_gather(everywhere)(param, places))
     if not places or next(iter(devices)).platform == "cpu":  # the host's own memory is not copied
-        return np.asarray(param)[places]
-    return np.asarray(param[places])
+        return to_host(param)[places]
+    return to_host(param[places])
 
 
 @functools.cache

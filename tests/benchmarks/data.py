@@ -138,13 +138,15 @@ def _load(path: str, tokenizer, clock) -> dict:
 
 
 def _stream(path: str, tokenizer, clock) -> dict:
-    """One lane, once through the file; the last rows, which make no whole batch, are not counted."""
+    """One shard, once through the file; the last rows, which make no whole batch, are not counted."""
     from postrain.config import DataConfig, SourceConfig, StreamSection
     from postrain.data.batches.open import open_train_rows
     from postrain.errors import UserError
 
     source = SourceConfig(path=path, max_epochs=1)
-    config = DataConfig(train=(source,), sequence_length=PREPARED_LENGTH, streaming=True, stream=StreamSection(lanes=1))
+    config = DataConfig(
+        train=(source,), sequence_length=PREPARED_LENGTH, streaming=True, stream=StreamSection(shards=1)
+    )
     start, tokens, trained = clock(), 0, 0
     batches = open_train_rows(tokenizer, config).batches
     try:
@@ -330,7 +332,7 @@ def summarize_stream(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
         f"| {figures['spread']:.1f} | {figures['slope']:+.2f} |"
     )
     growth = figures["slope"] * figures["rows"] / 1e6 / figures["resident"]
-    return _tail(table, lines, "8 lanes"), [Bar("growth over all rows, of the memory", growth, "<=", 0.05, "{:.1%}")]
+    return _tail(table, lines, "8 shards"), [Bar("growth over all rows, of the memory", growth, "<=", 0.05, "{:.1%}")]
 
 
 def _head(heads: tuple[str, ...]) -> list[str]:

@@ -79,12 +79,12 @@ def make_rows(kind, count, seed=0):
     return [MAKERS[kind](i, rng) for i in range(count)]
 
 
-def make_config(*paths, kind, streaming=False, lanes=1, **changes):
+def make_config(*paths, kind, streaming=False, shards=1, **changes):
     """``kind`` of MAKERS, or a function."""
     name = kind.partition("/")[0] if isinstance(kind, str) else kind
     sources = tuple(SourceConfig(path=str(path), name=path.stem, kind=name) for path in paths)
     values = {"sequence_length": 128, "batch_size": 4, "packing_window": 30, "seed": 3}
-    stream = StreamSection(lanes=lanes)
+    stream = StreamSection(shards=shards)
     return DataConfig(train=sources, streaming=streaming, stream=stream, **(values | changes))
 
 

@@ -98,7 +98,7 @@ def test_an_empty_row_of_an_evaluation_has_every_array(kind, paths, tokenizer):
     assert (trained == 0) == (kind == "prompts")
 
 
-def test_a_stream_of_one_lane_gives_what_memory_gives(kind, paths, tokenizer):
+def test_a_stream_of_one_shard_gives_what_memory_gives(kind, paths, tokenizer):
     tokenizer = tokenizer_of(kind, tokenizer)
     memory = open_batches(without_shuffle(make_config(*paths[:1], kind=kind)), tokenizer)
     stream = open_batches(without_shuffle(make_config(*paths[:1], kind=kind, streaming=True)), tokenizer)
@@ -110,7 +110,7 @@ def test_a_stream_of_one_lane_gives_what_memory_gives(kind, paths, tokenizer):
 WAYS = {
     "memory": {},
     "mixture": {"mixture": MixtureSection(temperature=2.0)},
-    "stream": {"streaming": True, "lanes": 2},
+    "stream": {"streaming": True, "shards": 2},
 }
 
 

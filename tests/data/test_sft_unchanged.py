@@ -1,5 +1,5 @@
 """Batches of kind sft are, byte for byte, what they were: of rows in memory since before there were other kinds, of
-streams since windows begin small (LANE_VERSION 3). Whoever changes them counts a version of the data fingerprint up."""
+streams since windows begin small (SHARD_VERSION 3). A change of them needs a new version in the data fingerprint."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def test_a_mixture_and_a_stream(tmp_path, tokenizer, streaming, expected):
     )
     config = DataConfig(
         train=sources, sequence_length=160, batch_size=4, packing_window=40, seed=5, too_long="truncate",
-        streaming=streaming, stream=StreamSection(lanes=2),
+        streaming=streaming, stream=StreamSection(shards=2),
     )  # fmt: skip
     batches = open_train_rows(tokenizer, config).batches
     assert hash_batches(take(batches, 60)) == expected

@@ -50,14 +50,14 @@ def open_stream(tokenizer, config, **process):
     return open_train_rows(tokenizer, config, **process).batches
 
 
-def make_config(folder, names="ab", weights=(), lanes=4, **changes):
+def make_config(folder, names="ab", weights=(), shards=4, **changes):
     weights = weights or (0.0,) * len(names)
     sources = tuple(
         SourceConfig(path=str(folder / f"{name}-*.jsonl"), name=name, weight=weight)
         for name, weight in zip(names, weights, strict=True)
     )
     values = {"sequence_length": 96, "batch_size": BATCH, "packing_window": 80, "seed": 3}
-    return DataConfig(train=sources, streaming=True, stream=StreamSection(lanes=lanes), **(values | changes))
+    return DataConfig(train=sources, streaming=True, stream=StreamSection(shards=shards), **(values | changes))
 
 
 def take(stream, count):
@@ -89,10 +89,10 @@ def close(*streams):
         stream.close()
 
 
-@pytest.mark.parametrize("lanes", [1, 4, 8])
+@pytest.mark.parametrize("shards", [1, 4, 8])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_order_does_not_depend_on_the_number_of_processes(folder, tokenizer, lanes, processes):
-    config = make_config(folder, lanes=lanes)
+def test_the_order_does_not_depend_on_the_number_of_processes(folder, tokenizer, shards, processes):
+    config = make_config(folder, shards=shards)
     whole = open_stream(tokenizer, config)
     parts = [open_stream(tokenizer, config, process_index=i, process_count=processes) for i in range(processes)]
     assert_same(take(whole, 12), take(parts, 12))
@@ -100,13 +100,13 @@ def test_the_order_does_not_depend_on_the_number_of_processes(folder, tokenizer,
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize(("name", "lanes"), [("a", 1), ("a", 4), ("b", 1), ("b", 8), ("c", 5)])
-def test_the_lanes_have_every_row_once_an_epoch(folder, tokenizer, name, lanes, shuffle):
-    config = make_config(folder, name, lanes=lanes, shuffle=shuffle, sequence_length=512)  # none is too long
+@pytest.mark.parametrize(("name", "shards"), [("a", 1), ("a", 4), ("b", 1), ("b", 8), ("c", 5)])
+def test_the_shards_have_every_row_once_an_epoch(folder, tokenizer, name, shards, shuffle):
+    config = make_config(folder, name, shards=shards, shuffle=shuffle, sequence_length=512)  # none is too long
     source = open_block_source(dataclasses.replace(config.train[0], max_epochs=2), config)
     epochs, orders = (collections.Counter(), collections.Counter()), ([], [])
-    for lane in range(lanes):
-        reader = BlockReader(source, 0, tokenizer, config, lane)
+    for shard in range(shards):
+        reader = BlockReader(source, 0, tokenizer, config, shard)
         while drawn := reader.draw():
             epochs[reader.position["epoch"]][drawn[0]] += 1
             orders[reader.position["epoch"]].append(drawn[0])
@@ -146,10 +146,10 @@ def test_restored_anywhere_on_any_number_of_processes_it_goes_on_with_the_same_b
     expected = take(whole, stop + 8)
     parts = [open_stream(tokenizer, config, process_index=i, process_count=before) for i in range(before)]
     assert_same(take(parts, stop), expected[:stop])
-    lanes = {}
+    shards = {}
     for part in parts:
-        lanes |= part.get_state()["lanes"]
-    state = json.loads(json.dumps({"lanes": lanes}))
+        shards |= part.get_state()["shards"]
+    state = json.loads(json.dumps({"shards": shards}))
     resumed = [open_stream(tokenizer, config, process_index=i, process_count=after) for i in range(after)]
     for one in resumed:
         one.set_state(state)
@@ -159,7 +159,7 @@ def test_restored_anywhere_on_any_number_of_processes_it_goes_on_with_the_same_b
 
 @pytest.mark.parametrize("by", ["tokens", "rows"])
 def test_shares_are_those_of_the_weights(folder, tokenizer, by):
-    config = make_config(folder, "abc", (5.0, 2.0, 1.0), lanes=2, mixture=MixtureSection(by=by))
+    config = make_config(folder, "abc", (5.0, 2.0, 1.0), shards=2, mixture=MixtureSection(by=by))
     stream = open_stream(tokenizer, config)
     batches = take(stream, 60)
     close(stream)
@@ -186,7 +186,7 @@ def test_weights_change_at_the_given_update(folder, tokenizer):
 def test_temperature_flattens_the_sizes(folder, tokenizer):
     def shares(temperature):
         mixture = MixtureSection(temperature=temperature)
-        stream = open_stream(tokenizer, make_config(folder, "ac", lanes=1, mixture=mixture))
+        stream = open_stream(tokenizer, make_config(folder, "ac", shards=1, mixture=mixture))
         counts = collections.Counter(document[0] for document in documents_of(take(stream, 40), tokenizer))
         close(stream)
         return counts["c"] / sum(counts.values())
@@ -230,13 +230,13 @@ def test_rows_of_the_last_batches_are_named(folder, tokenizer):
 
 
 def test_what_cannot_be_is_refused(folder, tokenizer):
-    with pytest.raises(UserError, match="'data.batch_size' = 8 must be a multiple of 'data.stream.lanes' = 3"):
-        open_stream(tokenizer, make_config(folder, lanes=3))
+    with pytest.raises(UserError, match="'data.batch_size' = 8 must be a multiple of 'data.stream.shards' = 3"):
+        open_stream(tokenizer, make_config(folder, shards=3))
     with pytest.raises(UserError, match="no row of kind sft in it: see docs/data.md"):
         write_jsonl(folder / "z-0.jsonl", [{"x": 1}])
         open_stream(tokenizer, make_config(folder, "z"))
-    stream, other = (open_stream(tokenizer, make_config(folder, lanes=lanes)) for lanes in (2, 8))
-    with pytest.raises(UserError, match="no lane 2"):
+    stream, other = (open_stream(tokenizer, make_config(folder, shards=shards)) for shards in (2, 8))
+    with pytest.raises(UserError, match="no shard 2"):
         other.set_state(stream.get_state())
     close(stream, other)
 
@@ -257,7 +257,7 @@ def test_weights_change_at_the_given_update_though_rows_are_packed(tmp_path, tok
     config = make_config(
         tmp_path,
         weights=(1.0, 0.0),
-        lanes=1,
+        shards=1,
         mixture=MixtureSection(phases=phases),
         sequence_length=int(len(document.tokens) / 0.6),
         packing_window=400,
@@ -268,14 +268,14 @@ def test_weights_change_at_the_given_update_though_rows_are_packed(tmp_path, tok
     assert [set(names) for names in found] == [{"a"}] * 20 + [{"b"}] * 5 + [{"a"}] * 5
 
 
-def test_sources_and_lanes_without_anything_to_train_on_end(tmp_path, tokenizer):
+def test_sources_and_shards_without_anything_to_train_on_end(tmp_path, tokenizer):
     write_lengths(tmp_path / "a-0.jsonl", 20, 400, "a")
     with pytest.raises(UserError, match="no row of it can be trained on"):
         open_stream(tokenizer, make_config(tmp_path, "a"))
     lines = [chat(f"a 0 {i}?", "x" if i % 8 != 5 else "word " * 400) for i in range(16)]
     write_jsonl(tmp_path / "a-0.jsonl", lines)
-    stream = open_stream(tokenizer, make_config(tmp_path, "a", lanes=8))
-    found = r"lane 5 of .* no more rows for update 1; .*a-\*.jsonl: of 2 rows 2 documents too long \(data.sequence_len"
+    stream = open_stream(tokenizer, make_config(tmp_path, "a", shards=8))
+    found = r"shard 5 of .* no more rows for update 1; .*a-\*.jsonl: of 2 rows 2 documents too long \(data.sequence_len"
     with pytest.raises(UserError, match=found):
         take(stream, 1)
     close(stream)
@@ -285,8 +285,8 @@ def test_sources_and_lanes_without_anything_to_train_on_end(tmp_path, tokenizer)
         open_stream(tokenizer, dataclasses.replace(config, train=(dataclasses.replace(config.train[0], kind="text"),)))
 
 
-def test_a_source_that_ends_for_a_lane_ends_alike_after_a_resume(tmp_path, tokenizer, monkeypatch):
-    """Five of eight blocks, one a lane, have nothing to train on: after three such epochs the lane is done with a."""
+def test_a_source_that_ends_for_a_shard_ends_alike_after_a_resume(tmp_path, tokenizer, monkeypatch):
+    """Five of eight blocks, one a shard, have nothing to train on: after three such epochs the shard is done with a."""
     monkeypatch.setattr(block_reader, "_SHARED_BYTES", 0)  # as if it were large
     for number in range(8):
         words = "word " * (400 if number >= 3 else 5)
@@ -294,14 +294,14 @@ def test_a_source_that_ends_for_a_lane_ends_alike_after_a_resume(tmp_path, token
         (tmp_path / f"a-{number}.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     write_jsonl(tmp_path / "b-0.jsonl", [chat(f"b 0 {i}?", "word " * 9) for i in range(40)])
-    config = make_config(tmp_path, weights=(1.0, 1.0), lanes=8, sequence_length=160, packing_window=64)
+    config = make_config(tmp_path, weights=(1.0, 1.0), shards=8, sequence_length=160, packing_window=64)
     sources = (dataclasses.replace(config.train[0], path=f"{tmp_path}/a-*.jsonl.gz"), config.train[1])
     config = dataclasses.replace(config, train=sources)
     whole, states, batches = open_stream(tokenizer, config), [], []
     for _ in range(16):
         batches += take(whole, 1)
         states.append(json.loads(json.dumps(whole.get_state())))
-    drawn = whole.describe_drawn(states[-1])
+    drawn = whole.format_consumption(states[-1])
     assert "a: " in drawn[0] and "; of " in drawn[0] and " documents too long (data.sequence_length; the" in drawn[0]
     assert "too long" not in drawn[1]
     for step in (1, 5, 10):
@@ -319,7 +319,7 @@ def test_the_first_updates_have_the_shares_however_large_the_window(tmp_path, to
     write_jsonl(tmp_path / "a-0.jsonl", [chat(f"a 0 {i}?", "word " * 15) for i in range(400)])
     write_jsonl(tmp_path / "b-0.jsonl", [chat(f"b 0 {i}?", "word " * 5) for i in range(12)])
     config = make_config(
-        tmp_path, weights=(1.0, 1.0), lanes=1, packing_window=10_000, mixture=MixtureSection(by="rows")
+        tmp_path, weights=(1.0, 1.0), shards=1, packing_window=10_000, mixture=MixtureSection(by="rows")
     )
     sources = config.train[0], dataclasses.replace(config.train[1], max_epochs=1)
     config = dataclasses.replace(config, train=sources, streaming=streaming)
@@ -354,7 +354,7 @@ def test_bad_rows_are_added_to_a_log_whose_last_line_was_cut_off(tmp_path):
 def test_the_share_of_bad_rows_is_judged_alike_after_a_resume(tmp_path, tokenizer):
     lines = [chat(f"a 0 {i}?", "x") if not 2000 <= i < 2060 else "{" for i in range(3000)]
     write_jsonl(tmp_path / "a-0.jsonl", lines)
-    config = make_config(tmp_path, "a", lanes=1, on_bad_row="skip", max_bad_fraction=0.04, shuffle=False)
+    config = make_config(tmp_path, "a", shards=1, on_bad_row="skip", max_bad_fraction=0.04, shuffle=False)
     whole, resumed = open_stream(tokenizer, config), open_stream(tokenizer, config)
     take(whole, 25)
     resumed.set_state(json.loads(json.dumps(whole.get_state())))
@@ -367,7 +367,7 @@ def test_the_fingerprint_tells_what_changes_the_order(folder, tokenizer):
     first = dataclasses.replace(config.train[0], kind="messages", weight=2.0)
     others = {
         "by": dataclasses.replace(config, mixture=MixtureSection(by="rows")),
-        "lanes": dataclasses.replace(config, stream=StreamSection(lanes=2)),
+        "shards": dataclasses.replace(config, stream=StreamSection(shards=2)),
         "weights": dataclasses.replace(config, train=(first, dataclasses.replace(config.train[1], weight=1.0))),
     }
     print_of = lambda config: open_train_rows(tokenizer, config).fingerprint
@@ -377,7 +377,7 @@ def test_the_fingerprint_tells_what_changes_the_order(folder, tokenizer):
 
 
 def test_files_of_one_name_in_several_folders_are_told_apart(tmp_path, tokenizer):
-    print_of = lambda place: open_train_rows(tokenizer, make_config(place, ("*/a",), lanes=1)).fingerprint
+    print_of = lambda place: open_train_rows(tokenizer, make_config(place, ("*/a",), shards=1)).fingerprint
     for place in ("first", "moved"):
         for day, rows in (("1", 8), ("2", 9)):
             (tmp_path / place / day).mkdir(parents=True)

@@ -56,7 +56,7 @@ def test_rows_of_another_kind_are_refused_in_one_line(inputs, tmp_path, streamin
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     values = values_of(inputs, 1)
     values["data"] |= {"train": [{"path": str(path), "kind": "preference"}], "streaming": streaming}
-    values["data"]["stream"] = {"lanes": 1}
+    values["data"]["stream"] = {"shards": 1}
     with pytest.raises(UserError) as error:
         train(values, tmp_path / "run")
     assert "source 'pairs' has rows of kind preference, and the recipe reads rows of kind sft" in str(error.value)

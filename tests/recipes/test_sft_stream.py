@@ -12,9 +12,9 @@ import postrain
 from postrain.errors import UserError
 
 WAYS = {
-    "streamed": {"streaming": True, "stream": {"lanes": 2}},
+    "streamed": {"streaming": True, "stream": {"shards": 2}},
     "mixed": {"mixture": {"phases": [{"step": 5, "weights": [1.0, 3.0]}]}},
-    "streamed and mixed": {"streaming": True, "stream": {"lanes": 1}, "mixture": {"by": "rows"}},
+    "streamed and mixed": {"streaming": True, "stream": {"shards": 1}, "mixture": {"by": "rows"}},
 }
 
 
@@ -54,14 +54,14 @@ def test_the_time_that_the_step_waits_for_rows_is_logged(inputs, tmp_path):
     assert len(waited) == 8 and all(0 <= share < 1 for share in waited)
 
 
-def test_a_resume_with_other_lanes_or_files_is_refused(inputs, tmp_path):
+def test_a_resume_with_other_shards_or_files_is_refused(inputs, tmp_path):
     workdir, values = tmp_path / "run", values_of(inputs, "streamed", export={"format": "none"})
     postrain.train(values, workdir)
     values["train"]["steps"] = 9
-    values["data"]["stream"] = {"lanes": 1}
-    with pytest.raises(UserError, match="data.stream.lanes: was 2, is 1"):
+    values["data"]["stream"] = {"shards": 1}
+    with pytest.raises(UserError, match="data.stream.shards: was 2, is 1"):
         postrain.train(values, workdir)
-    values["data"]["stream"] = {"lanes": 2}
+    values["data"]["stream"] = {"shards": 2}
     rows = pathlib.Path(values["data"]["train"][1])
     other = write_rows(tmp_path / rows.name, 31, first=100)
     values["data"]["train"] = [values["data"]["train"][0], str(other)]
@@ -77,7 +77,7 @@ def test_changed_data_are_accepted_by_the_code_that_the_refusal_names(inputs, wa
     values |= {"train": {"steps": 4}, "checkpoint": {"every": 2, "keep": 9}}
     postrain.train(values, workdir)
     values["train"]["steps"] = 8
-    changes = [{"stream": {"lanes": 1}}, {"packing_window": 6}] if way == "streamed" else [{"seed": 5}, {"seed": 6}]
+    changes = [{"stream": {"shards": 1}}, {"packing_window": 6}] if way == "streamed" else [{"seed": 5}, {"seed": 6}]
     refused = []
     for change in (changes[1], changes[0]):
         changed = values | {"data": values["data"] | change}
@@ -114,9 +114,12 @@ def test_bad_rows_are_written_down_once(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"streaming": True}, "'data.streaming': such data have no end that is known beforehand: set 'train.steps'"),
+        (
+            {"streaming": True},
+            "'data.streaming': the length of such an epoch is not known beforehand: set 'train.steps'",
+        ),
         ({"mixture": {"temperature": 2.0}}, "set 'train.steps'"),
-        ({"streaming": True, "stream": {"lanes": 3}}, "must be a multiple of 'data.stream.lanes' = 3"),
+        ({"streaming": True, "stream": {"shards": 3}}, "must be a multiple of 'data.stream.shards' = 3"),
         ({"stream": {"cache_folder": "x"}}, "'data.stream.cache_folder' and 'data.stream.cache_gibibytes'"),
         ({"mixture": {"phases": [{"step": 5, "weights": [1.0, 1.0]}]}}, "2 weights for 1 sources"),
         ({"mixture": {"phases": [{"step": 5, "weights": [0.0]}]}}, "one of them above"),

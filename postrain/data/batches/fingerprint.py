@@ -14,10 +14,11 @@ from postrain.config import DataConfig
 from postrain.config.rules import has_mixture
 from postrain.data.batches.epoch_order import PLAN_VERSION
 from postrain.data.batches.packing import PACKING_VERSION
-from postrain.data.batches.shard import LANE_VERSION
+from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.documents import Document, Group
 from postrain.data.files.storage import is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.files import digest
 
 # Keys of the config that decide which rows come when.
 _KEYS = (
@@ -51,7 +52,7 @@ def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: 
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
-        | ({"lane": LANE_VERSION} if config.streaming or has_mixture(config) else {}),
+        | ({"shard": SHARD_VERSION} if config.streaming or has_mixture(config) else {}),
     }
 
 
@@ -67,7 +68,7 @@ def _describe_mixture(config: DataConfig) -> dict:
     used = config.streaming or has_mixture(config)
     described = {f"mixture.{key}": value for key, value in mixture.items()} if used else {}
     if config.streaming:
-        described |= {"stream.lanes": config.stream.lanes, "stream.block_mebibytes": config.stream.block_mebibytes}
+        described |= {"stream.shards": config.stream.shards, "stream.block_mebibytes": config.stream.block_mebibytes}
     return described
 
 
@@ -161,9 +162,7 @@ def _describe_files(files: list[str]) -> list[dict]:
     described = []
     for name, file in zip(name_files(files), files, strict=True):
         if is_local(file):
-            with open(file, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest(file)})
         else:
             (stored,) = list_files(file)
             described.append({"name": name, "bytes": stored.bytes, "version": stored.version})

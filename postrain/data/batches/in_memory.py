@@ -14,12 +14,11 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.batches.carry_over import count_updates
 from postrain.data.batches.epoch_order import RowPlan
 from postrain.data.batches.loading import ExampleSet, load_examples
 from postrain.data.batches.packing import assemble_batch, pack
 from postrain.data.documents import check_token_ids
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
 
@@ -62,18 +61,10 @@ class TrainIterator:
         self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
 
-    def carry_over(self, state: dict[str, Any], before: dict, after: dict) -> None:
-        """``set_state`` with a ``state`` of another pipeline, from the same part of the epoch on.
-
-        ``before``, ``after``: fingerprints of that pipeline and of this one.
-        """
-        updates, epoch, done = count_updates(state, before), 0, 0.0
-        if "epoch_rows" in state:
-            epoch = state["epoch"]
-            done = (updates * before["data"]["batch_size"] - state["epoch_first_row"]) / state["epoch_rows"]
-        rows = round(done * len(self._plan.rows_of_epoch(epoch)))
-        self._plan.set_first_row(epoch, updates * self._config.batch_size - rows)
-        self._batches.set_state(self._batches.get_state() | {"next_index": updates})
+    def start_anew(self, update: int) -> None:
+        """Begins with epoch 0 after ``update`` updates of the run."""
+        self._plan.set_first_row(0, update * self._config.batch_size)
+        self._batches.set_state(self._batches.get_state() | {"next_index": update})
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raises UserError naming the first row with a token that a model of ``vocab_size`` has no embedding for."""
@@ -83,7 +74,7 @@ class TrainIterator:
         """``file:line, file:line, ...`` of the documents in ``row_ids``, see ``describe_rows``."""
         return describe_rows(self._example_set, row_ids)
 
-    def describe_drawn(self, position: dict[str, Any]) -> list[str]:
+    def format_consumption(self, position: dict[str, Any]) -> list[str]:
         """Nothing: every document comes once an epoch."""
         return []
 
@@ -179,5 +170,4 @@ def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequenc
 def describe_rows(example_set: ExampleSet, row_ids: np.ndarray, limit: int = 16) -> str:
     """``file:line, file:line, ...`` of the documents in ``row_ids`` (any shape, -1 is skipped), each row once."""
     refs = dict.fromkeys(str(example_set.examples[i].ref) for i in np.ravel(row_ids) if i >= 0)
-    named = ", ".join(list(refs)[:limit])
-    return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
+    return shorten(refs, limit)

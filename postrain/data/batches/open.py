@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -24,26 +23,27 @@ from postrain.data.batches.packing import pack
 from postrain.data.batches.report import DataReport, count
 from postrain.data.batches.row_counts import RejectedLog
 from postrain.data.batches.shard_reader import BlockReader, BlockSource, open_block_source
-from postrain.data.batches.streamed import LaneIterator
-from postrain.data.documents import Document, SameLayout
-from postrain.data.files.storage import StoredFile, is_local, open_file
+from postrain.data.batches.streamed import ShardedBatches
+from postrain.data.documents import Document, Layout, SameLayout
+from postrain.data.files.storage import StoredFile, is_local
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
+from postrain.files import digest, spread
 
 _SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
 
 
 class Batches(Protocol):
-    """An endless iterator with a position; see ``make_train_iterator`` and ``LaneIterator``."""
+    """An endless iterator with a position; see ``make_train_iterator`` and ``ShardedBatches``."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
-    def carry_over(self, state: dict[str, Any], before: dict, after: dict) -> None: ...
+    def start_anew(self, update: int) -> None: ...
     def check_token_ids(self, vocab_size: int) -> None: ...
     def describe_rows(self, row_ids: np.ndarray) -> str: ...
-    def describe_drawn(self, position: dict[str, Any]) -> list[str]: ...
+    def format_consumption(self, position: dict[str, Any]) -> list[str]: ...
     def close(self) -> None: ...
 
 
@@ -57,6 +57,7 @@ class TrainRows:
       summary: what is known of the rows, to print before training.
       lengths: slots of each document where all were rendered before training, else empty.
       sample: a document to show.
+      layout: the arrays that batches have besides those that all have.
     """
 
     batches: Batches
@@ -64,6 +65,7 @@ class TrainRows:
     summary: str
     lengths: np.ndarray
     sample: Document
+    layout: Layout
 
 
 def open_train_rows(
@@ -75,7 +77,7 @@ def open_train_rows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainRows:
-    """Opens ``config.train``. Raises UserError as ``load_examples``, ``open_block_source`` and ``LaneIterator`` do.
+    """Opens ``config.train``. Raises UserError as ``load_examples``, ``open_block_source`` and ``ShardedBatches`` do.
 
     ``rejected_path``: a JSONL file for bad rows, where ``config.on_bad_row`` is "skip"; a stream's are written as they
     are met, those of process i > 0 to a file of its own beside it. ``kind``: the only one that the rows may be of.
@@ -89,22 +91,22 @@ def open_train_rows(
     make = _mix if has_mixture(config) else make_train_iterator
     batches = make(example_set, config, **mine)
     report, sample = str(example_set.report), example_set.examples[0]
-    return TrainRows(batches, example_set.fingerprint, report, example_set.lengths, sample)
+    return TrainRows(batches, example_set.fingerprint, report, example_set.lengths, sample, example_set.layout)
 
 
-def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> LaneIterator:
-    """One lane, which every process runs whole: the documents are in memory anyway."""
+def _mix(example_set: ExampleSet, config: DataConfig, **mine: int) -> ShardedBatches:
+    """One shard, which every process runs whole: the documents are in memory anyway."""
     reports = example_set.report.sources
     ends = np.cumsum([report.documents for report in reports]).tolist()
     parts = [range(end - report.documents, end) for end, report in zip(ends, reports, strict=True)]
     rows = [len({example_set.examples[i].ref for i in part}) for part in parts]  # that something was kept of
     sizes = [report.tokens for report in reports] if config.mixture.by == "tokens" else rows
-    make_readers = lambda lane: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
+    make_readers = lambda shard: [_MemoryReader(example_set, part, i, config) for i, part in enumerate(parts)]
     names, layout = [report.name for report in reports], example_set.layout
     for source, part in zip(config.train, parts, strict=True):
         if not part:
             raise UserError(f"{source.path}: no row of it can be trained on, so it cannot be mixed: leave it out")
-    return LaneIterator(names, sizes, make_readers, config, layout=layout, lanes=1, **mine)
+    return ShardedBatches(names, sizes, make_readers, config, layout=layout, shards=1, **mine)
 
 
 class _MemoryReader:
@@ -153,19 +155,19 @@ def _open_stream(
         path, process = pathlib.Path(rejected_path), mine["process_index"]
         rejected = RejectedLog(path.with_stem(f"{path.stem}-{process:05}") if process else path)
 
-    def make_readers(lane: int) -> list[BlockReader]:
-        return [BlockReader(s, i, tokenizer, config, lane, rejected, same) for i, s in enumerate(sources)]
+    def make_readers(shard: int) -> list[BlockReader]:
+        return [BlockReader(s, i, tokenizer, config, shard, rejected, same) for i, s in enumerate(sources)]
 
     names, sizes = [source.name for source in sources], [source.bytes for source in sources]
-    of_stream = {"layout": same.layout, "lanes": config.stream.lanes}
-    batches = LaneIterator(names, sizes, make_readers, config, **of_stream, **mine)
+    of_stream = {"layout": same.layout, "shards": config.stream.shards}
+    batches = ShardedBatches(names, sizes, make_readers, config, **of_stream, **mine)
     fingerprint = fingerprint_stream(sources, tokenizer, config)
-    return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample)
+    return TrainRows(batches, fingerprint, _summarize(sources, config), np.zeros(0, np.int64), sample, same.layout)
 
 
 def _from_the_start(config: DataConfig) -> DataConfig:
-    """One lane, in the order of the files."""
-    return dataclasses.replace(config, shuffle=False, stream=dataclasses.replace(config.stream, lanes=1))
+    """One shard, in the order of the files."""
+    return dataclasses.replace(config, shuffle=False, stream=dataclasses.replace(config.stream, shards=1))
 
 
 def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet:
@@ -197,7 +199,7 @@ def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer | No
     described = []
     for source in sources:
         names = name_files([file.url for file in source.files])
-        files = [{"name": n} | _describe(file, source) for n, file in zip(names, source.files, strict=True)]
+        files = [{"name": n} | _describe(file) for n, file in zip(names, source.files, strict=True)]
         described.append({"name": source.name, "kind": source.parser.form, "files": files} | source.parser.identity)
     return describe_pipeline(described, tokenizer, config)
 
@@ -208,15 +210,13 @@ def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
         f"{count(len(source.blocks), 'block')}, kind {source.parser.form}"
         for source in sources
     ]
-    return "\n".join([*lines, f"streamed in {count(config.stream.lanes, 'lane')}: rows are checked when they are read"])
+    return "\n".join(
+        [*lines, f"streamed in {count(config.stream.shards, 'shard')}: rows are checked when they are read"]
+    )
 
 
-def _describe(file: StoredFile, source: BlockSource) -> dict:
+def _describe(file: StoredFile) -> dict:
     """A local file by its size and three pieces, so that it may be copied; another by size and version."""
     if not is_local(file.url):
         return {"bytes": file.bytes, "version": file.version}
-    digest = hashlib.blake2b(digest_size=20)
-    for start in (0, file.bytes // 2, max(file.bytes - _SAMPLE, 0)):
-        with open_file(file, source.options, start) as f:
-            digest.update(f.read(_SAMPLE))
-    return {"bytes": file.bytes, "sample": digest.hexdigest()}
+    return {"bytes": file.bytes, "sample": digest(file.url, spread(0, file.bytes, 3, _SAMPLE))}

@@ -1,6 +1,6 @@
-"""One lane of the data: rows of the sources, mixed, packed window by window, endless, from any saved position.
+"""One shard of the data: rows of the sources, mixed, packed window by window, endless, from any saved position.
 
-The rows of a global batch are dealt to a fixed number of lanes, whatever the number of processes; a lane is the same
+The rows of a global batch are dealt to a fixed number of shards, whatever the number of processes; a shard is the same
 stream wherever it runs. It draws documents from its sources (``mixture`` says from which), packs a window
 of them, and gives the rows in a seeded order. Documents of rows that came out poorly filled begin the next window.
 Where the weights change at an update, the window ends there: the few documents that were drawn too early come first in
@@ -25,13 +25,13 @@ from postrain.data.documents import Document
 from postrain.errors import UserError
 
 # Part of the data fingerprint: to be counted up whenever the same data would come in another order.
-LANE_VERSION = 3
+SHARD_VERSION = 4
 
-_FIRST_WINDOW = 64  # documents, of a phase; up to twice as many for the last of several lanes
+_FIRST_WINDOW = 64  # documents, of a phase; up to twice as many for the last of several shards
 
 
 class Reader(Protocol):
-    """A lane's share of a source, row by row. ``position`` (JSON-able) is after the last row drawn."""
+    """A shard's share of a source, row by row. ``position`` (JSON-able) is after the last row drawn."""
 
     position: Any
     counts: dict[str, int]  # what became of the rows up to it (``SourceReport``); {} where that is known beforehand
@@ -60,15 +60,15 @@ class Drawn:
         return self.document.slots
 
 
-class Lane:
+class Shard:
     """Packed rows without end, see above.
 
     Args:
       readers: one for each source.
       phases: from ``make_phases``.
-      rows_a_batch: rows of each update that are of this lane.
+      rows_a_batch: rows of each update that are of this shard.
       window: documents that are packed together. The first windows of a phase have fewer, each twice as many as the
-        one before, so that the rows of its first updates have the shares of its weights, too, and come soon. Lanes
+        one before, so that the rows of its first updates have the shares of its weights, too, and come soon. Shards
         begin with different numbers, so that not all of them draw their windows before the same update.
     """
 
@@ -79,15 +79,15 @@ class Lane:
         config: DataConfig,
         *,
         index: int,
-        lanes: int,
+        shards: int,
         rows_a_batch: int,
         window: int,
     ):
         self._readers, self._phases, self._config = readers, phases, config
-        self._index, self._lanes, self._rows_a_batch, self._window = index, lanes, rows_a_batch, window
+        self._index, self._shards, self._rows_a_batch, self._window = index, shards, rows_a_batch, window
         self._number = -1  # of the window
-        self._size = self._first_size = min(_FIRST_WINDOW * (lanes + index) // lanes, window)  # of the next one
-        self._first_row = 0  # of the window, in the stream of this lane
+        self._size = self._first_size = min(_FIRST_WINDOW * (shards + index) // shards, window)  # of the next one
+        self._first_row = 0  # of the window, in the stream of this shard
         self._drawn = [0.0] * len(readers)  # in this phase
         self._phase = 0
         self._totals = [[0, 0] for _ in readers]  # documents and tokens given of each source
@@ -111,15 +111,18 @@ class Lane:
         return rows
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last row that was given, JSON-able; {} before the first."""
+        """The position after the last row that was given, JSON-able."""
         if not self._start:
-            return {}
+            return {"update": self._first_row // self._rows_a_batch} if self._first_row else {}
         totals, counts = [list(total) for total in self._totals], [reader.counts for reader in self._readers]
         return self._start | {"given": self._given, "totals": totals, "counts": counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where ``state`` was taken, with the same rows. A source whose position is None begins anew."""
         if not state:
+            return
+        if "update" in state:
+            self._first_row = state["update"] * self._rows_a_batch
             return
         for reader, position in zip(self._readers, state["positions"], strict=True):
             if position is not None:
@@ -178,10 +181,10 @@ class Lane:
         update, sources = self._first_row // self._rows_a_batch + 1, self._config.train
         losses = [SourceReport("", **reader.counts).describe_losses() for reader in self._readers]
         said = "".join(f"; {source.path}: {loss}" for source, loss in zip(sources, losses, strict=True) if loss)
-        lane = f"lane {self._index} of data.stream.lanes has" if self._config.streaming else "data.train has"
-        fewer = ", or have fewer lanes" if self._config.streaming else ""
+        shard = f"shard {self._index} of data.stream.shards has" if self._config.streaming else "data.train has"
+        fewer = ", or have fewer shards" if self._config.streaming else ""
         advice = f"set train.steps below it, raise max_epochs of a source{fewer}"
-        return f"{lane} no more rows for update {update}{said}: {advice}"
+        return f"{shard} no more rows for update {update}{said}: {advice}"
 
     def _next_goal(self, documents: list[Drawn], window: int) -> int:
         """How many documents to have before looking again; as many as there are: these are enough.

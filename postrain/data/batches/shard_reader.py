@@ -1,7 +1,7 @@
-"""A lane's share of a source that is read while training goes on, block by block.
+"""A shard's share of a source that is read while training goes on, block by block.
 
-Epoch e: the source's blocks in a seeded order, dealt to the lanes in turn, so that each block is read once by one
-lane. A source that is small, or has fewer blocks than there are lanes, is shared row by row: every lane reads all of
+Epoch e: the source's blocks in a seeded order, dealt to the shards in turn, so that each block is read once by one
+shard. A source that is small, or has fewer blocks than there are shards, is shared row by row: every shard reads all of
 it and keeps every n-th row.
 """
 
@@ -23,9 +23,9 @@ from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 
-_LEAST_BLOCKS = 16  # of a lane, where files can be divided: with fewer, some lanes would have much more than others
-_SHARED_BYTES = 64 << 20  # of a source so small that every lane reads all of it, and keeps its share of the rows
-_EMPTY_EPOCHS = 3  # in a row without a document: a lane with such a share of a source has none of it
+_LEAST_BLOCKS = 16  # of a shard, where files can be divided: with fewer, some shards would have much more than others
+_SHARED_BYTES = 64 << 20  # of a source so small that every shard reads all of it, and keeps its share of the rows
+_EMPTY_EPOCHS = 3  # in a row without a document: a shard with such a share of a source has none of it
 _LEAST_ROWS = 1000  # data.max_bad_fraction is of so many rows at first
 
 
@@ -54,7 +54,7 @@ def open_block_source(source: SourceConfig, config: DataConfig) -> BlockSource:
     stream = config.stream
     options = StorageOptions(cache_folder=stream.cache_folder, cache_bytes=int(stream.cache_gibibytes * 2**30))
     files = list_files(source.path, options)
-    enough = sum(file.bytes for file in files) // (_LEAST_BLOCKS * stream.lanes)
+    enough = sum(file.bytes for file in files) // (_LEAST_BLOCKS * stream.shards)
     blocks = list_blocks(files, max(min(stream.block_mebibytes << 20, enough), 1 << 16), options)
     if not blocks:
         raise UserError(f"{source.path} has no rows: its {len(files)} files are empty")
@@ -78,7 +78,7 @@ def _raw_rows(block: Block, name: str, options: StorageOptions) -> Iterator[tupl
 
 
 class BlockReader:
-    """A ``shard.Reader``: the rows of ``source``, the ``index``-th of the config, that are ``lane``'s."""
+    """A ``shard.Reader``: the rows of ``source``, the ``index``-th of the config, that are ``shard``'s."""
 
     def __init__(
         self,
@@ -86,12 +86,12 @@ class BlockReader:
         index: int,
         tokenizer: Tokenizer | None,
         config: DataConfig,
-        lane: int,
+        shard: int,
         rejected: RejectedLog | None = None,
         same: SameLayout | None = None,
     ):
         self._source, self._index, self._tokenizer, self._config = source, index, tokenizer, config
-        self._lane, self._lanes = lane, config.stream.lanes
+        self._shard, self._shards = shard, config.stream.shards
         same = same or SameLayout()
         kind, report = source.parser.kind, SourceReport(source.name, left_out_by=source.parser.left_out)
         self._policy = RowPolicy(report, config, kind, same, least_rows=_LEAST_ROWS, rejected=rejected)
@@ -100,7 +100,7 @@ class BlockReader:
 
     @property
     def report(self) -> SourceReport:
-        """What became of the rows of this lane's first epoch, as far as they were read."""
+        """What became of the rows of this shard's first epoch, as far as they were read."""
         return self._policy.report
 
     @property
@@ -172,7 +172,7 @@ class BlockReader:
             blocks, shared = self._share(epoch)
             for ordinal in range(block, len(blocks)):
                 for i, example in enumerate(self._examples(blocks[ordinal])):
-                    if i < row or (shared and (i + blocks[ordinal]) % self._lanes != self._lane):
+                    if i < row or (shared and (i + blocks[ordinal]) % self._shards != self._shard):
                         continue
                     yield {"epoch": epoch, "block": ordinal, "row": i + 1}, (blocks[ordinal], i), example
                 row = 0
@@ -180,11 +180,11 @@ class BlockReader:
             epoch, block = epoch + 1, 0
 
     def _share(self, epoch: int) -> tuple[list[int], bool]:
-        """This lane's blocks in an epoch, and whether it shares them with all lanes, row by row."""
+        """This shard's blocks in an epoch, and whether it shares them with all shards, row by row."""
         count = len(self._source.blocks)
         order = permutation(count, (self._config.seed, epoch, self._index, 2)) if self._config.shuffle else range(count)
-        shared = count < self._lanes or self._source.bytes < _SHARED_BYTES
-        return [int(block) for block in (order if shared else order[self._lane :: self._lanes])], shared
+        shared = count < self._shards or self._source.bytes < _SHARED_BYTES
+        return [int(block) for block in (order if shared else order[self._shard :: self._shards])], shared
 
     def _examples(self, block: int) -> Iterator[Any]:
         """Example, BadRow or None (left out) of each row."""

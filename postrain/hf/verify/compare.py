@@ -26,7 +26,8 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.config import read_config
-from postrain.hf.model_folder import ModelFolder, find_model, load_model
+from postrain.hf.hub import ModelFolder, find_model
+from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.reference import Reference, require_torch, write_random_model
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params, name_broken, num_params
@@ -259,7 +260,7 @@ def verify_random(folder: str | os.PathLike, *, num_layers: int = 0, seed: int =
     ``num_layers``: that many of the layers, 0 for all.
     """
     require_torch()
-    found = find_model(folder)
+    found = find_model(folder, weights=False)
     if found.adapter is not None:
         raise UserError(f"{folder}: --random makes the weights of a whole model, this is an adapter: give its base")
     with tempfile.TemporaryDirectory() as made:
