@@ -83,9 +83,9 @@ class MoeAux:
 def route(x_ND, p_router: dict, config: MoeConfig, routing_Nk=None):
     """``expert_ids`` int32 [N, k], best first, ``weights`` [N, k] of their outputs, ``logits`` [N, E].
 
-    In x's ``accumulation_dtype`` at full precision whatever the compute dtype: experts that are chosen by rounding differ between
-    trainer and sampler. Equal scores go to the lowest expert first (``torch.topk`` promises no order there).
-    ``routing_Nk``: experts to take instead (replay); the weights are those of the present router at those
+    In x's ``accumulation_dtype`` at full precision whatever the compute dtype: experts that are chosen by rounding
+    differ between trainer and sampler. Equal scores go to the lowest expert first (``torch.topk`` promises no order
+    there). ``routing_Nk``: experts to take instead (replay); the weights are those of the present router at those
     experts. A token with an id outside 0..E-1 chooses for itself.
     """
     if config.router not in ROUTERS:
@@ -332,7 +332,8 @@ def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, 
 
 
 def _cast_expert(p: dict, dtype, lora_alpha: float) -> dict:
-    """Matrices in the compute dtype before devices exchange them; biases float32 or float64, quantised kernels packed."""
+    """Matrices in the compute dtype before devices exchange them; biases in its ``accumulation_dtype``; quantised
+    kernels stay packed."""
     scaled = dict(p)
     if "lora_b" in p:
         b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, dtype))

@@ -249,7 +249,10 @@ def _init_magnitudes(adapters: dict, params: dict) -> dict:
 
 
 def column_norms(p: dict, scale: float = 1.0, dtype=jnp.float32) -> jax.Array:
-    """Norm of each output channel of kernel + ``scale`` A B over its inputs, [..., O] in ``dtype``; a constant to AD."""
+    """Norm of each output channel of kernel + ``scale`` A B over its inputs, [..., O] in ``dtype``.
+
+    A constant to automatic differentiation.
+    """
     p = jax.lax.stop_gradient(p)
     kernel = as_array(p["kernel"], dtype)
     if "lora_a" in p:

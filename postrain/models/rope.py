@@ -13,7 +13,8 @@ from postrain.models.precision import accumulation_dtype
 def compute_inverse_frequencies(rope: RopeConfig, head_dim: int, dtype=np.float32) -> np.ndarray:
     """Radians per position of each of the H/2 planes, [H/2] in ``dtype``, float32 or float64.
 
-    In float32 rounded where the models' own code rounds: at position 100,000 the last bit of a frequency is 0.006 radians.
+    In float32 rounded where the models' own code rounds: at position 100,000 the last bit of a frequency is 0.006
+    radians.
     """
     real = np.dtype(dtype).type
     exponents = np.arange(0, head_dim, 2, dtype=real) / real(head_dim)

@@ -39,21 +39,21 @@ class Reference:
         import torch
 
         self.dtype = dtype
-        with self._mode():
-            plain = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
+        plain = {"attn_implementation": "eager", "experts_implementation": "eager", "local_files_only": True}
+        with self._mode():  # which fills tables of its own as it is made: frequencies, multipliers
             model = _transformers().AutoModelForCausalLM.from_pretrained(
                 found.base, dtype=getattr(torch, dtype), **plain
             )
-            if found.adapter is not None:
-                if (vocab_size := needed_vocabulary(found.adapter)) > model.config.vocab_size:
-                    model.resize_token_embeddings(vocab_size)
-                try:
-                    import peft
-                except ImportError as error:
-                    advice = "pip install peft"
-                    raise UserError(f"verify of an adapter needs peft, which is not installed: {advice}") from error
-                # Not the model's own `load_adapter`, which leaves DoRA's magnitudes out.
-                model = peft.PeftModel.from_pretrained(model, str(found.adapter)).get_base_model()
+        if found.adapter is not None:
+            if (vocab_size := needed_vocabulary(found.adapter)) > model.config.vocab_size:
+                model.resize_token_embeddings(vocab_size)
+            try:
+                import peft
+            except ImportError as error:
+                raise UserError("verify of an adapter needs peft, which is not installed: pip install peft") from error
+            # Not the model's own `load_adapter`, which leaves DoRA's magnitudes out.
+            model = peft.PeftModel.from_pretrained(model, str(found.adapter)).get_base_model()
+            model = model.to(getattr(torch, dtype))
         self.model = model.eval()
 
     def _mode(self, experts: Sequence | None = None):
