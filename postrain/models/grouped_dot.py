@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import dequantize, is_quantized, shape_of
 from postrain.sharding import current_platform
 
@@ -36,7 +37,8 @@ def select_backend(name: str) -> str:
 
 
 def grouped_dot(x_MI, w_GIO, group_sizes_G, backend: str):
-    """Rows of group g times ``w_GIO[g]``, [M, O] in x's dtype; sums in float32.
+    """Rows of group g times ``w_GIO[g]``, [M, O] in x's dtype; sums in its
+    ``accumulation_dtype``.
 
     The first ``group_sizes_G[0]`` rows are group 0's and so on (int32, 0 allowed). Rows past the last group give 0
     and cost next to nothing. ``backend``: of BACKENDS. ``w_GIO`` may be quantised, and then has no gradient: blocks
@@ -89,7 +91,9 @@ def _rows_times_groups(x_MI, w_GIO, group_sizes_G, backend, *, transpose: bool):
     else:
         w = dequantize(w_GIO, x_MI.dtype) if is_quantized(w_GIO) else w_GIO
         w = w.swapaxes(1, 2) if transpose else w
-        out = jax.lax.ragged_dot(x_MI, w, group_sizes_G, preferred_element_type=jnp.float32).astype(x_MI.dtype)
+        out = jax.lax.ragged_dot(x_MI, w, group_sizes_G, preferred_element_type=accumulation_dtype(x_MI.dtype)).astype(
+            x_MI.dtype
+        )
     return jnp.where(jnp.arange(x_MI.shape[0])[:, None] < group_sizes_G.sum(), out, 0)
 
 
@@ -121,7 +125,7 @@ def _blocks_times_groups(x_MI, w_GIO, group_sizes_G, transpose: bool):
         w = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, group[i], keepdims=False), w_GIO)
         w = dequantize(w, x.dtype) if is_quantized(w) else w
         rows = jax.lax.dynamic_slice_in_dim(x, start[i], block)
-        product = jax.lax.dot_general(rows, w, contract, preferred_element_type=jnp.float32)
+        product = jax.lax.dot_general(rows, w, contract, preferred_element_type=accumulation_dtype(x.dtype))
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start[i], 0)
 
     out = jnp.zeros((num_rows + block, shape[1 if transpose else 2]), x_MI.dtype)
@@ -134,7 +138,7 @@ def _blocks_gradient(x_MI, grad_MO, group_sizes_G, dtype):
     x, grad = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (x_MI, grad_MO))
     starts_G = jnp.cumsum(group_sizes_G) - group_sizes_G
     offsets = jnp.arange(block, dtype=jnp.int32)[:, None]
-    contract = ((0,), (0,)), ((), ())
+    contract, wide = (((0,), (0,)), ((), ())), accumulation_dtype(x.dtype)
 
     def group(operands):
         start, size = operands
@@ -142,9 +146,9 @@ def _blocks_gradient(x_MI, grad_MO, group_sizes_G, dtype):
         def step(j, total):
             rows, grads = (jax.lax.dynamic_slice_in_dim(y, start + j * block, block) for y in (x, grad))
             rows = jnp.where(j * block + offsets < size, rows, 0)
-            return total + jax.lax.dot_general(rows, grads, contract, preferred_element_type=jnp.float32)
+            return total + jax.lax.dot_general(rows, grads, contract, preferred_element_type=wide)
 
-        zeros = jnp.zeros((x.shape[1], grad.shape[1]), jnp.float32)
+        zeros = jnp.zeros((x.shape[1], grad.shape[1]), wide)
         return jax.lax.fori_loop(0, -(-size // block), step, zeros).astype(dtype)
 
     return jax.lax.map(group, (starts_G, group_sizes_G))
@@ -155,7 +159,8 @@ def _kernel_gradient(x_MI, grad_MO, group_sizes_G, dtype):
 
     def dense(x_MI, grad_MO, group_sizes_G):
         dims = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        out = jax.lax.ragged_dot_general(x_MI, grad_MO, group_sizes_G, dims, preferred_element_type=jnp.float32)
+        wide = accumulation_dtype(x_MI.dtype)
+        out = jax.lax.ragged_dot_general(x_MI, grad_MO, group_sizes_G, dims, preferred_element_type=wide)
         return out.astype(dtype)
 
     kernel = functools.partial(_pallas_gradient, dtype=dtype)

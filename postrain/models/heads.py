@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, init_from_specs, param_specs
+from postrain.models.precision import accumulation_dtype
 
 POSITIONS = ("every", "last")
 
@@ -71,10 +72,10 @@ def last_positions(segment_ids_BT: jax.Array, max_documents: int) -> tuple[jax.A
 
 
 def apply_head(params: dict, head: HeadConfig, hidden: jax.Array) -> jax.Array:
-    """float32 [..., K] from hidden states [..., D]; ``params`` is the whole tree."""
-    p = params["heads"][head.name]
-    out = jnp.einsum("...d,dk->...k", hidden, p["kernel"].astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return out + p["bias"].astype(jnp.float32) if head.bias else out
+    """[..., K] from hidden states [..., D], in their ``accumulation_dtype``; ``params`` is the whole tree."""
+    p, dtype = params["heads"][head.name], accumulation_dtype(hidden.dtype)
+    out = jnp.einsum("...d,dk->...k", hidden, p["kernel"].astype(hidden.dtype), preferred_element_type=dtype)
+    return out + p["bias"].astype(dtype) if head.bias else out
 
 
 def apply_heads(

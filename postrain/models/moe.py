@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from postrain.models.config import MoeConfig
 from postrain.models.grouped_dot import grouped_dot, select_backend
+from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import is_quantized, shape_of
 from postrain.sharding import BATCH_AXES, named_shardings
 from postrain.types import RowTerms
@@ -80,18 +81,19 @@ class MoeAux:
 
 
 def route(x_ND, p_router: dict, config: MoeConfig, routing_Nk=None):
-    """``expert_ids`` int32 [N, k], best first, ``weights`` float32 [N, k] of their outputs, ``logits`` float32 [N, E].
+    """``expert_ids`` int32 [N, k], best first, ``weights`` [N, k] of their outputs, ``logits`` [N, E].
 
-    In float32 at full precision whatever the compute dtype: experts that are chosen by rounding differ between
-    trainer and sampler. Equal scores go to the lowest expert first (``torch.topk`` promises no order there).
-    ``routing_Nk``: experts to take instead (replay); the weights are those of the present router at those
+    In x's ``accumulation_dtype`` at full precision whatever the compute dtype: experts that are chosen by rounding
+    differ between trainer and sampler. Equal scores go to the lowest expert first (``torch.topk`` promises no order
+    there). ``routing_Nk``: experts to take instead (replay); the weights are those of the present router at those
     experts. A token with an id outside 0..E-1 chooses for itself.
     """
     if config.router not in ROUTERS:
         raise ValueError(f"router {config.router!r} is none of {', '.join(ROUTERS)}")
-    logits = jnp.dot(x_ND.astype(jnp.float32), p_router["kernel"].astype(jnp.float32), precision=HIGHEST)
+    dtype = accumulation_dtype(x_ND.dtype)
+    logits = jnp.dot(x_ND.astype(dtype), p_router["kernel"].astype(dtype), precision=HIGHEST)
     if "bias" in p_router:
-        logits = logits + p_router["bias"].astype(jnp.float32)
+        logits = logits + p_router["bias"].astype(dtype)
     scores = jax.nn.softmax(logits, axis=-1) if config.router == "softmax_topk" else logits
     _, expert_ids = jax.lax.top_k(scores, config.experts_per_token)
     if routing_Nk is not None:
@@ -168,7 +170,7 @@ def _compute_aux(expert_ids, weights, logits, mask_BT, axes_rows, axes_sequence)
     """From this device's tokens ([N, ...]) to the sums over all of them."""
     (batch, length), num_experts = mask_BT.shape, logits.shape[-1]
     per_token = lambda x: x.reshape(batch, length, -1)
-    mask = mask_BT.astype(jnp.float32)
+    mask = mask_BT.astype(logits.dtype)
     chosen = (expert_ids[:, :, None] == jnp.arange(num_experts)).sum(1)
     over_sequence = lambda x: jax.lax.psum(x, axes_sequence) if axes_sequence else x
     counts_BE = over_sequence((per_token(chosen) * mask[:, :, None]).sum(1))
@@ -199,7 +201,12 @@ def _dispatch(x_NI, order_M, places_M, k):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _combine(rows_MI, order_M, places_M, k):
     """Sum over the k assignments of each token, [N, I]; ``places_M`` says where each assignment went."""
-    return rows_MI[places_M].reshape(-1, k, rows_MI.shape[-1]).sum(1, dtype=jnp.float32).astype(rows_MI.dtype)
+    return (
+        rows_MI[places_M]
+        .reshape(-1, k, rows_MI.shape[-1])
+        .sum(1, dtype=accumulation_dtype(rows_MI.dtype))
+        .astype(rows_MI.dtype)
+    )
 
 
 _dispatch.defvjp(
@@ -325,9 +332,13 @@ def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, 
 
 
 def _cast_expert(p: dict, dtype, lora_alpha: float) -> dict:
-    """Matrices in the compute dtype before devices exchange them; biases stay float32, quantised kernels packed."""
-    scaled = p | ({"lora_b": p["lora_b"] * (lora_alpha / p["lora_a"].shape[-1])} if "lora_b" in p else {})
-    dtypes = {name: jnp.float32 if name == "bias" else dtype for name in scaled}
+    """Matrices in the compute dtype before devices exchange them; biases in its ``accumulation_dtype``; quantised
+    kernels stay packed."""
+    scaled = dict(p)
+    if "lora_b" in p:
+        b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, dtype))
+        scaled["lora_b"] = b * (lora_alpha / p["lora_a"].shape[-1])
+    dtypes = {name: accumulation_dtype(dtype) if name == "bias" else dtype for name in scaled}
     return {name: w if is_quantized(w) else w.astype(dtypes[name]) for name, w in scaled.items()}
 
 

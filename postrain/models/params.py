@@ -248,18 +248,21 @@ def _init_magnitudes(adapters: dict, params: dict) -> dict:
     return {key: _init_magnitudes(value, params[key]) for key, value in adapters.items()}
 
 
-def column_norms(p: dict, scale: float = 1.0) -> jax.Array:
-    """Norm of each output channel of kernel + ``scale`` A B over its inputs, float32 [..., O]; a constant to AD."""
+def column_norms(p: dict, scale: float = 1.0, dtype=jnp.float32) -> jax.Array:
+    """Norm of each output channel of kernel + ``scale`` A B over its inputs, [..., O] in ``dtype``.
+
+    A constant to automatic differentiation.
+    """
     p = jax.lax.stop_gradient(p)
-    kernel = as_array(p["kernel"], jnp.float32)
+    kernel = as_array(p["kernel"], dtype)
     if "lora_a" in p:
-        kernel = kernel + scale * _product(p)
+        kernel = kernel + scale * _product(p, dtype)
     return jnp.linalg.norm(kernel, axis=-2)
 
 
-def _product(p: dict) -> jax.Array:
-    """A B in float32, [..., I, O]."""
-    a, b = p["lora_a"].astype(jnp.float32), p["lora_b"].astype(jnp.float32)
+def _product(p: dict, dtype=jnp.float32) -> jax.Array:
+    """A B in ``dtype``, [..., I, O]."""
+    a, b = p["lora_a"].astype(dtype), p["lora_b"].astype(dtype)
     return jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -17,6 +17,7 @@ from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.params import column_norms, merge_lora
+from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain, splits_positions
@@ -25,10 +26,14 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approx
 
 
 def rms_norm(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_eps)
-    scale = p["scale"].astype(jnp.float32)
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in x's ``accumulation_dtype``.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    wide = x.astype(dtype)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+    scale = p["scale"].astype(dtype)
     return (normed * (1 + scale if config.norm_plus_one else scale)).astype(x.dtype)
 
 
@@ -40,9 +45,10 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     y = fp8_dot(rows, p["kernel"].astype(x.dtype)) if config.fp8 else dot(rows, p["kernel"])
     if "lora_a" in p:
         scale = config.lora.scale_of(p["lora_a"])
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"] * scale).astype(x.dtype)
+        b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, x.dtype)) * scale
+        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ b.astype(x.dtype)
         if "magnitude" in p:
-            norms = column_norms(p, scale)
+            norms = column_norms(p, scale, accumulation_dtype(x.dtype))
             y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
@@ -90,10 +96,11 @@ def _mlp(x_BTD, p, config):
 
 def _rotations_by_layer(config: ModelConfig, positions):
     """``window -> (cos, sin)``: of the layers with a window, and of those without. ``window`` may be traced."""
-    everywhere = compute_rotations(config.rope, config.head_dim, positions)
+    dtype = accumulation_dtype(config.compute_dtype)
+    everywhere = compute_rotations(config.rope, config.head_dim, positions, dtype)
     if config.local_rope is None:
         return lambda window: everywhere
-    local = compute_rotations(config.local_rope, config.head_dim, positions)
+    local = compute_rotations(config.local_rope, config.head_dim, positions, dtype)
     return lambda window: tuple(jnp.where(window > 0, near, far) for near, far in zip(local, everywhere, strict=True))
 
 
@@ -273,8 +280,8 @@ def unembedding(params: dict, config: ModelConfig) -> jax.Array:
 
 
 def compute_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """float32 [..., V'] from hidden states [..., D]; entries past ``vocab_size`` are the lowest float32."""
-    weights = unembedding(params, config).astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=jnp.float32)
+    """Logits [..., V'] of hidden states [..., D] in their ``accumulation_dtype``; past ``vocab_size`` its lowest."""
+    weights, dtype = unembedding(params, config).astype(hidden.dtype), accumulation_dtype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=dtype)
     logits = soft_cap(logits, config.logits_softcap)
-    return jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+    return jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, jnp.finfo(dtype).min)

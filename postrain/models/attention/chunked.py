@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from postrain.models.attention.blocks import MASKED, pad_to_blocks, sink_gradient, soft_cap
+from postrain.models.precision import accumulation_dtype
 from postrain.sharding import current_platform
 
 
@@ -61,7 +62,8 @@ def _visible(starts_RC, i, j, first, chunk):
 
 
 def _scores(q_RKGCH, k_RKSH, softcap):
-    return soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=jnp.float32), softcap)
+    dtype = accumulation_dtype(q_RKGCH.dtype)
+    return soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=dtype), softcap)
 
 
 def _groups(x, rows):
@@ -76,7 +78,7 @@ def _flash(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static)
 
 def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static):
     softcap, chunk, rows = static
-    num_blocks = q_BKGTH.shape[3] // chunk
+    num_blocks, dtype = q_BKGTH.shape[3] // chunk, accumulation_dtype(q_BKGTH.dtype)
 
     def row_group(operands):
         q, k, v, starts = operands
@@ -95,16 +97,16 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: 
                     "rkgcs,rksh->rkgch",
                     weights.astype(v.dtype),
                     _block(v, j, chunk, 2),
-                    preferred_element_type=jnp.float32,
+                    preferred_element_type=dtype,
                 )
                 return out * decay[..., None] + values, total * decay + weights.sum(-1), new_peak
 
             shape = q_i.shape[:-1]
             if sinks_KG is None:
-                start = jnp.zeros(shape, jnp.float32), jnp.full(shape, MASKED)
+                start = jnp.zeros(shape, dtype), jnp.full(shape, MASKED, dtype)
             else:  # a key seen before all others, whose value is 0
-                start = jnp.ones(shape, jnp.float32), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
-            start = jnp.zeros(q_i.shape, jnp.float32), *start
+                start = jnp.ones(shape, dtype), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
+            start = jnp.zeros(q_i.shape, dtype), *start
             out, total, peak = jax.lax.fori_loop(
                 starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start
             )
@@ -124,9 +126,9 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: 
 def _flash_backward(static: _Static, residuals, grad_BKGTH):
     softcap, chunk, rows = static
     q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, out, logsumexp = residuals
-    num_blocks = q_BKGTH.shape[3] // chunk
+    num_blocks, dtype = q_BKGTH.shape[3] // chunk, accumulation_dtype(q_BKGTH.dtype)
     # sum_s p_s dp_s of every query, by the identity of the flash attention paper (section 3.1 of the backward).
-    dots = (grad_BKGTH.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    dots = (grad_BKGTH.astype(dtype) * out.astype(dtype)).sum(-1)
 
     def row_group(operands):
         q, k, v, starts, grad, dots, logsumexp = operands
@@ -141,26 +143,24 @@ def _flash_backward(static: _Static, residuals, grad_BKGTH):
                 scores = _scores(q_i, k_j, softcap)
                 visible = _visible(starts_i, i, j, first, chunk)
                 weights = jnp.exp(jnp.where(visible, scores, MASKED) - lse_i[..., None])
-                dv_j = jnp.einsum(
-                    "rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=jnp.float32
-                )
-                dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=jnp.float32)
+                dv_j = jnp.einsum("rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=dtype)
+                dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=dtype)
                 dscores = weights * (dweights - dots_i[..., None])
                 if softcap:  # d(c tanh(x / c)) = 1 - tanh^2
                     dscores = dscores * (1 - jnp.square(scores / softcap))
                 dscores = dscores.astype(q.dtype)
-                dq_i = dq_i + jnp.einsum("rkgcs,rksh->rkgch", dscores, k_j, preferred_element_type=jnp.float32)
-                dk_j = jnp.einsum("rkgcs,rkgch->rksh", dscores, q_i, preferred_element_type=jnp.float32)
+                dq_i = dq_i + jnp.einsum("rkgcs,rksh->rkgch", dscores, k_j, preferred_element_type=dtype)
+                dk_j = jnp.einsum("rkgcs,rkgch->rksh", dscores, q_i, preferred_element_type=dtype)
                 add = lambda total, part: jax.lax.dynamic_update_slice_in_dim(
                     total, _block(total, j, chunk, 2) + part, j * chunk, 2
                 )
                 return dq_i, add(dk, dk_j), add(dv, dv_j)
 
-            start = jnp.zeros(q_i.shape, jnp.float32), *carry
+            start = jnp.zeros(q_i.shape, dtype), *carry
             dq_i, dk, dv = jax.lax.fori_loop(starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start)
             return (dk, dv), dq_i.astype(q.dtype)
 
-        start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        start = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
         (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 

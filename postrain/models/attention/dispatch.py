@@ -34,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 from postrain.errors import UserError
 from postrain.models.attention.blocks import MASKED, soft_cap
 from postrain.models.attention.chunked import chunked
+from postrain.models.precision import accumulation_dtype
 from postrain.sharding import BATCH_AXES, current_platform, gpu_capability
 
 TRITON_CAPABILITY = 8.0  # of NVIDIA's GPUs, the least that Triton compiles for
@@ -98,7 +99,8 @@ def attention(
     backend: str = "auto",
     chunk: int = 128,
 ):
-    """Softmax(softcap(q k^T scale)) v within each document, [B, T, N, H] in q's dtype; softmax in float32.
+    """Softmax(softcap(q k^T scale)) v within each document, [B, T, N, H] in q's dtype; softmax in its
+    ``accumulation_dtype``.
 
     ``segment_ids`` [B, T] delimit the documents. ``positions`` [B, T] must restart with each document: they
     are required so that nobody forgets them where they matter (rotary embedding); causality and windows go by
@@ -109,7 +111,7 @@ def attention(
     del positions  # in the order of the row by contract
     starts_BT = compute_visible_starts(segment_ids, window)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    sinks_N = None if sinks is None else sinks.astype(jnp.float32)
+    sinks_N = None if sinks is None else sinks.astype(accumulation_dtype(q_BTNH.dtype))
     name = select_backend(backend)
     body = functools.partial(chunked, chunk=chunk) if name == "chunked" else load_kernel(name)
     body = functools.partial(body, softcap=softcap, scale=scale)
@@ -159,21 +161,21 @@ def cached_attention(
     """
     batch, steps, num_heads, head_dim = q_BSNH.shape
     num_kv, num_slots = k_BKMH.shape[1:3]
-    groups = num_heads // num_kv
+    groups, dtype = num_heads // num_kv, accumulation_dtype(k_BKMH.dtype)
     scale = head_dim**-0.5 if scale is None else scale
     # All queries of a key head as rows of one matrix, [B, K, G*S, H]: a plain batched product with the cache.
     q = (q_BSNH * scale).astype(k_BKMH.dtype).reshape(batch, steps, num_kv, groups, head_dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv, groups * steps, head_dim)
-    scores = soft_cap(jnp.einsum("bkqh,bkmh->bkqm", q, k_BKMH, preferred_element_type=jnp.float32), softcap)
+    scores = soft_cap(jnp.einsum("bkqh,bkmh->bkqm", q, k_BKMH, preferred_element_type=dtype), softcap)
     slots, queries = jnp.arange(num_slots), jnp.tile(positions_BS, (1, groups))[:, :, None]
     seen = slots <= queries
     if window is not None:
         seen &= (window <= 0) | (slots > queries - window)
     scores = jnp.where(seen[:, None], scores, MASKED)
     if sinks is not None:  # one more key, whose value is 0
-        logits = jnp.repeat(sinks.astype(jnp.float32).reshape(num_kv, groups), steps, axis=1)[None, :, :, None]
+        logits = jnp.repeat(sinks.astype(dtype).reshape(num_kv, groups), steps, axis=1)[None, :, :, None]
         scores = jnp.concatenate([scores, jnp.broadcast_to(logits, (batch, *logits.shape[1:]))], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., :num_slots].astype(v_BKMH.dtype)
-    out = jnp.einsum("bkqm,bkmh->bkqh", weights, v_BKMH, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkqm,bkmh->bkqh", weights, v_BKMH, preferred_element_type=dtype)
     out = out.reshape(batch, num_kv, groups, steps, head_dim).transpose(0, 3, 1, 2, 4)
     return out.reshape(q_BSNH.shape).astype(q_BSNH.dtype)
