@@ -1,12 +1,11 @@
-"""The keys of a config: documented, checked and made immutable."""
+"""The config of a run: its keys (``schema``), checked and made immutable (``check``), from files (``load``)."""
 
+from postrain.config.check import check_model_path, check_paths, format_config, is_hub_name, resolve, to_dict
+from postrain.config.load import load_config
 from postrain.config.schema import (
-    HOW_TO_GET_A_MODEL,
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalSection,
-    ExportSection,
     LoraSection,
     MeshConfig,
     MixtureSection,
@@ -14,30 +13,17 @@ from postrain.config.schema import (
     NewTokensSection,
     OptimizerConfig,
     PhaseConfig,
-    RanksSection,
     RouterSection,
-    RowFunction,
     SourceConfig,
     SpikeSection,
     StreamSection,
     TrackersConfig,
-    TrainSection,
-    as_dict,
-    check_model_path,
-    check_paths,
-    format_config,
-    is_hub_name,
-    resolve,
-    to_dict,
 )
 
 __all__ = [
-    "HOW_TO_GET_A_MODEL",
     "CheckpointConfig",
     "Config",
     "DataConfig",
-    "EvalSection",
-    "ExportSection",
     "LoraSection",
     "MeshConfig",
     "MixtureSection",
@@ -45,19 +31,16 @@ __all__ = [
     "NewTokensSection",
     "OptimizerConfig",
     "PhaseConfig",
-    "RanksSection",
     "RouterSection",
-    "RowFunction",
     "SourceConfig",
     "SpikeSection",
     "StreamSection",
     "TrackersConfig",
-    "TrainSection",
-    "as_dict",
     "check_model_path",
-    "is_hub_name",
     "check_paths",
     "format_config",
+    "is_hub_name",
+    "load_config",
     "resolve",
     "to_dict",
 ]

@@ -1,4 +1,4 @@
-"""Functions that a config file gives: what they are known by, in config.json and where a change must be noticed."""
+"""Functions as values of a config: their identity in config.json and in the fingerprint of the data."""
 
 import hashlib
 import inspect
@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 from postrain.errors import UserError
 
-PREFIX = "function "  # of their descriptions
+PREFIX = "function "  # of every identity
 
 
-def describe_function(function: Callable, key: str) -> str:
-    """``function NAME DIGEST``: the name as written in its file, and a hash of its text (not of what it calls).
+def identify_function(function: Callable, key: str) -> str:
+    """``function NAME DIGEST``: the name as written in its file, and a hash of its text (not of functions it calls).
 
     Raises:
-      UserError: naming the config ``key``, where the function has no name or no text, or its text does not say all.
+      UserError: naming the config ``key``, where it is not a function with a name and a text, or where it reads
+        variables of a function around it.
     """
     name, where = getattr(function, "__qualname__", ""), f"config key '{key}'"
     advice = "write it with `def` in the config file, outside of other functions"

@@ -1,42 +1,41 @@
-"""What keys of a config must be to each other: each a mistake that is answered before anything else happens."""
-
-from __future__ import annotations
+"""Keys that contradict each other: mistakes that are answered before anything else happens."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+import typing
 
-from postrain.config.limits import CHOICES
+from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection
 from postrain.errors import UserError
-
-if TYPE_CHECKING:
-    from postrain.config import Config, DataConfig, ModelSection
 
 
 def check_rules(config: Config) -> None:
-    """Raises UserError naming the keys that do not go together."""
-    _check_rows(config)
+    """Raises UserError naming keys that do not go together."""
+    if config.train.steps == 0 and config.train.epochs <= 0:
+        raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
+    if config.model.lora.rank == 0 and config.export.format == "adapter":
+        raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    _check_batch(config)
     _check_mixture(config.data)
     _check_stream(config)
     _check_adapters(config.model)
     _check_new_tokens(config.model)
     _check_best(config)
-    if config.train.spike.policy == "rollback" and not config.checkpoint.every:
-        raise UserError("config key 'train.spike.policy' = 'rollback' needs 'checkpoint.every' above 0")
+    if config.recipe == "preference":
+        _check_preference(config)
 
 
 def has_mixture(config: DataConfig) -> bool:
-    """Whether the config asks for other shares of its sources than each row once an epoch."""
+    """Whether the shares of the sources are other than each row once an epoch."""
     own = any(source.weight or source.max_epochs for source in config.train)
     return own or bool(config.mixture.phases) or config.mixture.temperature != 1
 
 
-def _check_rows(config: Config) -> None:
-    """The rows of an update are shared out evenly; over how many devices is known here where no axis is -1."""
+def _check_batch(config: Config) -> None:
+    """Micro-batches and devices have the same number of rows each; devices are known here where no axis is -1."""
     rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
     free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
     if len(free) > 1:
         raise UserError(
-            f"config keys {' and '.join(free)} are -1, what is left by the others: give all but one a number"
+            f"config keys {' and '.join(free)} are -1, all devices that are left: give all but one a number"
         )
     if rows % micro_batches:
         raise UserError(
@@ -56,7 +55,7 @@ def _check_rows(config: Config) -> None:
 
 
 def _check_adapters(model: ModelSection) -> None:
-    """Adapters that could not change the model are a mistake, and so is what goes with adapters that are not there."""
+    """Refuses adapters that could not change the model, and settings of adapters where there are none."""
     lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
     own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
     if not lora.rank:
@@ -86,11 +85,11 @@ def _check_adapters(model: ModelSection) -> None:
 
 
 def _check_new_tokens(model: ModelSection) -> None:
-    """What the tokens themselves must be is checked where they are read (``postrain.data.rendering.new_tokens``)."""
+    """The tokens themselves are checked by ``postrain.data.rendering.new_tokens``, which reads them."""
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(
-            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both given: put all tokens in one "
+            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both set: put all tokens in one "
             "of them"
         )
     for key in ("train_alone", "special"):
@@ -104,8 +103,8 @@ def _check_new_tokens(model: ModelSection) -> None:
 
 
 def _check_best(config: Config) -> None:
-    """``checkpoint.metric`` must be one that the run will have, if checkpoints are to be kept by it."""
-    metric, scored = config.checkpoint.metric, CHOICES["eval.metrics"]
+    """With ``checkpoint.keep_best``, the run must measure ``checkpoint.metric`` at every checkpoint."""
+    metric, scored = config.checkpoint.metric, typing.get_args(AnswerMetric)
     if not config.checkpoint.keep_best:
         return
     where = f"config key 'checkpoint.metric' = {metric!r}"
@@ -130,9 +129,9 @@ def _check_best(config: Config) -> None:
 
 def _check_stream(config: Config) -> None:
     data, train = config.data, config.train
-    asked = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
+    key = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
     if (data.streaming or has_mixture(data)) and not train.steps:
-        raise UserError(f"config key {asked}: such data have no end that is known beforehand: set 'train.steps'")
+        raise UserError(f"config key {key}: the length of such an epoch is not known beforehand: set 'train.steps'")
     shards = data.stream.shards
     if data.streaming and data.batch_size % shards:
         raise UserError(
@@ -145,7 +144,7 @@ def _check_stream(config: Config) -> None:
 
 
 def _check_mixture(config: DataConfig) -> None:
-    """Raises UserError for weights that cannot be meant."""
+    """Refuses weights that contradict each other."""
     sources, mixture = config.train, config.mixture
     weighted = [source.weight > 0 for source in sources]
     if any(weighted) and mixture.temperature != 1:
@@ -169,3 +168,18 @@ def _check_mixture(config: DataConfig) -> None:
         if phase.step <= last:
             raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
         last = phase.step
+
+
+def _check_preference(config: Config) -> None:
+    """The reference of recipe preference is the model without its adapters: nothing else may train."""
+    if not config.model.lora.rank:
+        raise UserError(
+            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference"
+        )
+    if config.model.new_tokens.tokens or config.model.new_tokens.file:
+        raise UserError(
+            "recipe 'preference' cannot train rows of 'model.new_tokens', which the reference would share: train them "
+            "with recipe sft first"
+        )
+    if config.eval.generate_rows:
+        raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")

@@ -24,11 +24,11 @@ from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
 from postrain.hf.hub import locate_model
 from postrain.hf.tensors import TensorFiles
 from postrain.hf.text_part import open_tensors
-from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
+from postrain.hf.tree import group_layers, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, frozen_specs, make_packer
-from postrain.sharding import named_shardings
-from postrain.trees import flatten
+from postrain.sharding import named_shardings, to_host
+from postrain.trees import flatten, unflatten
 
 PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
 
@@ -227,7 +227,7 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], pack, m
         held = [(name, bounds, leading) for name, bounds, leading in met if leading]
         if not held:
             continue
-        found = jax.device_get(pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
+        found = jax.tree.map(to_host, pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
         for name, bounds, leading in held:
             part, rest = parts[name][bounds], tuple(slice(*pair) for pair in bounds[len(piece) :])
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(leading, bounds, strict=False))

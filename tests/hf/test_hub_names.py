@@ -19,7 +19,7 @@ from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.hf.hub import ModelFolder, find_model, locate_model
 from postrain.hf.save import save_pretrained
-from postrain.training.agreement import describe_files
+from postrain.training.agreement import file_facts
 
 NAME = "someone/tiny-model"
 UNWANTED = {
@@ -93,7 +93,7 @@ def test_revisions_and_a_branch_that_moves(hub, model):
     assert not hub.fetched()  # but for config.json, nothing has another content
     assert postrain.load_pretrained(f"{NAME}@{second}")[0].max_positions == 77
     forget()
-    assert describe_files(resolve({"model": {"path": NAME}, "data": {"train": "x"}})) == {
+    assert file_facts(resolve({"model": {"path": NAME}, "data": {"train": "x"}})) == {
         f"{NAME} on the Hugging Face hub": f"commit {second}"
     }
 

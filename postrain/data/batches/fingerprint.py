@@ -18,6 +18,7 @@ from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.documents import Document, Group
 from postrain.data.files.storage import is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.files import digest
 
 # Keys of the config that decide which rows come when.
 _KEYS = (
@@ -161,9 +162,7 @@ def _describe_files(files: list[str]) -> list[dict]:
     described = []
     for name, file in zip(name_files(files), files, strict=True):
         if is_local(file):
-            with open(file, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest(file)})
         else:
             (stored,) = list_files(file)
             described.append({"name": name, "bytes": stored.bytes, "version": stored.version})

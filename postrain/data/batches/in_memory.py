@@ -18,7 +18,7 @@ from postrain.data.batches.epoch_order import RowPlan
 from postrain.data.batches.loading import ExampleSet, load_examples
 from postrain.data.batches.packing import assemble_batch, pack
 from postrain.data.documents import check_token_ids
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 __all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
 
@@ -170,5 +170,4 @@ def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequenc
 def describe_rows(example_set: ExampleSet, row_ids: np.ndarray, limit: int = 16) -> str:
     """``file:line, file:line, ...`` of the documents in ``row_ids`` (any shape, -1 is skipped), each row once."""
     refs = dict.fromkeys(str(example_set.examples[i].ref) for i in np.ravel(row_ids) if i >= 0)
-    named = ", ".join(list(refs)[:limit])
-    return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
+    return shorten(refs, limit)

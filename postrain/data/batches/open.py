@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -26,10 +25,11 @@ from postrain.data.batches.row_counts import RejectedLog
 from postrain.data.batches.shard_reader import BlockReader, BlockSource, open_block_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.documents import Document, Layout, SameLayout
-from postrain.data.files.storage import StoredFile, is_local, open_file
+from postrain.data.files.storage import StoredFile, is_local
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
+from postrain.files import digest, spread
 
 _SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
 
@@ -199,7 +199,7 @@ def fingerprint_stream(sources: Sequence[BlockSource], tokenizer: Tokenizer | No
     described = []
     for source in sources:
         names = name_files([file.url for file in source.files])
-        files = [{"name": n} | _describe(file, source) for n, file in zip(names, source.files, strict=True)]
+        files = [{"name": n} | _describe(file) for n, file in zip(names, source.files, strict=True)]
         described.append({"name": source.name, "kind": source.parser.form, "files": files} | source.parser.identity)
     return describe_pipeline(described, tokenizer, config)
 
@@ -210,15 +210,13 @@ def _summarize(sources: Sequence[BlockSource], config: DataConfig) -> str:
         f"{count(len(source.blocks), 'block')}, kind {source.parser.form}"
         for source in sources
     ]
-    return "\n".join([*lines, f"streamed in {count(config.stream.shards, 'shard')}: rows are checked when they are read"])
+    return "\n".join(
+        [*lines, f"streamed in {count(config.stream.shards, 'shard')}: rows are checked when they are read"]
+    )
 
 
-def _describe(file: StoredFile, source: BlockSource) -> dict:
+def _describe(file: StoredFile) -> dict:
     """A local file by its size and three pieces, so that it may be copied; another by size and version."""
     if not is_local(file.url):
         return {"bytes": file.bytes, "version": file.version}
-    digest = hashlib.blake2b(digest_size=20)
-    for start in (0, file.bytes // 2, max(file.bytes - _SAMPLE, 0)):
-        with open_file(file, source.options, start) as f:
-            digest.update(f.read(_SAMPLE))
-    return {"bytes": file.bytes, "sample": digest.hexdigest()}
+    return {"bytes": file.bytes, "sample": digest(file.url, spread(0, file.bytes, 3, _SAMPLE))}

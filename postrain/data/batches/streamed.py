@@ -21,9 +21,9 @@ from postrain.config import DataConfig
 from postrain.data.batches.mixture import make_phases
 from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.report import add_up
-from postrain.data.batches.shard import Shard, Reader
+from postrain.data.batches.shard import Reader, Shard
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 _NAMED_BATCHES = 4  # besides those prepared ahead, whose rows can be told: a bad step is found out a step late
 
@@ -66,7 +66,9 @@ class ShardedBatches:
         mine = range(process_index * rows // process_count, (process_index + 1) * rows // process_count)
         phases, window = make_phases(config, sizes), max(config.packing_window // shards, each)
         made = {
-            shard: Shard(make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window)
+            shard: Shard(
+                make_readers(shard), phases, config, index=shard, shards=shards, rows_a_batch=each, window=window
+            )
             for shard in range(mine.start // each, -(-mine.stop // each))
         }
         self._source = _Batches(made, mine, each, config, layout)
@@ -81,7 +83,7 @@ class ShardedBatches:
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """The position of this process' shards after the last batch that was handed out: {"shards": {shard: position}}."""
+        """This process's shards after the last batch that was returned: {"shards": {shard: position}}."""
         return self._batches.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -103,8 +105,7 @@ class ShardedBatches:
         """``file:line, file:line, ...`` of the documents in ``row_ids`` of one of the last batches."""
         names = {number: name for batch in list(self._source.named) for number, name in batch.items()}
         refs = dict.fromkeys(names[i] for i in np.ravel(row_ids).tolist() if i in names)
-        named = ", ".join(list(refs)[:limit])
-        return named if len(refs) <= limit else f"{named} and {len(refs) - limit} more"
+        return shorten(refs, limit)
 
     def format_consumption(self, position: Mapping[str, Any]) -> list[str]:
         """For each source: documents and tokens that were trained on up to ``position``, and their share.
