@@ -45,7 +45,7 @@ def test_all_shards_or_those_that_were_named(folder):
     for number in (0, 1, 3):
         (folder / "x" / f"s-{number:05}-of-00004.jsonl").write_text("{}\n")
     for path in ("x", "x/s-*"):
-        with pytest.raises(UserError, match="1 of 4 shards are missing, the first is .*/s-00002-of-00004.jsonl: bring"):
+        with pytest.raises(UserError, match="1 of 4 shards are missing, the first is .*/s-00002-of-00004.jsonl: add"):
             list_files(path)
     assert len(list_files("x/s-{00000..00001}-of-00004.jsonl")) == 2
     assert len(list_files("x/s-00003-of-00004.jsonl")) == 1
