@@ -268,7 +268,7 @@ def _split_targets(lora: LoraConfig, table, config: ModelConfig) -> tuple[dict[s
 def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_name: str) -> dict:
     """The keys of `peft.LoraConfig` that differ from its defaults, or say what the adapter is."""
     lora = config.lora
-    base_name, revision = base_name.split("@") if is_hub_name(base_name) and "@" in base_name else (base_name, None)
+    base_name, _, revision = base_name.partition("@") if is_hub_name(base_name) else (base_name, "", "")
     modules, experts = _split_targets(lora, table, config)
     ranks = {module.split(".")[-1]: lora.rank_of(target) for target, module in modules.items()}
     for target, parameter in experts.items():
@@ -282,7 +282,7 @@ def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_nam
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": lora.rank,
-        "revision": revision,
+        "revision": revision or None,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
         "target_modules": sorted(module.split(".")[-1] for module in modules.values()),
         "target_parameters": sorted(set(experts.values())) or None,
