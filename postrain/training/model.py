@@ -65,9 +65,9 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     section = config.model
     fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
     rows = find_rows(new, source.vocab_size) if new else None
-    started = start_rows(base, new, rows, mesh) if new else {}
+    started = start_rows(base, new, rows, mesh) if new and rows else {}
     if not frozen:
-        return Model(model_config, write_rows(base, started, rows) if new else base, {}, fingerprint)
+        return Model(model_config, write_rows(base, started, rows) if rows else base, {}, fingerprint)
     if model_config.lora is None:
         return Model(model_config, started, base, fingerprint)
     specs = lora_specs(model_config)

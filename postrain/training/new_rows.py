@@ -29,6 +29,7 @@ def find_new_tokens(config: Config, folder: str | os.PathLike, vocab_size: int) 
     if not (section.tokens or section.file):
         return None
     new = load_run_tokenizer(config, folder).new_tokens
+    assert new is not None  # the section names some
     for text, ids in zip(new.texts, new.start_ids, strict=True):
         if ids and max(ids) >= vocab_size:
             raise UserError(
