@@ -1,6 +1,7 @@
-"""What the README and the guides say is so: their commands run, their keys, links and names exist."""
+"""The README and the guides are true: their commands run, their keys, links and names exist."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -75,6 +76,19 @@ def test_the_commands_of_the_readme_run(folder):
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
+def test_the_command_of_the_page_on_preferences_runs(folder):
+    rows = [
+        {"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither of the two"} for i in range(6)
+    ]
+    for name in ("pairs", "held_out_pairs"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [words] = read_commands(ROOT / "docs" / "preference.md")
+    words = [re.sub(r"(held_out_)?pairs\.jsonl", rf"{folder}/\g<0>", word) for word in words]
+    result = run(in_small(words, folder))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "runs" / "dpo" / "export" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page, folder):
     for words in read_commands(page):
@@ -100,7 +114,7 @@ def test_every_key_and_link_exists(page):
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_readme_lists_the_commands_that_there_are():
+def test_the_readme_lists_every_command():
     listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     [commands] = [action for action in cli.make_parser()._actions if getattr(action, "choices", None)]
     assert listed == list(commands.choices)

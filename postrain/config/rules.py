@@ -89,7 +89,7 @@ def _check_new_tokens(model: ModelSection) -> None:
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(
-            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both given: put all tokens in one "
+            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both set: put all tokens in one "
             "of them"
         )
     for key in ("train_alone", "special"):

@@ -24,10 +24,11 @@ from postrain.config import Config
 from postrain.errors import UserError
 from postrain.hf.hub import locate_model
 from postrain.models.config import LoraConfig
+from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives
 from postrain.plan.report import (
     Attempt,
-    BatchFacts,
+    BatchSizes,
     CollectiveFacts,
     Flops,
     Memory,
@@ -39,7 +40,6 @@ from postrain.plan.report import (
 from postrain.plan.roofline import bound_step, count_traced_flops
 from postrain.plan.targets import INSTALL, Target, open_target
 from postrain.sharding import make_mesh, num_row_shards
-from postrain.training.flops import BatchStats, count_flops, count_pairs
 from postrain.training.model import Model, abstract_model, count_params
 from postrain.training.program import Program
 from postrain.training.summary import describe_undivided
@@ -71,7 +71,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
     ``make_program``: the recipe's, the function that ``train`` calls.
     """
     target = open_target(target_name)
-    folder = locate_model(config.model.path)
+    folder = locate_model(config.model.path, weights=False)
     step = compile_step(config, folder, target, make_program)
     memory, flops = count_memory(step), count_step_flops(step)
     advice = []
@@ -88,7 +88,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
         target=target_facts(target),
         mesh={axis: size for axis, size in step.mesh.shape.items() if size > 1},
         model=ModelFacts(trained, frozen, model_config.compute_dtype, model_config.remat),
-        batch=BatchFacts(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
+        batch=BatchSizes(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
         memory=memory,
         fits=memory.total <= target.usable,
         compiled=step.compiled is not None,

@@ -113,14 +113,14 @@ def _format_card(card: Card, metrics: list[dict]) -> str:
 
 def _draw_charts(charts: Sequence[Chart], metrics: list[dict]) -> list[tuple[str, str, list[str]]]:
     """(title, SVG, names of its curves) of every chart whose metrics the run has."""
-    drawn = []
+    shown = []
     for chart in charts:
         curves = {name: points for name in chart.metrics if (points := collect(metrics, name))}
         if curves:
-            drawn.append(
+            shown.append(
                 (chart.title, draw_curves(list(curves.values()), low=chart.low, high=chart.high), list(curves))
             )
-    return drawn
+    return shown
 
 
 # Generated answers

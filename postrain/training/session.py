@@ -12,7 +12,6 @@ import jax
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
-from postrain.cluster.processes import meet
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config, check_paths
 from postrain.data.batches.in_memory import ExampleSet
@@ -24,6 +23,7 @@ from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
 from postrain.report.charts import CHARTS, Chart
 from postrain.report.page import write_report
+from postrain.report.workdir import last_step, last_values, open_workdir
 from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
@@ -37,7 +37,6 @@ from postrain.training.summary import (
     format_metrics,
     format_summary,
 )
-from postrain.training.workdir import last_step, last_values, open_workdir
 
 if TYPE_CHECKING:
     from postrain.training.rows import Rows
@@ -82,7 +81,7 @@ class Session:
         for warning in filter(None, warnings):
             self.say(warning)
         self.say(format_memory(program.compile()))
-        meet()
+        processes.barrier()
 
     def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
         """Writes report.html with these charts and says where it is; returns the last value of every metric."""
@@ -113,6 +112,7 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
     """
     started = time.monotonic()
     check_paths(config)
+    locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if several := processes.current():
         check_processes(several, config, workdir)
     process = {"process": jax.process_index(), "processes": jax.process_count()}

@@ -28,6 +28,7 @@ import os
 import pathlib
 import random
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -142,6 +143,7 @@ def fork_all(work, log: pathlib.Path, processes: int) -> tuple[int, float]:
     and the seconds that the others took to end by themselves, each with the code of which launchers start it again.
     """
     port = importlib.import_module("postrain.cluster.launch").find_ports()
+    os.environ.setdefault("POSTRAIN_SECRET", secrets.token_hex(32))
     return wait([start(functools.partial(work, index, port), log) for index in range(processes)], log)
 
 

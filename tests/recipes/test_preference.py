@@ -66,11 +66,12 @@ def test_pairs_are_learned_and_every_number_of_the_margin_is_logged(finished):
 
 
 def test_the_weight_of_a_step_is_its_pairs(inputs, pairs, tmp_path):
-    values = values_of(inputs, pairs, train={"steps": 0, "epochs": 1.0}, eval={"before": False})
+    """The packed rows of an epoch as one batch: its weight is the number of all pairs."""
+    values = values_of(inputs, pairs, data={"batch_size": 11}, train={"steps": 1}, eval={"before": False})
     values["export"] = {"format": "none"}
     postrain.train(values, tmp_path / "run")
-    weights = [line["train/weight"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(weights) == 36 and max(weights) > 2, "several pairs share a row"
+    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["train/weight"] == 36, "36 pairs in 11 rows"
 
 
 def test_the_exported_model_has_the_logged_margins(inputs, pairs, finished):
@@ -116,9 +117,6 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
     monkeypatch.undo()
     postrain.train(values_of(inputs, pairs), tmp_path / "run")
     reference = finished[0]
-    for name in ("export", "checkpoints/8/state"):
-        found, expected = read_folder(tmp_path / "run" / name), read_folder(reference / name)
-        assert found.keys() == expected.keys() or name != "export"
     assert read_folder(tmp_path / "run" / "export") == read_folder(reference / "export")
     metrics = [without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", reference)]
     assert metrics[0] == metrics[1]

@@ -69,7 +69,7 @@ def test_broken_line_is_named(tmp_path, line, words):
         MetricsWriter(tmp_path, OFF, step=1)
 
 
-def test_metric_that_is_no_scalar_is_refused(tmp_path):
+def test_a_metric_that_is_not_a_scalar_is_refused(tmp_path):
     with MetricsWriter(tmp_path, OFF) as writer, pytest.raises(ValueError, match=r"shape \(2,\)"):
         writer.write(1, {"a": np.zeros(2)})
 
@@ -123,7 +123,7 @@ def test_trackers_that_cannot_start_say_what_to_do(tmp_path, monkeypatch):
             open_trackers(tmp_path, TrackersConfig(**config))
 
 
-def test_packages_of_trackers_are_not_imported_unless_asked_for(tmp_path, monkeypatch):
+def test_packages_of_trackers_are_not_imported_unless_switched_on(tmp_path, monkeypatch):
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     with MetricsWriter(tmp_path, OFF) as writer:

@@ -1,4 +1,4 @@
-"""The report page: made of what a workdir holds, safe against what rows contain."""
+"""The report page: made from the files of a workdir, safe against markup in rows."""
 
 import html.parser
 import json
@@ -62,7 +62,7 @@ def check_well_formed(page):
     assert "{{" not in page and "{%" not in page
 
 
-def test_what_rows_contain_is_text_and_never_markup(tmp_path):
+def test_the_text_of_rows_is_never_markup(tmp_path):
     write_run(tmp_path, [], [make_sample(0, "<script>alert(1)</script>", prompt="<b>", expected="<i>")])
     page = write_report(tmp_path).read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
@@ -105,7 +105,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
         (["<u>one</u>", "<u>one and more</u>"], (3, 4)),
     ],
 )
-def test_what_all_prompts_share_is_left_out_at_marks(prompts, frame):
+def test_the_ends_that_all_prompts_share_are_left_out_at_marks(prompts, frame):
     assert find_frame(prompts) == frame
 
 

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
-from postrain.data.files.formats import decode_line, list_blocks, one_line, read_block, without_nulls
+from postrain.data.files.formats import decode_line, list_blocks, read_block, without_nulls
 from postrain.data.files.storage import FORMATS, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser
 from postrain.data.messages import BadRow, RowRef
-from postrain.errors import UserError
+from postrain.errors import UserError, one_line
 
 BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
 

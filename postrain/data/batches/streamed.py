@@ -83,7 +83,7 @@ class ShardedBatches:
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        """The position of this process' shards after the last batch that was handed out: {"shards": {shard: position}}."""
+        """This process's shards after the last batch that was returned: {"shards": {shard: position}}."""
         return self._batches.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""What became of metrics.jsonl and samples.jsonl since a checkpoint: found out, whatever was done to them."""
+"""Any change of metrics.jsonl and samples.jsonl since a checkpoint is found, but for lines added to them."""
 
 import os
 
 import pytest
 
 from postrain.errors import UserError
-from postrain.training.workdir import REPORTS, find_changed_reports, report_facts
+from postrain.report.workdir import REPORTS, find_changed_reports, report_facts
 
 TEXT = '{"step": 1}\n{"step": 2}\n'
 
@@ -45,7 +45,7 @@ def test_a_file_that_does_not_begin_as_it_did_is_named(tmp_path, name, damage, w
         assert len(found) == 1 and found[0].startswith(f"{tmp_path / name}: not as the checkpoint saw it {words}")
 
 
-def test_one_that_cannot_be_read_is_an_error(tmp_path):
+def test_a_report_that_cannot_be_read_is_an_error(tmp_path):
     path = tmp_path / REPORTS[0]
     path.write_text(TEXT)
     before = report_facts(tmp_path)
