@@ -41,7 +41,7 @@ def resolve(values: Any) -> Config:
 
 def _fill_kinds(values: dict) -> dict:
     """``values`` with the kind of the recipe's rows in sources that do not name a kind."""
-    kind, data = RECIPE_KINDS.get(values.get("recipe")), values.get("data")
+    kind, data = RECIPE_KINDS.get(values.get("recipe", "")), values.get("data")
     if kind is None or not isinstance(data, dict):
         return values
 
@@ -147,7 +147,7 @@ def list_recipes() -> tuple[str, ...]:
 
 
 def _read_value(value: Any, kind: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _read_section(value, kind, key + ".")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:

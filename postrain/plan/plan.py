@@ -28,7 +28,7 @@ from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives
 from postrain.plan.report import (
     Attempt,
-    BatchFacts,
+    BatchSizes,
     CollectiveFacts,
     Flops,
     Memory,
@@ -88,7 +88,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
         target=target_facts(target),
         mesh={axis: size for axis, size in step.mesh.shape.items() if size > 1},
         model=ModelFacts(trained, frozen, model_config.compute_dtype, model_config.remat),
-        batch=BatchFacts(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
+        batch=BatchSizes(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
         memory=memory,
         fits=memory.total <= target.usable,
         compiled=step.compiled is not None,

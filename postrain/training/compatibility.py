@@ -30,7 +30,7 @@ from postrain.types import RunRecord
 _SHOWN = 8  # changes in one message
 # Keys whose change a resume does not mention: they decide how the work is done or what is shown of it, not its result.
 # ``data.eval`` is not among them: with other rows, evaluations before and after differ.
-HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
+HARMLESS: tuple[str, ...] = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
 HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
@@ -44,7 +44,7 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
         folder: of the model that ``config`` names now.
     """
     place, record = _read_newest(checkpoints)
-    if record is None:
+    if record is None or place is None:
         export = checkpoints.parent / "export"
         if config.export.format != "none" and export.exists():
             raise UserError(
@@ -58,7 +58,7 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
 
 
 def check_record(
-    place: pathlib.Path, record: RunRecord, config: Config, data: dict | None, model: dict, action: str = "go on"
+    place: pathlib.Path, record: RunRecord, config: Config, data: dict | None, model: dict | None, action: str = "go on"
 ) -> None:
     """Raises UserError where a run with ``config`` cannot continue from the checkpoint ``place``, naming every reason.
 
@@ -164,10 +164,11 @@ def _file_of(source: Source, row: int) -> str:
         return error.ref.file
 
 
-def _compare_models(saved: dict | None, now: dict) -> list[str]:
+def _compare_models(saved: dict | None, now: dict | None) -> list[str]:
     """``fingerprint_model`` then and now."""
     if saved is None:
         return []
+    assert now is not None  # only abstract models have none
     defaults = {"ranks": {}, "dora": False, "quantization": "none"}
     before, after = (defaults | (adapters or {"rank": 0}) for adapters in (saved.get("lora"), now.get("lora")))
     keys = {key: f"model.lora.{key}" for key in ("rank", "alpha", "targets", "ranks", "dora")}

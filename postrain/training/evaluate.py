@@ -58,6 +58,7 @@ def compute_eval_loss(
     for batch in batches:
         new = jax.tree.map(lambda total: float(to_host(total)), eval_step(params, frozen, batch))
         sums = new if sums is None else jax.tree.map(operator.add, sums, new)
+    assert sums is not None, "no batch to evaluate"
     mean = lambda term: term.total / term.weight if term.weight else 0.0
     losses = {name: mean(term) for name, term in sums.losses.items()}
     values = {"loss": sum((loss_coefs or {}).get(name, 1.0) * loss for name, loss in losses.items())}

@@ -70,9 +70,9 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     section = config.model
     fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
     rows = find_rows(new, source.vocab_size) if new else None
-    started = start_rows(base, new, rows, mesh) if new else {}
+    started = start_rows(base, new, rows, mesh) if new and rows else {}
     if not frozen:
-        return Model(model_config, write_rows(base, started, rows) if new else base, {}, fingerprint)
+        return Model(model_config, write_rows(base, started, rows) if rows else base, {}, fingerprint)
     if model_config.lora is None:
         return Model(model_config, started, base, fingerprint)
     specs = lora_specs(model_config)
@@ -191,6 +191,7 @@ def find_new_tokens(config: Config, folder: str | os.PathLike, vocab_size: int) 
     if not (section.tokens or section.file):
         return None
     new = load_run_tokenizer(config, folder).new_tokens
+    assert new is not None  # the section names some
     for text, ids in zip(new.texts, new.start_ids, strict=True):
         if ids and max(ids) >= vocab_size:
             raise UserError(

@@ -8,7 +8,8 @@ A step that is skipped goes past the bad batch, as PaLM's authors did by hand (C
 section 5.1).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,11 +69,11 @@ class SpikeGuard:
     def __init__(self, config: SpikeSection, say: Callable[[str], None]):
         self._config, self._say = config, say
 
-    def count(self, metrics: dict) -> dict[str, float]:
+    def count(self, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Further metrics to log: ``train/skipped``, where the policy skips steps."""
         return {"train/skipped": float(to_host(metrics["skipped"]))} if self._config.policy == "skip" else {}
 
-    def check(self, step: int, metrics: dict, describe_rows: Callable[[], str]) -> None:
+    def check(self, step: int, metrics: Mapping[str, Any], describe_rows: Callable[[], str]) -> None:
         """Says which rows a skipped step had; ``metrics`` are those of the train step, ``step`` is its number.
 
         Raises UserError naming step and rows where the run must stop: the policy is "stop" (or "none", and the step is
@@ -90,7 +91,7 @@ class SpikeGuard:
         self._say(f"{found}: skipped")
 
 
-def _format_step(metrics: dict, step: int) -> str:
+def _format_step(metrics: Mapping[str, Any], step: int) -> str:
     loss, norm, loss_limit, norm_limit = (
         float(to_host(metrics[name])) for name in ("train/loss", "train/grad_norm", "loss_limit", "grad_norm_limit")
     )

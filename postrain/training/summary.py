@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from postrain.config import Config, format_config
@@ -54,7 +55,7 @@ def describe_undivided(model: Model, mesh: Mesh) -> list[str]:
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
 
 
-def describe_overlong(lengths: Sequence[int], config: ModelConfig) -> str:
+def describe_overlong(lengths: Sequence[int] | np.ndarray, config: ModelConfig) -> str:
     """A warning where documents take more positions than the model was made for, else ""."""
     longer = sum(int(length) > config.max_positions for length in lengths)
     if not longer:
