@@ -7,7 +7,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_every_file_of_a_subset_exists():
-    script = """eval "$(sed -n '/^QUICK=/,/^)/p; /^TEN=/,/^)/p' launch/test.sh)"; printf '%s\\n' "${QUICK[@]}" -- "${TEN[@]}" """
+    lists = "eval \"$(sed -n '/^QUICK=/,/^)/p; /^TEN=/,/^)/p' launch/test.sh)\""
+    script = lists + """; printf '%s\\n' "${QUICK[@]}" -- "${TEN[@]}" """
     result = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     names = result.stdout.split()
     quick, ten = names[: names.index("--")], names[names.index("--") + 1 :]
