@@ -2,14 +2,13 @@
 
 import dataclasses
 import gzip
-import io
 import json
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
+from datasets.arrow_writer import ArrowWriter
 from object_store import serve_store, upload
 
 from postrain.config import SourceConfig
@@ -28,7 +28,7 @@ from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError
 
 ROWS = [{"text": f"ä{i} " * (i % 9), "id": i, "messages": [{"role": "user", "content": "\u2028"}]} for i in range(700)]
-WHOLE = {"jsonl.gz", "jsonl.zst", "tar"}
+WHOLE = {"jsonl.gz", "jsonl.zst", "arrow"}
 
 
 def lines_of(rows):
@@ -61,14 +61,12 @@ def write_records(path, rows):
     writer.close()
 
 
-def write_tar(path, rows):
-    with tarfile.open(path, "w") as archive:
-        for i, row in enumerate(rows):
-            fields = {k: v for k, v in row.items() if k != "text"}
-            for suffix, data in (("json", json.dumps(fields).encode()), ("txt", row["text"].encode())):
-                member = tarfile.TarInfo(f"part/{i:05}.{suffix}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+def write_arrow(path, rows):
+    """As datasets does, with more than one record batch."""
+    with ArrowWriter(path=str(path), writer_batch_size=150) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
 
 
 WRITERS = {
@@ -77,7 +75,7 @@ WRITERS = {
     "jsonl.zst": write_zstd,
     "parquet": write_parquet,
     "array_record": write_records,
-    "tar": write_tar,
+    "arrow": write_arrow,
 }
 assert set(WRITERS) == set(FORMATS.values())
 
@@ -211,54 +209,75 @@ def test_lines_that_cannot_be_decoded_are_those_of_a_source(tmp_path):
         next(rows)
 
 
-def test_a_row_of_parquet_whose_text_is_not_utf8(tmp_path):
+def write_stream(path, table):
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("suffix, write", [("parquet", lambda p, t: pq.write_table(t, p)), ("arrow", write_stream)])
+def test_a_row_of_a_table_whose_text_is_not_utf8(tmp_path, suffix, write):
     text = pa.Array.from_buffers(
         pa.string(), 3, [None, pa.py_buffer(np.array([0, 1, 2, 3], np.int32)), pa.py_buffer(b"a\xffc")]
     )
-    pq.write_table(pa.table({"text": text}), tmp_path / "rows.parquet")
-    rows = read_block(blocks_of(tmp_path / "rows.parquet")[0])
-    assert next(rows)[1] == {"text": "a"}
-    with pytest.raises(BadRow, match="rows.parquet:2: .*utf-8"):
-        next(rows)
-    assert next(rows)[1] == {"text": "c"}
-
-
-def test_tar_fields(tmp_path):
-    path = tmp_path / "rows.tar"
-    members = [
-        ("./a/0.json", b'{"id": 0}'),
-        ("./a/0.prompt.txt", "ä".encode()),
-        ("./a/0.meta.json", b"[1]"),
-        ("./a/0.png", b"\x89"),
-        ("b/0.txt", b"other folder"),
-        ("b/._0.txt", b"hidden"),
-        ("b/1.json", b"{"),
-        ("b/2.json", b"[]"),
-        ("b/3.json", b'{"text": "1"}'),
-        ("b/3.txt", b"2"),
-        ("b/README", b"no row"),
-        ("b/4.txt", b"last"),
-    ]
-    with tarfile.open(path, "w") as archive:
-        folder = tarfile.TarInfo("b")
-        folder.type = tarfile.DIRTYPE
-        archive.addfile(folder)
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+    path = tmp_path / f"rows.{suffix}"
+    write(path, pa.table({"id": [1, 2, 3], "text": text}))
     rows = read_block(blocks_of(path)[0])
-    assert next(rows)[1] == {"id": 0, "prompt": "ä", "meta": [1], "png": b"\x89"}
-    assert next(rows)[1] == {"text": "other folder"}
-    for message in (
-        "rows.tar:3: its .json is not valid: Expecting",
-        "rows.tar:4: its .json must hold a JSON object; found list",
-        "rows.tar:5: text comes from .txt and from a file before it",
-        "rows.tar:6: .*a file of a row needs a suffix",
-    ):
-        with pytest.raises(BadRow, match=message):
-            next(rows)
-    assert next(rows)[1] == {"text": "last"} and next(rows, None) is None
+    assert next(rows)[1] == {"id": 1, "text": "a"}
+    with pytest.raises(BadRow, match=f"rows.{suffix}:2: the text of text is not UTF-8"):
+        next(rows)
+    assert next(rows)[1] == {"id": 3, "text": "c"}
+
+
+def test_arrow_in_its_random_access_format(tmp_path):
+    with pa.ipc.new_file(tmp_path / "rows.arrow", pa.Table.from_pylist(ROWS).schema) as writer:
+        writer.write_table(pa.Table.from_pylist(ROWS), max_chunksize=150)
+    assert [raw for _, raw in read(blocks_of(tmp_path / "rows.arrow"))] == ROWS
+
+
+def test_a_damaged_arrow_file_never_ends_the_process(tmp_path):
+    """Arrow has no checksum, and pyarrow follows a damaged offset out of its memory unless the array is checked."""
+    text = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(np.array([0, 1 << 30, 2, 3], np.int32)), pa.py_buffer(b"abc")]
+    )
+    path = tmp_path / "rows.arrow"
+    write_stream(path, pa.table({"text": text}))
+    with pytest.raises(UserError, match="rows.arrow is damaged or cut off .*offset"):
+        read(blocks_of(path))
+    write_arrow(path, ROWS[:200])
+    whole = path.read_bytes()
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            read(blocks_of(path))
+        except UserError as error:
+            assert str(error).startswith(str(path))
+
+
+def test_a_folder_that_datasets_saved(tmp_path, proxy):
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(saved, num_shards=2)
+    datasets.load_from_disk(saved).map(lambda row: {"id": row["id"] + 1})  # leaves a file of its own there
+    assert list(saved.glob("cache-*.arrow"))
+    files = list_files(str(saved))
+    assert [file.url for file in files] == [str(saved / f"data-0000{i}-of-00002.arrow") for i in (0, 1)]
+    rows = read(list_blocks(files, 1))
+    assert [raw for _, raw in rows] == ROWS and rows[-1][0] == RowRef("s", files[1].url, 350)
+    for file in saved.iterdir():
+        url = upload(file, f"saved/{file.name}").rpartition("/")[0]
+    assert [raw for _, raw in read(blocks_of(url))] == ROWS
+
+    (saved / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(UserError, match="saved: data-00001-of-00002.arrow, which its state.json lists, is missing"):
+        list_files(str(saved))
+    (saved / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="saved/state.json cannot be read: KeyError"):
+        list_files(str(saved))
+    datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match=f"holds several splits; give one of them as the path: {tmp_path}/splits/train"):
+        list_files(str(tmp_path / "splits"))
 
 
 @pytest.mark.parametrize("kind", [k for k in WRITERS if k != "jsonl"])
@@ -266,7 +285,7 @@ def test_a_file_cut_off_anywhere_is_named(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, ROWS[:200])
     whole = path.read_bytes()
-    end = len(whole.rstrip(b"\0")) if kind == "tar" else len(whole)  # a tar may end in any number of zeros
+    end = len(whole)
     cuts = {0, 1, 511, 512, 1024, 1536, end - 1, end // 2 + 1, (end - 1) // 512 * 512}
     cuts |= set(np.linspace(0, end - 1, 15, dtype=int).tolist())
     if kind in ("jsonl.gz", "jsonl.zst"):  # what ends between two members is a whole file
@@ -296,20 +315,6 @@ def test_a_flipped_bit_is_found_by_the_checksum_of_the_format(tmp_path, kind):
             assert str(error).startswith(f"{path} is damaged or cut off") or "@" in str(error) or ":" in str(error)
         else:  # in a byte that says nothing about the rows, as the time in the header of gzip
             assert got == ROWS
-
-
-def test_a_tar_with_a_damaged_header_or_a_second_archive_behind_is_named(tmp_path):
-    path = tmp_path / "rows.tar"
-    write_tar(path, ROWS[:20])
-    whole = path.read_bytes()
-    for header in range(0, len(whole.rstrip(b"\0")), 512):
-        if whole[header : header + 5] == b"part/":
-            path.write_bytes(whole[: header + 3] + b"?" + whole[header + 4 :])
-            with pytest.raises(UserError, match="rows.tar is damaged or cut off"):
-                read(blocks_of(path))
-    path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="neither a file nor the end of the archive"):
-        read(blocks_of(path))
 
 
 def test_files_that_are_no_data(tmp_path):

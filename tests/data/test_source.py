@@ -182,7 +182,7 @@ def test_what_cannot_be_opened(tmp_path):
         "none.parquet": "none.parquet has no rows",
         "broken.parquet": "broken.parquet cannot be read as Parquet",
         "broken.arrow": "broken.arrow cannot be read as Arrow",
-        "rows.csv": "expected .jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar; found '.csv'",
+        "rows.csv": "expected .jsonl (.gz, .zst), .parquet, .arrow or .array_record; found '.csv'",
         "folder": "folder is not a folder saved by datasets (no state.json)",
     }
     for name, reason in expected.items():

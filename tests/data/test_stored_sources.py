@@ -1,9 +1,7 @@
 """Rows in memory from files that are elsewhere, or can only be read from their start: the documents of plain ones."""
 
 import gzip
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
@@ -42,17 +40,6 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
 
 
-def make_tar(rows):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for i, row in enumerate(rows):
-            content = json.dumps(row).encode()
-            member = tarfile.TarInfo(f"{i:05}.json")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return out.getvalue()
-
-
 def lines_of(rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -60,7 +47,6 @@ def lines_of(rows):
 MAKE = {
     "rows.jsonl": lines_of,
     "rows.jsonl.gz": lambda rows: gzip.compress(lines_of(rows), mtime=0),
-    "rows.tar": make_tar,
 }
 
 

@@ -2,7 +2,7 @@
 
 A path is a .jsonl or .parquet file, a glob of either, or a folder that ``datasets`` saved (``save_to_disk``), whose
 Arrow files are read with pyarrow. Of these nothing is held but an index of the lines and the rows of Parquet last asked
-for. Compressed files, .array_record and .tar, and files elsewhere (``s3://``, ...) are read whole.
+for. Compressed files, .array_record, and files elsewhere (``s3://``, ...) are read whole.
 
 Arrow gives every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is stored
 as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of Parquet and Arrow rows are therefore
@@ -22,8 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.config import SourceConfig
-from postrain.data.files.decoding import decode_line, one_line, without_nulls
-from postrain.data.files.formats import list_blocks, read_block
+from postrain.data.files.formats import decode_line, list_blocks, one_line, read_block, without_nulls
 from postrain.data.files.storage import FORMATS, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser
 from postrain.data.messages import BadRow, RowRef
@@ -117,7 +116,7 @@ def _open(path: pathlib.Path) -> list:
         return [_Arrow(path)]
     if path.name.endswith(tuple(FORMATS)):
         return [_Stored(file) for file in list_files(str(path))]
-    known = ".jsonl (.gz, .zst), .parquet, .arrow, .array_record or .tar"
+    known = ".jsonl (.gz, .zst), .parquet, .arrow or .array_record"
     raise UserError(f"{path}: expected {known}; found {path.suffix or 'no suffix'!r}")
 
 

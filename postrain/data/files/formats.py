@@ -6,19 +6,24 @@ A block is what is read on its own and shuffled as a whole. Which blocks there a
 * Parquet: row groups, several small ones together (its footer is read)
 * ArrayRecord, a record being the JSON of a row: ranges of records where the file is local (its index is read), else
   the whole file, which has to be copied to the disk to be read
-* ``.jsonl.gz``, ``.jsonl.zst``, ``.tar``: the whole file, as it can only be read from its start
+* ``.jsonl.gz``, ``.jsonl.zst``, Arrow (what ``datasets`` saves): the whole file, as it can only be read from its start
 
-Rows of a block come in the order of the file. What is held is a row, or 64 of Parquet and the row group's compressed
-columns. A file that ends too early or that its own checksums contradict is named and stops the reading; so is one that
-was changed while it was read. Nothing can tell that JSON lines were cut off at the end of a line (or a .gz or .zst
-between two of its members), nor that a bit has flipped in what has no checksum (JSON lines, tar; Parquet and Zstandard
-unless their writer was asked for it) where the row can still be decoded.
+Rows of a block come in the order of the file. Memory holds one row; of Parquet 64 rows and the compressed columns of
+the row group; of Arrow a record batch. A file that ends too early, or that its own checksums contradict, is named and
+stops the reading; so is one that changed while it was read. Two things cannot be detected: JSON lines that end at the
+end of a line (or a .gz or .zst that ends between two of its members) but too early, and a flipped bit where the format
+has no checksum (JSON lines, Arrow; Parquet and Zstandard unless their writer added one) and the row can still be
+decoded.
+
+Parquet and Arrow give every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is
+stored as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of their rows are therefore left
+out; in JSON lines they stay.
 """
 
 import dataclasses
 import gzip
 import io
-import tarfile
+import json
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,22 +32,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from postrain.data.files import storage
-from postrain.data.files.decoding import decode_line, one_line, without_nulls
 from postrain.data.files.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
-from postrain.data.files.tar import read_tar
 from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError
 
-RECORDS = 64  # rows of Parquet and ArrayRecord that are taken together
-_TORN = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    pa.ArrowException,
-    tarfile.TarError,
-    RuntimeError,
-)  # what readers say
+RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
+_TORN = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)  # raised by readers of torn files
+_ARROW_FILE = b"ARROW1"  # first bytes of Arrow's random-access format; datasets writes the streaming format
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; pyarrow reads one without them as whole
 
 Row = tuple[RowRef, Any]
 
@@ -96,6 +93,10 @@ def _read_checked(block: Block, source: str, options: StorageOptions) -> Iterato
     storage.check_unchanged(block.file, options)
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def _torn(file: StoredFile, cause: Exception | str) -> str:
     what = f"{type(cause).__name__} {one_line(cause)}".strip() if isinstance(cause, Exception) else cause
     return f"{file.url} is damaged or cut off ({what}): bring it anew, or leave it out"
@@ -120,6 +121,19 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
     except _TORN as e:
         raise UserError(_torn(file, e)) from e
     return [Block(file, kind)]
+
+
+def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
+    """The value of a line of JSON; ``first`` of its file, where a byte order mark may stand. Raises BadRow."""
+    try:
+        return json.loads(data.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as e:
+        raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
+    except json.JSONDecodeError as e:
+        hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
+        raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
+    except (ValueError, RecursionError) as e:
+        raise BadRow(ref, f"invalid JSON: {e}") from None
 
 
 def _decoded(line: bytes, ref: RowRef, first: bool = False) -> Row:
@@ -186,29 +200,41 @@ def _read_parquet(block: Block, source: str, options: StorageOptions) -> Iterato
         for group in range(block.start, block.stop):
             end = row + counts[group]
             for batch in parquet.iter_batches(RECORDS, row_groups=[group], use_threads=False):
-                for value in _batch_rows(batch):
-                    row += 1
-                    ref = RowRef(source, block.file.url, row)
-                    yield (
-                        ref,
-                        BadRow(ref, str(value)) if isinstance(value, UnicodeDecodeError) else without_nulls(value),
-                    )
+                yield from _table_rows(batch, source, block.file.url, row)
+                row += batch.num_rows
             if row != end:
                 raise UserError(_torn(block.file, f"row group {group} has {counts[group] + row - end} rows of {end}"))
 
 
-def _batch_rows(batch: pa.RecordBatch) -> list:
-    """Rows as objects, or the error of those whose text is not UTF-8."""
+def _table_rows(batch: pa.RecordBatch, source: str, url: str, row: int) -> Iterator[Row]:
+    """Rows of a batch that begins after ``row`` rows of its file; those whose text is not UTF-8 as BadRow.
+
+    Raises pa.ArrowInvalid where an array contradicts itself, as in a damaged file: to decode it could end the process.
+    """
     try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        rows = []
-        for i in range(batch.num_rows):
-            try:
-                rows += batch.slice(i, 1).to_pylist()
-            except UnicodeDecodeError as e:
-                rows.append(e)
-        return rows
+        batch.validate(full=True)
+        rows = batch.to_pylist()
+    except pa.ArrowInvalid:
+        rows = [_decode_row(batch.slice(i, 1), RowRef(source, url, row + i + 1)) for i in range(batch.num_rows)]
+    for i, value in enumerate(rows, row + 1):
+        yield RowRef(source, url, i), value if isinstance(value, BadRow) else without_nulls(value)
+
+
+def _decode_row(row: pa.RecordBatch, ref: RowRef) -> dict | BadRow:
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as e:
+            if "UTF8" not in str(e):
+                raise
+            return BadRow(ref, f"the text of {name} is not UTF-8")
+    return row.to_pylist()[0]
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _open_records(path: str):
@@ -242,9 +268,30 @@ def _read_records(block: Block, source: str, options: StorageOptions) -> Iterato
         reader.close()
 
 
-def _read_tar(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+def _read_arrow(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    row = 0
     with open_file(block.file, options, 0, block.file.bytes) as f:
-        yield from read_tar(f, source, block.file.url)
+        for batch in _record_batches(f):
+            for start in range(0, batch.num_rows, RECORDS):
+                yield from _table_rows(batch.slice(start, RECORDS), source, block.file.url, row + start)
+            row += batch.num_rows
+
+
+def _record_batches(file: io.BufferedReader) -> Iterator[pa.RecordBatch]:
+    """Of Arrow's random-access format or of its streaming format, one at a time."""
+    random_access = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+    file.seek(0)
+    if random_access:
+        reader = pa.ipc.open_file(pa.PythonFile(file, "r"))
+        yield from map(reader.get_batch, range(reader.num_record_batches))
+        return
+    try:
+        yield from pa.ipc.open_stream(pa.PythonFile(file, "r"))
+    except MemoryError as e:  # a damaged length asks for more bytes than there can be
+        raise EOFError("a record batch that does not fit in memory") from e
+    file.seek(max(file.tell() - len(_ARROW_END), 0))
+    if file.read(len(_ARROW_END)) != _ARROW_END:
+        raise EOFError("no end of the Arrow stream")
 
 
 _READERS = {
@@ -253,5 +300,5 @@ _READERS = {
     "jsonl.zst": _read_zstd,
     "parquet": _read_parquet,
     "array_record": _read_records,
-    "tar": _read_tar,
+    "arrow": _read_arrow,
 }

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -44,7 +45,7 @@ FORMATS = {  # by the suffix
     ".parquet": "parquet",
     ".array_record": "array_record",
     ".arrayrecord": "array_record",
-    ".tar": "tar",
+    ".arrow": "arrow",
 }
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
@@ -63,14 +64,15 @@ class StoredFile:
 def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -> list[StoredFile]:
     """The files at a path or at each of several, in their order; those of one path are sorted by name.
 
-    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder is
-    all files in it with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with
-    ``_`` in front are left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
+    A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder that
+    ``datasets`` saved is the Arrow files that its state.json lists, in that order. Any other folder is all files in it
+    with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with ``_`` in front are
+    left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
     ``NAME-00000-of-00032``, all 32 must be there.
 
     Raises:
-      UserError: nothing there, a missing shard, a file given twice, a storage that refuses or does not answer, a
-        package that is not installed.
+      UserError: nothing there, a missing shard, a file listed twice, a folder of several splits, a storage that
+        refuses or does not answer, a package that is not installed.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
     files = [file for path in paths for file in _list_path(path, options)]
@@ -300,39 +302,65 @@ def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
 
 def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[StoredFile]:
     """Files at a path without braces; none where there is nothing."""
-    local = isinstance(fs, LocalFileSystem)
-    rest = path.partition("::")[1] + path.partition("::")[2]
 
-    def look() -> tuple[bool, list[StoredFile]]:
+    def look() -> tuple[dict | None, dict[str, dict], bytes]:
+        """What is at the path (None: a glob, or nothing), the files there, the state.json of a folder of datasets."""
         fs.invalidate_cache()
-        one_name = False
         try:
             info = fs.info(inner)
         except FileNotFoundError as e:
             if not isinstance(real_error(e), FileNotFoundError):
                 raise
             entries = fs.glob(inner, detail=True) if any(c in inner for c in "*?[") else {}
-            entries = {n: i for n, i in entries.items() if not n.rpartition("/")[2].startswith(".")}
-        else:
-            one_name = info["type"] != "directory"
-            entries = {info["name"]: info} if one_name else fs.find(inner, detail=True)
-            entries = {n: i for n, i in entries.items() if one_name or _is_data(n, info["name"])}
-        names = [n for n, i in entries.items() if i["type"] != "directory"]
-        if local:
-            return one_name, [_local_file(n) for n in names]
-        return one_name, [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
+            return None, {n: i for n, i in entries.items() if not n.rpartition("/")[2].startswith(".")}, b""
+        if info["type"] != "directory":
+            return info, {info["name"]: info}, b""
+        entries, state = fs.find(inner, detail=True), f"{info['name'].rstrip('/')}/state.json"
+        return info, entries, fs.cat_file(state) if state in entries else b""
 
-    one_name, files = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
-    if not one_name:
+    info, entries, state = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
+    if info and info["type"] == "directory":
+        inside = {n.removeprefix(info["name"]).strip("/"): n for n in entries}
+        wanted = _saved_by_datasets(path, inside, state) or [n for n in inside if _is_data(n)]
+        entries = {inside[n]: entries[inside[n]] for n in wanted}
+    names = [n for n, i in entries.items() if i["type"] != "directory"]
+    if isinstance(fs, LocalFileSystem):
+        files = [_local_file(n) for n in names]
+    else:
+        rest = path.partition("::")[1] + path.partition("::")[2]
+        files = [_stored_file(fs.unstrip_protocol(n) + rest, entries[n]) for n in names]
+    if not info or info["type"] == "directory":
         _check_shards(path, files)
     return sorted(files, key=lambda f: f.url)
 
 
-def _is_data(name: str, folder: str) -> bool:
-    inside = name.removeprefix(folder).strip("/")
-    if any(part[:1] in ("", ".", "_") for part in inside.split("/")) or inside.endswith(".json"):
+def _saved_by_datasets(path: str, names: Iterable[str], state: bytes) -> list[str]:
+    """The files of a folder that ``datasets`` saved; it keeps intermediate results beside them. Empty: it is not one.
+
+    Raises UserError: a folder of several splits, a state.json that cannot be read, a file that it lists is missing.
+    """
+    if "dataset_dict.json" in names:
+        splits = [
+            f"{path.rstrip('/')}/{n.removesuffix('/state.json')}"
+            for n in names
+            if n.count("/") == 1 and n.endswith("/state.json")
+        ]
+        raise UserError(f"{path} holds several splits; give one of them as the path: {', '.join(splits) or 'none'}")
+    if not state:
+        return []
+    try:
+        listed = [entry["filename"] for entry in json.loads(state)["_data_files"]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}/state.json cannot be read: {type(e).__name__}: {e}: save the folder again") from None
+    if missing := [name for name in listed if name not in names]:
+        raise UserError(f"{path}: {missing[0]}, which its state.json lists, is missing: copy the folder again")
+    return listed
+
+
+def _is_data(name: str) -> bool:
+    if any(part[:1] in ("", ".", "_") for part in name.split("/")) or name.endswith(".json"):
         return False
-    return inside.endswith(tuple(FORMATS))
+    return name.endswith(tuple(FORMATS))
 
 
 def _check_shards(path: str, files: list[StoredFile]) -> None:
