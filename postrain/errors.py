@@ -1,4 +1,6 @@
-"""The one exception that a user's mistake raises, with its exit code."""
+"""The exception that a user's mistake raises, and the words that messages share."""
+
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -10,3 +12,10 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+
+def shorten(items: Iterable[object], limit: int, separator: str = ", ") -> str:
+    """``a, b, c and 4 more``: the first ``limit`` items, and the number of the others."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return separator.join(texts[:limit]) + more

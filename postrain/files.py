@@ -1,10 +1,14 @@
-"""Text files that appear whole or not at all, and JSON lines read back."""
+"""Local files: written whole or not at all, locked, hashed; JSON lines read back."""
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from postrain.errors import UserError
@@ -12,8 +16,11 @@ from postrain.errors import UserError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+# Writing
+
+
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file and its missing folders; whatever happens, what is found at ``path`` is the old file or the new.
+    """Writes a UTF-8 file and its missing folders. A crash leaves the old file or the new one, never a part.
 
     Raises UserError when it cannot be written (a full disk, a read-only place).
     """
@@ -58,7 +65,7 @@ def check_writable(path: str | os.PathLike, name: str) -> None:
     if os.path.isdir(path):
         raise UserError(f"{name} {path} is a folder, expected the name of a file: name one in it, as {path / 'NAME'}")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{name} {path} is no ordinary file, which writing would replace: choose another place")
+        raise UserError(f"{name} {path} is not an ordinary file, and writing would replace it: choose another place")
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -67,6 +74,76 @@ def check_writable(path: str | os.PathLike, name: str) -> None:
         raise UserError(
             f"{name} {path} cannot be written ({folder}: {error.strerror}): choose another place"
         ) from error
+
+
+# Locks and digests
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike, *, wait: bool = True, folder: bool = False) -> Iterator[bool]:
+    """Holds ``path``, a file or with ``folder`` a folder, against all other callers while the block runs.
+
+    It is made where it is missing, its parents too, and stays; but the holder may remove it, and the next caller then
+    makes a new one. The operating system releases the lock of a process that is killed.
+
+    Yields:
+      Whether the lock is held: False on a (network) file system without locks, where the block runs all the same.
+
+    Raises:
+      BlockingIOError: another process, or another thread, holds it, and ``wait`` is False.
+      OSError: it cannot be made or opened.
+    """
+    path = pathlib.Path(path)
+    while True:
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            held = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                held = False
+            # Between our open and our lock the last holder may have removed it: that lock would keep nobody out.
+            if held and not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
+                continue
+            yield held
+            return
+        finally:
+            os.close(descriptor)
+
+
+def digest(path: str | os.PathLike, stretches: Iterable[tuple[int, int]] | None = None) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits, or of its ``stretches`` alone: (first byte, bytes) of each.
+
+    Raises UserError naming a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            if stretches is None:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.sha256()
+            for start, size in stretches:
+                file.seek(start)
+                found.update(file.read(size))
+            return found.hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the file and its permissions") from error
+
+
+def spread(start: int, stop: int, count: int, size: int) -> list[tuple[int, int]]:
+    """``count`` stretches of ``size`` bytes, evenly from byte ``start`` to ``stop``, for ``digest``.
+
+    The first and the last bytes are among them. Fewer bytes than that are one stretch.
+    """
+    last = stop - start - size
+    if last <= size * count:
+        return [(start, stop - start)]
+    return [(start + last * i // (count - 1), size) for i in range(count)]
+
+
+# JSON lines
 
 
 def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tuple[int, dict[str, Any]]]:
@@ -78,7 +155,7 @@ def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tupl
         drop_torn: leave out a last line without newline, which a kill cut off; for files that are appended to.
 
     Raises:
-        UserError: naming file and line, what is no JSON object in UTF-8; naming the file, one that cannot be read.
+        UserError: naming file and line, for a line that is not a JSON object in UTF-8; for a file that cannot be read.
     """
     try:
         lines = pathlib.Path(path).read_bytes().split(b"\n")

@@ -11,6 +11,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from postrain.config import MeshConfig
@@ -172,6 +173,18 @@ def make_global_batch(arrays: dict[str, np.ndarray], mesh: Mesh) -> dict[str, ja
         name: jax.make_array_from_process_local_data(sharding, array, (array.shape[0] * count, *array.shape[1:]))
         for name, array in arrays.items()
     }
+
+
+def to_host(array) -> np.ndarray:
+    """The whole of ``array`` as a numpy array in every process, wherever its parts are.
+
+    The only way from a ``jax.Array`` to Python in this library (tests/test_to_host.py): ``np.asarray`` and ``float``
+    raise on an array whose parts lie on devices of other processes. Such an array is gathered, so every process must
+    call this at the same point. Other values, numpy arrays and numbers, are returned as ``np.asarray`` returns them.
+    """
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def mesh_context(mesh: Mesh | None):

@@ -1,16 +1,20 @@
-"""Text files written whole, JSON lines read back, in the four places that do."""
+"""Local files: written whole, locked, hashed; JSON lines read back, in the four places that do; short lists, trees."""
 
+import errno
+import hashlib
 import json
 import os
+import threading
 
 import pytest
 
 from postrain.config import SourceConfig, TrackersConfig, resolve
 from postrain.data.batches.loading import load_examples
-from postrain.errors import UserError
-from postrain.files import check_writable, read_jsonl, write_whole
+from postrain.errors import UserError, shorten
+from postrain.files import check_writable, digest, lock, read_jsonl, spread, write_whole
 from postrain.report.metrics import MetricsWriter, read_metrics
 from postrain.rollout.chat import _read_rows
+from postrain.trees import flatten, unflatten
 
 ODD = "a\u2028b\u2029c\x85d"  # str.splitlines would make four lines of it
 
@@ -100,8 +104,85 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     check_writable(tmp_path / "file", "--output")
     with pytest.raises(UserError, match=r"--html .*file/a.txt cannot be written \(.*file: Not a directory\)"):
         check_writable(tmp_path / "file" / "a.txt", "--html")
-    with pytest.raises(UserError, match=r"--output /dev/null is no ordinary file"):
+    with pytest.raises(UserError, match=r"--output /dev/null is not an ordinary file"):
         check_writable("/dev/null", "--output")
     with pytest.raises(UserError, match="a folder, expected the name of a file"):
         check_writable(tmp_path, "--output")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_is_left_out_of_a_list_is_counted():
+    assert shorten([], 3) == ""
+    assert shorten(["a", "b", "c"], 3) == "a, b, c"
+    assert shorten(range(7), 3) == "0, 1, 2 and 4 more"
+    assert shorten(["a: 1, 2", "b", "c"], 2, "; ") == "a: 1, 2; b and 1 more"
+
+
+def test_a_tree_comes_back_from_its_paths():
+    tree = {"a": {"b": {"c": 1, "d": [2]}}, "e": None}
+    assert flatten(tree) == {"a.b.c": 1, "a.b.d": [2], "e": None}
+    assert unflatten(flatten(tree)) == tree
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path, folder):
+    path = tmp_path / "new" / "lock"
+    with lock(path, folder=folder) as held:
+        assert held and path.is_dir() == folder
+        with pytest.raises(BlockingIOError), lock(path, wait=False, folder=folder):
+            raise AssertionError
+    with lock(path, wait=False, folder=folder) as held:
+        assert held
+
+
+def test_who_waits_for_a_lock_that_is_removed_takes_a_new_one(tmp_path):
+    """The waiting thread has opened the removed file: its lock would not keep out the third caller."""
+    path, order, opened = tmp_path / "lock", [], threading.Event()
+    real_open = os.open
+
+    def wait_for_it():
+        with lock(path):
+            order.append("second")
+            with pytest.raises(BlockingIOError), lock(path, wait=False):
+                raise AssertionError
+
+    def open_and_tell(*arguments):
+        descriptor = real_open(*arguments)
+        if threading.current_thread() is thread:
+            opened.set()
+        return descriptor
+
+    thread = threading.Thread(target=wait_for_it)
+    with pytest.MonkeyPatch.context() as patch, lock(path):
+        patch.setattr(os, "open", open_and_tell)
+        thread.start()
+        assert opened.wait(60)
+        order.append("first")
+        path.unlink()
+    thread.join(60)
+    assert order == ["first", "second"] and path.exists()
+
+
+def test_a_lock_that_the_file_system_lacks_is_not_held(tmp_path, monkeypatch):
+    def refuse(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with lock(tmp_path / "lock") as held:
+        assert not held
+
+
+def test_digests_of_files_and_of_stretches(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(100)))
+    assert digest(path) == hashlib.sha256(bytes(range(100))).hexdigest()
+    assert digest(path, [(0, 100)]) == digest(path)
+    assert digest(path, [(90, 5), (0, 2)]) == hashlib.sha256(bytes([90, 91, 92, 93, 94, 0, 1])).hexdigest()
+    with pytest.raises(UserError, match=r"none cannot be read \(No such file"):
+        digest(tmp_path / "none")
+
+
+def test_stretches_go_from_the_first_byte_to_the_last():
+    assert spread(10, 110, 3, 10) == [(10, 10), (55, 10), (100, 10)]
+    assert spread(10, 50, 3, 10) == [(10, 40)]
+    assert spread(0, 0, 3, 10) == [(0, 0)]

@@ -21,7 +21,7 @@ from postrain.hf.tensors import DTYPES, TensorFiles
 from postrain.hf.tree import flatten, list_entries, list_tensors, unflatten
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
-from postrain.sharding import mesh_context, num_row_shards, replicated
+from postrain.sharding import mesh_context, num_row_shards, replicated, to_host
 
 LENGTH = 16  # tokens of a row
 # Root mean square of the difference, in standard deviations of the logits: the order of float32 sums gives 1e-6 of it,
@@ -42,7 +42,7 @@ def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.nd
     config = dataclasses.replace(config, compute_dtype="float32", remat="none", fp8=False)
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
         logits = _make_probe(mesh, config)(params, tokens)
-    return np.asarray(logits.addressable_data(0))
+    return to_host(logits)
 
 
 @functools.cache
@@ -142,4 +142,4 @@ def _read_rows(read, first: int, rows: int, index: tuple[slice, ...]) -> np.ndar
 
 def _count(mask: jax.Array) -> int:
     """Row by row: a matrix may have more entries than int32 counts."""
-    return int(np.asarray(jnp.count_nonzero(mask, axis=tuple(range(2, mask.ndim)))).sum(dtype=np.int64))
+    return int(to_host(jnp.count_nonzero(mask, axis=tuple(range(2, mask.ndim)))).sum(dtype=np.int64))

@@ -25,6 +25,7 @@ from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import FileTensor, flatten, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
+from postrain.sharding import to_host
 
 
 def save_pretrained(
@@ -116,10 +117,10 @@ def gather(param, places: tuple[int, ...] = ()) -> np.ndarray:
     devices = param.sharding.device_set
     if len(devices) > 1:
         everywhere = NamedSharding(param.sharding.mesh, PartitionSpec())
-        return np.asarray(_make_gather(everywhere)(param, places).addressable_data(0))
+        return to_host(_make_gather(everywhere)(param, places))
     if not places or next(iter(devices)).platform == "cpu":  # the host's own memory is not copied
-        return np.asarray(param)[places]
-    return np.asarray(param[places])
+        return to_host(param)[places]
+    return to_host(param[places])
 
 
 @functools.cache

@@ -62,7 +62,7 @@ def select_backend(name: str) -> str:
 
 def load_kernel(name: str) -> Callable:
     """The back end of that name, which is not "chunked". Imported where it is needed: Pallas takes a while."""
-    return getattr(importlib.import_module(f"postrain.models.attention_{_PLATFORMS[name]}"), name)
+    return getattr(importlib.import_module(f"postrain.models.attention.{_PLATFORMS[name]}"), name)
 
 
 def compute_document_starts(segment_ids_BT: jax.Array) -> jax.Array:
