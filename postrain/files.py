@@ -120,7 +120,7 @@ def digest(path: str | os.PathLike, stretches: Iterable[tuple[int, int]] | None 
     Raises UserError naming a file that cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with pathlib.Path(path).open("rb") as file:
             if stretches is None:
                 return hashlib.file_digest(file, "sha256").hexdigest()
             found = hashlib.sha256()

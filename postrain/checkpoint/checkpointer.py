@@ -27,7 +27,7 @@ from postrain.checkpoint.damage import Damaged, describe_cause, is_damaged, is_o
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.files import write_whole
 from postrain.trees import flatten
 from postrain.types import TrainState
@@ -424,6 +424,5 @@ def _compare(what: str, saved, now, advice: str) -> None:
 
 def _refuse(what: str, changes: list[str], advice: str) -> None:
     if changes:
-        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-        shown = ", ".join(changes[:3]) + more
+        shown = shorten(changes, 3)
         raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")

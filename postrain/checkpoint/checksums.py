@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Collection
 
 from postrain.checkpoint.damage import Damaged
+from postrain.errors import shorten
 
 MANIFEST = "checksums.txt"
 _CHUNK = 1 << 22  # bytes that are read at a time
@@ -44,8 +45,7 @@ def verify_checksums(folder: pathlib.Path, names: Collection[str] | None = None,
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         wrong = [line for line in pool.map(lambda name: _compare(folder, name, listed.get(name)), chosen) if line]
     if wrong:
-        more = f" and {len(wrong) - _SHOWN} files more" if len(wrong) > _SHOWN else ""
-        raise Damaged("; ".join(wrong[:_SHOWN]) + more)
+        raise Damaged(shorten(wrong, _SHOWN, "; "))
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -6,24 +6,18 @@ import itertools
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from postrain.config import NewTokensSection
 from postrain.data.rendering.new_tokens import read_new_tokens
 from postrain.errors import UserError
+from postrain.files import digest, spread
 from postrain.hf.tensors import read_header
 from postrain.models.config import LoraConfig
 
 WHOLE_BYTES = 20 * 10**9  # of a folder: up to here every byte is hashed (a GB takes under a second), above it samples
 _BLOCK = 1 << 24  # read and hashed at once
 _SAMPLE, _SAMPLES = 1 << 16, 16  # bytes of a sample, and samples of a tensor
-
-
-class _Span(NamedTuple):
-    """A stretch of a file."""
-
-    start: int
-    bytes: int
 
 
 def fingerprint_model(
@@ -44,14 +38,14 @@ def fingerprint_model(
     files = fingerprint_folder(folder)
     for name in ("config.json", "generation_config.json"):  # the second says where answers end, and is exported
         path = pathlib.Path(folder) / name
-        files[name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else None
+        files[name] = {"sha256": digest(path)} if path.is_file() else None
     fingerprint = {"files": files, "lora": adapters}
     tokens = read_new_tokens(new_tokens) if new_tokens is not None else ()
     if tokens:
         listed = [[token.text, token.start] for token in tokens]
-        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        found = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         trained = {"special": new_tokens.special, "train_alone": new_tokens.train_alone}
-        fingerprint["new_tokens"] = {"count": len(tokens), "sha256": digest} | trained
+        fingerprint["new_tokens"] = {"count": len(tokens), "sha256": found} | trained
     return fingerprint
 
 
@@ -70,32 +64,15 @@ def fingerprint_folder(folder: str | os.PathLike, *, whole_bytes: int = WHOLE_BY
     fingerprint = {}
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for path, size in sizes.items():
-            spans = _cut(size) if whole else _sample(path)
-            digest = hashlib.sha256()
-            for part in pool.map(lambda span, path=path: _hash(path, span), spans):
-                digest.update(part)
-            fingerprint[path.name] = {"bytes": size, "hash": digest.hexdigest()}
+            stretches = [(start, _BLOCK) for start in range(0, size, _BLOCK)] if whole else _sample(path)
+            parts = pool.map(lambda stretch, path=path: digest(path, [stretch]), stretches)
+            found = hashlib.sha256("".join(parts).encode()).hexdigest()
+            fingerprint[path.name] = {"bytes": size, "hash": found}
     return fingerprint
 
 
-def _hash(path: pathlib.Path, span: _Span) -> bytes:
-    with path.open("rb") as file:
-        file.seek(span.start)
-        return hashlib.sha256(file.read(span.bytes)).digest()
-
-
-def _cut(size: int) -> list[_Span]:
-    return [_Span(start, _BLOCK) for start in range(0, size, _BLOCK)]
-
-
-def _sample(path: pathlib.Path) -> list[_Span]:
+def _sample(path: pathlib.Path) -> list[tuple[int, int]]:
     """The header, and stretches spread evenly over every tensor; all of a small one. Tensors lie without gaps."""
     bounds = sorted({info.offset for info in read_header(path).values()} | {path.stat().st_size})
-    spans = [_Span(0, bounds[0])]
-    for start, stop in itertools.pairwise(bounds):
-        last = stop - start - _SAMPLE
-        if last <= _SAMPLE * _SAMPLES:
-            spans.append(_Span(start, stop - start))
-        else:
-            spans += [_Span(start + last * i // (_SAMPLES - 1), _SAMPLE) for i in range(_SAMPLES)]
-    return spans
+    tensors = (spread(start, stop, _SAMPLES, _SAMPLE) for start, stop in itertools.pairwise(bounds))
+    return [(0, bounds[0]), *itertools.chain.from_iterable(tensors)]

@@ -1,12 +1,11 @@
-"""The keys of a config: documented, checked and made immutable."""
+"""The config of a run: its keys (``schema``), checked and made immutable (``check``), from files (``load``)."""
 
+from postrain.config.check import HOW_TO_GET_A_MODEL, check_model_path, check_paths, format_config, resolve, to_dict
+from postrain.config.load import load_config
 from postrain.config.schema import (
-    HOW_TO_GET_A_MODEL,
     CheckpointConfig,
     Config,
     DataConfig,
-    EvalSection,
-    ExportSection,
     LoraSection,
     MeshConfig,
     MixtureSection,
@@ -14,20 +13,11 @@ from postrain.config.schema import (
     NewTokensSection,
     OptimizerConfig,
     PhaseConfig,
-    RanksSection,
     RouterSection,
-    RowFunction,
     SourceConfig,
     SpikeSection,
     StreamSection,
     TrackersConfig,
-    TrainSection,
-    as_dict,
-    check_model_path,
-    check_paths,
-    format_config,
-    resolve,
-    to_dict,
 )
 
 __all__ = [
@@ -35,8 +25,6 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
-    "EvalSection",
-    "ExportSection",
     "LoraSection",
     "MeshConfig",
     "MixtureSection",
@@ -44,18 +32,15 @@ __all__ = [
     "NewTokensSection",
     "OptimizerConfig",
     "PhaseConfig",
-    "RanksSection",
     "RouterSection",
-    "RowFunction",
     "SourceConfig",
     "SpikeSection",
     "StreamSection",
     "TrackersConfig",
-    "TrainSection",
-    "as_dict",
     "check_model_path",
     "check_paths",
     "format_config",
+    "load_config",
     "resolve",
     "to_dict",
 ]

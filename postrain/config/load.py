@@ -1,4 +1,4 @@
-"""Config files and the command line's say in them.
+"""Config files, and the keys that the command line overrides.
 
 A config file ``configs/NAME.py`` has ``get_config(arg=None) -> ml_collections.ConfigDict``; the command line
 overrides keys as ``--config.optimizer.learning_rate=1e-5``.
@@ -12,17 +12,18 @@ import os
 import pathlib
 import traceback
 import typing
-from typing import Any
+from typing import Any, Literal
 
-from postrain.config import Config, as_dict, resolve
+from postrain.config.check import plain_dict, resolve
+from postrain.config.schema import Config
 from postrain.errors import UserError
 
 
 def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
-    """The checked config of a file and what the command line overrides.
+    """The checked config of a file, with the keys that the command line overrides.
 
     Args:
-        spec: ``path/to/config.py`` or ``path/to/config.py:arg``; ``arg`` is what its ``get_config`` is given.
+        spec: ``path/to/config.py`` or ``path/to/config.py:arg``; ``arg`` is the argument of its ``get_config``.
         overrides: dotted key -> value as written on the command line, a Python literal or bare words, with commas
             where the key takes several: ``{"optimizer.learning_rate": "1e-5", "data.train": "a.jsonl,b.jsonl"}``.
 
@@ -30,7 +31,7 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
         UserError: no such file, an error inside it, an unknown key, a value of the wrong type or range.
     """
     path, _, arg = spec.partition(":")
-    values = as_dict(_run_config_file(path, arg or None))
+    values = plain_dict(_run_config_file(path, arg or None))
     for key, text in (overrides or {}).items():
         *sections, leaf = key.split(".")
         place = values
@@ -38,7 +39,7 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise UserError(f"--config.{key}: {section!r} is a value, not a section; its keys cannot be overridden")
-        place[leaf] = _parse_override(text, _kind_of(key))
+        place[leaf] = _parse_override(text, _find_type(key))
     return resolve(values)
 
 
@@ -58,7 +59,7 @@ def _run_config_file(path: str, arg: str | None) -> Any:
         return module.get_config() if arg is None else module.get_config(arg)
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's own file does wrong is the user's to put right
+    except (Exception, SystemExit) as error:  # any error of the user's own file is the user's to put right
         where, text = _locate_error(error, file) or path, " ".join(str(error).split())
         if running and arg is not None and isinstance(error, ValueError):  # how a config file refuses a variant
             raise UserError(f"--config={path}:{arg}: {text} ({where})") from error
@@ -86,8 +87,8 @@ def _locate_error(error: BaseException, file: pathlib.Path) -> str:
     return f"{file}:{lines[-1]}" if lines else ""
 
 
-def _kind_of(key: str) -> Any:
-    """The type of a dotted key, None where there is no such key."""
+def _find_type(key: str) -> Any:
+    """The type of a dotted key without its range; None where there is no such key."""
     kind: Any = Config
     for part in key.split("."):
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
@@ -95,13 +96,13 @@ def _kind_of(key: str) -> Any:
 
 
 def _parse_override(text: str, kind: Any) -> Any:
-    """What the command line means for a key of type ``kind``: lists may be ``a,b`` or ``[a,b]``, words need no quotes.
+    """The value of a key of type ``kind``: lists may be ``a,b`` or ``[a,b]``, words need no quotes.
 
     >>> _parse_override("q,v", tuple[str, ...])
     ['q', 'v']
     """
     literal = _parse_literal(text)
-    if kind is str:
+    if kind is str or typing.get_origin(kind) is Literal:
         return literal if isinstance(literal, str) else text
     if typing.get_origin(kind) is tuple:
         if isinstance(literal, (list, tuple, dict)):

@@ -1,42 +1,40 @@
-"""What keys of a config must be to each other: each a mistake that is answered before anything else happens."""
-
-from __future__ import annotations
+"""Keys that contradict each other: mistakes that are answered before anything else happens."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+import typing
 
-from postrain.config.limits import CHOICES
+from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection
 from postrain.errors import UserError
-
-if TYPE_CHECKING:
-    from postrain.config import Config, DataConfig, ModelSection
 
 
 def check_rules(config: Config) -> None:
-    """Raises UserError naming the keys that do not go together."""
-    _check_rows(config)
+    """Raises UserError naming keys that do not go together."""
+    if config.train.steps == 0 and config.train.epochs <= 0:
+        raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
+    if config.model.lora.rank == 0 and config.export.format == "adapter":
+        raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    _check_batch(config)
+    _check_sources(config.data)
     _check_mixture(config.data)
     _check_stream(config)
     _check_adapters(config.model)
     _check_new_tokens(config.model)
     _check_best(config)
-    if config.train.spike.policy == "rollback" and not config.checkpoint.every:
-        raise UserError("config key 'train.spike.policy' = 'rollback' needs 'checkpoint.every' above 0")
 
 
 def has_mixture(config: DataConfig) -> bool:
-    """Whether the config asks for other shares of its sources than each row once an epoch."""
+    """Whether the shares of the sources are other than each row once an epoch."""
     own = any(source.weight or source.max_epochs for source in config.train)
     return own or bool(config.mixture.phases) or config.mixture.temperature != 1
 
 
-def _check_rows(config: Config) -> None:
-    """The rows of an update are shared out evenly; over how many devices is known here where no axis is -1."""
+def _check_batch(config: Config) -> None:
+    """Micro-batches and devices have the same number of rows each; devices are known here where no axis is -1."""
     rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
     free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
     if len(free) > 1:
         raise UserError(
-            f"config keys {' and '.join(free)} are -1, what is left by the others: give all but one a number"
+            f"config keys {' and '.join(free)} are -1, all devices that are left: give all but one a number"
         )
     if rows % micro_batches:
         raise UserError(
@@ -56,7 +54,7 @@ def _check_rows(config: Config) -> None:
 
 
 def _check_adapters(model: ModelSection) -> None:
-    """Adapters that could not change the model are a mistake, and so is what goes with adapters that are not there."""
+    """Refuses adapters that could not change the model, and settings of adapters where there are none."""
     lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
     own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
     if not lora.rank:
@@ -86,7 +84,7 @@ def _check_adapters(model: ModelSection) -> None:
 
 
 def _check_new_tokens(model: ModelSection) -> None:
-    """What the tokens themselves must be is checked where they are read (``postrain.data.rendering.new_tokens``)."""
+    """The tokens themselves are checked by ``postrain.data.rendering.new_tokens``, which reads them."""
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(
@@ -104,8 +102,8 @@ def _check_new_tokens(model: ModelSection) -> None:
 
 
 def _check_best(config: Config) -> None:
-    """``checkpoint.metric`` must be one that the run will have, if checkpoints are to be kept by it."""
-    metric, scored = config.checkpoint.metric, CHOICES["eval.metrics"]
+    """With ``checkpoint.keep_best``, the run must measure ``checkpoint.metric`` at every checkpoint."""
+    metric, scored = config.checkpoint.metric, typing.get_args(AnswerMetric)
     if not config.checkpoint.keep_best:
         return
     where = f"config key 'checkpoint.metric' = {metric!r}"
@@ -128,11 +126,27 @@ def _check_best(config: Config) -> None:
         )
 
 
+def _check_sources(data: DataConfig) -> None:
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for source in sources:
+            if source.path and source.dataset is not None:
+                raise UserError(
+                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one of "
+                    "them: make two sources"
+                )
+    unsized = [source for source in data.train if source.dataset is not None and not source.weight]
+    if data.streaming and len(data.train) > 1 and unsized:
+        raise UserError(
+            "config key 'data.train': a source with 'dataset' has no size in bytes that the shares of a stream could go "
+            "by: give every source a 'weight'"
+        )
+
+
 def _check_stream(config: Config) -> None:
     data, train = config.data, config.train
-    asked = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
+    key = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
     if (data.streaming or has_mixture(data)) and not train.steps:
-        raise UserError(f"config key {asked}: such data have no end that is known beforehand: set 'train.steps'")
+        raise UserError(f"config key {key}: the length of such an epoch is not known beforehand: set 'train.steps'")
     shards = data.stream.shards
     if data.streaming and data.batch_size % shards:
         raise UserError(
@@ -145,7 +159,7 @@ def _check_stream(config: Config) -> None:
 
 
 def _check_mixture(config: DataConfig) -> None:
-    """Raises UserError for weights that cannot be meant."""
+    """Refuses weights that contradict each other."""
     sources, mixture = config.train, config.mixture
     weighted = [source.weight > 0 for source in sources]
     if any(weighted) and mixture.temperature != 1:

@@ -18,10 +18,11 @@ from postrain.errors import UserError
 from postrain.hf.config import read_config, read_family
 from postrain.hf.load import make_reader, open_checked, place
 from postrain.hf.tensors import DTYPES, TensorFiles
-from postrain.hf.tree import flatten, list_entries, list_tensors, unflatten
+from postrain.hf.tree import list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.sharding import mesh_context, num_row_shards, replicated, to_host
+from postrain.trees import flatten, unflatten
 
 LENGTH = 16  # tokens of a row
 # Root mean square of the difference, in standard deviations of the logits: the order of float32 sums gives 1e-6 of it,

@@ -23,9 +23,10 @@ from postrain.hf.save import cast, choose_dtypes, fetch_tensor, write_folder
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import read_json
 from postrain.hf.text_part import read_model_json
-from postrain.hf.tree import FileTensor, flatten, list_entries, list_tensors, unflatten
+from postrain.hf.tree import FileTensor, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.heads import HeadConfig, head_specs
+from postrain.trees import flatten, unflatten
 
 SCORE = TensorName("heads.score.kernel", "score.weight", transpose=True)
 HEAD_NAME = "score"

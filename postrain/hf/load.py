@@ -23,11 +23,11 @@ from postrain.hf.config import parse_dtype, read_config, read_family
 from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
 from postrain.hf.tensors import TensorFiles
 from postrain.hf.text_part import open_tensors
-from postrain.hf.tree import group_layers, list_entries, list_tensors, unflatten
+from postrain.hf.tree import group_layers, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, frozen_specs, make_packer
 from postrain.sharding import named_shardings
-from postrain.trees import flatten
+from postrain.trees import flatten, unflatten
 
 PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
 

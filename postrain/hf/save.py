@@ -22,10 +22,11 @@ from postrain.hf.load import open_checked
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
 from postrain.hf.text_part import open_tensors
-from postrain.hf.tree import FileTensor, flatten, list_tensors
+from postrain.hf.tree import FileTensor, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
 from postrain.sharding import to_host
+from postrain.trees import flatten
 
 
 def save_pretrained(

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor, packed_names
 
 ONE_FILE = "model.safetensors"
@@ -86,9 +86,11 @@ class TensorFiles:
             found = read_header(self.folder / file)
             listed = {name for name, where in weight_map.items() if where == file}
             if absent := sorted(listed - set(found)):
-                raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {_some(absent)}")
+                raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {shorten(absent, 8)}")
             if unlisted := sorted(set(found) - listed):
-                raise UserError(f"{index}: has no entry for tensors of {file}: {_some(unlisted)}: download it again")
+                raise UserError(
+                    f"{index}: has no entry for tensors of {file}: {shorten(unlisted, 8)}: download it again"
+                )
             self.infos |= found
 
     def read(self, name: str) -> np.ndarray | Mxfp4Tensor:
@@ -204,10 +206,6 @@ def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.nda
             stream.write(array.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())  # a full disk behind a network shows itself here at the latest
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _other_weights(folder: pathlib.Path) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from typing import Any
 
 from postrain.hf.families import Family, TensorName
 from postrain.models.config import ModelConfig
@@ -19,18 +18,6 @@ class FileTensor:
     layer: int | None  # index into the stacked parameter
     expert: int | None  # index into one layer of it
     shape: tuple[int, ...]  # in the file: [out, in] for linear layers, the vocabulary without padding
-
-
-def unflatten(leaves: dict[str, Any]) -> dict:
-    """{"a.b.c": leaf} -> nested dict."""
-    tree: dict = {}
-    for path, value in leaves.items():
-        *parents, last = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def list_entries(config: ModelConfig, family: Family) -> list[tuple[TensorName, ParamSpec]]:

@@ -21,7 +21,8 @@ import postrain
 from postrain.cluster.processes import Processes, gather
 from postrain.config import Config, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
+from postrain.files import digest, spread
 from postrain.training.workdir import make_workdir
 from postrain.trees import flatten
 
@@ -53,8 +54,7 @@ def _compare(processes: Processes, facts: Mapping[str, str], expected: str) -> N
     statements = processes.channel.gather(dict(facts))
     differences = compare(statements, processes.channel.hosts)
     if differences:
-        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-        raise UserError(f"the processes differ: {'; '.join(differences[:_SHOWN])}{more}: expected {expected}")
+        raise UserError(f"the processes differ: {shorten(differences, _SHOWN, '; ')}: expected {expected}")
 
 
 def compare(statements: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:
@@ -91,17 +91,14 @@ def check_rows(fingerprints: Mapping[str, dict | None]) -> None:
         for key in fingerprints
         for change in compare_fingerprints(found[0][key] or {}, found[other][key] or {})
     ]
-    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     raise UserError(
         f'the processes differ: {_name(same[1], hosts)} found other rows than {_name(same[0], hosts)} ("was"): '
-        f"{'; '.join(differences[:_SHOWN])}{more}: expected the same rows on all machines"
+        f"{shorten(differences, _SHOWN, '; ')}: expected the same rows on all machines"
     )
 
 
 def _name(processes: list[int], hosts: Sequence[str]) -> str:
-    shown = ", ".join(f"{process} ({hosts[process]})" for process in processes[:4])
-    more = f" and {len(processes) - 4} more" if len(processes) > 4 else ""
-    return f"process{'es' * (len(processes) > 1)} {shown}{more}"
+    return f"process{'es' * (len(processes) > 1)} {shorten((f'{i} ({hosts[i]})' for i in processes), 4)}"
 
 
 def describe_software() -> dict[str, str]:
@@ -143,19 +140,9 @@ def _expand(path: str) -> list[pathlib.Path]:
 
 
 def _describe(file: pathlib.Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            if size <= _WHOLE:
-                digest.update(opened.read())
-            else:
-                for i in range(_STRETCHES):
-                    opened.seek((size - _STRETCH) * i // (_STRETCHES - 1))
-                    digest.update(opened.read(_STRETCH))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): mend it, or who may read it") from error
-    return f"{size:,} bytes ({digest.hexdigest()[:8]})"
+    size = file.stat().st_size
+    stretches = None if size <= _WHOLE else spread(0, size, _STRETCHES, _STRETCH)
+    return f"{size:,} bytes ({digest(file, stretches)[:8]})"
 
 
 def check_shared(processes: Processes, workdir: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ from postrain.data.batches.shard_reader import open_block_source
 from postrain.data.batches.source import Source, open_source
 from postrain.data.messages import BadRow
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
 from postrain.training.optimizer import describe_structure
 
@@ -59,13 +59,12 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
         *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
     ]
     if changes:
-        more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
         ways = ["change it back", "use another workdir"]
         if len(changes) == len(data):  # other weights or another optimizer are another run
             ways.append(f"go on with the changed data by --config.data.accept_change={change}")
         raise UserError(
             f"{place}: the run cannot go on from here, since what it stands on has changed: "
-            f"{'; '.join(changes[:_SHOWN])}{more}: {', or '.join(ways)}"
+            f"{shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
         )
 
 
@@ -142,8 +141,7 @@ def _compare_models(saved: dict | None, now: dict) -> list[str]:
     changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
-    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-    return changes + [f"model.path: other content of {', '.join(others[:3])}{more}"] * bool(others)
+    return changes + [f"model.path: other content of {shorten(others, 3)}"] * bool(others)
 
 
 def _compare_new_tokens(before: dict, after: dict) -> list[str]:

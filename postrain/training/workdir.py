@@ -1,21 +1,19 @@
 """The folder of a run: made, checked, described."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import TextIO
 
 import jax
 
 from postrain.config import Config, resolve, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.errors import UserError
-from postrain.files import check_local, write_whole
+from postrain.files import check_local, lock, write_whole
 from postrain.report.metrics import read_metrics
 from postrain.trees import flatten
 
@@ -78,36 +76,19 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         yield
         return
     path = workdir / ".lock"
-    with _take_lock(path, workdir) as file:
-        file.truncate(0)
-        file.write(f"{os.getpid()}")
-        file.flush()
+    with contextlib.ExitStack() as stack:
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _take_lock(path: pathlib.Path, workdir: pathlib.Path) -> TextIO:
-    """The open lock file, held."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = stack.enter_context(lock(path, wait=False))
         except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            file.close()
+            holder = (path.read_text(encoding="utf-8").strip() if path.exists() else "") or "unknown"
             raise UserError(
                 f"--workdir {workdir} is in use by another run (process {holder}): wait for it, stop it, or use another"
             ) from error
-        except OSError as error:  # some network file systems know no locks; better to run than to refuse them
-            print(f"workdir {workdir}: cannot be locked ({error.strerror}): start no second run in it")
-            return file
-        # A run that ended between our open and our lock has removed the file: what we hold then keeps nobody out.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
+        if not held:  # better to run than to refuse such a file system
+            print(f"workdir {workdir}: its file system has no locks: start no second run in it")
+        stack.callback(path.unlink, missing_ok=True)
+        path.write_text(str(os.getpid()), encoding="utf-8")
+        yield
 
 
 def save_config(workdir: pathlib.Path, config: Config) -> None:

@@ -3,23 +3,36 @@
 import dataclasses
 import inspect
 import pathlib
+import pkgutil
 import re
 import typing
+from typing import Annotated, Literal
 
 import pytest
 
-from postrain import config as config_lib
-from postrain.config import Config, RowFunction, check_paths, format_config, resolve, to_dict
-from postrain.config.limits import CHOICES, RANGES
+import postrain.recipes
+from postrain.config import Config, check_paths, format_config, resolve, schema, to_dict
+from postrain.config.check import list_recipes, list_types
 from postrain.data.kinds.registry import KINDS
 from postrain.data.messages import SFT_FORMS
 from postrain.errors import UserError
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": "rows.jsonl"}}
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SECTIONS = [
-    cls for cls in vars(config_lib).values() if dataclasses.is_dataclass(cls) and cls.__module__ == config_lib.__name__
-]
+SECTIONS = [cls for cls in vars(schema).values() if dataclasses.is_dataclass(cls)]
+
+
+def list_keys(section=Config, prefix=""):
+    """Dotted key -> type of one value, of every key that there is."""
+    found = {}
+    for name, kind in list_types(section).items():
+        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        found |= list_keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return found
+
+
+KEYS = list_keys()
+NUMBERS = {key: kind for key, kind in KEYS.items() if typing.get_origin(kind) is Annotated}
 
 
 def with_key(key, value):
@@ -69,6 +82,10 @@ def test_to_dict_and_back():
         ("train.steps", -1, "config key 'train.steps' must be at least 0, found -1"),
         ("data.batch_size", 0, "config key 'data.batch_size' must be at least 1, found 0"),
         ("optimizer.learning_rate", float("nan"), "must be above 0, found nan"),
+        ("train.spike.policy", "rollback", "must be one of none, stop, skip; found 'rollback'"),
+        ("model.remat", 1, "config key 'model.remat' must be str, found 1 (int)"),
+        ("data.train", {"path": "x.jsonl", "kind": "txt"}, "one of sft, messages, prompt_completion, text, preference"),
+        ("data.train", {"path": "x.jsonl", "kind": len}, "config key 'data.train.kind': expected a function, found <"),
         ("data.shuffle", "yes", "must be bool, found 'yes'"),
         ("data.packing", "best-fit", "one of best_fit, none; found 'best-fit'; did you mean 'best_fit'?"),
         ("model.lora.targets", ["q", "z"], "config key 'model.lora.targets' must be one of q, k, v, o"),
@@ -138,8 +155,7 @@ def test_every_key_is_documented_where_it_is_defined():
 
 
 def test_every_key_is_used_somewhere():
-    sources = [path.read_text() for path in (ROOT / "postrain").rglob("*.py") if path.name != "config.py"]
-    sources.append((ROOT / "postrain" / "models" / "config.py").read_text())
+    sources = [path.read_text() for path in (ROOT / "postrain").rglob("*.py") if path.name != "schema.py"]
     unused = [
         f"{cls.__name__}.{field.name}"
         for cls in SECTIONS
@@ -149,32 +165,44 @@ def test_every_key_is_used_somewhere():
     assert unused == []
 
 
-def kinds_of_keys(cls=Config, prefix=""):
-    """Dotted key -> type of one value, of every key that there is."""
-    found = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        kind = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-        section = dataclasses.is_dataclass(kind)
-        found |= kinds_of_keys(kind, f"{prefix}{name}.") if section else {prefix + name: kind}
-    return found
+def test_every_section_is_a_part_of_the_config():
+    def below(section):
+        kinds = [
+            typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+            for kind in list_types(section).values()
+        ]
+        return {section}.union(*(below(kind) for kind in kinds if dataclasses.is_dataclass(kind)))
+
+    assert below(Config) == set(SECTIONS) and len(SECTIONS) > 10
 
 
-def test_every_choice_is_of_a_key_that_exists():
-    kinds = kinds_of_keys()
-    assert {kinds[key] for key in CHOICES} == {str, str | RowFunction}
-    assert {*CHOICES["data.train.kind"]} == {*CHOICES["data.eval.kind"]} == {*KINDS, *SFT_FORMS}
+def test_every_key_is_a_text_a_switch_a_choice_or_a_number_with_a_range():
+    plain = {key: kind for key, kind in KEYS.items() if kind not in (str, bool) and key not in NUMBERS}
+    functions = {key for key, kind in plain.items() if typing.get_origin(kind) is typing.Union}
+    assert functions == {"data.train.kind", "data.eval.kind"}
+    assert {typing.get_origin(plain[key]) for key in plain.keys() - functions} == {Literal}
 
 
-def test_every_number_has_its_range_and_its_default_is_in_it():
-    numbers = {key for key, kind in kinds_of_keys().items() if kind in (int, float)}
-    assert numbers == set(RANGES)
+def test_every_kind_of_rows_is_a_choice():
+    assert {*typing.get_args(schema.Kind)} == {*KINDS, *SFT_FORMS}
+
+
+def test_recipes_are_the_files_of_their_folder():
+    names = [module.name for module in pkgutil.iter_modules(postrain.recipes.__path__)]
+    assert list(list_recipes()) == sorted(names) and "sft" in names
+    assert f"config key 'recipe' must be one of {', '.join(names)}; found 'sftt'; did you mean 'sft'?" == error_of(
+        MINIMAL | {"recipe": "sftt"}
+    )
+
+
+def test_every_default_is_in_its_range():
     assert resolve(to_dict(resolve(MINIMAL))) == resolve(MINIMAL)
 
 
-@pytest.mark.parametrize("key", RANGES)
+@pytest.mark.parametrize("key", NUMBERS)
 def test_every_range_refuses_absurd_values_by_its_key(key):
     """Below, and above what memory or a float could hold: in one line that names the key and the value."""
-    kind = kinds_of_keys()[key]
+    kind = typing.get_args(NUMBERS[key])[0]
     for value in (-(10**30), 10**30) if kind is int else (-1.5, float("inf"), float("nan")):
         error = error_of(with_key(key, value))
         assert error.startswith(f"config key '{key}' must be ") and f"found {value!r}" in error, error

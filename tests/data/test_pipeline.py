@@ -367,7 +367,7 @@ def test_a_switch_that_serving_must_set_is_said(tmp_path):
     rows = [chat("q", "a"), chat("q", "a", reasoning_content="why"), chat("q", "b")]
     report = _load(tmp_path, rows, tokenizer).report
     line = "2 answers trained after enable_thinking=False: serve with it (postrain generate --thinking off)"
-    assert str(report).splitlines()[-1] == line and report.asked == {"enable_thinking=False": 2}
+    assert str(report).splitlines()[-1] == line and report.template_switches == {"enable_thinking=False": 2}
     assert report.describe_asking() == [line]
     assert _load(tmp_path, rows[1:2], tokenizer).report.describe_asking() == []
     assert _load(tmp_path, rows[:1], load_real("qwen3", CHATML)).report.describe_asking() == []
@@ -384,7 +384,7 @@ def test_an_answer_that_was_cut_away_is_not_counted(tmp_path):
     long = {"messages": row["messages"] + chat("word " * 40, "b")["messages"]}
     whole = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=128)
     cut = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=32, too_long="truncate")
-    assert whole.report.asked == {"enable_thinking=False": 2} and cut.report.asked == {"enable_thinking=False": 1}
+    assert whole.report.template_switches == {"enable_thinking=False": 2} and cut.report.template_switches == {"enable_thinking=False": 1}
 
 
 # The fingerprint

@@ -17,8 +17,9 @@ from postrain.data.batches.packing import PACKING_VERSION
 from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.batches.source import FileSource, Source, open_source
 from postrain.data.documents import Document, Group
-from postrain.data.files.storage import StoredFile, is_local, list_files, open_file
+from postrain.data.files.storage import StoredFile, is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.files import digest, spread
 
 _SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
 # Keys of the config that decide which rows come when.
@@ -55,7 +56,7 @@ def fingerprint_stream(sources: Sequence[Source], tokenizer: Tokenizer | None, c
     for source in sources:
         files = source.files if isinstance(source, FileSource) else []
         names = name_files([file.url for file in files])
-        facts = [{"name": name} | _stored_facts(file, source) for name, file in zip(names, files, strict=True)]
+        facts = [{"name": name} | _stored_facts(file) for name, file in zip(names, files, strict=True)]
         described.append({"name": source.name, "kind": source.parser.form, "files": facts} | source.identity)
     return _pipeline_facts(described, tokenizer, config)
 
@@ -103,21 +104,21 @@ def _mixture_facts(config: DataConfig) -> dict:
 
 def hash_documents(examples: Iterable[Document]) -> str:
     """Hash over tokens, loss masks and whatever else the documents bring, in order."""
-    digest = hashlib.blake2b(digest_size=20)
+    hashed = hashlib.blake2b(digest_size=20)
     for example in examples:
         if isinstance(example, Group):
-            digest.update(b"group" + len(example.sequences).to_bytes(8, "little"))
+            hashed.update(b"group" + len(example.sequences).to_bytes(8, "little"))
         for sequence in example.sequences:
-            digest.update(len(sequence.tokens).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(sequence.tokens, "<i4"))
-            digest.update(np.packbits(sequence.loss_mask))
+            hashed.update(len(sequence.tokens).to_bytes(8, "little"))
+            hashed.update(np.ascontiguousarray(sequence.tokens, "<i4"))
+            hashed.update(np.packbits(sequence.loss_mask))
             for name, values, _ in sequence.fields:
-                digest.update(
+                hashed.update(
                     name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
                 )
             if sequence.metadata is not None:
-                digest.update(json.dumps(sequence.metadata, sort_keys=True).encode())
-    return digest.hexdigest()
+                hashed.update(json.dumps(sequence.metadata, sort_keys=True).encode())
+    return hashed.hexdigest()
 
 
 def digest_change(old: dict, new: dict) -> str:
@@ -197,24 +198,18 @@ def _file_facts(files: list[str]) -> list[dict]:
     facts = []
     for name, file in zip(name_files(files), files, strict=True):
         if is_local(file):
-            with open(file, "rb") as f:
-                digest = hashlib.file_digest(f, "sha256").hexdigest()
-            facts.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest})
+            facts.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest(file)})
         else:
             (stored,) = list_files(file)
             facts.append({"name": name, "bytes": stored.bytes, "version": stored.version})
     return facts
 
 
-def _stored_facts(file: StoredFile, source: FileSource) -> dict:
+def _stored_facts(file: StoredFile) -> dict:
     """A local file by its size and three pieces, so that it may be copied; another by size and version."""
     if not is_local(file.url):
         return {"bytes": file.bytes, "version": file.version}
-    digest = hashlib.blake2b(digest_size=20)
-    for start in (0, file.bytes // 2, max(file.bytes - _SAMPLE, 0)):
-        with open_file(file, source.options, start) as f:
-            digest.update(f.read(_SAMPLE))
-    return {"bytes": file.bytes, "sample": digest.hexdigest()}
+    return {"bytes": file.bytes, "sample": digest(file.url, spread(0, file.bytes, 3, _SAMPLE))}
 
 
 def name_files(urls: Sequence[str]) -> list[str]:

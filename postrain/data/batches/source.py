@@ -24,7 +24,7 @@ import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.schema import StreamSection
-from postrain.config.functions import describe_dataset
+from postrain.config.functions import identify_dataset
 from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_counts import count
@@ -235,7 +235,7 @@ class DatasetSource(Source):
     """
 
     def __init__(self, config: SourceConfig, data: DataConfig, index: int):
-        described = describe_dataset(config.dataset, "data.train.dataset")
+        described = identify_dataset(config.dataset, "data.train.dataset")
         name = config.name or described.split()[1]
         super().__init__(config, data, index, name, f"source {name!r}")
         self._is_sharded = inspect.isfunction(config.dataset) and bool(inspect.signature(config.dataset).parameters)

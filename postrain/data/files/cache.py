@@ -7,12 +7,13 @@ the pieces not used for longest go, until a tenth is free. The sum is raised bef
 without a search: a killed writer leaves it too high, never too low.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 import pathlib
 import zlib
+
+from postrain.files import lock
 
 _LOG = logging.getLogger(__name__)
 _PIECE, _PARTIAL = ".piece", ".partial"
@@ -43,12 +44,12 @@ class PieceCache:
             return
         partial = path.with_suffix(_PARTIAL)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._folder / "lock", "a+b") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with lock(self._folder / "lock") as held:
+                if not held:
+                    raise OSError("its file system has no locks")
                 if path.exists():
                     return
-                self._make_room(lock, size)
+                self._make_room(size)
                 try:
                     with open(partial, "wb") as f:
                         f.write(zlib.crc32(piece).to_bytes(4, "big"))
@@ -62,16 +63,13 @@ class PieceCache:
     def _path(self, key: str) -> pathlib.Path:
         return self._folder / (hashlib.sha256(key.encode()).hexdigest() + _PIECE)
 
-    def _make_room(self, lock, size: int) -> None:
-        lock.seek(0)
-        total = lock.read()
+    def _make_room(self, size: int) -> None:
+        total = (self._folder / "lock").read_bytes()
         if not total.isdigit() or int(total) + size > self._limit:
             used = self._search(self._limit - size)
         else:
             used = int(total)
-        lock.truncate(0)
-        lock.write(str(used + size).encode())
-        lock.flush()
+        (self._folder / "lock").write_bytes(str(used + size).encode())
 
     def _search(self, room: int) -> int:
         """Bytes in the folder, after the oldest pieces have gone where there were more than ``room``."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.config.functions import PREFIX, describe_function
+from postrain.config.functions import PREFIX, identify_function
 from postrain.data.documents import Document, Rendered, cut_end
 from postrain.data.kinds import id_rows, preference, prompts
 from postrain.data.messages import SFT_FORMS, BadRow, RowRef, check_object, find_form, name_keys, parse_row
@@ -104,7 +104,7 @@ class RowParser:
     @property
     def identity(self) -> dict[str, Any]:
         told = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": KINDS_VERSION}
-        return told | ({"function": describe_function(self._function, "kind")} if self._function else {})
+        return told | ({"function": identify_function(self._function, "kind")} if self._function else {})
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
         """Finds the form in the first of the rows that has one, unless it is known; a BadRow stands for a bad one."""

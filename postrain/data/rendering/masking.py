@@ -45,13 +45,13 @@ class Encoded:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
         self.text, self.spans = sequence.text, sequence.spans
-        self.asked = sequence.asked or ("",) * len(sequence.spans)
+        self.template_switches = sequence.template_switches or ("",) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
         self._ids, self._starts, self._places = encoded
 
     def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
-        The third is ``Sequence.asked`` of its spans, or nothing where all of them are empty.
+        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty.
 
         One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
         the ids are no longer those that serving would encode for a later prompt.
@@ -61,7 +61,7 @@ class Encoded:
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span, asked in zip(self.spans, self.asked, strict=True):
+        for span, asked in zip(self.spans, self.template_switches, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
             (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, asked))
@@ -184,7 +184,7 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
         shifts.append(length - done)
     out.append(sequence.text[done:])
     move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
-    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.asked)
+    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.template_switches)
 
 
 @functools.lru_cache(maxsize=16)

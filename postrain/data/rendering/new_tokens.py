@@ -12,7 +12,7 @@ from typing import NamedTuple
 import tokenizers
 
 from postrain.config import NewTokensSection
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 _SHOWN = 8  # wrong tokens in one message
 
@@ -102,5 +102,4 @@ def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], speci
 
 def _refuse(wrong: list[str]) -> None:
     if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise UserError(f"new tokens: {'; '.join(wrong[:_SHOWN])}{more}: leave these out or write them differently")
+        raise UserError(f"new tokens: {shorten(wrong, _SHOWN, '; ')}: leave these out or write them differently")

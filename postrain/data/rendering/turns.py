@@ -57,13 +57,13 @@ class Sequence:
 
     Attributes:
       spans: character ranges that the model must produce.
-      asked: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
+      template_switches: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
         where it does not. Or nothing at all, where none does.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    asked: tuple[str, ...] = ()
+    template_switches: tuple[str, ...] = ()
 
 
 def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
@@ -87,7 +87,7 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         span = (len(prompt), len(prompt) + len(continuation))
         if sequences and prompt.startswith(reached):
             before = sequences.pop()
-            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.asked, asked)))
+            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.template_switches, asked)))
         else:
             sequences.append(Sequence(prompt + continuation, (span,), (asked,)))
         reached = prompt + continuation

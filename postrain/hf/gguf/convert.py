@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from gguf.quants import dequantize
 
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.hf.config import parse_config, parse_dtype
 from postrain.hf.families import FAMILIES
 from postrain.hf.folders import atomic_folder
@@ -264,8 +264,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, file: pathli
     ]
     wrong += [f"left over {name}" for name in shapes if name not in expected]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise UserError(f"{file}: tensors do not fit its metadata: {', '.join(wrong[:4])}{more}: use another file")
+        raise UserError(f"{file}: tensors do not fit its metadata: {shorten(wrong, 4)}: use another file")
 
 
 def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, file: pathlib.Path) -> np.ndarray:

@@ -37,9 +37,10 @@ from postrain.hf.save import gather, write_folder
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import TensorFiles, read_json
 from postrain.hf.text_part import find_text_part
-from postrain.hf.tree import flatten, group_layers, unflatten
+from postrain.hf.tree import group_layers
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import LINEARS, adapter_specs, lora_specs
+from postrain.trees import flatten, unflatten
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PeftModel's own two levels
