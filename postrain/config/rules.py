@@ -131,14 +131,14 @@ def _check_sources(data: DataConfig) -> None:
         for source in sources:
             if source.path and source.dataset is not None:
                 raise UserError(
-                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one of "
-                    "them: make two sources"
+                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one "
+                    "of them: make two sources"
                 )
     unsized = [source for source in data.train if source.dataset is not None and not source.weight]
     if data.streaming and len(data.train) > 1 and unsized:
         raise UserError(
-            "config key 'data.train': a source with 'dataset' has no size in bytes that the shares of a stream could go "
-            "by: give every source a 'weight'"
+            "config key 'data.train': a source with 'dataset' has no size in bytes, which the shares of a stream depend on "
+            "where there are no weights: give every source a 'weight'"
         )
 
 

@@ -48,6 +48,7 @@ Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, below=1)]
 
+
 class Dataset:
     """A ``grain.MapDataset`` or ``grain.IterDataset`` of rows (dicts), or a function that returns one. The function has
     no parameter, or two: (shard, shards), and then it returns the rows of that shard alone."""

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 
 from postrain.config import Config
-from postrain.data.batches.loading import ExampleSet, load_examples
+from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
-from postrain.data.batches.report import count
+from postrain.data.batches.row_counts import count
 from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
@@ -160,7 +160,7 @@ def _write_html(
     for key, example_set in sets.items():
         header, *lines = example_set.report.table()
         body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
-        lines = [example_set.report.describe_packing(), *example_set.report.describe_more()]
+        lines = [example_set.report.format_packing(), *example_set.report.format_notes()]
         body += [f"<p>{html.escape(line)}</p>" for line in lines]
         bins = _histogram(example_set)
         most = max(number for _, number in bins)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from postrain.cluster.processes import meet
 from postrain.cluster.watchdog import Watchdog
 from postrain.config import Config
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.documents import check_token_ids
 from postrain.data.preview import render_tokens_html

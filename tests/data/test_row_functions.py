@@ -12,7 +12,7 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 from postrain.config import format_config, resolve, to_dict
 from postrain.config.load import load_config
 from postrain.data.batches.fingerprint import compare_fingerprints
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.kinds import registry
 from postrain.data.rendering.tokenizer import load_tokenizer

@@ -13,7 +13,7 @@ from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfi
 from postrain.data.batches import shard_reader as block_reader
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.open import open_train_rows
-from postrain.data.batches.packing import shift
+from postrain.data.batches.collate import shift
 from postrain.data.batches.row_counts import RejectedLog
 from postrain.data.batches.shard_reader import BlockReader, open_block_source
 from postrain.data.batches.source import open_source

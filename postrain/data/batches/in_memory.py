@@ -8,6 +8,7 @@ mixture. ``make_eval_batches`` has every document once.
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -29,7 +30,6 @@ from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
 from postrain.data.kinds.registry import SFT, Kind, find_kind
-from postrain.data.messages import BadRow
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
@@ -132,15 +132,17 @@ class _Loader:
         self.rejected = self._filter.rejected
 
     def load(self) -> Iterator[Document]:
-        rows = iter(self._source.rows())
-        parser = self._source.parser
-        while batch := [row for _, row in zip(range(BATCH), rows, strict=False)]:
-            self.files |= dict.fromkeys(row.ref.file for row in batch)
-            examples = [parse_row(parser, row) for row in batch]
-            for documents in render_examples(parser, examples, self._tokenizer, self._config):
+        examples, parser = self._parse_rows(), self._source.parser
+        while batch := list(itertools.islice(examples, BATCH)):
+            for documents in render_examples(parser, batch, self._tokenizer, self._config):
                 yield from self._filter.keep(documents)
         if self.rejected:
             self._filter.check_share(self.rejected[-1])
+
+    def _parse_rows(self) -> Iterator[Any]:
+        for row in self._source.rows():
+            self.files[row.ref.file] = None
+            yield parse_row(self._source.parser, row)
 
 
 def _format_empty(report: DataReport, config: DataConfig) -> str:

@@ -16,7 +16,6 @@ Every stage is a Grain dataset, and Grain's own transformations may stand betwee
 """
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -138,9 +137,10 @@ def _open_stream(
         log = RejectedLog(path.with_stem(f"{path.stem}-{index:05}") if index else path)
 
     def open_shard(shard: int, counts: Sequence[RowCounts] | None) -> list[grain.IterDataset]:
-        read = functools.partial(read_documents, tokenizer=tokenizer, config=config, layout=layout, shard=shard, log=log)
-        each = counts or [None] * len(sources)
-        return [read(source, counts=of_source) for source, of_source in zip(sources, each, strict=True)]
+        return [
+            read_documents(source, tokenizer, config, layout, shard=shard, counts=of_source, log=log)
+            for source, of_source in zip(sources, counts or [None] * len(sources), strict=True)
+        ]
 
     names, sizes = [source.name for source in sources], [source.size for source in sources]
     batches = ShardedBatches(
@@ -158,9 +158,7 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [open_source(source, config, index) for index, source in enumerate(config.train)]
 
 
-def _first_document(
-    source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout
-) -> Document:
+def _first_document(source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout) -> Document:
     row_filter = RowFilter(None, config, source.parser.kind, layout)
     for row in source.rows():
         for documents in render_examples(source.parser, [parse_row(source.parser, row)], tokenizer, config):

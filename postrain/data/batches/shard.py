@@ -242,7 +242,7 @@ class Shard(ResumableDataset):
 
 
 def fetch(sources: Sequence[grain.IterDataset], carried: Sequence[Sequence]) -> list[Drawn]:
-    """The documents that ``carried`` names, [source, position, part] each; those of a source in the order of its rows."""
+    """The documents of ``carried``, [source, position, part] each, those of a source in the order of its rows."""
     readers = [iter(source) for source in sources]
     rows: dict[int, tuple[Any, list[Document]]] = {}  # of each source the last position, and the row after it
     found = []

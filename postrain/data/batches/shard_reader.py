@@ -44,9 +44,8 @@ class RenderedRows(ResumableDataset):
     def read(self, position: Any) -> Iterator[tuple[Any, list[Document]]]:
         rows, size = iter(self._rows), _FIRST_BATCH
         rows.set_state(position)
-        while batch := [(row, rows.get_state()) for row in itertools.islice(rows, size)]:
-            examples = [parse_row(self._parser, row) for row, _ in batch]
-            documents = render_examples(self._parser, examples, self._tokenizer, self._config)
+        while batch := [(parse_row(self._parser, row), rows.get_state()) for row in itertools.islice(rows, size)]:
+            documents = render_examples(self._parser, [row for row, _ in batch], self._tokenizer, self._config)
             for (_, after), found in zip(batch, documents, strict=True):
                 if kept := self._filter.keep(found):
                     yield after, kept

@@ -23,8 +23,8 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.config.schema import StreamSection
 from postrain.config.functions import identify_dataset
+from postrain.config.schema import StreamSection
 from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_counts import count

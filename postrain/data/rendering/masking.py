@@ -61,10 +61,10 @@ class Encoded:
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span, asked in zip(self.spans, self.template_switches, strict=True):
+        for span, switch in zip(self.spans, self.template_switches, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
-            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, asked))
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, switch))
         groups = [[cut] for cut in apart]
         groups += [whole] if whole else []
         groups.sort(key=lambda group: group[0][1])
@@ -83,8 +83,8 @@ class Encoded:
         mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
         if not mask.any():
             raise Refusal("it has no token to train on")
-        asked = tuple(asked for *_, asked in group)
-        return ids, mask, asked if any(asked) else ()
+        switches = tuple(switch for *_, switch in group)
+        return ids, mask, switches if any(switches) else ()
 
     def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
