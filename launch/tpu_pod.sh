@@ -1,10 +1,18 @@
 #!/usr/bin/env bash
 # One process on each machine of a Cloud TPU slice, from any machine that has gcloud. `postrain launch
-# --target=tpu-pod:NAME ...` fills in what stands between @s and runs it; project and zone are gcloud's own
+# --target=tpu-pod:NAME ...` fills in the names between @s and runs it; project and zone are gcloud's own
 # (CLOUDSDK_CORE_PROJECT, CLOUDSDK_COMPUTE_ZONE). Each machine needs postrain[tpu] in its python3, and the config file.
 set -euo pipefail
 
+# The secret of the run's control channel goes by a file: `ps` would show it on a command line.
+file=$(mktemp)
+trap 'rm -f "$file"' EXIT
+head -c 32 /dev/urandom | od -An -vtx1 | tr -d ' \n' > "$file"
+gcloud compute tpus tpu-vm scp "$file" @NAME@:.postrain-secret --worker=all
+
 script=$(cat <<'END'
+export POSTRAIN_SECRET="$(cat ~/.postrain-secret)"
+rm -f ~/.postrain-secret
 for start in {0..100}; do
     @COMMAND@
     code=$?
@@ -17,4 +25,4 @@ echo "stopped with code $code after 100 restarts: launch again to go on" >&2
 exit "$code"
 END
 )
-exec gcloud compute tpus tpu-vm ssh @NAME@ --worker=all --command="$script"
+gcloud compute tpus tpu-vm ssh @NAME@ --worker=all --command="$script"

@@ -1,12 +1,13 @@
 """The command line: ``postrain train | launch | preview | plan | export | import | generate | verify``.
 
-A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Anything heavy is
-imported by the command that needs it, so that ``--help`` and a wrong key answer at once.
+A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Each command imports the heavy
+modules that it needs itself, so that ``--help`` and a wrong key answer at once.
 """
 
 import argparse
 import dataclasses
 import errno
+import functools
 import glob
 import importlib.util
 import json
@@ -22,9 +23,10 @@ DESCRIPTION = "Post-training of language models: a Hugging Face folder and your 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command and returns its exit code.
 
-    Returns the exit code: 0, 1 (the machine failed), 2 (the user can put it right), 130 (^C), 143 (processes missing).
+    0; 1 (the machine failed, or a check did not pass); 2 (the user can put it right); 130 (^C); 143 (a process of the
+    run has ended).
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             leave_pid_1()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.unraisablehook = report_main_thread_only
     if has_compilers_only():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -53,16 +56,16 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        known = explain(error)
-        if known is None:
+        line = explain(error)
+        if line is None:
             raise
-        return _fail(known, 1)
+        return _fail(line, 1)
 
 
 def has_compilers_only() -> bool:
-    """Whether JAX's TPU and GPU plugins are here to compile (`postrain plan`) on a machine that has neither.
+    """Whether JAX's TPU and GPU plugins are installed, as compilers for `postrain plan`, and neither device is there.
 
-    JAX would try both, and write pages about what it does not find.
+    JAX would try both plugins, and print pages about missing devices.
     """
     devices = ("/dev/nvidia*", "/dev/dxg", "/dev/accel*", "/dev/vfio/*")
     plugins = ("libtpu", "jax_cuda13_plugin")
@@ -70,9 +73,9 @@ def has_compilers_only() -> bool:
 
 
 def report_main_thread_only(unraisable) -> None:
-    """Python's report of an error that nobody can catch, unless it is of a library's own thread.
+    """Prints an error that nobody can catch as Python does, but not those of a library's own threads.
 
-    Writing checkpoints to a full disk, such threads report by the dozen what the main thread is told anyway.
+    When the disk is full, threads that write checkpoints print dozens of copies of the main thread's error.
     """
     if threading.current_thread() is threading.main_thread():
         sys.__unraisablehook__(unraisable)
@@ -80,16 +83,16 @@ def report_main_thread_only(unraisable) -> None:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
-    # A save that a full disk stopped leaves library coroutines that nobody will run; at exit Python would say so.
+    # A save that failed on a full disk leaves library coroutines that never run; at exit Python would warn of them.
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
     print("error: " + " ".join(message.splitlines()), file=sys.stderr)
     return code
 
 
 def explain(error: Exception) -> str | None:
-    """One line for what the machine refused (disk, rights, memory), None for what is no such thing.
+    """One line for an error of the machine (disk, permissions, memory); None for any other.
 
-    Checkpoints are written by a library that wraps the system's errors, hence the look at texts.
+    The texts of errors are searched too: the library that writes checkpoints wraps the system's errors.
     """
     text = f"{error} {error.__cause__ or ''}"
     where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
@@ -137,32 +140,37 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if config:
             command.add_argument(
-                "--config", required=True, metavar="FILE.py[:ARG]", help="and --config.KEY=VALUE for any key of it"
+                "--config", required=True, metavar="FILE.py[:ARG]", help="and --config.KEY=VALUE for any key"
             )
         return command
 
-    command = add("train", run_train, "train as a config says; goes on from the workdir's checkpoint", config=True)
-    command.add_argument("--workdir", required=True, help="everything of the run is written here")
-    several = command.add_argument_group("one of several processes (found without these under SLURM, mpirun, TPU pods)")
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; the port after it is used, too")
+    command = add(
+        "train",
+        run_train,
+        "train as a config says, from the newest checkpoint in the workdir",
+        config=True,
+    )
+    command.add_argument("--workdir", required=True, help="the folder of the run: everything is written there")
+    several = command.add_argument_group("one of several processes (not needed under SLURM, mpirun and on TPU pods)")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; the next port is used too")
     several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="from 0 on")
+    several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
-    command.add_argument("--workdir", required=True, help="of the run, on a disk that all machines share")
+    command.add_argument("--workdir", required=True, help="the folder of the run, on a disk that all machines share")
     command.add_argument(
         "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
     )
-    command.add_argument("--gpus", type=int, default=8, help="of each host, for slurm and k8s (default 8)")
-    command.add_argument("--image", default="", help="of the containers, for k8s")
-    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help="shared by all hosts, for k8s")
+    command.add_argument("--gpus", type=int, default=8, help="GPUs of each host, for slurm and k8s (default 8)")
+    command.add_argument("--image", default="", help="image of the containers, for k8s")
+    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help="a volume that all hosts share, for k8s")
     command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
     command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
-    command.add_argument("--html", metavar="FILE", help="also write the same as a page")
+    command.add_argument("--html", metavar="FILE", help="also write an HTML page")
 
-    command = add("plan", run_plan, "compile a config's step for hardware that need not be there", config=True)
+    command = add("plan", run_plan, "compile a config's step for hardware that need not be present", config=True)
     command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -170,33 +178,35 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--workdir", required=True)
     command.add_argument("--output", required=True, metavar="DIR")
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
-    command.add_argument("--step", type=int, help="of another checkpoint that was kept (default: the newest)")
+    command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
     command.add_argument("file", metavar="FILE.gguf")
     command.add_argument("output", metavar="OUT")
 
-    command = add("generate", run_generate, "let a model answer a prompt, or every line of a JSONL file")
+    command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
-    command.add_argument("model", metavar="MODEL_DIR", help="a Hugging Face folder, or an adapter's")
-    command.add_argument("--random", action="store_true", help="random weights for its config.json: needs no weights")
-    command.add_argument("--layers", type=int, metavar="N", help="with --random: the first N layers alone")
+    command.add_argument("model", metavar="MODEL_DIR", help="folder of a model or an adapter")
+    command.add_argument("--random", action="store_true", help="with random weights: config.json is enough")
+    command.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder, or an adapter's")
+    command.add_argument("--model", required=True, metavar="DIR", help="folder of a model or an adapter")
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="one user message; streamed to the terminal")
+    what.add_argument("--prompt", help="one user message; the answer is streamed to the terminal")
     what.add_argument("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...} or {"messages": [...]}')
-    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: the lines, 'generated' added to each")
+    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'")
     command.add_argument("--system", default="", help="a system message")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
     command.add_argument(
-        "--thinking", choices=("on", "off"), help="reasoning, where the chat template switches it (default: its own)"
+        "--thinking",
+        choices=("on", "off"),
+        help="reasoning, if the chat template has a switch (default: its own)",
     )
     command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
     command.add_argument("--top-p", type=float, default=1.0)
@@ -206,10 +216,9 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=32, help="lines generated together")
 
 
-def read_config(args, overrides):
-    """The config that a command is given; whatever is wrong with it is said here, in the same words to each."""
-    from postrain.config import check_paths
-    from postrain.config.load import load_config
+def load_checked_config(args, overrides):
+    """The config of a command, with the paths that it names checked: all commands refuse the same in the same words."""
+    from postrain.config import check_paths, load_config
 
     config = load_config(args.config, overrides)
     check_paths(config)
@@ -222,7 +231,7 @@ def run_train(args, overrides) -> None:
     from postrain.cluster.signals import ends_at_once
 
     with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
-        config = read_config(args, overrides)
+        config = load_checked_config(args, overrides)
         with ends_at_once():
             from postrain.recipes import train
 
@@ -232,10 +241,10 @@ def run_train(args, overrides) -> None:
 
 def run_launch(args, overrides) -> int:
     from postrain.cluster.launch import Job, launch, parse_target
-    from postrain.config.load import load_config
+    from postrain.config import load_config
 
-    if parse_target(args.target)[0] in ("local", "slurm"):  # the files of other machines cannot be looked for here
-        read_config(args, overrides)
+    if parse_target(args.target)[0] in ("local", "slurm"):  # files of other machines cannot be checked here
+        load_checked_config(args, overrides)
     else:
         load_config(args.config, overrides)
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
@@ -245,33 +254,33 @@ def run_launch(args, overrides) -> int:
 
 
 def run_preview(args, overrides) -> None:
-    config = read_config(args, overrides)
+    config = load_checked_config(args, overrides)
     from postrain.data.preview import preview
 
     print(preview(with_local_model(config), html_path=args.html, rows=args.rows))
 
 
 def run_plan(args, overrides) -> int:
-    from postrain.config.load import load_config
+    from postrain.config import load_config
 
     config = load_config(args.config, {"data.train": "unread", **overrides})  # no row is read
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the accelerators of this machine stay untouched
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the report says that a step is too large
+    os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine stay free
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings; the report says whether a step is too large
     from postrain.recipes import plan
 
     report = plan(config, args.target)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
-    return 0 if report.fits else _fail(report.describe_misfit(), 1)
+    return 0 if report.fits else _fail(report.format_misfit(), 1)
 
 
 def with_local_model(config):
-    """The config with ``model.path`` as a folder on this machine, for what reads the tokenizer alone."""
+    """The config with ``model.path`` as a folder on this machine, unless its tokenizer is in another folder."""
     if config.model.tokenizer:
         return config
     from postrain.hf.hub import locate_model
 
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path)))
+        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path, weights=False)))
     )
 
 
@@ -309,12 +318,9 @@ def run_generate(args, overrides) -> None:
         count = answer_file(args.model, args.input, args.output, sampling, batch_size=args.batch_size, **prompt)
         print(f"{count} answer{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
     else:
-        answer_prompt(load_chat_model(args.model), args.prompt, sampling, write=_write_now, **prompt)
+        write = functools.partial(print, end="", flush=True)
+        answer_prompt(load_chat_model(args.model), args.prompt, sampling, write=write, **prompt)
         print()
-
-
-def _write_now(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def run_verify(args, overrides) -> int:
@@ -325,7 +331,6 @@ def run_verify(args, overrides) -> int:
         raise UserError(f"--layers {args.layers}: expected at least 1; without it all layers are verified")
     if args.layers and not args.random:
         raise UserError("--layers goes with --random: a model's own weights are verified whole")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no word to the hub about folders of this machine
     from postrain.hf.verify.compare import verify, verify_random
 
     report = verify_random(args.model, num_layers=args.layers or 0) if args.random else verify(args.model)

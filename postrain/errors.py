@@ -14,6 +14,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, cut to 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
 def shorten(items: Iterable[object], limit: int, separator: str = ", ") -> str:
     """``a, b, c and 4 more``: the first ``limit`` items, and the number of the others."""
     texts = [str(item) for item in items]

@@ -3,17 +3,20 @@
 Legend: B rows of a batch, T positions of a row, L layers.
 """
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import flax.struct
 import jax
+import numpy as np
 
 
 @flax.struct.dataclass
 class Batch:
     """Packed rows. Shifted once, by the data pipeline: ``targets[b, t]`` is what follows ``tokens[b, t]``.
 
-    A pipeline yields the same fields as a dict of numpy arrays; ``Batch(**arrays)`` on the device side.
+    A pipeline yields the same arrays in one flat dict; ``Batch.from_arrays`` sorts them into the fields.
     """
 
     tokens: jax.Array | None  # int32 [B, T]; None where ``fields`` are the input
@@ -21,8 +24,33 @@ class Batch:
     loss_mask: jax.Array  # float32 [B, T]; weight of the prediction of targets[b, t], 0 where not trained
     segment_ids: jax.Array  # int32 [B, T]; 0 = padding, 1, 2, ... = documents of the row, in order
     positions: jax.Array  # int32 [B, T]; restart at 0 with each document
-    # What else a model or a loss reads, by name: fields of events [B, T], targets of heads [B, S] or [B, T].
+    # What else a model or a loss reads, by name: the ``scores`` of answers [B, T], targets of heads [B, S] or [B, T].
     fields: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any]) -> "Batch":
+        """The five arrays that all batches have by their names; every other one becomes an entry of ``fields``."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "fields"]
+        further = {name: array for name, array in arrays.items() if name not in names}
+        return cls(**{name: arrays.get(name) for name in names}, fields=further)
+
+
+class WeightedSum(NamedTuple):
+    """A weighted sum of values and the sum of their weights; the mean is ``total / weight``, 0 for weight 0."""
+
+    total: jax.Array  # float32 []
+    weight: jax.Array  # float32 []
+
+
+class LossSums(NamedTuple):
+    """What a loss function returns for the rows it is given: named losses, which train, and metrics, which do not.
+
+    Sums add up over micro-batches and devices; each is divided once, by its own weight over the whole batch. The
+    weights of losses must not depend on parameters.
+    """
+
+    losses: dict[str, WeightedSum]
+    metrics: dict[str, WeightedSum]
 
 
 @flax.struct.dataclass
@@ -48,3 +76,47 @@ class TrainState:
     rng: jax.Array  # PRNG key []; folded with the step, never split and replaced
     ema: Any = None  # like params, or None when the moving average is off
     history: Any = None  # of losses and gradient norms, see postrain.training.spikes
+
+
+class BatchFacts(NamedTuple):
+    """What the loop says of an item of a source, and counts of it."""
+
+    rows: str  # "file:line, file:line, ...": where its documents come from, for errors
+    arrays: Mapping[str, np.ndarray]  # on the host, this process's rows
+
+
+Item = TypeVar("Item", covariant=True)
+
+
+class Source(Protocol[Item]):
+    """What a loop trains on: an endless iterator with a position. Of several processes each has its own."""
+
+    def __next__(self) -> Item: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last item, JSON; those of all processes together are that of the run."""
+
+    def set_state(self, state: dict[str, Any] | None, step: int) -> None:
+        """Continues after the item of ``step``, which the run was saved after; None: begins anew there."""
+
+    def describe_last(self) -> BatchFacts: ...
+
+    def format_consumption(self, state: dict[str, Any]) -> list[str]:
+        """A line for each part of the data that says how much of it was consumed up to the run's ``state``."""
+
+    def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint holds beside the train state; all of it JSON."""
+
+    step: int  # of the loop, which may have made more updates or fewer
+    data_position: dict[str, Any]
+    config: dict[str, Any]  # resolved
+    data_fingerprint: dict[str, Any]
+    model_fingerprint: dict[str, Any]
+    held_out_fingerprint: dict[str, Any] | None = None  # None: no held-out rows
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of this step
+    pending_metrics: dict[str, float] | None = None  # a line not yet written, since its evaluation was interrupted
+    reports: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the files that a run appends to

@@ -1,4 +1,4 @@
-"""What the README and the guides say is so: their commands run, their keys, links and names exist."""
+"""The README and the guides are true: their commands run, their keys, links and names exist."""
 
 import dataclasses
 import os
@@ -100,7 +100,7 @@ def test_every_key_and_link_exists(page):
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_readme_lists_the_commands_that_there_are():
+def test_the_readme_lists_every_command():
     listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     [commands] = [action for action in cli.make_parser()._actions if getattr(action, "choices", None)]
     assert listed == list(commands.choices)

@@ -59,7 +59,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
         read_jsonl(tmp_path / "none.jsonl")
 
 
-def test_metrics_with_such_a_name_are_gone_on_from(tmp_path):
+def test_metrics_with_such_a_name_are_read_by_a_resumed_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/" + ODD: 2.0}, ensure_ascii=False) + "\n")
     with MetricsWriter(tmp_path, TrackersConfig(), step=1) as writer:
         writer.write(2, {"train/loss": 1.0})
@@ -98,7 +98,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
-def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
     check_writable(tmp_path / "new" / "deep" / "a.txt", "--output")
     check_writable(tmp_path / "file", "--output")
@@ -111,7 +111,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_is_left_out_of_a_list_is_counted():
+def test_a_shortened_list_counts_the_items_left_out():
     assert shorten([], 3) == ""
     assert shorten(["a", "b", "c"], 3) == "a, b, c"
     assert shorten(range(7), 3) == "0, 1, 2 and 4 more"
@@ -135,7 +135,7 @@ def test_a_lock_keeps_others_out_until_its_block_ends(tmp_path, folder):
         assert held
 
 
-def test_who_waits_for_a_lock_that_is_removed_takes_a_new_one(tmp_path):
+def test_a_caller_that_waits_for_a_removed_lock_takes_a_new_one(tmp_path):
     """The waiting thread has opened the removed file: its lock would not keep out the third caller."""
     path, order, opened = tmp_path / "lock", [], threading.Event()
     real_open = os.open

@@ -1,11 +1,11 @@
 """Checkpoints: one atomic unit of all that a run needs to go on as if it had never stopped.
 
-A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json``
-(data position, resolved config, fingerprint of the data pipeline, fingerprint of the model, metrics) and
-``checksums.txt``, by which a file that is torn, missing or has a flipped bit is found and named. Orbax writes it as
-``STEP.saving``; when it is whole, its checksums are written, all of it is on disk, and then it gets its name: a run
-killed at any instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder,
-and a folder that has changed since is refused.
+A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json`` (a
+RunRecord: data position, resolved config, fingerprints, metrics) and ``checksums.txt``, by which a file that is torn,
+missing or has a flipped bit is found and named. Orbax writes it as ``STEP.saving``; when it is whole, its checksums
+are written, all of it is on disk, and then it gets its name: a run killed at any instant finds its previous
+checkpoint. ``frozen`` is not saved: it is read again from the model folder, and a folder that has changed since is
+refused.
 """
 
 import concurrent.futures
@@ -17,7 +17,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -26,11 +26,9 @@ from postrain.checkpoint.checksums import sync_folder, verify_checksums, write_c
 from postrain.checkpoint.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
-from postrain.data.batches.fingerprint import compare_fingerprints, digest_change
 from postrain.errors import UserError, shorten
 from postrain.files import write_whole
-from postrain.trees import flatten
-from postrain.types import TrainState
+from postrain.types import RunRecord, TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
@@ -39,20 +37,11 @@ LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
+class Restored(NamedTuple):
     """A checkpoint that was read back."""
 
-    step: int
+    record: RunRecord
     state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
-    data_position: dict[str, Any]
-    config: dict[str, Any]  # resolved, as the run that saved it had it
-    fingerprint: dict[str, Any]  # of the data pipeline
-    metrics: dict[str, Any]
-    eval_fingerprint: dict[str, Any] | None  # of the held-out rows, None without any
-    rollbacks: int  # that the run had made
-    reports: dict[str, Any]  # of ``describe_reports``
-    owed: dict[str, Any] | None  # metrics of ``step`` that are not in metrics.jsonl, as their evaluation is yet to be
 
 
 class Checkpointer:
@@ -97,54 +86,25 @@ class Checkpointer:
         except OSError as error:
             raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
 
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        *,
-        data_position: dict,
-        config: dict,
-        fingerprint: dict,
-        base_fingerprint: dict | None = None,
-        eval_fingerprint: dict | None = None,
-        metrics: dict | None = None,
-        rollbacks: int = 0,
-        reports: dict | None = None,
-        owed: dict | None = None,
-    ) -> None:
-        """Start to save ``state`` after ``step`` updates; returns once the arrays may be donated.
+    def save(self, record: RunRecord, state: TrainState) -> None:
+        """Start to save ``state`` after ``record.step``; returns once the arrays may be donated.
 
-        All dicts must be JSON. ``fingerprint``: of the data pipeline; ``base_fingerprint``: of the model;
-        ``eval_fingerprint``: of the held-out rows, which may change when the run goes on.
-        ``metrics``: those of this step; the best checkpoints are chosen by ``config.metric`` among them, which may
-        be another one when the run goes on, so all are kept. ``rollbacks``: see ``SpikeGuard``; ``reports``: see
-        ``describe_reports``. ``owed``: the metrics of this step so far, where a signal stopped its evaluation. Raises
-        UserError when the previous save failed.
+        The best checkpoints are chosen by ``config.metric`` among ``record.metrics``; it may be another one when the
+        run goes on, so all are kept. Raises UserError when the previous save failed.
         """
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
         self.wait()
-        metrics = dict(metrics or {})
-        self._check_metric(step, metrics)
-        run = {
-            "data_position": data_position,
-            "config": config,
-            "fingerprint": fingerprint,
-            "base_fingerprint": base_fingerprint,
-            "eval_fingerprint": eval_fingerprint,
-            "metrics": metrics,
-            "rollbacks": rollbacks,
-            "reports": reports or {},
-            "owed": owed,
-        }
-        items = {"state": state.replace(frozen={}), "run": json.loads(json.dumps(run))}
-        unfinished = self._folder / f"{step}{UNFINISHED_SUFFIX}"
+        self._check_metric(record.step, record.metrics)
+        values = json.loads(json.dumps(dataclasses.asdict(record)))
+        items = {"state": state.replace(frozen={}), "run": values}
+        unfinished = self._folder / f"{record.step}{UNFINISHED_SUFFIX}"
         try:
             with self._context:
                 written = ocp.save_checkpointables_async(unfinished, items)
         except (OSError, ValueError) as error:
             self._fail(error)
-        self._pending = self._thread.submit(self._finish, step, unfinished, written)
+        self._pending = self._thread.submit(self._finish, record.step, unfinished, written)
         if not self._config.asynchronous:
             self.wait()
 
@@ -173,7 +133,7 @@ class Checkpointer:
                 self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
 
     def _choose_kept(self) -> set[int]:
-        """Steps of the newest checkpoints, the newest due one, and the best; of equally good ones the newer."""
+        """Steps of the newest checkpoints and the best; of equally good ones the newer."""
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
@@ -188,12 +148,7 @@ class Checkpointer:
             return -math.inf  # a checkpoint saved without the metric
 
         best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
-        due = [step for step in steps if self._was_due(step)]
-        return {*steps[-self._config.keep :], *due[-1:], *best}
-
-    def _was_due(self, step: int) -> bool:
-        """Whether a run that no signal stops has a checkpoint of ``step``, or might have."""
-        return not self._config.every or step % self._config.every == 0
+        return {*steps[-self._config.keep :], *best}
 
     def _check_metric(self, step: int, metrics: dict) -> None:
         """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
@@ -252,28 +207,20 @@ class Checkpointer:
     def restore(
         self,
         abstract_state: TrainState,
+        check: Callable[[pathlib.Path, RunRecord], None] | None = None,
         *,
-        fingerprint: dict | None,
-        base_fingerprint: dict | None = None,
-        accept_change: str = "",
         step: int | None = None,
-        due_only: bool = False,
     ) -> Restored | None:
         """The newest readable checkpoint (or that of ``step``); None when the folder has none.
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
-        mesh it was saved from. ``fingerprint`` None: the data pipeline is not compared, for what only reads the state.
-        ``accept_change``: the ``digest_change`` of a change of the data pipeline that is not refused.
-        ``due_only``: not one that was saved out of turn, for a signal.
-        A damaged checkpoint is reported, moved aside, and the one before it taken.
-        Raises UserError when the data pipeline or the model is not the one that was saved (naming what changed),
-        when the state has other parameters, when memory, disk or permissions fail (nothing is moved then), and
-        when there were checkpoints and none can be read: a run never starts anew over them.
+        mesh it was saved from. ``check``: called with the checkpoint's folder and record before its arrays are read; it
+        raises where the run cannot go on from them. A damaged checkpoint is reported, moved aside, and the one before
+        it taken. Raises UserError when the state has other parameters, when memory, disk or permissions fail (nothing
+        is moved then), and when there were checkpoints and none can be read: a run never starts anew over them.
         """
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
-        if due_only:
-            candidates = [candidate for candidate in candidates if self._was_due(candidate)]
         candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
         for candidate in candidates:
             where = self._folder / str(candidate)
@@ -283,23 +230,18 @@ class Checkpointer:
             found, error = _catch(self._read_run, where)
             if not self._is_good(candidate, error):
                 continue
-            run, saved = found
-            if fingerprint is not None:
-                changes = compare_fingerprints(run["fingerprint"], fingerprint)
-                change = digest_change(run["fingerprint"], fingerprint)
-                if change != accept_change:
-                    _refuse(f"{where}: the data pipeline", changes, f"another workdir, or data.accept_change={change}")
-            _compare(f"{where}: the model", run["base_fingerprint"], base_fingerprint, "the same model.*")
+            values, saved = found
+            record = parse_record(where, values)
+            if check is not None:
+                check(where, record)
             abstract = jax.tree.map(_place, abstract_state.replace(frozen={}))
-            _compare(f"{where}: the train state", saved, _shapes(abstract), "the same model and optimizer")
+            _check_shapes(where, saved, _shapes(abstract))
             found, error = _catch(self._load, where, {"state": abstract})
             if not self._is_good(candidate, error):
                 continue
-            state = found["state"]
-            told = [field.name for field in dataclasses.fields(Restored) if field.name not in ("step", "state")]
             if self._lead and not self._read_only and step is None:
                 self._delete_old()  # which a kill may have kept the save from
-            return Restored(candidate, state, **{key: run[key] for key in told})
+            return Restored(record, found["state"])
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(
@@ -313,14 +255,14 @@ class Checkpointer:
     def _verify(self, folder: pathlib.Path) -> None:
         verify_checksums(folder, share=(jax.process_index(), jax.process_count()))
 
-    def _read_run(self, folder: pathlib.Path) -> tuple[dict, dict]:
-        """What is saved beside the state, and the shapes of the state."""
-        run = self._load(folder, {"run": None})["run"]
+    def _read_run(self, folder: pathlib.Path) -> tuple[Any, dict]:
+        """What run/data.json holds, and the shapes of the state."""
+        values = self._load(folder, {"run": None})["run"]
         with self._context:
             saved = _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
         if not saved:
             raise Damaged("its list of arrays is damaged")
-        return run, saved
+        return values, saved
 
     def _load(self, folder: pathlib.Path, items: dict) -> dict:
         with self._context:
@@ -415,14 +357,23 @@ def _shapes(tree) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): describe(leaf) for path, leaf in leaves}
 
 
-def _compare(what: str, saved, now, advice: str) -> None:
-    saved, now = (flatten(json.loads(json.dumps(values or {}))) for values in (saved, now))
-    changed = [key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key)]
-    changed.sort(key=lambda key: (not key.startswith("params"), key))  # a parameter says more than its moments
-    _refuse(what, [f"{key} {saved.get(key)!r} -> {now.get(key)!r}" for key in changed], advice)
+def _check_shapes(where: pathlib.Path, saved: dict[str, str], now: dict[str, str]) -> None:
+    changed = [path for path in saved.keys() | now.keys() if saved.get(path) != now.get(path)]
+    changed.sort(key=lambda path: (not path.startswith("params"), path))  # a parameter says more than its moments
+    if changed:
+        changes = shorten([f"{path} {saved.get(path)!r} -> {now.get(path)!r}" for path in changed], 3)
+        raise UserError(
+            f"{where}: the train state is not the one of this checkpoint ({changes}): go on with the same model and "
+            "optimizer"
+        )
 
 
-def _refuse(what: str, changes: list[str], advice: str) -> None:
-    if changes:
-        shown = shorten(changes, 3)
-        raise UserError(f"{what} is not the one of this checkpoint ({shown}): go on with {advice}")
+def parse_record(folder: pathlib.Path, values: Any) -> RunRecord:
+    """The record that a checkpoint's run/data.json holds. Raises UserError where another version wrote it."""
+    names = {field.name for field in dataclasses.fields(RunRecord)}
+    if not isinstance(values, dict) or values.keys() != names:
+        raise UserError(
+            f"{folder}: another version of postrain wrote this checkpoint: go on with that version, or use another "
+            "workdir"
+        )
+    return RunRecord(**values)

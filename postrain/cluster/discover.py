@@ -1,7 +1,14 @@
-"""Which process of how many this one is, as the command line or whatever started it says. Nothing is started here.
+"""Which process of how many this one is, from the command line or the environment. Nothing is started here.
 
-Asked in this order: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or ``POSTRAIN_COORDINATOR``, ... in
-the environment), Open MPI, SLURM, a TPU pod. The first that speaks is believed: mpirun inside of a SLURM job counts.
+Searched in this order, the first one counts: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or
+``POSTRAIN_COORDINATOR``, ...), Open MPI, SLURM, a TPU pod. So mpirun inside of a SLURM job counts.
+
+``jax.distributed.initialize`` detects clusters too, but keeps what it finds to itself: it returns only once all
+processes are connected, its key-value store is private, and ``jax.process_index()`` starts the devices. The control
+channel needs the three values earlier, before jax is even imported: a wrong key of the config must end all processes
+at once, and versions and devices are compared before anything of jax may fail on their difference. So this file reads
+the variables that jax reads, a test compares its answers with those of jax, and jax gets the values found here. Two
+things are new: Open MPI 5, and one process for all GPUs of a machine, which jax would give its first GPU alone.
 """
 
 import dataclasses
@@ -16,24 +23,24 @@ from collections.abc import Callable, Mapping
 
 from postrain.errors import UserError
 
-TPU_PORT = 8482  # as jax has it
-_PORTS = range(61440, 65535, 2)  # of the coordinator; the one after it is for what processes tell each other
-_SECONDS = 2.0  # that Google's metadata server, a link-local address, may take
+TPU_PORT = 8482  # the default of jax
+_PORTS = range(61440, 65535, 2)  # of the coordinator; the one after each is for the control channel
+_SECONDS = 2.0  # for Google's metadata server, a link-local address
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """A place among several processes."""
 
-    coordinator: str  # host:port of process 0, where jax.distributed listens; postrain does at the port after it
+    coordinator: str  # host:port of process 0 for jax.distributed; the control channel has the port after it
     num_processes: int
     process_id: int
-    found: str  # what said so, for messages
+    found: str  # the settings that say so, for messages
     local_device_ids: tuple[int, ...] | None = None  # of the GPUs of this machine; None: all that the process sees
 
     @property
-    def control(self) -> tuple[str, int]:
-        """Host and port where the processes meet."""
+    def channel_address(self) -> tuple[str, int]:
+        """Host and port of the control channel."""
         host, _, port = self.coordinator.rpartition(":")
         return host.strip("[]"), int(port) + 1
 
@@ -44,29 +51,29 @@ def find_cluster(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Cluster | None:
-    """This process's place; None where it is the only one and the first three settings are not given.
+    """This process's place; None if it is the only one and the first three settings are not set.
 
-    The arguments are those of the command line, None where not given. Raises UserError when settings are given by
-    half, cannot be read or contradict each other, naming what was found.
+    The arguments are those of the command line. Raises UserError if settings are incomplete, cannot be read or
+    contradict each other, naming what was found.
     """
-    given, said = _read_explicit(coordinator, num_processes, process_id, environment)
-    if len(given) == 3:  # even where it is one process: jax's collectives then add up in the order that several have
-        return _check(Cluster(*given.values(), found=said))
+    settings, said = _read_explicit(coordinator, num_processes, process_id, environment)
+    if len(settings) == 3:  # for one process too: jax's collectives then add up in the order of several
+        return _check(Cluster(*settings.values(), found=said))
     found = (find(environment) for find in (_find_open_mpi, _find_slurm, _find_tpu_pod))
     cluster = next((one for one in found if one is not None), None)
-    if given and (cluster is None or list(given) != ["coordinator"]):
-        missing = [name for name in _KEYS if name not in given]
+    if settings and (cluster is None or list(settings) != ["coordinator"]):
+        missing = [name for name in _KEYS if name not in settings]
         raise UserError(
             f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
             "three, or none of them under srun, mpirun or on a TPU pod"
         )
-    if cluster is not None and not cluster.coordinator and not given:
+    if cluster is not None and not cluster.coordinator and not settings:
         raise UserError(
             f"several processes: {cluster.found}, but Open MPI does not say where process 0 is: give "
             "--coordinator=HOST:PORT, the machine of rank 0"
         )
-    if given:
-        cluster = dataclasses.replace(cluster, coordinator=given["coordinator"], found=f"{cluster.found}, {said}")
+    if settings:
+        cluster = dataclasses.replace(cluster, coordinator=settings["coordinator"], found=f"{cluster.found}, {said}")
     return _check(cluster) if cluster is not None and cluster.num_processes > 1 else None
 
 
@@ -78,8 +85,8 @@ def _flag(name: str) -> str:
 
 
 def _read_explicit(coordinator, num_processes, process_id, environment) -> tuple[dict, str]:
-    """What is set by flags or POSTRAIN_* in the order of Cluster's fields, and in words where it was found."""
-    given, said = {}, []
+    """The settings of flags and POSTRAIN_* in the order of Cluster's fields, and the same as text for messages."""
+    settings, said = {}, []
     for name, value in zip(_KEYS, (coordinator, num_processes, process_id), strict=True):
         variable = f"POSTRAIN_{name.upper()}"
         other = environment.get(variable) or None
@@ -87,12 +94,12 @@ def _read_explicit(coordinator, num_processes, process_id, environment) -> tuple
             raise UserError(f"several processes: {_flag(name)}={value}, but {variable}={other}: leave one of them out")
         found = (_flag(name), str(value)) if value is not None else (variable, other)
         # An indexed Job of Kubernetes numbers its pods; alone, the number does not make them one run.
-        if found[1] is None and name == "process_id" and len(given) == 2 and "JOB_COMPLETION_INDEX" in environment:
+        if found[1] is None and name == "process_id" and len(settings) == 2 and "JOB_COMPLETION_INDEX" in environment:
             found = ("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
         if found[1] is not None:
-            given[name] = found[1] if name == "coordinator" else _number(*found)
+            settings[name] = found[1] if name == "coordinator" else _number(*found)
             said.append("=".join(found))
-    return given, ", ".join(said)
+    return settings, ", ".join(said)
 
 
 def _number(name: str, text: str) -> int:
@@ -117,7 +124,7 @@ def _check(cluster: Cluster) -> Cluster:
 
 
 def _find_slurm(environment: Mapping[str, str]) -> Cluster | None:
-    """Of `srun`, which sets SLURM_STEP_*; in the batch script itself there is no step and one process."""
+    """From `srun`, which sets SLURM_STEP_*; in the batch script itself there is no step and one process."""
     if "SLURM_STEP_NODELIST" not in environment or "SLURM_PROCID" not in environment:
         return None
     get = lambda name, default: _number(name, environment.get(name, default))
@@ -134,13 +141,13 @@ def _find_slurm(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _own_gpu(environment: Mapping[str, str], local_id: int) -> tuple[int, ...] | None:
-    """Of several processes on a machine each takes the GPU of its number, unless it sees just one anyway."""
+    """Each of several processes on a machine takes the GPU of its number, unless it sees just one anyway."""
     visible = environment.get("CUDA_VISIBLE_DEVICES", environment.get("ROCR_VISIBLE_DEVICES", ""))
     return None if visible and "," not in visible else (local_id,)
 
 
 def first_host(nodes: str) -> str:
-    """``node[007-009,12],other`` -> ``node007``: SLURM's way to list machines."""
+    """The first machine of SLURM's list: ``node[007-009,12],other`` -> ``node007``."""
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
     if match is None:
         raise UserError(f"several processes: SLURM_STEP_NODELIST={nodes!r}: expected names of machines")
@@ -148,18 +155,18 @@ def first_host(nodes: str) -> str:
 
 
 def _choose_port(name: str) -> int:
-    """The same on every machine, and hardly that of another job there."""
+    """The same port on every machine, and hardly that of another job there."""
     return _PORTS[zlib.crc32(name.encode()) % len(_PORTS)]
 
 
 def _find_open_mpi(environment: Mapping[str, str]) -> Cluster | None:
-    """Rank 0 is taken to be where mpirun is, as it is unless told otherwise."""
+    """From `mpirun`. Assumes that rank 0 runs where mpirun does, which is Open MPI's default."""
     if "OMPI_COMM_WORLD_RANK" not in environment:
         return None
     get = lambda name, default: _number(name, environment.get(name, default))
     size, rank = get("OMPI_COMM_WORLD_SIZE", "1"), get("OMPI_COMM_WORLD_RANK", "0")
     local_size, local_rank = get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"), get("OMPI_COMM_WORLD_LOCAL_RANK", "0")
-    # Of version 4: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911. Of version 5: prterun-HOST-PID@1.
+    # Version 4: 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911. Version 5: prterun-HOST-PID@1.
     uri, namespace = environment.get("OMPI_MCA_orte_hnp_uri", ""), environment.get("PMIX_NAMESPACE", "")
     address = re.search(r"tcp://([^,:]+)|tcp6://\[([^\],]+)", uri) or re.match(r"prterun-(.+)-\d+@", namespace)
     host = "127.0.0.1" if local_size == size else address and next(part for part in address.groups() if part)
@@ -207,7 +214,7 @@ def has_tpu() -> bool:
 
 
 def _read_metadata(name: str, environment: Mapping[str, str]) -> str | None:
-    """An attribute of this virtual machine; None where there is no such attribute, or no such server."""
+    """An attribute of this virtual machine; None if there is no such attribute or no such server."""
     host = environment.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{host}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -219,7 +226,7 @@ def _read_metadata(name: str, environment: Mapping[str, str]) -> str | None:
 
 
 def _parse_tpu_env(text: str, environment: Mapping[str, str]) -> Callable[[str], str | None]:
-    """``NAME: 'value'`` a line; what is in the environment comes first."""
+    """A reader of lines ``NAME: 'value'``; the environment comes before them."""
     lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     values = {name.strip(): value.strip().strip("'") for name, value in lines.items()}
     return lambda name: environment.get(name) or values.get(name)

@@ -1,12 +1,14 @@
 """`postrain launch`: the same training command in several processes, here or on a cluster.
 
 ``local:N`` starts N processes on this machine. For SLURM, Kubernetes and TPU pods the scripts of the folder ``launch/``
-are filled in and given to sbatch, kubectl and gcloud; ``--dry-run`` prints them instead.
+are filled in and passed to sbatch, kubectl and gcloud; ``--dry-run`` prints them instead. Every launch makes a new
+secret for the control channel (connection.py), which the processes find in their environment.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -18,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from postrain.cluster.connection import SECRET, make_secret
 from postrain.errors import UserError
 from postrain.files import check_local
 
@@ -28,7 +31,7 @@ _TARGETS = "local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to run where."""
+    """A command of ``postrain``, and where to run it."""
 
     target: str  # as on the command line
     arguments: Sequence[str]  # of `postrain`: train, its config, its workdir, what it overrides
@@ -41,8 +44,7 @@ class Job:
 def launch(job: Job, *, dry_run: bool = False) -> int:
     """Starts ``job``, or with ``dry_run`` prints what would be started. Returns the exit code.
 
-    Raises UserError: a workdir that is a URL, a target that does not exist, what it needs and was not given, a missing
-    submit command.
+    Raises UserError: a workdir that is a URL, a target that does not exist or lacks a setting, no command to submit it.
     """
     check_local(job.workdir, "--workdir")
     kind, value = parse_target(job.target)
@@ -54,7 +56,8 @@ def launch(job: Job, *, dry_run: bool = False) -> int:
         return 0
     if shutil.which(command[0]) is None:
         raise UserError(
-            f"--target={job.target} needs {command[0]}, which is not here; --dry-run prints what it would get"
+            f"--target={job.target} needs {command[0]}, which is not installed here: install it, or print what it "
+            "would get with --dry-run"
         )
     if kind == "slurm":
         _logs(job).mkdir(parents=True, exist_ok=True)  # sbatch says nothing when it cannot write there
@@ -71,7 +74,7 @@ def parse_target(target: str) -> tuple[str, str]:
 
 
 def fill(job: Job) -> tuple[str, list[str]]:
-    """The script of ``job.target`` with everything in its place, and the command that reads it from stdin."""
+    """The script of ``job.target`` with all its values, and the command that reads it from stdin."""
     kind, value = parse_target(job.target)
     module = ["-m", "postrain.cli", *job.arguments]
     values = {"NAME": _make_name(job), "HOSTS": value, "GPUS": str(job.gpus)}
@@ -93,7 +96,7 @@ def fill(job: Job) -> tuple[str, list[str]]:
     if not pathlib.PurePosixPath(job.workdir).is_relative_to(mount):
         raise UserError(f"--workdir {job.workdir}: expected a folder in {mount}, the volume that all hosts share")
     command = json.dumps(["python", *module]).replace("$(", "$$(")  # where Kubernetes puts variables in
-    values |= {"COMMAND": command, "IMAGE": job.image, "CLAIM": claim, "MOUNT": mount}
+    values |= {"COMMAND": command, "IMAGE": job.image, "CLAIM": claim, "MOUNT": mount, "SECRET": make_secret()}
     return _fill_script("k8s_jobset.yaml", values), ["kubectl", "apply", "-f", "-"]
 
 
@@ -111,9 +114,9 @@ def _logs(job: Job) -> pathlib.Path:
 
 
 def _make_name(job: Job) -> str:
-    """Of the workdir, as Kubernetes wants names: ``runs/My_run`` -> ``postrain-my-run-3fa95c``.
+    """The job's name, in the form of Kubernetes' names: workdir ``runs/My_run`` -> ``postrain-my-run-3fa95c``.
 
-    The hash is of the whole path and the volume that it is in: two runs of one name are two jobs.
+    The hash of the whole path and its volume keeps two runs with the same last folder apart.
     """
     workdir = pathlib.PurePath(job.workdir)
     words = re.sub(r"[^a-z0-9]+", "-", workdir.name.lower())
@@ -135,9 +138,10 @@ def run_local(arguments: Sequence[str], count: int, *, dry_run: bool = False) ->
         for process in range(count)
     ]
     if dry_run:
-        print("\n".join(map(shlex.join, commands)))
+        print("\n".join([f"export {SECRET}=$(openssl rand -hex 32)", *map(shlex.join, commands)]))
         return 0
-    processes = [subprocess.Popen(command) for command in commands]
+    environment = os.environ | {SECRET: make_secret()}
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
     pass_on = lambda number, frame: [process.send_signal(number) for process in processes if process.poll() is None]
     # ^C reaches all processes of a terminal by itself; this one must outlive them.
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, pass_on)}
@@ -150,7 +154,7 @@ def run_local(arguments: Sequence[str], count: int, *, dry_run: bool = False) ->
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """They end together; what does not, because it never met the others, is ended."""
+    """Waits for all processes; kills those that outlive a failure, as one that never joined the others does."""
     first, deadline = 0, None
     while any(process.poll() is None for process in processes):
         codes = [process.poll() for process in processes]
@@ -167,12 +171,12 @@ def _wait(processes: list[subprocess.Popen]) -> int:
 
 
 def find_ports() -> int:
-    """A free port of this machine after which another one is free."""
+    """A free port of this machine's loopback address after which another one is free."""
     while True:
-        with socket.create_server(("", 0)) as one:
+        with socket.create_server(("127.0.0.1", 0)) as one:
             port = one.getsockname()[1]
             try:
-                with socket.create_server(("", port + 1)):
+                with socket.create_server(("127.0.0.1", port + 1)):
                     return port
             except OSError:
                 continue

@@ -1,9 +1,9 @@
-"""Several processes as one run: started from the environment, stopped together, each with its log.
+"""Several processes as one run: they join each other first, stop together, and each has its log.
 
-``join`` meets the other processes before anything else, so that whatever goes wrong in one of them from then on, a
-config that is not there as much as a full disk at step 10,000, ends all of them with that error within seconds. An
-error ends a process by ``os._exit``: the others no longer take part in what jax and Orbax would still wait for.
-One process alone meets nobody, and everything here leaves it as it is.
+``join`` comes before anything else, so that any error of one process from then on, a missing config as much as a full
+disk at step 10,000, ends all of them with that error within seconds. An error ends a process by ``os._exit``: a normal
+exit would have jax and Orbax wait for processes that take no part any more. In a run of one process nothing here does
+anything.
 """
 
 import contextlib
@@ -15,11 +15,13 @@ import pathlib
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from postrain.cluster.channel import Channel, Failure, Hub
+from postrain.cluster.connection import read_secret
 from postrain.cluster.discover import Cluster
 from postrain.errors import UserError
 
@@ -27,7 +29,7 @@ LOGS = "logs"  # in the workdir
 HANG = 124  # exit code after a hang, as `timeout` has it
 _HEARTBEAT_SECONDS = 3600  # the channel knows earlier, and why
 _SHUTDOWN_SECONDS = 30
-# What fails because another process has ended is told after that one's end is known, which comes by another way.
+# Delay before an error is reported: if a peer's death caused it, that peer's own report arrives first.
 _SECONDS_TO_HEAR = {UserError: 0.5, Exception: 3.0}
 
 
@@ -35,25 +37,37 @@ class Processes:
     """This process among those of the run."""
 
     def __init__(self, cluster: Cluster, explain: Callable[[Exception], str | None]):
-        """Returns when all have met. ``explain``: one line for an error that is the machine's, None for a bug."""
+        """Returns when all processes have joined.
+
+        ``explain``: one line for an error that is the machine's, None for a bug. Raises UserError: no secret or
+        another one than the others have, an address or port that cannot be listened on, processes missing.
+        """
         self.cluster, self._explain = cluster, explain
         self._terminal, self._ending = sys.stderr, threading.Lock()
-        hub = Hub(cluster.control[1], cluster.num_processes) if cluster.process_id == 0 else None
-        host, port = cluster.control
-        address = ("127.0.0.1" if hub else host, port)
-        self.channel = Channel(address, cluster.process_id, cluster.num_processes, hub, self._stop_with)
+        secret = read_secret(cluster.num_processes)
+        lead = cluster.process_id == 0
+        self._hub = Hub(cluster.channel_address, cluster.num_processes, secret) if lead else None
+        address = self._hub.address if lead else cluster.channel_address
+        self.channel = Channel(address, self.index, cluster.num_processes, secret, self._hub, self._stop_with)
 
     @property
     def index(self) -> int:
         return self.cluster.process_id
 
     def start_jax(self) -> None:
-        """``jax.distributed``; must come before anything asks jax for a device."""
+        """Calls ``jax.distributed.initialize``; must come before anything asks jax for a device.
+
+        jax's own service listens on the hub's address, too, one port before it.
+        """
         import jax
 
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # jax's own SIGTERM handler would swallow the signal until somebody asks for it.
         jax.config.update("jax_enable_preemption_service", False)
+        bind = None
+        if self._hub is not None:
+            host, port = self._hub.address
+            bind = f"[{host}]:{port - 1}" if ":" in host else f"{host}:{port - 1}"
         try:
             jax.distributed.initialize(
                 self.cluster.coordinator,
@@ -61,6 +75,7 @@ class Processes:
                 self.index,
                 local_device_ids=self.cluster.local_device_ids,
                 cluster_detection_method="deactivate",
+                coordinator_bind_address=bind,
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
             )
@@ -72,7 +87,7 @@ class Processes:
             ) from error
 
     def start_log(self, workdir: str | os.PathLike) -> None:
-        """From now on what this process prints is in ``workdir/logs/process-00001.log``; the first one's is not."""
+        """Sends what this process prints to ``workdir/logs/process-00001.log``; process 0 keeps the terminal."""
         if self.index == 0:
             return
         path = pathlib.Path(workdir) / LOGS / f"process-{self.index:05}.log"
@@ -83,7 +98,8 @@ class Processes:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another --workdir") from error
         _flush()
         self._terminal = os.fdopen(os.dup(2), "w")
-        for number in (1, 2):  # what libraries of C++ print, too
+        # The descriptors, so that it holds for C++ libraries too.
+        for number in (1, 2):
             os.dup2(log, number)
         os.close(log)
         sys.stdout.reconfigure(line_buffering=True)
@@ -91,20 +107,19 @@ class Processes:
         print(f"{now} process {self.index} of {self.cluster.num_processes} on {socket.gethostname()}, {os.getpid()}")
 
     def _stop_with(self, failure: Failure) -> None:
-        """In the channel's thread: another process has failed."""
+        """Ends this process because another one has failed; called in the channel's thread."""
         with self._ending:
             _flush()
             print(f"error: {failure}", file=sys.stderr)
-            if failure.code == HANG:  # this process may be the one for which that one waited
+            if failure.code == HANG:  # that process may have waited for this one
                 faulthandler.dump_traceback(sys.stderr)
-            if failure.process == 0 and self._terminal is not sys.stderr:  # whose terminal shows nothing more
+            if failure.process == 0 and self._terminal is not sys.stderr:  # its terminal shows nothing more
                 print(f"error: {failure}", file=self._terminal, flush=True)
             _exit(failure.code)
 
     def stop_all(self, error: BaseException) -> None:
         """Ends all processes, this one too, because of ``error`` in this one. Does not return."""
-        seconds = _SECONDS_TO_HEAR[UserError if isinstance(error, UserError) else Exception]
-        threading.Event().wait(seconds)
+        time.sleep(_SECONDS_TO_HEAR[UserError if isinstance(error, UserError) else Exception])
         if isinstance(error, UserError):
             message, code = str(error), error.exit_code
         elif isinstance(error, KeyboardInterrupt):
@@ -124,7 +139,7 @@ class Processes:
             _exit(cause.code)
 
     def leave(self) -> None:
-        """Returns when all processes have come to their end."""
+        """Returns when all processes have done their work."""
         if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
             sys.modules["jax"].distributed.shutdown()
         self.channel.leave()
@@ -134,13 +149,13 @@ _current: Processes | None = None
 
 
 def current() -> Processes | None:
-    """The processes of this run; None where this is the only one."""
+    """The processes of this run; None if this is the only one."""
     return _current
 
 
 @contextlib.contextmanager
 def join(cluster: Cluster | None, explain: Callable[[Exception], str | None]) -> Iterator[None]:
-    """The run of the block is one of ``cluster``: it begins when all processes are there and ends when all are done."""
+    """Runs the block as one process of ``cluster``: from when all have joined until all are done."""
     global _current
     if cluster is None:
         yield
@@ -162,7 +177,7 @@ def join(cluster: Cluster | None, explain: Callable[[Exception], str | None]) ->
 
 @contextlib.contextmanager
 def stop_all_on_error() -> Iterator[None]:
-    """An exception in the block ends all processes at once, before anything is cleaned up that would wait for them."""
+    """Ends all processes on an exception in the block, before any clean-up that would wait for the others."""
     try:
         yield
     except BaseException as error:
@@ -172,27 +187,34 @@ def stop_all_on_error() -> Iterator[None]:
 
 
 def agree_on_stop(number: int | None) -> int | None:
-    """The signal because of which the run ends after this step: ``number``, or in several processes the one for which
-    they all agreed on this step, whichever of them it came to. None: it goes on. To be asked once after each step."""
+    """The signal because of which the run stops after this step; None: it goes on. Call it once after each step.
+
+    ``number``: the signal that came to this process, None without one. Several processes all get the same answer after
+    the same step, whichever of them the signal came to.
+    """
     return number if _current is None else _current.channel.agree_on_stop(number)
 
 
-def meet() -> None:
-    """Returns when all processes have called it: after compiling, which takes one longer than another, and before
-    the first collective, which on CPUs waits for thirty seconds only."""
+def barrier() -> None:
+    """Returns when all processes have called it.
+
+    For between compiling, which takes some processes longer, and the first collective, which on CPUs waits for thirty
+    seconds only.
+    """
     if _current is not None:
         _current.channel.gather(None)
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON-able ``value`` of every process, in their order. To be called by all of them at the same point."""
+    """``value`` (JSON) of every process, by number. Every process must call it at the same point."""
     if _current is not None:
         return _current.channel.gather(value)
     import jax
 
     if jax.process_count() == 1:
         return [value]
-    import numpy as np  # processes that were started by their own call of jax.distributed
+    # The program that called us has called jax.distributed itself, so that there is no channel.
+    import numpy as np
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

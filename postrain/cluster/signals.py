@@ -1,4 +1,4 @@
-"""SIGTERM and ^C as a request to stop at the next step, so that a run can save before it ends."""
+"""SIGTERM and ^C ask a run to stop after the current step, so that it can save before it ends."""
 
 import contextlib
 import os
@@ -6,25 +6,25 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from postrain.cluster import processes as distributed
+from postrain.cluster import processes
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Interrupted(BaseException):
-    """A signal came in a block of ``StopRequest.interrupts``. No library may take it for an error of its own."""
+    """A signal came in a block of ``StopRequest.interrupts``. A BaseException, so that no library handles it."""
 
 
 class StopRequest:
-    """``number`` is the signal that came, None as long as none did; of several processes: one that all know of."""
+    """``number`` is the signal that came, None until one does; in several processes one that all have agreed on."""
 
     def __init__(self):
         self.number: int | None = None
-        self._noted, self._interrupts, self._alone = 0, False, distributed.current() is None
+        self._noted, self._interrupts, self._alone = 0, False, processes.current() is None
 
     @contextlib.contextmanager
     def interrupts(self) -> Iterator[None]:
-        """In the block a signal raises Interrupted; of a run of one process: others would wait for this one."""
+        """Has a signal raise Interrupted in the block; not with several processes, of which the others would wait."""
         self._interrupts = self._alone
         try:
             yield
@@ -32,9 +32,9 @@ class StopRequest:
             self._interrupts = False
 
     def agree(self) -> None:
-        """``number`` becomes the signal that any process has got, in all after the same step. For after every step."""
+        """Sets ``number`` to a signal that any process has got, in all after the same step. Call it after each step."""
         if not self._alone:
-            self.number = distributed.agree_on_stop(self._noted or None)
+            self.number = processes.agree_on_stop(self._noted or None)
 
     def note(self, number: int) -> None:
         self._noted = number
@@ -46,7 +46,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Inside the block the first SIGTERM or SIGINT only sets ``number``; a second one ends the program as ever.
+    """Has the first SIGTERM or SIGINT in the block set ``number``; a second one gets the default handler.
 
     Outside the main thread, where Python cannot set handlers, nothing is caught.
     """
@@ -68,8 +68,10 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
-    """For imports: in the block ^C ends the process. Libraries that try imports take a KeyboardInterrupt for a failed
-    one, and are then half there, or go on without."""
+    """Has ^C end the process in the block, which is for imports.
+
+    Libraries that try an import take a KeyboardInterrupt for a failed one, and go on half imported.
+    """
 
     def end(number, frame):
         del frame
@@ -77,7 +79,7 @@ def ends_at_once() -> Iterator[None]:
         os._exit(EXIT_CODES[number])
 
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # as a job in the background has it
+    if before is not signal.SIG_IGN:  # the handler of a job in the background
         signal.signal(signal.SIGINT, end)
     try:
         yield
@@ -86,11 +88,11 @@ def ends_at_once() -> Iterator[None]:
 
 
 def leave_pid_1() -> None:
-    """For the first process of a container, PID 1: the program goes on in a child, for which this one stays behind.
+    """Moves the program of a container's first process, PID 1, into a child process, and waits for it.
 
-    The kernel keeps from PID 1 every signal that has no handler: what ends any other process at once would be lost.
-    Python's own handlers are none for that: they wait until a compilation is over. This process passes SIGINT and
-    SIGTERM on, reaps what is orphaned, and ends with the child's exit code, 128 + n where signal n has ended it.
+    The kernel withholds from PID 1 every signal that has no handler, also one that would end any other process.
+    Python's handlers do not help: they run only after a compilation. PID 1 passes SIGINT and SIGTERM on, reaps
+    orphans, and ends with the child's exit code, or 128 + n if signal n has ended it.
     """
     passed = set(EXIT_CODES)
     signal.pthread_sigmask(signal.SIG_BLOCK, passed | {signal.SIGCHLD})

@@ -1,9 +1,9 @@
-"""A thread that stops a run which hangs, and says where: what it was doing, and the stacks of all its threads.
+"""A thread that ends a run which hangs, and reports its phase and the stacks of all its threads.
 
-Better an exit that a launcher restarts on than a machine that is paid for and does nothing. A hang is named by its
-phase: "data", "step", "checkpoint", "evaluation", "export", or "run", whatever else a recipe does. With several
-processes one that has stopped keeps all others waiting in the collectives of the step: the one that hangs in another
-phase, or says nothing, is the culprit.
+A launcher restarts a run that has ended; one that hangs costs its machines for nothing. The phases are "data", "step",
+"checkpoint", "evaluation", "export", and "run" for everything else. In several processes, one that has stopped keeps
+all others waiting in the collectives of the step: the culprit is the one that hangs in another phase, or reports
+nothing.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from postrain.cluster import processes as distributed
+from postrain.cluster.processes import HANG, current
 
 _TO_WRITE = 10.0  # seconds for hang.txt: the disk may be what hangs
 
@@ -29,8 +29,8 @@ class Phase(NamedTuple):
 class Watchdog:
     """``with Watchdog(...) as watch:``, and in it ``with watch.phase("data"): ...``.
 
-    ``timeout``: seconds without progress, 0: never. Time in which this process did not run (stopped by a signal, or the
-    machine asleep) does not count. ``process``, ``processes``: of the run.
+    ``timeout``: seconds without progress after which the run ends, 0: never. Time in which this process did not run
+    (stopped by a signal, or the machine asleep) does not count. ``process``, ``processes``: its number, and how many.
     """
 
     def __init__(self, workdir: pathlib.Path, timeout: float, *, process: int = 0, processes: int = 1):
@@ -39,13 +39,14 @@ class Watchdog:
         self._phase = Phase("run", watches_cpu=True)
         self._progress, self._end = 0, threading.Event()  # a count: reading it needs no lock
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self.step = 0  # the loop's, for the message
+        self.step = 0  # set by the loop, for the message
 
     @contextlib.contextmanager
     def phase(self, name: str, *, watches_cpu: bool = True) -> Iterator[None]:
-        """``watches_cpu``: what this process computes is progress, so that a long compilation is no hang.
+        """Names the phase of the block.
 
-        Not of phases that wait for an accelerator: some runtimes wait in a busy loop.
+        ``watches_cpu``: CPU time of this process counts as progress, so that a long compilation is not a hang. False
+        for phases that wait for an accelerator: some runtimes wait in a busy loop.
         """
         before, self._phase = self._phase, Phase(name, watches_cpu)
         self._progress += 1
@@ -82,7 +83,7 @@ class Watchdog:
             others = f" Process {self._process} of {self._processes}: one that has stopped keeps all others waiting."
         text = (
             f"error: no progress for {idle:.0f} s (train.hang_timeout) in phase '{phase}', step {self.step}.{others} "
-            f"The stacks of all threads are below and in {self._file}; stopping with code {distributed.HANG}.\n"
+            f"The stacks of all threads are below and in {self._file}; stopping with code {HANG}.\n"
         )
         sys.__stderr__.write(text)
         sys.__stderr__.flush()
@@ -90,9 +91,9 @@ class Watchdog:
         writer = threading.Thread(target=self._write, args=(text,), daemon=True)
         writer.start()
         writer.join(_TO_WRITE)
-        if processes := distributed.current():
-            processes.channel.fail(f"hung in phase '{phase}', step {self.step}", distributed.HANG)
-        os._exit(distributed.HANG)
+        if processes := current():
+            processes.channel.fail(f"hung in phase '{phase}', step {self.step}", HANG)
+        os._exit(HANG)
 
     def _write(self, text: str) -> None:
         with self._file.open("w", encoding="utf-8") as file:

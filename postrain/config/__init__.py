@@ -1,6 +1,6 @@
 """The config of a run: its keys (``schema``), checked and made immutable (``check``), from files (``load``)."""
 
-from postrain.config.check import HOW_TO_GET_A_MODEL, check_model_path, check_paths, format_config, resolve, to_dict
+from postrain.config.check import check_model_path, check_paths, format_config, is_hub_name, resolve, to_dict
 from postrain.config.load import load_config
 from postrain.config.schema import (
     CheckpointConfig,
@@ -21,7 +21,6 @@ from postrain.config.schema import (
 )
 
 __all__ = [
-    "HOW_TO_GET_A_MODEL",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -40,6 +39,7 @@ __all__ = [
     "check_model_path",
     "check_paths",
     "format_config",
+    "is_hub_name",
     "load_config",
     "resolve",
     "to_dict",

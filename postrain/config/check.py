@@ -12,15 +12,13 @@ from typing import Annotated, Any, Literal
 
 from postrain.config.functions import DATASET_PREFIX, PREFIX, identify_dataset, identify_function
 from postrain.config.rules import check_rules
-from postrain.config.schema import Config, Dataset
+from postrain.config.schema import Config, Dataset, SourceConfig
 from postrain.errors import UserError
 from postrain.trees import flatten
 
 PLAIN = (str, int, float, bool, type(None))
-HOW_TO_GET_A_MODEL = (
-    "give the folder of a model; names on the Hugging Face hub are not downloaded, so first "
-    "`hf download {name} --local-dir DIR`, then give DIR"
-)
+RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
+HOW_TO_GET_A_MODEL = "give the folder of a model, or its name on the Hugging Face hub, such as Qwen/Qwen3-0.6B"
 
 
 def resolve(values: Any) -> Config:
@@ -32,14 +30,33 @@ def resolve(values: Any) -> Config:
       UserError: naming the key that does not exist (and the nearest that does), has a value of the wrong type or range,
         or contradicts another one.
     """
-    config = _read_section(plain_dict(values), Config, "")
+    config = _read_section(_fill_kinds(plain_dict(values)), Config, "")
     _check_choice(config.recipe, list_recipes(), "recipe")
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
     if not config.model.path:
-        raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL.format(name='NAME')}")
+        raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL}")
     check_rules(config)
     return config
+
+
+def _fill_kinds(values: dict) -> dict:
+    """``values`` with the kind of the recipe's rows in sources that do not name a kind."""
+    kind, data = RECIPE_KINDS.get(values.get("recipe")), values.get("data")
+    if kind is None or not isinstance(data, dict):
+        return values
+
+    def fill(source):
+        source = {SourceConfig.SHORT_FOR: source} if isinstance(source, str) else source
+        return {"kind": kind} | source if isinstance(source, dict) else source
+
+    filled = dict(data)
+    for key in ("train", "eval"):
+        sources = data.get(key) or ()
+        sources = [sources] if isinstance(sources, (str, dict)) else sources
+        if isinstance(sources, (list, tuple)):
+            filled[key] = [fill(source) for source in sources]
+    return values | {"data": filled}
 
 
 def to_dict(config: Config) -> dict:
@@ -94,18 +111,27 @@ def check_paths(config: Config) -> None:
 
 
 def check_model_path(path: str, where: str = "config key 'model.path'") -> None:
-    """Raises UserError, saying how to get a model, where ``path`` is not a folder. GGUF files and packages pass.
+    """Raises UserError where ``path`` is neither a folder nor a GGUF file, a package or a name on the hub.
 
-    Call this first: otherwise the first reader of the model fails with a less helpful message.
+    Those three are looked for when they are read. Call this first: otherwise the first reader of a folder fails with a
+    less helpful message.
     """
-    if path.startswith("pypi:") or path.endswith(".gguf"):
+    if path.startswith("pypi:") or path.endswith(".gguf") or is_hub_name(path):
         return
     folder = pathlib.Path(path)
     if not path or not folder.is_dir():
-        like_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir()
         found = "a file, expected a folder" if folder.is_file() else "a folder that does not exist"
         found = f"= {path!r} is {found}" if path else "is empty"
-        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL.format(name=path if like_hub else 'NAME')}")
+        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL}")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path`` names a repository on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+
+    A folder or file of that name on this machine takes precedence.
+    """
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\S+)?", path) and not path.endswith(".gguf")
+    return bool(named) and not pathlib.Path(path).exists()
 
 
 # Values, by the types of the schema. Each function returns a value as its type, or raises UserError naming ``key``.

@@ -20,6 +20,8 @@ def check_rules(config: Config) -> None:
     _check_adapters(config.model)
     _check_new_tokens(config.model)
     _check_best(config)
+    if config.recipe == "preference":
+        _check_preference(config)
 
 
 def has_mixture(config: DataConfig) -> bool:
@@ -88,7 +90,7 @@ def _check_new_tokens(model: ModelSection) -> None:
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(
-            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both given: put all tokens in one "
+            "config keys 'model.new_tokens.tokens' and 'model.new_tokens.file' are both set: put all tokens in one "
             "of them"
         )
     for key in ("train_alone", "special"):
@@ -183,3 +185,18 @@ def _check_mixture(config: DataConfig) -> None:
         if phase.step <= last:
             raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
         last = phase.step
+
+
+def _check_preference(config: Config) -> None:
+    """The reference of recipe preference is the model without its adapters: nothing else may train."""
+    if not config.model.lora.rank:
+        raise UserError(
+            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference"
+        )
+    if config.model.new_tokens.tokens or config.model.new_tokens.file:
+        raise UserError(
+            "recipe 'preference' cannot train rows of 'model.new_tokens', which the reference would share: train them "
+            "with recipe sft first"
+        )
+    if config.eval.generate_rows:
+        raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")

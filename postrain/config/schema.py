@@ -118,7 +118,7 @@ class DataConfig:
     seed: Seed = 0  # of that order
     prefetch: Annotated[int, Range(1, 2**16)] = 8  # batches that are prepared while the device works
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
-    template_date: str = "2024-07-26"  # what templates that print today's date are given
+    template_date: str = "2024-07-26"  # the date that templates print as today
     default_system: str = ""  # a system message for conversations that have none
     mixture: MixtureSection = MixtureSection()
     accept_change: str = ""  # the code that the refusal of changed data names: the data start anew at this update
@@ -260,7 +260,7 @@ class EvalSection:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept in ``workdir/checkpoints``, from which a run goes on."""
+    """Checkpoints in ``workdir/checkpoints``: a run that is started again goes on from the newest."""
 
     every: Count = 0  # steps; 0: at the end only
     keep: Times = 2  # the newest ones
@@ -277,6 +277,14 @@ class TrackersConfig:
     tensorboard: bool = False  # event files in workdir/tensorboard
     wandb: Literal["off", "offline", "online"] = "off"  # Weights & Biases
     wandb_project: str = "postrain"  # the project that runs are filed under
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceSection:
+    """The loss of recipe preference (DPO, arXiv:2305.18290)."""
+
+    beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,3 +309,4 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
     export: ExportSection = ExportSection()
+    preference: PreferenceSection = PreferenceSection()

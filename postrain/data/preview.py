@@ -1,6 +1,5 @@
-"""What training will see, for the eye: rows with their trained tokens marked, counts, packing, lengths."""
+"""What training will see, as text or as a page: rows with their trained tokens marked, counts, packing, lengths."""
 
-import html
 import itertools
 import json
 import os
@@ -9,6 +8,7 @@ import re
 import sys
 
 import numpy as np
+from markupsafe import Markup, escape
 
 from postrain.config import Config
 from postrain.data.batches.in_memory import ExampleSet, load_examples
@@ -19,30 +19,21 @@ from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
+from postrain.report.page import render_page
 
 _HISTOGRAM_BINS = 12
 _BAR_WIDTH = 40
-_TRAINED_HTML = "background:#c9f2d3;border-radius:2px"
+_TRAINED_STYLE = "background:#c9f2d3;border-radius:2px"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: could steer the terminal
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-.bar { background: #7aa6d8; height: 1em; } td.plot { width: 24rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f7f7f7; padding: .8rem; border-radius: 4px; }
-"""
 
 
 def preview(
     config: Config, html_path: str | os.PathLike | None = None, rows: int = 3, color: bool | None = None
 ) -> str:
-    """Loads ``config.data`` as training would and shows it.
+    """Loads ``config.data`` as training would, and formats its counts, lengths and some of its documents.
 
     Args:
-      html_path: also writes a page, self-contained, with the same.
+      html_path: where a self-contained page with the same content is written too.
       rows: documents shown in full, spread evenly over ``data.train``.
       color: trained tokens in colour, or between marks. None: colour if standard output is a terminal and
         NO_COLOR is not set.
@@ -75,8 +66,8 @@ def preview(
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
     blocks += [legend] if shown else []
     blocks += [
-        f"--- {_describe(document)}"
-        + "".join(f"\n{_note(s)}{_format_tokens(s, reader, color)}" for s in document.sequences)
+        f"--- {_format_header(document)}"
+        + "".join(f"\n{_format_note(s)}{_format_tokens(s, reader, color)}" for s in document.sequences)
         for document in shown
     ]
     return "\n\n".join(blocks)
@@ -87,16 +78,14 @@ def use_color() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer | None) -> str:
-    """A sequence as HTML that needs no style sheet: its text, escaped, with the trained tokens on green.
-
-    Without a tokenizer its ids are shown.
-    """
-    spans = []
-    for text, trained, length in _runs(rendered, tokenizer):
-        text, title = html.escape(_visible(text)), count(length, "trained token")
-        spans.append(f'<span style="{_TRAINED_HTML}" title="{title}">{text}</span>' if trained else text)
-    return '<pre style="white-space:pre-wrap;overflow-wrap:anywhere">' + "".join(spans) + "</pre>"
+def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer | None) -> Markup:
+    """A sequence as HTML that needs no style sheet: its text, or ids without a tokenizer, trained tokens on green."""
+    trained_span = Markup(f'<span style="{_TRAINED_STYLE}" title="{{}}">{{}}</span>')
+    spans = [
+        trained_span.format(count(length, "trained token"), _visible(text)) if trained else escape(_visible(text))
+        for text, trained, length in _runs(rendered, tokenizer)
+    ]
+    return Markup('<pre style="white-space:pre-wrap;overflow-wrap:anywhere">{}</pre>').format(Markup("").join(spans))
 
 
 def _runs(rendered: Rendered, tokenizer: Tokenizer | None):
@@ -123,13 +112,13 @@ def _format_tokens(rendered: Rendered, tokenizer: Tokenizer | None, color: bool)
     return "".join(_mark(_visible(text), color) if trained else _visible(text) for text, trained, _ in runs)
 
 
-def _describe(document: Document) -> str:
+def _format_header(document: Document) -> str:
     trained, tokens = document.num_trained, document.num_tokens
     return f"{document.ref}  {count(tokens, 'token')}, {trained:,} trained ({trained / tokens:.1%})"
 
 
-def _note(sequence: Rendered) -> str:
-    """What a sequence has besides its tokens, in a line above them; nothing where there is nothing."""
+def _format_note(sequence: Rendered) -> str:
+    """A line of the metadata and fields of a sequence, which are shown above its tokens; "" where it has neither."""
     notes = [f"metadata {json.dumps(sequence.metadata, ensure_ascii=False, default=str)}"] * bool(sequence.metadata)
     for name, values, _ in sequence.fields:
         flat = values.ravel()
@@ -156,37 +145,20 @@ def _format_histogram(example_set: ExampleSet) -> str:
 def _write_html(
     path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Document], tokenizer: Tokenizer | None
 ) -> None:
-    body = ["<h1>What training will see</h1>"]
-    for key, example_set in sets.items():
+    tables = []
+    for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        body += [f"<h2>{key}</h2>", _html_table([header], "th", lines)]
-        lines = [example_set.report.format_packing(), *example_set.report.format_notes()]
-        body += [f"<p>{html.escape(line)}</p>" for line in lines]
-        bins = _histogram(example_set)
-        most = max(number for _, number in bins)
-        plot = "".join(
-            f'<tr><td>{name}</td><td>{number:,}</td><td class="plot">'
-            f'<div class="bar" style="width:{100 * number / most:.1f}%"></div></td></tr>'
-            for name, number in bins
-        )
-        body.append(f"<table><tr><th>length in tokens</th><th>documents</th><th></th></tr>{plot}</table>")
-    if shown:
-        body.append(f'<h2>Documents, <span style="{_TRAINED_HTML}">trained tokens</span> marked</h2>')
-    for document in shown:
-        body.append(f"<p>{html.escape(_describe(document))}</p>")
-        body += [
-            (f"<p>{html.escape(note)}</p>" if (note := _note(sequence)) else "")
-            + render_tokens_html(sequence, tokenizer)
-            for sequence in document.sequences
-        ]
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Data preview</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+        notes = [example_set.report.format_packing(), *example_set.report.format_notes()]
+        table = {"name": name, "header": header, "lines": lines, "notes": notes}
+        tables.append(table | {"histogram": _histogram(example_set)})
+    documents = [
+        {
+            "header": _format_header(document),
+            "sequences": [(_format_note(s), render_tokens_html(s, tokenizer)) for s in document.sequences],
+        }
+        for document in shown
+    ]
+    page = render_page(
+        "postrain.data", "preview.html.j2", sets=tables, documents=documents, trained_style=_TRAINED_STYLE
     )
     write_whole(path, page)
-
-
-def _html_table(header: list, tag: str, lines: list) -> str:
-    rows = [(tag, row) for row in header] + [("td", row) for row in lines]
-    cells = ("".join(f"<{t}>{html.escape(cell)}</{t}>" for cell in row) for t, row in rows)
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

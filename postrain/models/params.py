@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.quantized import as_array, is_quantized, quantize, quantize_rows
-from postrain.sharding import find_mesh, replicated
+from postrain.sharding import find_mesh, replicated, to_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ParamSpec:
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # what may have adapters, and may be quantised under them
 PARTS = ("attention", "mlp", "moe")  # of a layer, that they are in
+ADAPTER_LEAVES = ("lora_a", "lora_b", "magnitude")  # beside the kernel that they adapt
 
 
 def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:
@@ -297,8 +298,21 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     merged = as_array(kernel, jnp.float32) + scale * _product(params)
     if "magnitude" in params:
         merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
-    rest = {key: value for key, value in params.items() if key not in ("lora_a", "lora_b", "magnitude")}
+    rest = {key: value for key, value in params.items() if key not in ADAPTER_LEAVES}
     return rest | {"kernel": merged.astype(dtype)}
+
+
+def drop_adapters(params: dict) -> dict:
+    """The tree without ``lora_a``, ``lora_b`` and ``magnitude``: the base model, whose arrays are shared, not copied.
+
+    New adapters change nothing (``init_lora``), so this is the model that training began with, as long as nothing but
+    adapters trains: rows of new tokens stay, trained as they are.
+    """
+    return {
+        key: drop_adapters(value) if isinstance(value, dict) else value
+        for key, value in params.items()
+        if key not in ADAPTER_LEAVES
+    }
 
 
 def name_broken(tree: Any) -> str:
@@ -310,9 +324,9 @@ def name_broken(tree: Any) -> str:
         return finite.reshape(array.shape[0], -1).all(1) if is_stack(path) else finite.all()
 
     mesh = find_mesh(tree)
-    everywhere = replicated(mesh) if mesh is not None else None  # so that every process can read it
+    everywhere = replicated(mesh) if mesh is not None else None  # one gather for all
     checked = jax.jit(functools.partial(jax.tree_util.tree_map_with_path, check), out_shardings=everywhere)(tree)
-    for path, finite in jax.tree_util.tree_leaves_with_path(jax.device_get(checked)):
+    for path, finite in jax.tree_util.tree_leaves_with_path(jax.tree.map(to_host, checked)):
         if not finite.all():
             name = jax.tree_util.keystr(path, simple=True, separator=".")
             return f"layer {finite.argmin()}, {name.removeprefix('layers.')}" if is_stack(path) else name

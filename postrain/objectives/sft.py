@@ -4,39 +4,29 @@ from collections.abc import Callable
 
 import jax
 
-from postrain.objectives.logprobs import compute_weighted_nll
-from postrain.types import Batch
+from postrain.types import Batch, LossSums, WeightedSum
 
 
-def make_sft_loss(
-    compute_hidden: Callable, get_unembedding: Callable, *, vocab_size: int, softcap: float, chunk: int
-) -> Callable:
-    """``loss_fn(params, batch, rng) -> (loss_sum, weight_sum, metric_sums)``: sums over trained tokens.
+def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Callable:
+    """``loss_fn(params, batch, rng) -> LossSums``, sums over trained tokens.
 
-    ``compute_hidden(params, tokens, segment_ids, positions) -> ([B, T, D], RowTerms or None)`` and
-    ``get_unembedding(params) -> [V', D]`` are the model. The loss of a step is loss_sum / weight_sum over all
-    devices and micro-batches:
-    every trained token counts the same, wherever it lies. ``softcap``: of the logits, 0 where the model has none.
-    ``chunk``: trained tokens projected at a time.
+    ``compute_nll(params, batch) -> (nll_sum, correct_sum, RowTerms | None)`` is the model: float32 [], weighted by
+    ``batch.loss_mask`` (``postrain.training.forward.Forward.nll``). The loss of an update is its total over all devices
+    and micro-batches by the number of trained tokens: each counts the same, wherever it lies. ``router_losses``: add
+    those of a mixture of experts, each row's counted once for each of its trained tokens; metric ``nll`` is then the
+    loss without them.
     """
 
-    def loss_fn(params, batch: Batch, rng: jax.Array):
+    def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
         del rng
-        hidden, terms = compute_hidden(params, batch.tokens, batch.segment_ids, batch.positions)
-        loss_sum, correct_sum = compute_weighted_nll(
-            hidden,
-            get_unembedding(params),
-            batch.targets,
-            batch.loss_mask,
-            vocab_size=vocab_size,
-            chunk=chunk,
-            softcap=softcap,
-        )
-        metric_sums = {"accuracy": correct_sum}
-        if terms is not None:  # every trained token bears its row's
+        nll_sum, correct_sum, terms = compute_nll(params, batch)
+        weight = batch.loss_mask.sum()
+        loss_sum, metric_sums = nll_sum, {"accuracy": correct_sum}
+        if router_losses and terms is not None:
             weights_B = batch.loss_mask.sum(1)
             metric_sums |= {name: (values_B * weights_B).sum() for name, values_B in terms.metrics.items()}
-            metric_sums["nll"], loss_sum = loss_sum, loss_sum + (terms.loss * weights_B).sum()
-        return loss_sum, batch.loss_mask.sum(), metric_sums
+            metric_sums["nll"], loss_sum = nll_sum, nll_sum + (terms.loss * weights_B).sum()
+        metrics = {name: WeightedSum(total, weight) for name, total in metric_sums.items()}
+        return LossSums({"sft": WeightedSum(loss_sum, weight)}, metrics)
 
     return loss_fn

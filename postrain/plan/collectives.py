@@ -1,4 +1,4 @@
-"""Bytes that a compiled program sends between devices, read off its optimised HLO text.
+"""Bytes that a compiled program sends between devices, read from its optimised HLO text.
 
 A loop's body is multiplied by the loop's trip count where the program says it: in the annotation that XLA's CPU and
 GPU compilers leave, else in a condition that compares the counter with a constant (JAX's loops count from 0 by 1). A
@@ -118,10 +118,12 @@ def _called(line: _Line) -> list[str]:
 
 
 def _trip_count(computations, line: _Line) -> int | None:
-    """Of a while loop: annotated, or read off ``counter < constant`` in its condition."""
+    """Of a while loop: annotated, or read from ``counter < constant`` in its condition."""
     if match := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
         return int(match[1])
-    condition, body = (_by_name(computations, _attribute(line, name)) for name in ("condition", "body"))
+    condition, body = (
+        {line.name: line for line in computations[_attribute(line, name)]} for name in ("condition", "body")
+    )
     root = list(condition.values())[-1]
     if root.op != "compare" or "direction=LT" not in root.rest:
         return None
@@ -134,10 +136,6 @@ def _trip_count(computations, line: _Line) -> int | None:
     steps = [_constant(body, name) for name in _operands(new.rest)] if new and new.op == "add" else []
     step = next((value for value in steps if value), 1)
     return math.ceil(limit / step)
-
-
-def _by_name(computations, name: str) -> dict[str, _Line]:
-    return {line.name: line for line in computations[name]}
 
 
 def _attribute(line: _Line, name: str) -> str | None:
@@ -154,16 +152,14 @@ def _constant(lines: dict[str, _Line], name: str) -> int | None:
 
 
 def _operands(rest: str) -> list[str]:
-    return re.findall(r"%([\w.-]+)", rest[: _closing(rest)])
-
-
-def _closing(rest: str) -> int:
-    depth = 1
+    """Names up to the parenthesis that closes the operands; attributes follow it."""
+    depth, end = 1, len(rest)
     for i, letter in enumerate(rest):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
-            return i
-    return len(rest)
+            end = i
+            break
+    return re.findall(r"%([\w.-]+)", rest[:end])
 
 
 @functools.cache
@@ -209,7 +205,8 @@ def _read_mesh_groups(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
     flat = []  # the dimensions of the mesh, cut where a group takes a part of one: size, whether groups run along it
     for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
         before, whole = 1, int(size)
-        for start, part in sorted(_parts_of(name, axes, whole)):
+        found = re.findall(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
+        for start, part in sorted((int(start), int(part)) if part else (1, whole) for start, part in found):
             flat += [(start // before, False), (part, True)]
             before = start * part
         flat.append((whole // before, False))
@@ -217,8 +214,3 @@ def _read_mesh_groups(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
     inside = [i for i, (_, used) in enumerate(flat) if used]
     outside = [i for i, (_, used) in enumerate(flat) if not used]
     return _as_groups(ids.transpose(outside + inside).reshape(-1, math.prod(flat[i][0] for i in inside)))
-
-
-def _parts_of(name: str, axes: str, whole: int) -> list[tuple[int, int]]:
-    found = re.findall(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
-    return [(int(start), int(part)) if part else (1, whole) for start, part in found]

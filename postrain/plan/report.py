@@ -1,13 +1,16 @@
-"""The report of ``postrain plan``, as text and as JSON."""
+"""The report of ``postrain plan``: typed facts about one training step, as JSON and as text (``report.txt.j2``)."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
+
+import jinja2
 
 from postrain.training.flops import format_count
 
 KIBI = 1024
-LABELS = {
+LABELS = {  # of the fields of Memory, in the order of the report
     "parameters_trained": "parameters, trained",
     "parameters_frozen": "parameters, frozen",
     "optimizer": "optimizer state",
@@ -18,121 +21,149 @@ LABELS = {
     "outputs": "metrics",
     "padding": "padding of layouts",
     "program": "program",
-    "total": "total",
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanReport:
-    """What one training step needs of a target. Sizes in bytes of one device, operations of all devices."""
+class TargetFacts:
+    """The devices that the step was compiled for. What is not published about a device is None."""
 
-    target: dict  # name, devices, hosts, kind, usable_bytes, usable_why, and the published figures of the chip
-    mesh: dict[str, int]  # axes longer than 1
-    model: dict  # parameters_trained, parameters_frozen, compute_dtype, remat
-    batch: dict  # rows, sequence_length, micro_batches, tokens
-    memory: dict[str, int]  # by kind, "total" is their sum
+    name: str  # as in --target, "v5e:4x4"
+    devices: int
+    hosts: int
+    kind: str  # of a device, as JAX calls it
+    usable_bytes: int  # of a device's memory
+    usable_why: str
+    peak_flops: float | None  # dense bfloat16 operations per second of a device
+    memory: int | None  # bytes of a device
+    memory_bandwidth: float | None  # bytes per second of a device
+    link_bandwidth: float | None  # bytes per second that a device can send to its slice or node
+    network_bandwidth: float | None  # bytes per second that a device can send to other nodes
+    source: str | None  # of these figures
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """The model that trains."""
+
+    parameters_trained: int
+    parameters_frozen: int
+    compute_dtype: str
+    remat: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchFacts:
+    """One update's batch, on all devices."""
+
+    rows: int
+    sequence_length: int
+    micro_batches: int
+    tokens: int  # rows x sequence_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device by kind. "gradients" and "activations" together are the compiler's temporaries."""
+
+    parameters_trained: int
+    parameters_frozen: int
+    optimizer: int
+    average: int
+    batch: int
+    gradients: int  # float32 sums, which exist at the end of the backward pass
+    activations: int
+    outputs: int = 0
+    padding: int = 0  # that layouts add to the arguments
+    program: int = 0  # the code itself
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Operations of a step on all devices together."""
+
+    model: float  # by the formula of perf/mfu, for full rows of one document each
+    model_by_kind: dict[str, float]
+    executed: float  # a lower bound of what is carried out, recomputation included
+    compiler: float | None  # XLA's count, which takes the body of each loop once; None where it has none
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveFacts:
+    """The collectives of one kind in a step; bytes of one device."""
+
+    times: int
+    payload_bytes: int
+    received_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The roofline: the shortest time that a step can take, and what follows from it."""
+
+    seconds: dict[str, float]  # "compute", "memory", "interconnect"; the step takes the longest of them
+    memory_bytes_moved: int  # of one device
+    network_seconds: float  # the part of "interconnect" between nodes
+    step_seconds: float
+    limited_by: str  # a key of ``seconds``
+    mfu: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A change of the config that was tried because the step does not fit."""
+
+    change: dict[str, Any]  # config key -> value
+    needed: int  # bytes of one device
+    compiled: bool  # False: inputs and gradients alone are too large, so nothing was compiled
     fits: bool
-    compiled: bool  # False: the compiler refused, for want of memory
-    flops: dict  # model, model_by_kind, executed, compiler
-    collectives: dict[str, dict] | None  # by kind: times, payload_bytes, received_bytes of each device in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanReport:
+    """What one training step needs of a target."""
+
+    target: TargetFacts
+    mesh: dict[str, int]  # axes longer than 1
+    model: ModelFacts
+    batch: BatchFacts
+    memory: Memory
+    fits: bool
+    compiled: bool  # False: the compiler refused the step because it needs too much memory
+    flops: Flops
+    collectives: dict[str, CollectiveFacts] | None  # by kind; None where the compiler refused the step
     uncounted_collectives: int | None  # those in loops of unknown length, counted once
-    bound: dict | None  # the roofline; None on a CPU, of which no peaks are published
-    advice: list[dict]  # what was tried when it did not fit
+    bound: Bound | None  # None on a CPU, of which no peaks are published
+    advice: list[Attempt]
     notes: list[str]
     compile_seconds: float
 
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        facts = dataclasses.asdict(self)
+        facts["memory"]["total"] = self.memory.total
+        return facts
 
-    def describe_misfit(self) -> str:
+    def format_misfit(self) -> str:
         """One line: by how much it does not fit, and the first change that makes it fit."""
-        usable, needed = self.target["usable_bytes"], self.memory["total"]
-        line = (
-            f"does not fit on {self.target['name']}: a device needs {gib(needed)} of {gib(usable)}, "
-            f"{gib(needed - usable)} too much"
-        )
-        good = [one for one in self.advice if one["fits"]]
-        return line + (f"; fits with {describe_change(good[0]['change'])}" if good else "")
+        line = f"does not fit on {self.target.name}: {_format_excess(self)}"
+        good = [attempt for attempt in self.advice if attempt.fits]
+        return line + (f"; fits with {format_change(good[0].change)}" if good else "")
 
     def __str__(self) -> str:
-        parts = (self._head(), self._memory(), self._fit(), self._flops(), self._collectives(), self._bound())
-        return "\n".join(line for part in parts for line in part)
-
-    def _head(self) -> list[str]:
-        target, batch, model = self.target, self.batch, self.model
-        axes = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items()) or "one device"
-        hosts = f", {target['hosts']} hosts" if target["hosts"] > 1 else ""
-        return [
-            f"target      {target['name']}: {target['devices']} x {target['kind']}{hosts}, mesh {axes}",
-            *(f"            {note}" for note in self.notes),
-            f"model       {model['parameters_trained']:,} parameters trained, {model['parameters_frozen']:,} frozen, "
-            f"{model['compute_dtype']}, remat {model['remat']}",
-            f"batch       {batch['rows']} rows x {batch['sequence_length']} tokens = {batch['tokens']:,} a step, in "
-            f"{batch['micro_batches']} micro-batch{'es' * (batch['micro_batches'] > 1)}",
-            f"compiled    in {self.compile_seconds:.0f} s",
-        ]
-
-    def _memory(self) -> list[str]:
-        lines = ["memory      of each device"]
-        for kind, label in LABELS.items():
-            size = self.memory[kind]
-            if size or kind == "total":
-                lines.append(f"  {label:<26}{gib(size):>12}")
-        return lines
-
-    def _fit(self) -> list[str]:
-        usable, why = self.target["usable_bytes"], self.target["usable_why"]
-        if self.fits:
-            return [f"fits        yes, {gib(usable - self.memory['total'])} of {gib(usable)} are left ({why})"]
-        refused = "" if self.compiled else "; the compiler refuses it"
-        lines = [f"fits        NO: {self.describe_misfit().partition(': ')[2].partition(';')[0]} ({why}){refused}"]
-        return lines + [f"            {line}" for line in describe_advice(self.advice, usable, self.target["devices"])]
-
-    def _flops(self) -> list[str]:
-        flops = self.flops
-        kinds = {name: count / flops["model"] for name, count in flops["model_by_kind"].items() if count}
-        lines = [
-            f"{format_count(flops['model'])} a step by the formula of perf/mfu: "
-            + ", ".join(f"{name} {share:.0%}" for name, share in kinds.items()),
-            f"{format_count(flops['executed'])} carried out at least, recomputation included",
-            "of full rows with one document each; shorter documents need fewer",
-        ]
-        if flops["compiler"]:
-            lines.append(f"{format_count(flops['compiler'])} counted by the compiler, each loop's body once")
-        return [f"{'' if i else 'FLOPs':<12}{line}" for i, line in enumerate(lines)]
-
-    def _collectives(self) -> list[str]:
-        if self.collectives is None:
-            return []
-        lines = ["collectives of a step, bytes that each device receives"]
-        for kind, count in self.collectives.items():
-            lines.append(f"  {kind:<26}{gib(count['received_bytes']):>12}  in {count['times']:,}")
-        if not self.collectives:
-            lines = ["collectives none"]
-        if self.uncounted_collectives:
-            lines.append(f"  {self.uncounted_collectives} in loops of unknown length, counted once")
-        return lines
-
-    def _bound(self) -> list[str]:
-        bound, target = self.bound, self.target
-        if bound is None:
-            return [] if not self.compiled else ["MFU         no bound: nothing is published about this CPU"]
-        seconds = ", ".join(f"{name} {value * 1e3:.4g} ms" for name, value in bound["seconds"].items())
-        figures = (
-            f"{target['peak_flops'] / 1e12:.0f} TFLOP/s, memory {target['memory_bandwidth'] / 1e9:,.0f} GB/s, "
-            f"links {target['link_bandwidth'] / 1e9:,.0f} GB/s"
+        return _load_template().render(
+            {name: getattr(self, name) for name in self.__dataclass_fields__},
+            excess=_format_excess(self),
+            memory_lines=[(label, getattr(self.memory, kind)) for kind, label in LABELS.items()],
+            devices_needed=_estimate_devices(self),
         )
-        if target["network_bandwidth"] and target["hosts"] > 1:
-            figures += f", network {target['network_bandwidth'] / 1e9:,.0f} GB/s"
-        return [
-            f"MFU         {bound['mfu']:.1%} at most, {bound['tokens_per_second']:,.0f} tokens/s, limited by "
-            f"{bound['limited_by']}",
-            f"            a step takes at least: {seconds}",
-            f"            from {figures} of a device ({target['source']})",
-        ]
 
 
-def gib(count: float) -> str:
+def format_bytes(count: float) -> str:
     """``12.34 GiB``, or MiB or KiB where that says more."""
     for size, unit in ((KIBI**3, "GiB"), (KIBI**2, "MiB")):
         if abs(count) >= size / 10:
@@ -140,24 +171,33 @@ def gib(count: float) -> str:
     return f"{count / KIBI:,.2f} KiB"
 
 
-def describe_change(change: dict[str, Any]) -> str:
+def format_change(change: dict[str, Any]) -> str:
+    """``model.remat=full, train.micro_batches=4``."""
     return ", ".join(f"{key}={value}" for key, value in change.items())
 
 
-def describe_advice(advice: list[dict], usable: int, devices: int) -> list[str]:
-    """A line for each change that was tried."""
-    lines = []
-    for one in advice:
-        size = gib(one["needed"])
-        if one["fits"]:
-            verdict = f"fits, {size}"
-        elif one["compiled"]:
-            verdict = f"does not, {size}"
-        else:
-            verdict = f"cannot, what the step is given and its gradients take {size}"
-        lines.append(f"{describe_change(one['change'])}: {verdict}")
-    if advice and not advice[-1]["fits"]:
-        least = min(one["needed"] for one in advice)
-        more = math.ceil(devices * least / usable)
-        lines.append(f"nothing tried fits: take more devices (about {more} of these) or ones with more memory")
-    return lines
+def _format_excess(report: PlanReport) -> str:
+    usable, needed = report.target.usable_bytes, report.memory.total
+    return f"a device needs {format_bytes(needed)} of {format_bytes(usable)}, {format_bytes(needed - usable)} too much"
+
+
+def _estimate_devices(report: PlanReport) -> int | None:
+    """How many devices of this kind the best change needs if memory splits evenly; None where some change fits."""
+    if not report.advice or report.advice[-1].fits:
+        return None
+    least = min(attempt.needed for attempt in report.advice)
+    return math.ceil(report.target.devices * least / report.target.usable_bytes)
+
+
+@functools.cache
+def _load_template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("postrain.plan", package_path="")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "bytes": format_bytes,
+        "change": format_change,
+        "flops": format_count,
+        "number": lambda count: f"{count:,.0f}",
+        "gigabytes": lambda rate: f"{rate / 1e9:,.0f} GB/s",
+    }
+    return environment.get_template("report.txt.j2")

@@ -1,4 +1,4 @@
-"""Hardware that a program can be compiled for without having it: what it can do, and its devices as XLA sees them.
+"""Hardware that a program can be compiled for on any machine: its published figures, and its devices as XLA sees them.
 
     TPU slices     v5e:4x4, v5p:2x2x2      chips along each axis of the torus
     GPU nodes      h100:1x8                nodes x GPUs of a node
@@ -95,8 +95,8 @@ class Target:
 def open_target(name: str) -> Target:
     """The target of a name such as ``v5e:4x4``.
 
-    Raises UserError: no such chip, a slice that does not exist, a compiler that is not installed, CPU devices asked
-    for after JAX has started with fewer.
+    Raises UserError: an unknown chip, a slice that does not exist, a compiler that is not installed, more CPU devices
+    than JAX has already started with.
     """
     match = re.fullmatch(r"([a-z]\w*):(\d+(?:x\d+)*)", name.strip().lower())
     chip_name = match[1] if match else name.partition(":")[0]
@@ -145,14 +145,14 @@ _TPU_ENVIRONMENT = {
 
 def _open_tpu(name: str, chip: Chip, layout: str, shape: tuple[int, ...]) -> Target:
     if chip.shapes and layout not in chip.shapes:
-        raise UserError(f"--target={name}: there is no such slice, there are {', '.join(chip.shapes)}")
+        raise UserError(f"--target={name}: there is no such slice; expected one of {', '.join(chip.shapes)}")
     _require(name, "TPU", "libtpu")
     for variable, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     # Two by two chips are on a host; a smaller slice is a part of one.
     host = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
     describe = functools.partial(topologies.get_topology_desc, topology_name=name.strip().lower(), platform="tpu")
-    devices = _ask(name, lambda: describe(**host).devices)
+    devices = _list_devices(name, lambda: describe(**host).devices)
     return Target(name, chip, list(devices), chip.memory, "of device memory, as libtpu counts it", {})
 
 
@@ -162,9 +162,9 @@ def _open_gpu(name: str, chip: Chip, layout: str, shape: tuple[int, ...]) -> Tar
     _require(name, "GPU", "jax_plugins.xla_cuda13")
     fill = {"bandwidth": int(chip.memory_bandwidth), "memory": chip.memory, "kind": chip.kind}
     describe = functools.partial(topologies.get_topology_desc, "", "cuda", target_config=_HOPPER.format(**fill))
-    devices = _ask(name, lambda: describe(topology=f"1x{layout}").devices)
+    devices = _list_devices(name, lambda: describe(topology=f"1x{layout}").devices)
     fraction, why = gpu_memory_fraction()
-    # Autotuning would run candidates on the GPU; the program's memory and communication do not hang on it.
+    # Autotuning would run candidates on the GPU; the program's memory and communication do not depend on it.
     return Target(name, chip, list(devices), int(fraction * chip.memory), why, {"xla_gpu_autotune_level": 0})
 
 
@@ -175,7 +175,9 @@ def gpu_memory_fraction() -> tuple[float, str]:
             try:
                 return float(value), f"by {variable}={value}"
             except ValueError as error:
-                raise UserError(f"{variable}={value} is no number: set a share such as 0.9, or nothing") from error
+                raise UserError(
+                    f"{variable}: expected a number, found {value!r}: set a share such as 0.9, or unset it"
+                ) from error
     return 0.75, "75% of device memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise"
 
 
@@ -183,14 +185,14 @@ def _require(name: str, what: str, *modules: str) -> None:
     for module in modules:
         try:
             found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # of the package that it would be in
+        except ModuleNotFoundError:  # its package is missing
             found = None
         if found is None:
             raise UserError(f"--target={name}: the {what} compiler is not installed: {INSTALL}")
 
 
-def _ask(name: str, describe: Callable[[], list]) -> list:
-    # An executable for a device that is not there cannot be taken out of JAX's cache again: only writing would work.
+def _list_devices(name: str, describe: Callable[[], list]) -> list:
+    # JAX can write an executable for a device that is not there into its cache, but not read it back.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         return describe()

@@ -1,24 +1,17 @@
-"""One file per method, each a loop that reads from top to bottom. ``train`` runs the one that a config names,
-``plan`` compiles its step for hardware that need not be there."""
+"""One file a method, each a loop that reads from top to bottom. ``train`` runs the one that a config names, ``plan``
+compiles its step for hardware that need not be there."""
 
-import dataclasses
 import importlib
 import os
 from typing import Any
 
-import jax
-
-from postrain.cluster import processes as distributed
-from postrain.cluster.watchdog import Watchdog
-from postrain.config import Config, check_model_path, check_paths, resolve
+from postrain.config import Config, check_model_path, resolve
 from postrain.config.load import load_config
 from postrain.plan.plan import PlanReport, make_plan
-from postrain.training.agreement import check_processes
-from postrain.training.workdir import open_workdir
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
-    """Runs ``config.recipe`` in ``workdir``; goes on from there when it holds a checkpoint of the same run.
+    """Runs ``config.recipe`` in ``workdir``; continues there when it holds a checkpoint of the same run.
 
     Args:
         config: a Config, a ConfigDict or dict of its keys, or the ``path.py:arg`` of a config file.
@@ -32,16 +25,9 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     """
     if isinstance(config, str):
         config = load_config(config)
-    else:  # a Config may have been changed by hand
-        config = resolve(dataclasses.asdict(config) if isinstance(config, Config) else config)
-    check_paths(config)
-    if processes := distributed.current():
-        check_processes(processes, config, workdir)
-    recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
-    with open_workdir(workdir) as folder:
-        where = {"process": jax.process_index(), "processes": jax.process_count()}
-        with Watchdog(folder, config.train.hang_timeout, **where) as watch:
-            return recipe.train(config, folder, watch)
+    elif not isinstance(config, Config):
+        config = resolve(config)
+    return importlib.import_module(f"postrain.recipes.{config.recipe}").train(config, workdir)
 
 
 def plan(config: Config, target: str) -> PlanReport:
@@ -53,4 +39,4 @@ def plan(config: Config, target: str) -> PlanReport:
     """
     check_model_path(config.model.path)
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
-    return make_plan(config, target, recipe.make_step)
+    return make_plan(config, target, recipe.make_program)

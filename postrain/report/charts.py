@@ -1,27 +1,43 @@
-"""Line charts as inline SVG, for report.html: no script, no font, no other file."""
+"""Line charts of metrics as inline SVG: the page needs no script, no font and no other file."""
 
-import html
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 560, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 30
+COLORS = 4  # CSS classes series0 to series3
 Points = Sequence[tuple[float, float]]
 
 
-def draw_curves(series: dict[str, Points], *, low: float | None = None, high: float | None = None) -> str:
-    """One chart of named series over one x axis (steps). Colours are the CSS classes ``series0``, ``series1``, ...
+class Chart(NamedTuple):
+    """Metrics over steps, as curves of one chart; ``low`` and ``high`` are ends of the y axis where they are known."""
 
-    ``low``, ``high``: ends of the y axis where they are known, e.g. 0 and 1 of a share. A long series is drawn as
-    a line, a short one with a mark at each point whose value shows when pointed at. Points that are not finite are
-    left out.
+    title: str
+    metrics: tuple[str, ...]
+    low: float | None = None
+    high: float | None = None
+
+
+# The charts of every run. A recipe whose loss has more metrics shows ``(*CHARTS, Chart(...))``.
+CHARTS = (
+    Chart("Loss per trained token", ("train/loss", "eval/loss")),
+    Chart("Held-out answers, greedy", ("eval/exact_match", "eval/valid_json"), 0.0, 1.0),
+    Chart("Useful tokens per second", ("perf/tokens_per_second",), 0.0),
+    Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
+)
+
+
+def draw_curves(curves: Sequence[Points], *, low: float | None = None, high: float | None = None) -> Markup:
+    """Curves over one x axis (steps) as an ``<svg>`` element, coloured by the CSS classes ``series0``, ``series1``, ...
+
+    ``low`` and ``high`` are ends of the y axis where they are known, such as 0 and 1 of a share. Each curve has a
+    point at least, all finite. A long one is a line; a short one has a mark at each point, with its value as a tooltip.
     """
-    series = {name: [p for p in points if math.isfinite(p[1])] for name, points in series.items()}
-    series = {name: points for name, points in series.items() if points}
-    if not series:
-        return ""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
+    xs = [x for points in curves for x, _ in points]
+    ys = [y for points in curves for _, y in points]
     x_ticks = make_ticks(min(xs), max(xs))
     y_ticks = make_ticks(min(ys) if low is None else low, max(ys) if high is None else high)
     x_ends, y_ends = (min(xs), max(xs)), (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
@@ -33,17 +49,16 @@ def draw_curves(series: dict[str, Points], *, low: float | None = None, high: fl
         )
 
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">', *_axes(x_ticks, y_ticks, x_ends, place)]
-    for i, points in enumerate(series.values()):
+    for i, points in enumerate(curves):
+        color = f"series{i % COLORS}"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in thin(points)))
-        parts.append(f'<polyline class="line series{i}" points="{path}"/>')
+        parts.append(f'<polyline class="line {color}" points="{path}"/>')
         if len(points) <= 40:
             for x, y in points:
                 at = place(x, y)
                 tip = f"<title>step {x:g}: {y:.4g}</title>"
-                parts.append(f'<circle class="dot series{i}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3.5">{tip}</circle>')
-    parts.append("</svg>")
-    names = (f'<span class="key series{i}">{html.escape(name)}</span>' for i, name in enumerate(series))
-    return f"<figure>{''.join(parts)}<figcaption>{''.join(names)}</figcaption></figure>"
+                parts.append(f'<circle class="dot {color}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="3.5">{tip}</circle>')
+    return Markup("".join([*parts, "</svg>"]))
 
 
 def _axes(x_ticks, y_ticks, x_ends, place) -> list[str]:

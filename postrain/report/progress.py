@@ -1,4 +1,4 @@
-"""One live line on a terminal; a plain line every so often where the output is a file."""
+"""The progress of a run: one live line on a terminal, a plain line every 15 seconds in a file."""
 
 import sys
 import time
@@ -10,22 +10,22 @@ CLEAR = "\r\x1b[K"  # to the start of the line, erase it
 class ProgressLine:
     """``step 120/600  loss 1.2345  1,034 tokens/s  MFU 41.2%  3m12s left``.
 
-    The time left is judged by the steps after the first update, which compiles.
+    The time left is estimated from the steps after the first update, which compiles.
     """
 
     def __init__(self, total_steps: int, *, stream=None, plain_every: float = 15.0, clock=time.monotonic):
-        """``plain_every``: seconds between lines when ``stream`` (default: stdout) is no terminal."""
+        """``plain_every``: seconds between lines where ``stream`` (default: stdout) is not a terminal."""
         self._total, self._stream, self._clock = total_steps, stream or sys.stdout, clock
         self._plain_every, self._live = plain_every, self._stream.isatty()
         self._first: tuple[int, float] | None = None
         self._printed_at, self._line = float("-inf"), ""
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show ``train/loss``, ``perf/tokens_per_second``, ``perf/mfu`` as far as they are in ``metrics``."""
+        """Shows ``train/loss``, ``perf/tokens_per_second``, ``perf/mfu`` as far as they are in ``metrics``."""
         now = self._clock()
         if self._first is None:
             self._first = step, now
-        self._line = self._format(step, metrics, now)
+        self._line = self._format_line(step, metrics, now)
         if self._live:
             self._stream.write(CLEAR + self._line)
         elif now - self._printed_at >= self._plain_every or step >= self._total:
@@ -33,7 +33,7 @@ class ProgressLine:
             self._stream.write(self._line + "\n")
         self._stream.flush()
 
-    def _format(self, step: int, metrics: Mapping[str, float], now: float) -> str:
+    def _format_line(self, step: int, metrics: Mapping[str, float], now: float) -> str:
         parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
         if "train/loss" in metrics:
             parts.append(f"loss {float(metrics['train/loss']):.4f}")
@@ -56,7 +56,7 @@ class ProgressLine:
         self._stream.flush()
 
     def close(self) -> None:
-        """Leave the last line standing."""
+        """Ends the live line, which stays on the screen."""
         if self._live and self._line:
             self._stream.write("\n")
             self._stream.flush()

@@ -1,34 +1,27 @@
-"""Evaluation on held-out rows: the loss of all or some of them, and greedy answers to some, scored.
+"""Greedy answers to held-out rows, scored against the expected ones.
 
-The questions are cut out of the very sequences that the loss is measured on: what stands before a row's last
-trained span is what serving feeds the model, the span is the expected answer.
+A question is cut out of the very sequence that the loss is measured on: the tokens before a row's last trained span are
+the prompt that serving feeds the model, the span is the expected answer.
 """
 
 import collections
-import dataclasses
 import json
-import math
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-
-from postrain.config import Config
-from postrain.data.batches.in_memory import make_eval_batches
+from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.rendering.render import Rendered, split_prompt
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.errors import UserError
 from postrain.files import read_jsonl, write_whole
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
 from postrain.rollout import sampler
 from postrain.rollout.chat import to_answer
 from postrain.rollout.sampler import SamplingParams
-from postrain.rollout.scoring import SCORES
-from postrain.sharding import data_process, make_global_batch
-from postrain.training.step import make_eval_step
-from postrain.types import Batch, TrainState
+from postrain.training.evaluate import Evaluator
+from postrain.training.session import Session
+from postrain.types import TrainState
 
 
 class Question(NamedTuple):
@@ -103,75 +96,35 @@ def mean_scores(samples: Sequence[Sample]) -> dict[str, float]:
     return {f"eval/{name}": sum(sample.scores[name] for sample in samples) / len(samples) for name in names}
 
 
-def compute_eval_loss(eval_step: Callable, params, frozen, batches: Iterable) -> dict[str, float]:
-    """``{"eval/loss": mean per trained token, ...}``: sums over all batches, divided once by their weight."""
-    totals: dict[str, float] = {}
-    for batch in batches:
-        for name, value in eval_step(params, frozen, batch).items():
-            totals[name] = totals.get(name, 0.0) + float(value)
-    weight = totals.pop("weight")
-    return {f"eval/{name}": total / weight for name, total in totals.items()}
+def make_answer_evaluator(session: Session, model_config: ModelConfig, rows: ExampleSet) -> Evaluator:
+    """Greedy answers to the first ``eval.generate_rows`` of ``rows``, scored by ``eval.metrics``.
 
-
-def spread(examples: Sequence, count: int) -> list:
-    """``count`` of ``examples`` at even distances, so of every source its share; all of them for 0."""
-    if not count or count >= len(examples):
-        return list(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
-
-
-class Evaluator:
-    """Evaluation of one run on ``data.eval``: called with a state, it returns metrics and writes samples.jsonl.
-
-    The questions are the first rows of the sources, the same ones at every evaluation.
+    The questions are the same at every evaluation. Writes samples.jsonl; measures the moving average of the weights
+    where the run keeps one. Without questions it measures nothing.
     """
+    config, tokenizer = session.config.eval, session.tokenizer
+    questions = make_questions(rows.examples, tokenizer, config.generate_rows)
+    truncated = sum(example.truncated for example in rows.examples)
+    if truncated and config.generate_rows:
+        session.say(f"evaluation: {truncated:,} truncated documents are in eval/loss, but not generated and scored")
 
-    def __init__(self, config: Config, model_config: ModelConfig, tokenizer, eval_set, loss_fn, mesh, samples_path):
-        self.config, self.model_config, self.tokenizer = config.eval, model_config, tokenizer
-        self.mesh, self.samples_path = mesh, samples_path
-        self.eval_step = make_eval_step(loss_fn, mesh)
-        index, count = data_process(mesh)
-        measured = dataclasses.replace(eval_set, examples=spread(eval_set.examples, config.eval.loss_rows))
-        batches = make_eval_batches(measured, config.data, process_index=index, process_count=count)
-        self.batches = [{k: v for k, v in batch.items() if k != "row_ids"} for batch in batches]
-        self.questions = make_questions(eval_set.examples, tokenizer, config.eval.generate_rows)
-        truncated = sum(example.truncated for example in eval_set.examples)
-        if truncated and config.eval.generate_rows and jax.process_index() == 0:
-            print(f"evaluation: {truncated:,} truncated documents are in eval/loss, but not generated and scored")
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+        if not questions:
+            return {}
+        samples = answer_questions(
+            merge_params(state.params if state.ema is None else state.ema, state.frozen),
+            model_config,
+            tokenizer,
+            questions,
+            metrics=config.metrics,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+        )
+        if session.is_lead:
+            append_samples(session.workdir / "samples.jsonl", step, samples)
+        return mean_scores(samples)
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """``eval/loss``, ``eval/accuracy`` and the scores of the greedy answers; the moving average is used if kept.
-
-        Raises UserError where the loss is not finite: weights that an update has ruined are not worth going on with.
-        """
-        params = state.params if state.ema is None else state.ema
-        batches = (Batch(**make_global_batch(batch, self.mesh)) for batch in self.batches)
-        metrics = compute_eval_loss(self.eval_step, params, state.frozen, batches)
-        if not math.isfinite(metrics["eval/loss"]):
-            raise UserError(_describe_ruin(metrics["eval/loss"], int(state.step)))
-        if self.questions:
-            samples = answer_questions(
-                merge_params(params, state.frozen),
-                self.model_config,
-                self.tokenizer,
-                self.questions,
-                metrics=self.config.metrics,
-                max_new_tokens=self.config.max_new_tokens,
-                batch_size=self.config.batch_size,
-            )
-            metrics |= mean_scores(samples)
-            if jax.process_index() == 0:
-                append_samples(self.samples_path, int(state.step), samples)
-        return metrics
-
-
-def _describe_ruin(loss: float, step: int) -> str:
-    if not step:
-        return f"eval/loss is {loss} before the first update: check the model with `postrain verify`"
-    return (
-        f"eval/loss is {loss} after step {step}: an update since the last evaluation has ruined the weights: lower "
-        "optimizer.learning_rate or optimizer.max_grad_norm, and start in another workdir"
-    )
+    return evaluate
 
 
 def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> None:
@@ -183,3 +136,28 @@ def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> 
     lines = [line for line in known if line["step"] < step]
     lines += [{"step": step, **sample._asdict()} for sample in samples]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+# --- scores: (found, expected) -> 0.0 or 1.0 ---
+
+
+def exact_match(found: str, expected: str) -> float:
+    """The same text, but for white space around it."""
+    return float(found.strip() == expected.strip())
+
+
+def valid_json(found: str, expected: str) -> float:
+    """One JSON value and nothing else, whatever it says."""
+    del expected
+    try:
+        json.loads(found, parse_constant=_refuse)  # NaN and Infinity are Python's, not JSON's
+    except ValueError:
+        return 0.0
+    return 1.0
+
+
+def _refuse(constant: str):
+    raise ValueError(constant)
+
+
+SCORES: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "valid_json": valid_json}

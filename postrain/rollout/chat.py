@@ -17,7 +17,8 @@ from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
-from postrain.hf.model_folder import find_model, load_model
+from postrain.hf.hub import find_model
+from postrain.hf.peft.adapter import load_model
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler
 from postrain.rollout.sampler import Completion, SamplingParams

@@ -35,7 +35,7 @@ from postrain.models.cache import KVCache, grow_cache, init_cache, take_rows
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout.sampling import choose_greedy, choose_sampled, make_uniforms
-from postrain.sharding import constrain, find_mesh, num_row_shards
+from postrain.sharding import constrain, find_mesh, num_row_shards, to_host
 
 PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [B, N, PREFILL, M]
 MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be computed apart
@@ -246,8 +246,8 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
         cache, *state, chunk = _decode_chunk(
             params, cache, last, positions, remaining, keys, stop_ids, config=config, steps=steps, **choose
         )
-        last, positions, remaining = map(np.asarray, state)
-        yield tuple(map(np.asarray, chunk))
+        last, positions, remaining = map(to_host, state)
+        yield tuple(map(to_host, chunk))
 
 
 def _constrain_cache(cache: KVCache) -> KVCache:

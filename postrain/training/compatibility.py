@@ -1,7 +1,8 @@
-"""Whether a run can go on from what its workdir holds, told before data is rendered and the model loaded.
+"""Whether a run can continue from the checkpoint in its workdir: the data, model and optimizer must be the same.
 
-What a resume refuses is known from the newest checkpoint's ``run/data.json`` and the files that the config names now.
-``Checkpointer.restore`` compares once more, with what only rendering and loading tell.
+``check_resumable`` knows the newest checkpoint's record and the files that the config names now, and so refuses before
+any row is rendered and the model is loaded. ``check_record`` compares once more when they are, with the rendered
+documents.
 """
 
 import bisect
@@ -10,9 +11,10 @@ import json
 import os
 import pathlib
 
+from postrain.checkpoint.checkpointer import parse_record
 from postrain.checkpoint.checksums import verify_checksums
 from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.config import Config, OptimizerConfig, SourceConfig
+from postrain.config import Config, OptimizerConfig, SourceConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, make_fingerprint
 from postrain.data.batches.open import fingerprint_stream
 from postrain.data.batches.shard_reader import open_block_source
@@ -22,20 +24,27 @@ from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
 from postrain.training.optimizer import describe_structure
+from postrain.trees import flatten
+from postrain.types import RunRecord
 
 _SHOWN = 8  # changes in one message
+# Keys whose change a resume does not mention: they decide how the work is done or what is shown of it, not its result.
+# ``data.eval`` is not among them: with other rows, evaluations before and after differ.
+HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
+HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
+HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
 
-def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
-    """Raises UserError naming everything because of which the run in ``checkpoints`` cannot go on with ``config``, or
-    the export that a new run would replace.
+def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
+    """Raises UserError naming everything because of which the run in ``checkpoints`` cannot continue with ``config``,
+    or the finished export that a new run would replace.
 
     Args:
         tokenizer: the one that ``config`` names now.
         folder: of the model that ``config`` names now.
     """
-    place, saved = _read_newest(checkpoints)
-    if saved is None:
+    place, record = _read_newest(checkpoints)
+    if record is None:
         export = checkpoints.parent / "export"
         if config.export.format != "none" and export.exists():
             raise UserError(
@@ -43,57 +52,83 @@ def check_resume(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer
                 f"would replace it: use another workdir, or move {export} away"
             )
         return
-    model = fingerprint_model(
-        folder, make_lora_config(config.model.lora), config.model.new_tokens, config.model.quantization
-    )
-    models = _compare_models(saved["base_fingerprint"], model)
-    now = _fingerprint_data(saved["fingerprint"], config, tokenizer)
-    data, change = compare_fingerprints(saved["fingerprint"], now), digest_change(saved["fingerprint"], now)
-    if change == config.data.accept_change:
-        data = []
-    if any(change.startswith("model.new_tokens") for change in models):  # which make it another tokenizer
-        data = [change for change in data if not change.startswith("the tokenizer")]
-    changes = [
-        *data,
-        *models,
-        *_compare_optimizers(saved["config"]["optimizer"], config.optimizer),
-    ]
-    if changes:
-        ways = ["change it back", "use another workdir"]
-        if len(changes) == len(data):  # other weights or another optimizer are another run
-            ways.append(f"go on with the changed data by --config.data.accept_change={change}")
-        raise UserError(
-            f"{place}: the run cannot go on from here, since what it stands on has changed: "
-            f"{shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
-        )
+    section = config.model
+    model = fingerprint_model(folder, make_lora_config(section.lora), section.new_tokens, section.quantization)
+    check_record(place, record, config, _fingerprint_data(record.data_fingerprint, config, tokenizer), model)
 
 
-def check_length(checkpoints: pathlib.Path, total_steps: int) -> None:
-    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps`` updates.
+def check_record(
+    place: pathlib.Path, record: RunRecord, config: Config, data: dict | None, model: dict, action: str = "go on"
+) -> None:
+    """Raises UserError where a run with ``config`` cannot continue from the checkpoint ``place``, naming every reason.
 
-    Neither end would be what was asked for: the model of an earlier step cannot be made from this one, and this one
-    is of another length of training.
+    Args:
+        record: of the checkpoint.
+        data: fingerprint of the data pipeline now; None where only the weights are wanted.
+        model: fingerprint of the model now.
+        action: what cannot be done, for the message.
     """
-    place, _ = _read_newest(checkpoints)
-    if place is not None and int(place.name) > total_steps:
+    models = _compare_models(record.model_fingerprint, model)
+    datas, code = [], ""
+    if data is not None:
+        datas, code = compare_fingerprints(record.data_fingerprint, data), digest_change(record.data_fingerprint, data)
+        if code == config.data.accept_change:
+            datas = []
+        if any(change.startswith("model.new_tokens") for change in models):  # which make it another tokenizer
+            datas = [change for change in datas if not change.startswith("the tokenizer")]
+    changes = [*datas, *models, *_compare_optimizers(record.config["optimizer"], config.optimizer)]
+    if not changes:
+        return
+    ways = ["change it back", "use another workdir"]
+    if len(changes) == len(datas):  # other weights or another optimizer are another run
+        ways.append(f"start the changed data anew at step {record.step} by --config.data.accept_change={code}")
+    raise UserError(
+        f"{place}: the run cannot {action} from here, since what it stands on has changed: "
+        f"{shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
+    )
+
+
+def check_total_steps(checkpoints: pathlib.Path, total_steps: int) -> None:
+    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps``.
+
+    The model of an earlier step cannot be made from it, and its own is of another length of training.
+    """
+    place, record = _read_newest(checkpoints)
+    if record is not None and record.step > total_steps:
         raise UserError(
-            f"{place}: the run already is at step {place.name}, past the {total_steps} that train.steps (or "
+            f"{place}: the run already is at step {record.step}, past the {total_steps} that train.steps (or "
             "train.epochs) asks for: ask for at least as many, take the model of a checkpoint with `postrain export "
             "--step`, or use another workdir"
         )
 
 
-def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, dict] | tuple[None, None]:
-    """The newest checkpoint that can be read and what it says of its run. Damaged ones are for restore to report."""
+def format_config_changes(record: RunRecord, config: Config, held_out: dict | None) -> str:
+    """Differences of the config, and of the held-out rows, from the checkpoint's that affect results; "" without any.
+
+    ``held_out``: fingerprint of the held-out rows; None: there are none.
+    """
+    before, after = flatten(record.config), flatten(to_dict(config))
+    changed = [
+        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
+        for key in after
+        if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
+    ]
+    if record.held_out_fingerprint and held_out:
+        differences = compare_fingerprints(record.held_out_fingerprint, held_out)
+        changed += [f"held out: {difference}" for difference in differences]
+    return f"; changed since: {', '.join(changed)}" if changed else ""
+
+
+def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, RunRecord] | tuple[None, None]:
+    """The newest checkpoint that can be read. Damaged ones are for restore to report."""
     steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True):
         try:
             verify_checksums(path, ["run/data.json"])
-            saved = json.loads((path / "run" / "data.json").read_text(encoding="utf-8"))
+            values = json.loads((path / "run" / "data.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(saved, dict) and {"fingerprint", "base_fingerprint", "config"} <= saved.keys():
-            return path, saved
+        return path, parse_record(path, values)
     return None, None
 
 
@@ -141,7 +176,7 @@ def _compare_models(saved: dict | None, now: dict) -> list[str]:
     changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
-    return changes + [f"model.path: other content of {shorten(others, 3)}"] * bool(others)
+    return changes + ([f"model.path: other content of {shorten(others, 3)}"] if others else [])
 
 
 def _compare_new_tokens(before: dict, after: dict) -> list[str]:

@@ -3,15 +3,14 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from postrain.config import Config, DataConfig, LoraSection, RouterSection
+from postrain.checkpoint.model_fingerprint import fingerprint_model
+from postrain.config import Config, LoraSection, RouterSection
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
@@ -27,28 +26,18 @@ from postrain.models.params import (
     param_specs,
     shapes_of,
 )
-from postrain.sharding import BATCH_AXES, batch_sharding, named_shardings, num_row_shards
+from postrain.sharding import named_shardings
 from postrain.training.new_rows import find_new_tokens, find_rows, grow_config, start_rows, write_rows
-from postrain.types import Batch, TrainState
 
 
-class Model(NamedTuple):
+@dataclasses.dataclass
+class Model:
     """A model to train. ``params`` trains, ``frozen`` does not; ``merge_params`` makes one tree of both."""
 
     config: ModelConfig
-    params: Any
+    params: Any  # None once a train state has taken them over
     frozen: Any
-
-
-class Step(NamedTuple):
-    """What a recipe's ``make_step`` makes of a config and a model, which may be abstract."""
-
-    optimizer: optax.GradientTransformation
-    loss_fn: Callable
-    eval_loss_fn: Callable  # without the terms that only training adds
-    state: TrainState  # as jax.ShapeDtypeStruct, with shardings
-    batch: Batch  # likewise
-    train_step: Any  # jitted (state, batch) -> (state, metrics)
+    fingerprint: dict | None = None  # of the folder, adapters and new tokens; None: the model is abstract
 
 
 def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
@@ -73,16 +62,18 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         raise UserError(
             f"{folder}: {broken} holds numbers that are not finite: download the model again, or train anew"
         )
+    section = config.model
+    fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
     rows = find_rows(new, source.vocab_size) if new else None
     started = start_rows(base, new, rows, mesh) if new else {}
     if not frozen:
-        return Model(model_config, write_rows(base, started, rows) if new else base, {})
+        return Model(model_config, write_rows(base, started, rows) if new else base, {}, fingerprint)
     if model_config.lora is None:
-        return Model(model_config, started, base)
+        return Model(model_config, started, base, fingerprint)
     specs = lora_specs(model_config)
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
     start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
-    return Model(model_config, start(jax.random.key(config.train.seed), base) | started, base)
+    return Model(model_config, start(jax.random.key(config.train.seed), base) | started, base, fingerprint)
 
 
 def freezes_base(config: Config) -> bool:
@@ -109,6 +100,13 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
         return Model(model_config, describe(param_specs(model_config), jnp.float32), {})
     adapters = describe(adapter_specs(model_config), jnp.float32)
     return Model(model_config, adapters, describe(frozen_specs(model_config), model_config.compute_dtype))
+
+
+def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
+    """Ids that the model of ``folder`` has rows for, those of the config's new tokens included."""
+    source = read_config(folder)
+    new = find_new_tokens(config, folder, source.vocab_size)
+    return grow_config(source, new, frozen=freezes_base(config)).vocab_size
 
 
 def count_params(model: Model) -> tuple[int, int]:
@@ -173,28 +171,3 @@ def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:
         return name
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return "float32" if platform == "cpu" else "bfloat16"
-
-
-def abstract_batch(config: DataConfig, mesh: Mesh) -> Batch:
-    """The shapes of a training batch, laid out over ``mesh``: what the train step is compiled for.
-
-    Raises UserError when rows or positions do not divide over the devices.
-    """
-    shards = num_row_shards(mesh)
-    if config.batch_size % shards:
-        raise UserError(
-            f"config key 'data.batch_size' = {config.batch_size} must be a multiple of mesh.data x mesh.fsdp x "
-            f"mesh.expert = {' x '.join(str(mesh.shape[axis]) for axis in BATCH_AXES)} = {shards}: change one of them "
-            "(mesh.fsdp takes all devices that are left unless it is set)"
-        )
-    if config.sequence_length % mesh.shape["sequence"]:
-        raise UserError(
-            f"config key 'data.sequence_length' = {config.sequence_length} must be a multiple of mesh.sequence = "
-            f"{mesh.shape['sequence']}"
-        )
-    shape, sharding = (config.batch_size, config.sequence_length), batch_sharding(mesh)
-    kinds = {"loss_mask": jnp.float32}
-    fields = [field.name for field in dataclasses.fields(Batch) if field.name != "fields"]  # which text has none of
-    return Batch(
-        **{name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=sharding) for name in fields}
-    )

@@ -1,10 +1,11 @@
-"""Steps whose loss or gradient norm explodes: left out inside the jitted step, told or undone by the loop.
+"""Steps whose loss or gradient norm explodes: skipped inside the jitted step, reported by the loop.
 
-A step is usual when its loss and its gradient norm are at most ``threshold`` times their medians over the last 64 steps
-that were taken. The history is part of the train state, so a run that was killed judges as one that was not. Until 16
-steps have been taken nothing is judged but whether loss and gradient are finite.
+A step is usual when its loss and its gradient norm are at most ``threshold`` times their medians over the last 64
+updates. The history is part of the train state, so a resumed run judges as an uninterrupted one. Until there have been
+16 updates the only check is whether loss and gradient are finite.
 
-Going back to a checkpoint and past the bad batch is what PaLM did by hand (arXiv:2204.02311, section 5.1).
+A step that is skipped goes past the bad batch, as PaLM's authors did by hand (Chowdhery et al. 2022, arXiv:2204.02311,
+section 5.1).
 """
 
 from collections.abc import Callable
@@ -52,46 +53,32 @@ def update_history(history: dict, loss: jax.Array, norm: jax.Array, taken: jax.A
 class SpikeGuard:
     """What the loop does about a bad step; the step itself has changed no parameter."""
 
-    def __init__(self, config: SpikeSection, say: Callable[[str], None], rollbacks: int = 0):
-        """``rollbacks``: how often this run has gone back already."""
-        self._config, self._say, self.rollbacks = config, say, rollbacks
-
-    @property
-    def rolls_back(self) -> bool:
-        return self._config.policy == "rollback"
+    def __init__(self, config: SpikeSection, say: Callable[[str], None]):
+        self._config, self._say = config, say
 
     def count(self, metrics: dict) -> dict[str, float]:
-        """What metrics.jsonl tells of a policy that leaves steps out."""
-        if self._config.policy == "skip":
-            return {"train/skipped": float(metrics["skipped"])}
-        return {"train/rollbacks": float(self.rollbacks)} if self.rolls_back else {}
+        """What metrics.jsonl gets besides: ``train/skipped``, where the policy skips steps."""
+        return {"train/skipped": float(metrics["skipped"])} if self._config.policy == "skip" else {}
 
-    def must_roll_back(self, metrics: dict, step: int, describe_rows: Callable[[], str]) -> bool:
-        """Whether the run must go back to its newest checkpoint and on with the data after this step.
+    def check(self, step: int, metrics: dict, describe_rows: Callable[[], str]) -> None:
+        """Says which rows a skipped step had; ``metrics`` are those of the train step, ``step`` is its number.
 
-        Says which rows a skipped step had. Raises UserError naming step and rows where the run must stop: the policy
-        is "stop" (or "none", and the step is not finite), or the limit of skips in a row or of rollbacks is passed.
+        Raises UserError naming step and rows where the run must stop: the policy is "stop" (or "none", and the step is
+        not finite), or more than ``train.spike.limit`` steps in a row were skipped.
         """
         if bool(metrics["usual"]):
-            return False
-        policy, limit = self._config.policy, self._config.limit
-        what = f"{_describe(metrics, step)}, rows {describe_rows()}"
+            return
+        found = f"{_format_step(metrics, step)}, rows {describe_rows()}"
         advice = "look at them with `postrain preview`, or lower optimizer.learning_rate"
-        if policy in ("none", "stop"):
-            raise UserError(f"{what}: {advice}")
-        if policy == "skip":
-            if int(metrics["in_a_row"]) > limit:
-                raise UserError(f"{what}: more than train.spike.limit = {limit} steps in a row: {advice}")
-            self._say(f"{what}: skipped")
-            return False
-        self.rollbacks += 1
-        if self.rollbacks > limit:
-            raise UserError(f"{what}: the run has gone back train.spike.limit = {limit} times already: {advice}")
-        self._say(f"{what}: going back to the newest checkpoint, and on after these rows")
-        return True
+        if self._config.policy != "skip":
+            raise UserError(f"{found}: {advice}")
+        limit = self._config.limit
+        if int(metrics["in_a_row"]) > limit:
+            raise UserError(f"{found}: more than train.spike.limit = {limit} steps in a row: {advice}")
+        self._say(f"{found}: skipped")
 
 
-def _describe(metrics: dict, step: int) -> str:
+def _format_step(metrics: dict, step: int) -> str:
     loss, norm = float(metrics["train/loss"]), float(metrics["train/grad_norm"])
     if not bool(metrics["finite"]):
         return f"step {step}: loss {loss} and gradient norm {norm} are not both finite"

@@ -1,17 +1,25 @@
 """The train step: a pure function ``(state, batch) -> (state, metrics)``.
 
-``loss_fn(params, batch, rng) -> (loss_sum, weight_sum, metric_sums)`` returns sums over the rows it is given.
-The step adds the sums up over micro-batches (and, by the partitioner, over devices), divides once by the weight
-of the whole batch, clips by the global norm, updates. So a result does not depend on how a batch is split.
+``loss_fn(params, batch, rng) -> LossSums`` returns named sums over the rows it is given. The loss of an update is
 
-A batch without a single trained token (weight 0), with a loss or gradient that is not finite, or far above what is
+    sum over losses of coef * total / weight
+
+where ``total`` and ``weight`` are added up over all micro-batches (and, by the partitioner, over devices): each loss is
+divided once, by its own weight of the whole batch. Then the gradient is clipped by its global norm and the parameters
+are updated. So a result does not depend on how a batch is split.
+
+One loss is divided at the end. With several, the gradient of a micro-batch needs the weights of the whole batch. A
+first pass over the micro-batches adds them up; it costs nothing, since weights must not depend on parameters and the
+forward pass is then dead code.
+
+A batch without a single trained token (all weights 0), with a loss or gradient that is not finite, or far above what is
 usual (``postrain.training.spikes``) changes no parameter and no optimizer state; only ``state.step``, the number of
 batches consumed, goes on. The loop hands ``metrics`` to a ``SpikeGuard``, which does as the config says.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,15 +31,16 @@ from postrain.errors import UserError
 from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, mesh_context, num_row_shards, replicated
 from postrain.training.spikes import compute_limits, new_history, update_history
-from postrain.types import TrainState
+from postrain.types import LossSums, TrainState, WeightedSum
 
-LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+LossFn = Callable[[Any, Any, jax.Array], LossSums]
 
 
 def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
+    loss_coefs: Mapping[str, float] | None = None,
     micro_batches: int = 1,
     mesh: Mesh | None = None,
     state_shardings: TrainState | None = None,
@@ -43,47 +52,59 @@ def make_train_step(
 ):
     """Jitted ``train_step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
-    ``batch``: a pytree whose leaves have the rows first, B a multiple of ``micro_batches`` times the row
-    shards of ``mesh``. ``state_shardings``: ``shardings_of(abstract_train_state(...))``, needed with a mesh:
-    left alone, XLA replicates gradients and FSDP silently degrades. ``metrics``: float32 scalars
-    ``train/loss``, ``train/grad_norm`` (before clipping), ``train/weight``, ``train/learning_rate`` (with a
-    ``schedule``), ``train/NAME`` for each of ``metric_sums`` divided by the weight; and for ``SpikeGuard``
-    ``finite``, ``usual``, ``loss_limit``, ``grad_norm_limit``, ``skipped``, ``in_a_row``. ``spike_threshold``: how many
-    times the medians of the last steps a step may be, 0: any. With
-    ``count_moved_in``, a dtype, also ``train/weights_moved``: the share of the trained weights that the update changes,
-    seen in that dtype; the old parameters then stay in memory beside the new ones.
+    Args:
+      loss_fn: ``(params, batch, rng) -> LossSums``; the weights of several losses must not depend on ``params``.
+      loss_coefs: factors of losses, by name; 1 for those it does not name.
+      micro_batches: parts of a batch that are worked on one after the other.
+      state_shardings: ``shardings_of(abstract_train_state(...))``, needed with a mesh: left alone, XLA replicates
+        gradients and FSDP silently degrades.
+      schedule: of the learning rate, for ``train/learning_rate``.
+      count_moved_in: a dtype, for ``train/weights_moved``: the share of the trained weights that the update changes
+        when rounded to it; the old parameters then stay in memory beside the new ones.
+      spike_threshold: how many times the medians of the last steps a step may be; 0: any.
+
+    ``batch`` is a pytree whose leaves have the rows first, B a multiple of ``micro_batches`` times the row shards of
+    ``mesh``. ``metrics`` are float32 scalars: ``train/loss`` (what the update minimises), ``train/grad_norm`` (before
+    clipping), ``train/weight`` (of the first loss), ``train/NAME`` of each metric; of several losses also
+    ``train/loss/NAME`` (without its factor) and ``train/weight/NAME``; and for ``SpikeGuard`` ``finite``, ``usual``,
+    ``loss_limit``, ``grad_norm_limit``, ``skipped``, ``in_a_row``.
+
+    Raises ValueError, when it is traced, for a name in ``loss_coefs`` that ``loss_fn`` does not return.
     """
+    loss_coefs = dict(loss_coefs or {})
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with mesh_context(mesh):
             rng = jax.random.fold_in(state.rng, state.step)
-            grads, loss_sum, weight, sums = sum_gradients(
-                loss_fn, state, batch, rng, micro_batches, mesh, state_shardings
-            )
-            per_token = 1 / jnp.where(weight > 0, weight, 1)
-            loss, norm = loss_sum * per_token, optax.global_norm(grads) * per_token
+            grads, sums = sum_gradients(loss_fn, state, batch, rng, micro_batches, mesh, state_shardings, loss_coefs)
+            scales = compute_scales(sums.losses, loss_coefs)
+            # The gradient of one loss is not divided yet, that of several is.
+            scale = next(iter(scales.values())) if len(scales) == 1 else 1.0
+            loss = sum(term.total * scales[name] for name, term in sums.losses.items())
+            norm = optax.global_norm(grads) * scale
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             loss_limit, norm_limit = compute_limits(state.history, spike_threshold)
             usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
-            taken = usual & (weight > 0)
+            has_weight = functools.reduce(jnp.logical_or, (term.weight > 0 for term in sums.losses.values()))
+            updates = usual & has_weight
 
-            update = functools.partial(_update, optimizer, grads, per_token * clip, ema_decay)
+            update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema = jax.lax.cond(
-                taken, update, lambda *same: same, state.params, state.opt_state, state.ema
+                updates, update, lambda *same: same, state.params, state.opt_state, state.ema
             )
-            history = update_history(state.history, loss, norm, taken, ~usual)
+            history = update_history(state.history, loss, norm, updates, ~usual)
             moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
-        metrics = {f"train/{name}": value * per_token for name, value in sums.items()}
-        metrics |= {"train/loss": loss, "train/grad_norm": norm, "train/weight": weight}
+        metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
+        metrics |= {"train/loss": loss, "train/grad_norm": norm}
         metrics |= {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
         metrics |= {name: history[name] for name in ("skipped", "in_a_row")}
         if count_moved_in:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(history["taken"] - taken)  # of the steps that were taken
+            metrics["train/learning_rate"] = schedule(history["taken"] - updates)  # of the steps that were taken
         return state, metrics
 
     return _jit_step(train_step, mesh, state_shardings)
@@ -109,30 +130,85 @@ def _update(optimizer, grads, scale, ema_decay: float, params, opt_state, ema):
     return params, opt_state, _average(ema, params, ema_decay)
 
 
-def sum_gradients(loss_fn: LossFn, state: TrainState, batch, rng, micro_batches: int, mesh, state_shardings):
-    """``(gradients of the loss sum, loss_sum, weight_sum, metric_sums)`` of a batch, all float32 and not divided."""
+def compute_scales(losses: dict[str, WeightedSum], loss_coefs: Mapping[str, float]) -> dict[str, jax.Array]:
+    """coef / weight of each loss, float32 []; 0 where the weight is 0. Raises ValueError for a coef without a loss."""
+    if unknown := set(loss_coefs) - set(losses):
+        raise ValueError(
+            f"loss_coefs name {', '.join(sorted(unknown))}; expected names of losses: {', '.join(sorted(losses))}"
+        )
 
-    def compute_sums(params, rows, rng):
-        loss_sum, weight_sum, metric_sums = loss_fn(merge_params(params, state.frozen), rows, rng)
-        return loss_sum, (weight_sum, metric_sums)
+    def divide(coef, weight):
+        return jnp.where(weight > 0, coef / jnp.where(weight > 0, weight, 1), 0)
 
-    def compute_one(rows, rng):
-        (loss, (weight, sums)), grads = jax.value_and_grad(compute_sums, has_aux=True)(state.params, rows, rng)
+    return {name: divide(loss_coefs.get(name, 1.0), term.weight) for name, term in losses.items()}
+
+
+def _divide(sums: LossSums) -> dict[str, jax.Array]:
+    """Each metric's mean, "weight" of the first loss; of several losses also "loss/NAME" and "weight/NAME"."""
+    scales = compute_scales(sums.metrics, {})
+    values = {name: term.total * scales[name] for name, term in sums.metrics.items()}
+    values["weight"] = next(iter(sums.losses.values())).weight
+    if len(sums.losses) > 1:
+        scales = compute_scales(sums.losses, {})
+        values |= {f"loss/{name}": term.total * scales[name] for name, term in sums.losses.items()}
+        values |= {f"weight/{name}": term.weight for name, term in sums.losses.items()}
+    return values
+
+
+def sum_gradients(
+    loss_fn: LossFn,
+    state: TrainState,
+    batch,
+    rng: jax.Array,
+    micro_batches: int,
+    mesh: Mesh | None,
+    state_shardings: TrainState | None,
+    loss_coefs: Mapping[str, float],
+) -> tuple[Any, LossSums]:
+    """``(gradients, sums)`` of a batch, all float32.
+
+    The gradients are those of the total of the only loss, or of several those of the sum of coef * total / weight.
+    """
+
+    def compute_objective(params, rows, rng, scales):
+        sums = _as_float32(loss_fn(merge_params(params, state.frozen), rows, rng))
+        if len(sums.losses) == 1:
+            return next(iter(sums.losses.values())).total, sums
+        if scales is None:  # these rows are the whole batch
+            scales = compute_scales(jax.lax.stop_gradient(sums.losses), loss_coefs)
+        return sum(term.total * scales[name] for name, term in sums.losses.items()), sums
+
+    def compute_one(rows, rng, scales=None):
+        grads, sums = jax.grad(compute_objective, has_aux=True)(state.params, rows, rng, scales)
         if state_shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (grads, loss, weight, sums))
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), grads), sums
 
-    def add_one(total, indexed_rows):
+    def add_one(scales, total, indexed_rows):
         index, rows = indexed_rows
-        return jax.tree.map(jnp.add, total, compute_one(rows, jax.random.fold_in(rng, index))), None
+        return jax.tree.map(jnp.add, total, compute_one(rows, jax.random.fold_in(rng, index), scales)), None
+
+    def add_weights(total, indexed_rows):
+        index, rows = indexed_rows
+        sums = _as_float32(loss_fn(merge_params(state.params, state.frozen), rows, jax.random.fold_in(rng, index)))
+        return {name: total[name] + term.weight for name, term in sums.losses.items()}, None
 
     micro = split_rows(batch, micro_batches, mesh)
     first = jax.tree.map(lambda x: x[0], micro)
     if micro_batches == 1:
         return compute_one(first, jax.random.fold_in(rng, 0))
+    indexed, scales = (jnp.arange(micro_batches), micro), None
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute_one, first, rng))
-    total, _ = jax.lax.scan(add_one, zeros, (jnp.arange(micro_batches), micro))
+    losses = zeros[1].losses
+    if len(losses) > 1:
+        weights, _ = jax.lax.scan(add_weights, {name: term.weight for name, term in losses.items()}, indexed)
+        scales = compute_scales({name: losses[name]._replace(weight=weights[name]) for name in losses}, loss_coefs)
+    total, _ = jax.lax.scan(functools.partial(add_one, scales), zeros, indexed)
     return total
+
+
+def _as_float32(sums: LossSums) -> LossSums:
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), sums)
 
 
 def split_rows(batch, micro_batches: int, mesh: Mesh | None = None):
@@ -170,15 +246,14 @@ def _share_moved(old, new, dtype: str) -> jax.Array:
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None):
-    """Jitted ``eval_step(params, frozen, batch) -> {"loss", "weight", NAME: ...}``: float32 sums, not divided.
+    """Jitted ``eval_step(params, frozen, batch) -> LossSums``, float32.
 
-    Add the sums up over all batches, then divide by the weight: a mean of means would depend on the batches.
+    Add the sums up over all batches, then divide each by its weight: a mean of means would depend on the batches.
     """
 
     def eval_step(params, frozen, batch):
         with mesh_context(mesh):
-            loss, weight, sums = loss_fn(merge_params(params, frozen), batch, jax.random.key(0))
-        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**sums, "loss": loss, "weight": weight})
+            return _as_float32(loss_fn(merge_params(params, frozen), batch, jax.random.key(0)))
 
     if mesh is None:
         return jax.jit(eval_step)

@@ -79,10 +79,13 @@ def format_memory(compiled: jax.stages.Compiled) -> str:
     )
 
 
+SHARES = ("accuracy", "accuracies", "exact_match", "valid_json")  # ends of names of metrics from 0 to 1
+
+
 def format_metrics(step: int, metrics: Mapping[str, float]) -> str:
-    """``step 40  eval/loss 0.1234  eval/exact_match 81.0%``: losses as numbers, shares in per cent."""
+    """``step 40  eval/loss 0.1234  eval/exact_match 81.0%``: shares in per cent, the others as numbers."""
     shown = {name: float(value) for name, value in metrics.items() if name.startswith("eval/")}
-    parts = [f"{name} {value:.4f}" if name.endswith("loss") else f"{name} {value:.1%}" for name, value in shown.items()]
+    parts = [f"{name} {value:.1%}" if name.endswith(SHARES) else f"{name} {value:.4f}" for name, value in shown.items()]
     return "  ".join([f"step {step}", *parts])
 
 

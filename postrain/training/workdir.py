@@ -11,18 +11,10 @@ from collections.abc import Iterator
 import jax
 
 from postrain.config import Config, resolve, to_dict
-from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.errors import UserError
 from postrain.files import check_local, lock, write_whole
 from postrain.report.metrics import read_metrics
-from postrain.trees import flatten
 
-# Keys that may change between a checkpoint and the run that goes on from it without a word: they decide how
-# the work is done or what is shown of it, not its result. Neither ``data.eval`` nor what is measured on it is among
-# them: they change no update, but evaluations before and after (and the best checkpoints, ranked by them) differ.
-HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
-HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
-HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -110,32 +102,16 @@ def read_config(workdir: pathlib.Path) -> Config:
     return resolve(values)
 
 
-def describe_changes(old: dict, new: dict, old_held_out: dict | None = None, held_out: dict | None = None) -> str:
-    """What is another than in the checkpoint and changes the run's result or its evaluations, to be printed.
-
-    ``old`` and ``new`` are resolved configs, ``held_out`` fingerprints of the held-out rows (None: there are none).
-    """
-    before, after = flatten(old), flatten(new)
-    changed = [
-        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
-        for key in after
-        if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
-    ]
-    if old_held_out and held_out:
-        changed += [f"held out: {change}" for change in compare_fingerprints(old_held_out, held_out)]
-    return f"; changed since: {', '.join(changed)}" if changed else ""
-
-
-def describe_reports(workdir: pathlib.Path) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of the files that a run adds to, so that a resume finds what became of them since."""
+def report_facts(workdir: pathlib.Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of the files that a run appends to, so that a resume finds what became of them since."""
     contents = {name: (workdir / name).read_bytes() for name in REPORTS if (workdir / name).exists()}
     return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
 
 
-def check_reports(workdir: pathlib.Path, before: dict[str, list[int]]) -> list[str]:
-    """A line for each file that does not begin with what it held at ``describe_reports``. Raises UserError: unreadable.
+def find_changed_reports(workdir: pathlib.Path, before: dict[str, list[int]]) -> list[str]:
+    """A warning for each file that does not begin with what it held at ``report_facts``: training needs none of them.
 
-    No reason to stop, as the training itself needs none of them.
+    Raises UserError where one cannot be read.
     """
     lines = []
     for name, (size, crc) in before.items():
@@ -145,7 +121,7 @@ def check_reports(workdir: pathlib.Path, before: dict[str, list[int]]) -> list[s
         except FileNotFoundError:
             found = b""
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): mend it or move it away") from error
+            raise UserError(f"{path} cannot be read ({error.strerror}): see to its permissions, or move it") from error
         if zlib.crc32(found) != crc or len(found) != size:
             what = f"expected {size:,} bytes, found {len(found):,}" if len(found) != size else "its content has changed"
             lines.append(
@@ -160,3 +136,8 @@ def last_values(workdir: pathlib.Path) -> dict[str, float]:
     for line in read_metrics(workdir):
         values |= {name: value for name, value in line.items() if name != "step" and value is not None}
     return values
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    """Of metrics.jsonl; 0 where it has no line."""
+    return max((line["step"] for line in read_metrics(workdir)), default=0)

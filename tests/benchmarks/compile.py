@@ -16,11 +16,11 @@ import workloads
 from runner import Bar, make_parser, show
 
 from postrain.config import OptimizerConfig
-from postrain.models import transformer
 from postrain.models.config import ModelConfig, RopeConfig
 from postrain.models.params import abstract_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, make_train_step
 from postrain.types import Batch
@@ -52,13 +52,7 @@ def make_config(num_layers: int, pattern: bool) -> ModelConfig:
 
 def compile_step(config: ModelConfig) -> tuple[float, int]:
     """Seconds, and instructions of the program."""
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=1024,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=1024).nll)
     optimizer, _ = make_optimizer(OptimizerConfig(), 10)
     state = abstract_train_state(abstract_params(config), {}, optimizer)
     rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)

@@ -144,7 +144,9 @@ def _stream(path: str, tokenizer, clock) -> dict:
     from postrain.errors import UserError
 
     source = SourceConfig(path=path, max_epochs=1)
-    config = DataConfig(train=(source,), sequence_length=PREPARED_LENGTH, streaming=True, stream=StreamSection(shards=1))
+    config = DataConfig(
+        train=(source,), sequence_length=PREPARED_LENGTH, streaming=True, stream=StreamSection(shards=1)
+    )
     start, tokens, trained = clock(), 0, 0
     batches = open_train_rows(tokenizer, config).batches
     try:

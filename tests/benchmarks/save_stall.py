@@ -32,11 +32,11 @@ def run_side(arguments) -> None:
     from postrain.checkpoint.checkpointer import Checkpointer
     from postrain.checkpoint.checksums import verify_checksums
     from postrain.config import MeshConfig, resolve
-    from postrain.recipes.sft import make_step
+    from postrain.recipes.sft import make_program
     from postrain.sharding import make_global_batch, make_mesh
     from postrain.training.model import load_model
     from postrain.training.step import init_train_state
-    from postrain.types import Batch
+    from postrain.types import Batch, RunRecord
 
     load, mesh, folder = workloads.Load(), make_mesh(MeshConfig()), fetch_smollm2()
     config = resolve(
@@ -47,7 +47,7 @@ def run_side(arguments) -> None:
         }
     )
     model = load_model(config, folder, mesh)
-    program = make_step(config, model, mesh, 100)
+    program = make_program(config, model, mesh, 100)
     rng = jax.random.key(0)
     state = init_train_state(model.params, model.frozen, program.optimizer, rng, mesh=mesh)
     del model
@@ -70,7 +70,7 @@ def run_side(arguments) -> None:
                 state, seconds = update(state)
                 alone.append(seconds)
             start = time.perf_counter()
-            checkpointer.save(step, state, data_position={}, config={}, fingerprint={})
+            checkpointer.save(RunRecord(step, {}, {}, {}, {}), state)
             stalls.append(time.perf_counter() - start)
             while not checkpointer._pending.done():
                 state, seconds = update(state)

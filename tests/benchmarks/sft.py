@@ -27,19 +27,13 @@ def make_step(folder: str, steps: int, micro_batches: int):
 
     from postrain.config import OptimizerConfig
     from postrain.hf.load import load_pretrained
-    from postrain.models import transformer
     from postrain.objectives.sft import make_sft_loss
+    from postrain.training.forward import Forward
     from postrain.training.optimizer import make_optimizer
     from postrain.training.step import init_train_state, make_train_step
 
     config, params = load_pretrained(folder)
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=1024,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=1024).nll)
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), steps)
     train_step = make_train_step(loss_fn, optimizer, micro_batches=micro_batches)
     return train_step, init_train_state(params, {}, optimizer, jax.random.key(0))

@@ -17,6 +17,7 @@ from postrain.config import CheckpointConfig, MeshConfig
 from postrain.errors import UserError
 from postrain.sharding import make_global_batch, make_mesh, named_shardings
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
+from postrain.types import RunRecord
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from toy_network import LOGICAL_AXES, compute_loss, make_batch, make_params  # noqa: E402
@@ -39,10 +40,10 @@ def meshes(folder):
     step = make_train_step(compute_loss, OPTIMIZER, mesh=mesh, state_shardings=shardings, ema_decay=0.9)
     state, _ = step(state, make_global_batch(make_batch(), mesh))
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
-        checkpointer.save(1, state, data_position={}, config={}, fingerprint={})
+        checkpointer.save(RunRecord(1, {}, {}, {}, {}), state)
         for sizes, devices in [((1, 8, 1), 8), ((1, 2, 4), 8), ((1, 1, 1), 1)]:
             other = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
-            restored = checkpointer.restore(describe(other), fingerprint={}).state
+            restored = checkpointer.restore(describe(other)).state
             for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(describe(other)), strict=True):
                 assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim), (leaf.sharding, expected.sharding)
             strip = [tree.replace(rng=jax.random.key_data(tree.rng)) for tree in (state, restored)]
@@ -55,7 +56,7 @@ def big_state(step):
 
 
 def save(checkpointer, step):
-    checkpointer.save(step, big_state(step), data_position={"rows": step}, config={}, fingerprint={})
+    checkpointer.save(RunRecord(step, {"rows": step}, {}, {}, {}), big_state(step))
 
 
 def kill(folder):
@@ -71,9 +72,9 @@ def kill(folder):
 def read(folder):
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
         describe = abstract_train_state({"w": jax.ShapeDtypeStruct(BIG, jnp.float32)}, {}, optax.sgd(1.0))
-        restored = checkpointer.restore(describe, fingerprint={})
-    assert (restored.state.params["w"] == restored.step).all()
-    print("step", restored.step, "ok")
+        restored = checkpointer.restore(describe)
+    assert (restored.state.params["w"] == restored.record.step).all()
+    print("step", restored.record.step, "ok")
 
 
 def full(folder):

@@ -1,4 +1,4 @@
-"""One of the processes of test_distributed.py: joins the others and does what the test says. No jax is needed.
+"""One of the processes of test_processes.py: joins the others and runs the test's case. Only one case needs jax.
 
 python process_check.py COORDINATOR COUNT PROCESS CASE
 """
@@ -6,10 +6,11 @@ python process_check.py COORDINATOR COUNT PROCESS CASE
 import json
 import os
 import signal
+import socket
 import sys
 import time
 
-from postrain.cluster import processes as distributed
+from postrain.cluster import processes
 from postrain.cluster.discover import find_cluster
 from postrain.errors import UserError
 
@@ -20,7 +21,7 @@ def block():
 
 
 def run(case, process):
-    channel = distributed.current().channel
+    channel = processes.current().channel
     if case == "gather":
         print(json.dumps([channel.gather(process), channel.gather({"twice": process * 2})]))
     elif case.startswith("error"):
@@ -40,17 +41,23 @@ def run(case, process):
         if process == int(case[-1]):
             os.kill(os.getpid(), signal.SIGKILL)
         block()
-    elif case == "last":  # one fails when the others think that they are done
+    elif case == "last":  # one fails when the others have done their work
         if process == 2:
             time.sleep(0.5)
             raise UserError("late")
     elif case == "stop":
         train_until_stopped(process)
+    elif case == "jax":
+        processes.current().start_jax()
+        host, port = processes.current().cluster.coordinator.split(":")
+        for address in (host, "127.0.0.1"):
+            with socket.socket() as probe:
+                print(address, probe.connect_ex((address, int(port))) == 0)
     elif case.startswith("share "):
-        from postrain.training import agreement as preflight
+        from postrain.training import agreement
 
-        preflight._SECONDS_TO_SEE = 1.0
-        preflight.check_shared(distributed.current(), case.removeprefix("share "))
+        agreement._SECONDS_TO_SEE = 1.0
+        agreement.check_shared(processes.current(), case.removeprefix("share "))
 
 
 def train_until_stopped(process):
@@ -60,7 +67,7 @@ def train_until_stopped(process):
         if (process, step) in ((1, 50), (2, 52)):
             request = signal.SIGTERM
         time.sleep(0.0005 * ((step * 7 + process) % 3))
-        number = distributed.agree_on_stop(request)
+        number = processes.agree_on_stop(request)
         if number:
             print(f"stopped after {step}")
             raise SystemExit(128 + number)
@@ -70,9 +77,9 @@ if __name__ == "__main__":
     coordinator, count, process, case = sys.argv[1:]
     explain = lambda error: "the disk is full" if isinstance(error, OSError) else None
     try:
-        with distributed.join(find_cluster(coordinator, int(count), int(process)), explain):
+        with processes.join(find_cluster(coordinator, int(count), int(process)), explain):
             run(case, int(process))
-    except UserError as error:  # from before they had met
+    except UserError as error:  # from before all had joined
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     print("done")

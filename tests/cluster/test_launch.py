@@ -13,6 +13,7 @@ import yaml
 
 from postrain import cli
 from postrain.cluster import launch
+from postrain.cluster.connection import SECRET, read_secret
 from postrain.cluster.discover import find_cluster
 from postrain.cluster.launch import Job, fill
 from postrain.errors import UserError
@@ -21,8 +22,8 @@ AGAIN = [124, 134, 137, 139, 143]  # a hang, SIGABRT, SIGKILL, SIGSEGV, SIGTERM 
 WORDS = ["train", "--config=c.py", "--workdir=/mnt/runs/My run", "--config.data.default_system=it's $(x) @HOSTS@"]
 
 
-def make_job(target, **given):
-    return Job(target, WORDS, "/mnt/runs/My run", **given)
+def make_job(target, **options):
+    return Job(target, WORDS, "/mnt/runs/My run", **options)
 
 
 def split_command(text, head):
@@ -47,7 +48,7 @@ def test_slurm_gets_a_script(tmp_path):
     with pytest.raises(UserError, match="sbatch takes no backslash or line break there"):
         fill(Job("slurm:2", WORDS, "/runs/a\\b"))
     words = split_command(text, "srun")
-    assert words[2:] == [sys.executable, "-m", "postrain.cli", *WORDS]
+    assert words[3:] == [sys.executable, "-m", "postrain.cli", *WORDS]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +58,8 @@ def test_slurm_gets_a_script(tmp_path):
 def test_slurm_starts_again_what_can_go_on(tmp_path, code, cancelled, requeued):
     """The real script, with commands in place of SLURM's that write down what they get."""
     text, _ = fill(make_job("slurm:2"))
-    told = f"kill -TERM $PPID; sleep 0.3; exit {code}" if cancelled else f"exit {code}"
-    for name, body in (("srun", told), ("scontrol", f'echo "$@" > {tmp_path}/scontrol.out')):
+    ending = f"kill -TERM $PPID; sleep 0.3; exit {code}" if cancelled else f"exit {code}"
+    for name, body in (("srun", ending), ("scontrol", f'echo "$@" > {tmp_path}/scontrol.out')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
@@ -69,10 +70,26 @@ def test_slurm_starts_again_what_can_go_on(tmp_path, code, cancelled, requeued):
         assert (tmp_path / "scontrol.out").read_text() == "requeue 4711\n"
 
 
+def test_slurm_jobs_make_a_secret_of_their_own(tmp_path):
+    """A new one at every start, by the environment: not in the script, nor on a command line that `ps` shows."""
+    text, _ = fill(make_job("slurm:2"))
+    (tmp_path / "srun").write_text(
+        '#!/bin/bash\nprintf "%s\\n" "$@" > "$0.words"\nprintenv POSTRAIN_SECRET >> "$0.secrets"\n'
+    )
+    (tmp_path / "srun").chmod(0o755)
+    for _ in range(2):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        assert subprocess.run(["bash"], input=text, text=True, env=environment, timeout=30).returncode == 0
+    one, other = (tmp_path / "srun.secrets").read_text().splitlines()
+    assert re.fullmatch("[0-9a-f]{64}", one) and re.fullmatch("[0-9a-f]{64}", other) and one != other
+    words = (tmp_path / "srun.words").read_text()
+    assert other not in words and "--export=ALL" in words.splitlines()
+
+
 def test_kubernetes_gets_a_job_set():
     text, command = fill(make_job("k8s:4", gpus=2, image="registry/postrain:1", volume="disk:/mnt"))
     assert command == ["kubectl", "apply", "-f", "-"]
-    job_set = yaml.safe_load(text)
+    secret, job_set = yaml.safe_load_all(text)
     assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     name, spec = job_set["metadata"]["name"], job_set["spec"]
     assert (
@@ -100,10 +117,22 @@ def test_kubernetes_gets_a_job_set():
     assert container["command"] == ["python", "-m", "postrain.cli", *WORDS[:-1], WORDS[-1].replace("$(", "$$(")]
     assert {"name": "shared", "mountPath": "/mnt"} in container["volumeMounts"]
     assert {"name": "shared", "persistentVolumeClaim": {"claimName": "disk"}} in pod["volumes"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]} | {"JOB_COMPLETION_INDEX": "3"}
+    values = {entry["name"]: entry.get("value") for entry in container["env"]}
+    [reference] = [entry["valueFrom"]["secretKeyRef"] for entry in container["env"] if entry["name"] == SECRET]
+    assert (secret["kind"], secret["metadata"]["name"], reference) == ("Secret", name, {"name": name, "key": "secret"})
+    assert read_secret(4, {SECRET: secret["stringData"]["secret"]}) not in json.dumps(job_set)
+    assert (
+        secret["stringData"]
+        != next(yaml.safe_load_all(fill(make_job("k8s:4", image="i", volume="c:/mnt"))[0]))["stringData"]
+    )
+    environment = {name: value for name, value in values.items() if value} | {"JOB_COMPLETION_INDEX": "3"}
     found = find_cluster(environment=environment)
     assert (found.coordinator, found.num_processes, found.process_id) == (f"{name}-workers-0-0.{name}:8476", 4, 3)
-    assert [port["containerPort"] for port in container["ports"]] == [8476, found.control[1]]
+    assert [port["containerPort"] for port in container["ports"]] == [8476, found.channel_address[1]]
+
+
+def read_name(job):
+    return list(yaml.safe_load_all(fill(job)[0]))[1]["metadata"]["name"]
 
 
 def test_runs_of_one_name_are_jobs_of_their_own():
@@ -111,33 +140,42 @@ def test_runs_of_one_name_are_jobs_of_their_own():
     places = ["a/run1", "b/run1", f"a/{'x' * 60}1", f"a/{'x' * 60}2", "a/--Läufe--", "a/___"]
     jobs = [Job("k8s:2", WORDS, f"/mnt/{place}", image="i", volume="c:/mnt") for place in places]
     jobs.append(dataclasses.replace(jobs[0], volume="d:/mnt"))
-    names = [yaml.safe_load(fill(job)[0])["metadata"]["name"] for job in jobs]
+    names = [read_name(job) for job in jobs]
     assert len(set(names)) == len(jobs) and names[0].startswith("postrain-run1-")
     for name in names:
         assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= 40
     again = dataclasses.replace(jobs[0], workdir=f"{jobs[0].workdir}/")
-    assert yaml.safe_load(fill(again)[0])["metadata"]["name"] == names[0]
+    assert read_name(again) == names[0]
 
 
 def test_a_tpu_pod_gets_the_command_on_every_machine(tmp_path):
-    """gcloud runs what it is given on each machine; a command of that name runs it here."""
+    """gcloud runs its --command on each machine; here a script of that name does."""
     text, command = fill(make_job("tpu-pod:my-slice"))
     assert command == ["bash"]
     assert split_command(text, "python3") == ["python3", "-m", "postrain.cli", *WORDS]
     (tmp_path / "gcloud").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@" > "$0.out"\nlast="${@: -1}"\nexec bash -c "${last#--command=}"\n'
+        '#!/bin/bash\nprintf "%s\\n" "$@" > "$0.$4"\nlast="${@: -1}"\n'
+        '[ "$4" = scp ] && exec cp "$5" "$HOME/${6#my-slice:}"\nexec bash -c "${last#--command=}"\n'
     )
     (tmp_path / "python3").write_text(
-        '#!/bin/bash\nprintf "%s\\n" "$@" >> "$0.out"\n[ "$(grep -c postrain "$0.out")" -lt 6 ] || exit 2\n'
+        '#!/bin/bash\nprintenv POSTRAIN_SECRET >> "$0.secrets"\nprintf "%s\\n" "$@" >> "$0.out"\n'
+        '[ "$(grep -c postrain "$0.out")" -lt 6 ] || exit 2\n'
         f'codes=({" ".join(map(str, AGAIN))})\nexit "${{codes[$(grep -c postrain "$0.out") - 1]}}"\n'
     )
     (tmp_path / "sleep").write_text("#!/bin/bash\n")
     for name in ("gcloud", "python3", "sleep"):
         (tmp_path / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    (tmp_path / "home").mkdir()
+    folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "home")}
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | folders
     assert subprocess.run(command, input=text, text=True, env=environment, timeout=30).returncode == 2
-    given = (tmp_path / "gcloud.out").read_text().splitlines()
-    assert given[:6] == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--worker=all"]
+    ssh, scp = ((tmp_path / f"gcloud.{name}").read_text() for name in ("ssh", "scp"))
+    assert ssh.splitlines()[:6] == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--worker=all"]
+    assert scp.splitlines()[3:4] + scp.splitlines()[5:] == ["scp", "my-slice:.postrain-secret", "--worker=all"]
+    # One secret for all starts and machines, by a file that is deleted: `ps` shows it to nobody.
+    [secret] = set((tmp_path / "python3.secrets").read_text().splitlines())
+    assert re.fullmatch("[0-9a-f]{64}", secret) and secret not in text + ssh + scp
+    assert list((tmp_path / "home").iterdir()) == []
     assert (tmp_path / "python3.out").read_text().splitlines() == ["-m", "postrain.cli", *WORDS] * 6
     # A run that is stopped each time, by a machine that is broken, is not started for ever.
     (tmp_path / "python3").write_text('#!/bin/bash\necho >> "$0.starts"\nexit 124\n')
@@ -164,10 +202,9 @@ def test_dry_runs_print_all_and_start_nothing(config, tmp_path, capsys):
     }.items():
         assert cli.main([*words, f"--target={target}"]) == 0
         printed = capsys.readouterr().out
-        assert (
-            expected in printed
-            and f"train --config={config} --workdir={tmp_path / 'run'} --config.train.steps=3" in printed
-        )
+        assert expected in printed
+        assert f"train --config={config} --workdir={tmp_path / 'run'} --config.train.steps=3" in printed
+        assert (target != "local:3") or printed.startswith(f"export {SECRET}=$(openssl rand -hex 32)\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -179,16 +216,29 @@ def test_dry_runs_print_all_and_start_nothing(config, tmp_path, capsys):
         (["--target=ray:2"], "--target=ray:2: expected local:PROCESSES"),
         (["--target=k8s:2"], "--target=k8s needs --image=IMAGE with postrain in it and --volume=CLAIM:/PATH"),
         (["--target=k8s:2", "--image=i", "--volume=c:/data"], "run: expected a folder in /data, the volume that all"),
-        (["--target=slurm:2"], "--target=slurm:2 needs sbatch, which is not here; --dry-run prints"),
+        (["--target=slurm:2"], "--target=slurm:2 needs sbatch, which is not installed here: install it"),
         (["--target=tpu-pod:x", "--config.train.step=1"], "config key 'train.step' does not exist"),
         (["--target=local:2", "--config.model.path=nowhere"], "config key 'model.path' = 'nowhere' is a folder"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_submitted(config, tmp_path, capsys, monkeypatch, words, message):
+def test_mistakes_are_refused_before_anything_is_submitted(config, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.setenv("PATH", str(tmp_path))
     code = cli.main(["launch", f"--config={config}", f"--workdir={tmp_path / 'run'}", *words])
     assert code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_local_processes_share_a_secret_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv(SECRET, "of whoever launches")
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\n[[ "$*" == *$POSTRAIN_SECRET* ]] && exit 5\nprintenv POSTRAIN_SECRET >> "$0.out"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    assert launch.run_local(["train"], 3) == launch.run_local(["train"], 1) == 0
+    found = (tmp_path / "python.out").read_text().splitlines()
+    assert len(found) == 4 and len(set(found[:3])) == 1 and found[3] != found[0]
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in found)
 
 
 def test_local_processes_end_together(monkeypatch, tmp_path):

@@ -140,7 +140,7 @@ def test_the_line_is_found_by_a_relative_path_too(tmp_path, monkeypatch):
         load_config("c.py")
 
 
-def test_a_folder_or_nothing_is_no_config_file(tmp_path):
+def test_a_folder_or_an_empty_value_is_not_a_config_file(tmp_path):
     (tmp_path / "sft.py").write_text("")
     with pytest.raises(
         UserError, match=rf"--config: {tmp_path} is a folder, expected NAME.py, such as .*{os.sep}sft.py"

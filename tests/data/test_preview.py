@@ -42,10 +42,11 @@ class _Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self._open.append((tag, dict(attrs)))
+        if tag != "meta":
+            self._open.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
-        self._open.pop()
+        assert self._open.pop()[0] == tag
 
     def handle_data(self, data):
         self.text += data

@@ -17,7 +17,7 @@ from postrain.data.batches.open import open_train_rows
 from postrain.data.kinds import registry
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.training.agreement import describe_config
+from postrain.training.agreement import config_facts
 from postrain.training.workdir import read_config, save_config
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
@@ -171,7 +171,7 @@ def test_config_json_has_its_name(tmp_path):
     assert config.data.train[0].kind.__name__ == "to_chat" and config.data.seed == 7
     kind = to_dict(config)["data"]["train"][0]["kind"]
     assert re.fullmatch(r"function to_chat [0-9a-f]{12}", kind) and kind in format_config(config)
-    assert kind in describe_config(config)["config key data.train"]  # the same in every process
+    assert kind in config_facts(config)["config key data.train"]  # the same in every process
     save_config(tmp_path, config)
     again = read_config(tmp_path)
     assert again.data.train[0].kind == kind

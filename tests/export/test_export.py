@@ -16,7 +16,7 @@ from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.export import export as export_module
 from postrain.export.check import compute_probe_logits
-from postrain.export.export import check_output, export_state, export_workdir
+from postrain.export.export import check_output, export_workdir, write_export
 from postrain.hf.load import load_pretrained
 from postrain.models.params import merge_lora, merge_params
 from postrain.sharding import make_mesh
@@ -48,7 +48,7 @@ def make_run(source, *, rank=3, compute_dtype="bfloat16", **sections):
 def export(folder, run, source, *, format=None, tokenizer=None):
     config, mesh, model, state = run
     tokenizer = tokenizer or load_tokenizer(config.model.tokenizer or source, config.data.chat_template)
-    export_state(folder, state, model, config, mesh=mesh, source_folder=source, tokenizer=tokenizer, format=format)
+    write_export(folder, state, model, config, mesh=mesh, source_folder=source, tokenizer=tokenizer, format=format)
     return folder
 
 
@@ -209,7 +209,7 @@ def test_how_much_of_an_update_the_rounding_keeps_is_told(tmp_path, size, advise
     noise = lambda x: (x + size * jax.random.normal(jax.random.key(x.size), x.shape)) * (x != 0)
     state = state.replace(params=jax.tree.map(noise, before))
     tokenizer, options = load_tokenizer(source), {"mesh": mesh, "source_folder": source}
-    note = export_state(tmp_path / "out", state, model, config, tokenizer=tokenizer, **options)
+    note = write_export(tmp_path / "out", state, model, config, tokenizer=tokenizer, **options)
     after = load_pretrained(tmp_path / "out")[1]
     count = lambda other: sum(jax.tree.leaves(jax.tree.map(lambda a, b: int(np.sum(a != b)), before, other)))
     changed, kept = count(state.params), count(after)
@@ -217,7 +217,7 @@ def test_how_much_of_an_update_the_rounding_keeps_is_told(tmp_path, size, advise
     advice = ": export.dtype=float32 would keep it in all" if advised else ""
     assert note == f"export      bfloat16 keeps the update in {kept / changed:.1%} of the changed weights{advice}"
     wide = dataclasses.replace(config, export=dataclasses.replace(config.export, dtype="float32"))
-    assert export_state(tmp_path / "wide", state, model, wide, tokenizer=tokenizer, **options) == ""
+    assert write_export(tmp_path / "wide", state, model, wide, tokenizer=tokenizer, **options) == ""
 
 
 def test_full_training_is_checked_in_every_dtype(source, tmp_path, monkeypatch):

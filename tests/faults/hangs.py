@@ -58,12 +58,12 @@ def block_step(fifo: pathlib.Path) -> None:
 
 
 CASES = {  # what blocks, and the phase that it is to be named by
-    "rows": ("data", lambda fifo: block_call("postrain.recipes.sft", "load_examples", 1, fifo)),
+    "rows": ("data", lambda fifo: block_call("postrain.training.rows", "load_examples", 1, fifo)),
     "evaluator": ("run", lambda fifo: block_call("postrain.data.batches.in_memory", "_assemble_batch", 1, fifo)),
     "data worker": ("data", lambda fifo: block_call("postrain.data.batches.in_memory", "_assemble_batch", 9, fifo)),
     "device": ("step", block_step),
     "save": ("checkpoint", lambda fifo: block_call("postrain.checkpoint.checkpointer", "write_checksums", 2, fifo)),
-    "evaluation": ("evaluation", lambda fifo: block_call("postrain.rollout.answers", "compute_eval_loss", 2, fifo)),
+    "evaluation": ("evaluation", lambda fifo: block_call("postrain.training.evaluate", "compute_eval_loss", 2, fifo)),
     "export": ("export", lambda fifo: block_call("postrain.export.export", "check_logits", 1, fifo)),
 }
 
@@ -75,16 +75,16 @@ def run(values: dict, workdir: pathlib.Path, block, fifo: pathlib.Path) -> None:
 
 def run_beside_a_stopped(values: dict, workdir: pathlib.Path, index: int, port: int) -> None:
     """One of two processes; the second is stopped (SIGSTOP) before its third step."""
-    sft = importlib.import_module("postrain.recipes.sft")
-    make_batch, steps = sft.make_global_batch, []
+    rows = importlib.import_module("postrain.training.rows").Rows
+    next_batch, steps = rows.__next__, []
 
     def stopped(*arguments):
         steps.append(1)
         if index == 1 and len(steps) == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return make_batch(*arguments)
+        return next_batch(*arguments)
 
-    sft.make_global_batch = stopped
+    rows.__next__ = stopped
     kills.run_one_of(2, values, workdir, None, None, index, port)
 
 

@@ -90,15 +90,15 @@ def work(folder: pathlib.Path, layout: tuple[int, int], index: int = 0, port: in
     import jax
 
     from postrain import cli
-    from postrain.cluster import processes as distributed
     from postrain.cluster.discover import find_cluster
+    from postrain.cluster.processes import current, join
 
     processes, devices = layout
     jax.config.update("jax_num_cpu_devices", devices)
     cluster = find_cluster(f"127.0.0.1:{port}", processes, index) if processes > 1 else None
-    with distributed.join(cluster, cli.explain):
+    with join(cluster, cli.explain):
         if processes > 1:
-            distributed.current().start_jax()
+            current().start_jax()
         positions = {} if layout == TWO else json.loads((folder / "2.json").read_text())["positions"]
         found = {"rows": {}, "positions": {}}
         for way in WAYS:

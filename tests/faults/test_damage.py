@@ -16,12 +16,12 @@ from postrain.checkpoint.damage import Damaged
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state
+from postrain.types import RunRecord
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from toy_network import make_params  # noqa: E402
 
 OPTIMIZER, _ = make_optimizer(OptimizerConfig(), 10)
-RUN = {"config": {}, "fingerprint": {}}
 FLIPS = 12  # of each file
 
 
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
     with Checkpointer(folder, CheckpointConfig()) as checkpointer:
         for step in (1, 2):
             state = init_train_state(make_params(step), {}, OPTIMIZER, jax.random.key(step))
-            checkpointer.save(step, state, data_position={"rows": step}, **RUN)
+            checkpointer.save(RunRecord(step, {"rows": step}, {}, {}, {}), state)
     return folder
 
 
@@ -113,8 +113,8 @@ def test_the_damaged_file_is_named_and_the_checkpoint_before_used(saved, tmp_pat
     name, _ = DAMAGE[damage](folder / "2")
     with Checkpointer(folder, CheckpointConfig(), report=lines.append) as checkpointer:
         abstract = abstract_train_state(make_params(), {}, OPTIMIZER)
-        restored = checkpointer.restore(abstract, fingerprint={})
-    assert restored.step == 1 and restored.data_position == {"rows": 1}
+        restored = checkpointer.restore(abstract)
+    assert restored.record.step == 1 and restored.record.data_position == {"rows": 1}
     jax.tree.map(np.testing.assert_array_equal, restored.state.params, make_params(1))
     [line] = lines
     assert f"{folder / '2'}: cannot be read ({name}" in line and "moved to 2.unreadable" in line, line

@@ -25,19 +25,20 @@ TRIES = {"gone": (4, 0.1), "back": (12, 0.2)}  # and seconds before the second: 
 
 def run(values: dict, workdir: pathlib.Path, tries: tuple, gone: pathlib.Path) -> None:
     """At an update it has ``gone`` made, and goes on when that is empty no more."""
-    reader, sft = (importlib.import_module(f"postrain.{name}") for name in ("data.batches.shard_reader", "recipes.sft"))
+    reader = importlib.import_module("postrain.data.batches.shard_reader")
+    rows = importlib.import_module("postrain.training.rows").Rows
     reader.StorageOptions = functools.partial(reader.StorageOptions, tries=tries[0], first_wait=tries[1])
-    make_batch, calls = sft.make_global_batch, []
+    next_batch, calls = rows.__next__, []
 
-    def make_or_wait(*arguments):
+    def next_or_wait(*arguments):
         calls.append(1)
         if len(calls) == UPDATE:
             gone.touch()
             while not gone.stat().st_size:
                 time.sleep(0.01)
-        return make_batch(*arguments)
+        return next_batch(*arguments)
 
-    sft.make_global_batch = make_or_wait
+    rows.__next__ = next_or_wait
     full_disks.run(values, workdir, None)
 
 

@@ -16,10 +16,10 @@ from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
 from postrain.data.batches.row_counts import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
-from postrain.models import transformer
 from postrain.models.config import LoraConfig
 from postrain.models.params import ParamSpec, lora_specs, param_specs
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
@@ -51,13 +51,7 @@ def make_examples() -> ExampleSet:
 def compute_curve(lora: bool) -> dict[str, list[float]]:
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, CONFIG, *arrays),
-        lambda p: transformer.unembedding(p, CONFIG),
-        vocab_size=CONFIG.vocab_size,
-        softcap=0.0,
-        chunk=64,
-    )
+    loss_fn = make_sft_loss(Forward(CONFIG, chunk=64).nll)
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
     step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule)
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))

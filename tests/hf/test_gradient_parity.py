@@ -14,8 +14,8 @@ from postrain.hf.config import read_family
 from postrain.hf.load import load_pretrained
 from postrain.hf.save import fetch_tensor
 from postrain.hf.tree import list_tensors
-from postrain.models import transformer
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.trees import flatten
 from postrain.types import Batch
 
@@ -56,16 +56,10 @@ def pack(documents):
 
 def our_gradients(folder, documents):
     config, params = load_pretrained(folder)
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=config.logits_softcap,
-        chunk=16,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=16).nll)
 
     def mean(params):
-        loss, weight, _ = loss_fn(params, pack(documents), None)
+        loss, weight = loss_fn(params, pack(documents), None).losses["sft"]
         return loss / weight
 
     loss, grads = jax.jit(jax.value_and_grad(mean))(params)

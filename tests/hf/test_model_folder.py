@@ -12,10 +12,9 @@ from tiny_models import make_tiny_model
 from postrain.config import Config
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.hf.hub import locate_model
+from postrain.hf.hub import ModelFolder, find_model, locate_model
 from postrain.hf.load import load_pretrained
-from postrain.hf.model_folder import ModelFolder, find_model, load_model
-from postrain.hf.peft.adapter import save_adapter
+from postrain.hf.peft.adapter import load_model, save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora, merge_params
 from postrain.rollout.chat import generate

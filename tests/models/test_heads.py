@@ -74,7 +74,7 @@ def test_ten_steps_of_a_classifier_and_a_reward_follow_torch():
     batch = Batch(
         None, None, (segments > 0).astype(np.float32), segments, places, {"kind": kinds, "score": scores, "h": hidden}
     )
-    outputs = lambda params, batch: apply_heads(params, heads, batch.fields["h"], batch.segment_ids, 2)
+    outputs = lambda params, batch: (*apply_heads(params, heads, batch.fields["h"], batch.segment_ids, 2), None)
     loss_fn = make_head_loss(outputs, {"kind": cross_entropy, "score": squared_error})
     config = OptimizerConfig(learning_rate=0.05, schedule="constant", weight_decay=0.1, weight_decay_exclude=("bias",))
     optimizer, _ = make_optimizer(config, 10)
@@ -104,7 +104,9 @@ def test_ten_steps_of_a_classifier_and_a_reward_follow_torch():
         loss.backward()
         reference.step()
         assert abs(float(metrics["train/loss"]) - loss.item()) <= 1e-5 * loss.item()
-    assert float(metrics["train/weight"]) == len(ends)
+        for name, part in {"kind": nll, "score": error}.items():
+            assert abs(float(metrics[f"train/loss/{name}"]) - part.item()) <= 1e-5 * loss.item()
+    assert float(metrics["train/weight/kind"]) == float(metrics["train/weight/score"]) == len(ends)
     for name, linear in linears.items():
         np.testing.assert_allclose(state.params["heads"][name]["kernel"].T, linear.weight.detach(), atol=1e-5)
     np.testing.assert_allclose(state.params["heads"]["kind"]["bias"], linears["kind"].bias.detach(), atol=1e-5)

@@ -14,6 +14,7 @@ from postrain.models.cache import init_cache
 from postrain.models.config import LoraConfig, MoeConfig, RopeConfig
 from postrain.models.params import init_lora, init_params, merge_lora, merge_params, num_params, param_specs, shapes_of
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(
@@ -90,12 +91,10 @@ def make_batch(rows, documents, length):
 
 
 def compute_loss_and_gradients(params, batch, config=CONFIG, **compiler_options):
-    hidden = lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays)
-    unembedding = lambda p: transformer.unembedding(p, config)
-    loss_fn = make_sft_loss(hidden, unembedding, vocab_size=config.vocab_size, softcap=config.logits_softcap, chunk=16)
+    loss_fn = make_sft_loss(Forward(config, chunk=16).nll)
 
     def mean(params):
-        loss, weight, _ = loss_fn(params, batch, None)
+        loss, weight = loss_fn(params, batch, None).losses["sft"]
         return loss / weight
 
     return jax.jit(jax.value_and_grad(mean), compiler_options=compiler_options)(params)
@@ -309,17 +308,12 @@ def test_router_losses_are_what_the_loss_has_more_than_the_nll():
 
 def compute_sums(params, batch, config=ROUTED):
     """Sums of loss and metrics over a batch, and the gradients of the loss sum."""
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=config.logits_softcap,
-        chunk=16,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=16).nll)
 
     def total(params):
-        loss, _, metrics = loss_fn(params, batch, None)
-        return loss, metrics | {"loss": loss}
+        sums = loss_fn(params, batch, None)
+        loss = sums.losses["sft"].total
+        return loss, {name: term.total for name, term in sums.metrics.items()} | {"loss": loss}
 
     grads, sums = jax.jit(jax.grad(total, has_aux=True))(params)
     return sums, grads

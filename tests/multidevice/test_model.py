@@ -27,6 +27,7 @@ from postrain.models.params import (
 )
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
+from postrain.training.forward import Forward
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(ODD_CONFIG, qkv_bias=True, tie_embeddings=False, init_std=0.2, lora=LoraConfig(rank=4))
@@ -67,19 +68,12 @@ def loss_and_gradients(params, batch, config):
 
 def loss_and_gradients_of(whole, params, batch, config):
     """``whole(params)`` is the whole tree."""
-    loss_fn = make_sft_loss(
-        lambda p, tokens, segments, positions: transformer.compute_hidden_and_terms(
-            p, config, tokens, segments, positions
-        ),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=16,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=16).nll)
 
     def mean(params):
-        loss, weight, metrics = loss_fn(whole(params), batch, None)
-        return loss / weight, metrics
+        sums = loss_fn(whole(params), batch, None)
+        loss, weight = sums.losses["sft"]
+        return loss / weight, {name: term.total for name, term in sums.metrics.items()}
 
     (loss, metrics), grads = jax.value_and_grad(mean, has_aux=True)(params)
     return loss, metrics, grads

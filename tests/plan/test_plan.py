@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from postrain.plan.report import PlanReport, gib
+from postrain.plan import report as plan_report
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 D, F, L, V, HEADS, KV_HEADS, H = 128, 256, 3, 512, 4, 2, 32
@@ -201,8 +201,8 @@ def test_what_cannot_fit_by_its_shapes_is_told_with_a_number(tmp_path):
     needed = float(last.split("needs ")[1].split(" GiB")[0].replace(",", ""))
     layers = 400 * (2 * 8192 * 8192 + 2 * 8192 * 256 + 3 * 8192 * 28672)
     assert needed > 16 * layers / 4 / GIB, "parameters, two moments and gradients in float32"
-    assert "model.lora.rank=16: cannot, what the step is given and its gradients take" in result.stdout
-    assert "nothing tried fits: take more devices (about " in result.stdout
+    assert "model.lora.rank=16: cannot fit, inputs and gradients alone take" in result.stdout
+    assert "nothing tried fits: use more devices (about " in result.stdout
 
 
 def test_the_advice_is_compiled(tmp_path):
@@ -220,16 +220,33 @@ def test_the_advice_is_compiled(tmp_path):
     assert words == "train.micro_batches=4093" and result.stderr.splitlines()[-1].endswith(f"; fits with {words}")
 
 
+def as_report(facts: dict) -> plan_report.PlanReport:
+    """The report that ``to_dict`` made ``facts`` of."""
+    memory = {kind: size for kind, size in facts["memory"].items() if kind != "total"}
+    collectives = {kind: plan_report.CollectiveFacts(**counts) for kind, counts in facts["collectives"].items()}
+    typed = {
+        "target": plan_report.TargetFacts(**facts["target"]),
+        "model": plan_report.ModelFacts(**facts["model"]),
+        "batch": plan_report.BatchFacts(**facts["batch"]),
+        "memory": plan_report.Memory(**memory),
+        "flops": plan_report.Flops(**facts["flops"]),
+        "collectives": collectives,
+        "bound": plan_report.Bound(**facts["bound"]) if facts["bound"] else None,
+    }
+    return plan_report.PlanReport(**facts | typed)
+
+
 def test_text_shows_every_figure(cpu, tpu, gpu):
-    for report, word in ((cpu, "nothing is published"), (tpu, "padding of layouts"), (gpu, "moving average")):
-        text = str(PlanReport(**report))
-        target = report["target"]
+    for facts, word in ((cpu, "nothing is published"), (tpu, "padding of layouts"), (gpu, "moving average")):
+        report = as_report(facts)
+        assert report.to_dict() == facts
+        text, target = str(report), facts["target"]
         assert text.startswith(f"target      {target['name']}: {target['devices']} x {target['kind']}, mesh fsdp=")
         labels = ("parameters, trained", "optimizer state", "gradients", "activations, temporaries", "  total ", word)
         for label in (*labels, "fits        yes, ", "FLOPs       ", "all-gather", "MFU  "):
             assert label in text, label
-        assert gib(report["memory"]["total"]) in text
-        assert ("%" in text.rpartition("MFU")[2]) == (report is not cpu)
+        assert plan_report.format_bytes(facts["memory"]["total"]) in text
+        assert ("%" in text.rpartition("MFU")[2]) == (facts is not cpu)
 
 
 BAD_INPUT = [

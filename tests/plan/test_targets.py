@@ -17,7 +17,7 @@ from postrain.training.flops import PEAK_FLOPS, simplify_kind
         ("h999:1x8", "--target=h999:1x8: expected one of v5e, v5p, v6e, h100, h200 or cpu, as in v5e:4x4"),
         ("v5e", "--target=v5e: expected CHIP:SHAPE, as in v5e:4x4"),
         ("v5e:4by4", "--target=v5e:4by4: expected CHIP:SHAPE"),
-        ("v5e:3x5", "--target=v5e:3x5: there is no such slice, there are 1x1, 2x2, 2x4, 4x4"),
+        ("v5e:3x5", "--target=v5e:3x5: there is no such slice; expected one of 1x1, 2x2, 2x4, 4x4"),
         ("v5e:2x2x2", "--target=v5e:2x2x2: there is no such slice"),
         ("h100:8", "--target=h100:8: expected NODESxGPUS with at most 8 GPUs a node"),
         ("h100:1x16", "--target=h100:1x16: expected NODESxGPUS with at most 8 GPUs a node"),
@@ -84,5 +84,5 @@ def test_the_share_of_a_gpu_is_what_jax_takes(monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", ".9")
     assert gpu_memory_fraction() == (0.9, "by XLA_CLIENT_MEM_FRACTION=.9")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "much")
-    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION=much is no number"):
+    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION: expected a number, found 'much'"):
         gpu_memory_fraction()

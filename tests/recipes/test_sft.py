@@ -13,8 +13,8 @@ from sft_runs import make_values, read_folder, read_lines, run_cli
 import postrain
 from postrain.errors import UserError
 from postrain.export.export import export_workdir
-from postrain.recipes import sft
 from postrain.report.metrics import MetricsWriter
+from postrain.training import rows
 from postrain.training.step import count_compilations
 
 
@@ -161,9 +161,9 @@ def test_nothing_compiles_after_the_second_step(inputs, tmp_path, monkeypatch):
     """In the loop itself: evaluations with generation and checkpoints at steps 2, 4 and 6, and none before step 1."""
     started, ended = [], {}
     with count_compilations() as compiled:
-        place, write = sft.make_global_batch, MetricsWriter.write
-        # Called at the start of every step; evaluations place batches with a function of their own name.
-        monkeypatch.setattr(sft, "make_global_batch", lambda *rest: started.append(len(compiled)) or place(*rest))
+        place, write = rows.Rows.__next__, MetricsWriter.write
+        # Called at the start of every step, and not by evaluations.
+        monkeypatch.setattr(rows.Rows, "__next__", lambda *rest: started.append(len(compiled)) or place(*rest))
 
         def note(writer, step, line):
             ended[step] = len(compiled)

@@ -15,7 +15,8 @@ import postrain
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.export.export import export_workdir
-from postrain.hf.model_folder import find_model, load_model
+from postrain.hf.hub import find_model
+from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.compare import verify
 from postrain.models.logits import logits
 

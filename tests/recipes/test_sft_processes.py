@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from sft_runs import make_values, read_folder, read_lines, without_perf, write_config
 
+from postrain.cluster.connection import SECRET
 from postrain.cluster.launch import find_ports
 
 HERE = pathlib.Path(__file__).parent
@@ -23,7 +24,7 @@ KEPT = {"every": 2, "keep": 3}
 def with_devices(count):
     """The environment of these tests, with so many devices."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-    return os.environ | {"XLA_FLAGS": flags}
+    return os.environ | {"XLA_FLAGS": flags, SECRET: "of these tests' processes"}
 
 
 def run(*words, devices):

@@ -17,13 +17,14 @@ import postrain
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
-from postrain.export.export import export_workdir, fingerprint_base
-from postrain.recipes import sft
+from postrain.export.export import export_workdir
 from postrain.sharding import make_mesh
+from postrain.training.compatibility import format_config_changes
 from postrain.training.model import load_model
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state
-from postrain.training.workdir import describe_changes, lock_workdir
+from postrain.training.workdir import lock_workdir
+from postrain.types import RunRecord
 
 STEPS = 40
 
@@ -87,15 +88,13 @@ def read_state(workdir, values):
     model, (optimizer, _) = load_model(config, folder, mesh), make_optimizer(config.optimizer, 1)
     abstract = abstract_train_state(model.params, {}, optimizer, mesh=mesh, ema=True)
     with Checkpointer(workdir / "checkpoints", config.checkpoint, read_only=True) as checkpointer:
-        restored = checkpointer.restore(
-            abstract, fingerprint=None, base_fingerprint=fingerprint_base(model, folder, config)
-        )
+        restored = checkpointer.restore(abstract)
     state = restored.state.replace(rng=jax.random.key_data(restored.state.rng))
     leaves = {
         jax.tree_util.keystr(path): (leaf.dtype, leaf.shape, np.asarray(leaf).tobytes())
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
-    return restored.step, restored.data_position, leaves
+    return restored.record.step, restored.record.data_position, leaves
 
 
 def test_full_training_killed_in_a_save_and_in_the_export_ends_in_the_same_state(inputs, tmp_path):
@@ -170,8 +169,8 @@ def test_all_that_changed_is_named_at_once_and_before_anything_is_loaded(inputs,
     changed = {"optimizer": {"name": "lion", "learning_rate": 1e-3, "ema_decay": 0.5}, "eval": {"every": 1}}
     values = make_values(inputs, data={"train": str(tmp_path / "train.jsonl"), "seed": 3}, **changed)
     values["model"] = {"path": str(tmp_path / "model"), "lora": {"rank": 8, "targets": ["q"]}}
-    for name in ("load_examples", "load_model"):
-        monkeypatch.setattr(sft, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
+    for module, name in (("training.rows", "open_batches"), ("hf.load", "load_pretrained")):
+        monkeypatch.setattr(f"postrain.{module}.{name}", lambda *_, name=name: pytest.fail(f"{name} was called"))
     with pytest.raises(UserError, match=f"{workdir}/checkpoints/6: the run cannot go on from here") as caught:
         postrain.train(values, workdir)
     error = str(caught.value)
@@ -252,20 +251,23 @@ def test_a_second_run_in_the_workdir_is_refused_and_a_kept_checkpoint_exported_m
     assert (tmp_path / "six" / name).read_bytes() == before[f"export/{name}"] != (tmp_path / "four" / name).read_bytes()
 
 
+def changes_of(old, new):
+    record = RunRecord(1, {}, to_dict(resolve(old)), {}, {})
+    return format_config_changes(record, resolve(new), None)
+
+
 def test_other_held_out_rows_are_told(inputs):
-    old = to_dict(resolve(make_values(inputs)))
     unseen = {"every": 3, "before": False, "batch_size": 2}
-    new = to_dict(resolve(make_values(inputs, data={"eval": "other.jsonl"}, eval=unseen)))
-    assert describe_changes(old, new).startswith("; changed since: data.eval [")
-    assert not any(f"eval.{key} " in describe_changes(old, new) for key in unseen)
+    line = changes_of(make_values(inputs), make_values(inputs, data={"eval": "other.jsonl"}, eval=unseen))
+    assert line.startswith("; changed since: data.eval [")
+    assert not any(f"eval.{key} " in line for key in unseen)
 
 
 def test_whatever_changes_what_an_evaluation_measures_is_told(inputs):
     old = make_values(inputs, eval={"generate_rows": 3, "loss_rows": 0, "max_new_tokens": 8})
     measured = {"generate_rows": 2, "loss_rows": 4, "max_new_tokens": 16, "metrics": ["exact_match"]}
     for key, value in measured.items():
-        new = make_values(inputs, eval={key: value})
-        line = describe_changes(to_dict(resolve(old)), to_dict(resolve(new)))
+        line = changes_of(old, make_values(inputs, eval={key: value}))
         assert line.startswith(f"; changed since: eval.{key} ") and line.endswith(f"-> {value!r}"), line
 
 

@@ -114,7 +114,10 @@ def test_bad_rows_are_written_down_once(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"streaming": True}, "'data.streaming': the length of such an epoch is not known beforehand: set 'train.steps'"),
+        (
+            {"streaming": True},
+            "'data.streaming': the length of such an epoch is not known beforehand: set 'train.steps'",
+        ),
         ({"mixture": {"temperature": 2.0}}, "set 'train.steps'"),
         ({"streaming": True, "stream": {"shards": 3}}, "must be a multiple of 'data.stream.shards' = 3"),
         ({"stream": {"cache_folder": "x"}}, "'data.stream.cache_folder' and 'data.stream.cache_gibibytes'"),

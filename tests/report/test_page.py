@@ -1,5 +1,6 @@
-"""The report page: made of what a workdir holds, safe against what rows contain."""
+"""The report page: made from the files of a workdir, safe against markup in rows."""
 
+import html.parser
 import json
 import math
 import xml.etree.ElementTree as ElementTree
@@ -7,8 +8,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from postrain.config import resolve, to_dict
-from postrain.report.charts import draw_curves, make_ticks, thin
-from postrain.report.page import find_frame, write_report
+from postrain.report.charts import CHARTS, COLORS, Chart, draw_curves, make_ticks, thin
+from postrain.report.page import Card, collect, find_frame, write_report
 
 CONFIG = resolve({"model": {"path": "models/small"}, "data": {"train": "x.jsonl"}})
 
@@ -28,13 +29,40 @@ def test_the_page_shows_first_and_last(tmp_path):
     metrics = [{"step": 0, "eval/loss": 3.0, "eval/exact_match": 0.04}, {"step": 5, "train/loss": 1.5}]
     metrics += [{"step": 9, "train/loss": 0.25, "eval/loss": 0.5, "eval/exact_match": 0.875}]
     write_run(tmp_path, metrics, [make_sample(0, "before"), make_sample(5, "halfway"), make_sample(9, "x")])
-    page = write_report(tmp_path, conversation_html="<pre>row</pre>", environment={"jax": "1.2"}).read_text()
+    page = write_report(tmp_path, row_html="<pre>row</pre>", environment={"jax": "1.2"}).read_text()
     for words in ("SFT of small", "4% → 88%", "3.000 → 0.500", "9 updates", "✗ before", "✓ x", "<pre>row</pre>", "1.2"):
         assert words in page
     assert "halfway" not in page
+    check_well_formed(page)
 
 
-def test_what_rows_contain_is_text_and_never_markup(tmp_path):
+class Tags(html.parser.HTMLParser):
+    """Refuses a page whose elements are not closed in the order of their opening."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.add(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.add(tag)
+
+
+def check_well_formed(page):
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == [] and {"html", "title", "style", "table", "svg", "details"} <= tags.seen
+    assert "{{" not in page and "{%" not in page
+
+
+def test_the_text_of_rows_is_never_markup(tmp_path):
     write_run(tmp_path, [], [make_sample(0, "<script>alert(1)</script>", prompt="<b>", expected="<i>")])
     page = write_report(tmp_path).read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
@@ -77,19 +105,34 @@ def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
         (["<u>one</u>", "<u>one and more</u>"], (3, 4)),
     ],
 )
-def test_what_all_prompts_share_is_left_out_at_marks(prompts, frame):
+def test_the_ends_that_all_prompts_share_are_left_out_at_marks(prompts, frame):
     assert find_frame(prompts) == frame
 
 
 def test_a_curve_is_drawn_to_scale():
-    svg = draw_curves({"loss": [(0, 4.0), (10, 0.0), (5, math.nan)]}).split("<figcaption>")[0].removeprefix("<figure>")
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(draw_curves([[(0, 4.0), (10, 0.0)]]))
     [line] = [element for element in root if element.tag == "polyline"]
     (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
     ticks = {element.text: float(element.get("y")) - 4 for element in root if element.get("class") == "tick end"}
     assert (y0, y1) == (ticks["4"], ticks["0"])
     assert (x0, x1) == (52.0, 544.0)
-    assert draw_curves({"loss": [(1, math.inf)]}) == ""
+
+
+def test_values_that_are_not_finite_numbers_are_left_out():
+    lines = [{"step": i, "loss": loss} for i, loss in enumerate((math.inf, 2.0, None, math.nan, 1))]
+    assert collect([*lines, {"step": 9}], "loss") == [(1, 2.0), (4, 1)]
+
+
+def test_a_recipe_shows_charts_and_cards_of_its_own(tmp_path):
+    names = tuple(f"train/reward_{i}" for i in range(5))
+    metrics = [{"step": step, "train/loss": 1.0} | {name: step + i for i, name in enumerate(names)} for step in (1, 2)]
+    write_run(tmp_path, metrics, [])
+    charts = (*CHARTS, Chart("Rewards <b>", names, low=0.0), Chart("Absent", ("eval/reward",)))
+    page = write_report(tmp_path, charts=charts, cards=(Card("margin", names[4], "{:+.1f}"),)).read_text()
+    assert "<h3>Rewards &lt;b&gt;</h3>" in page and "Loss per trained token" in page and "Absent" not in page
+    assert "<b>+5.0 → +6.0</b><span>margin</span>" in page and "training loss" not in page
+    assert all(f'<span class="key series{i % COLORS}">{name}</span>' in page for i, name in enumerate(names))
+    assert all(f".series{i} {{ --color" in page for i in range(COLORS))
 
 
 @pytest.mark.parametrize(

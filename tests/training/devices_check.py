@@ -7,19 +7,29 @@ import sys
 
 import jax
 import numpy as np
+import optax
 
 from postrain.config import MeshConfig, OptimizerConfig
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.params import abstract_params, axes_of, init_lora, init_params, logical_axes, lora_specs, shapes_of
-from postrain.models.transformer import compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import constrain, make_global_batch, make_mesh, named_shardings
+from postrain.training.forward import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
 from postrain.types import Batch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from toy_network import LOGICAL_AXES, compute_loss, make_batch, make_params  # noqa: E402
+from toy_network import (  # noqa: E402
+    COEFS,
+    LOGICAL_AXES,
+    ROW_WEIGHTS,
+    compute_loss,
+    compute_losses,
+    compute_mean_loss,
+    make_batch,
+    make_params,
+)
 
 CONFIG = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, ema_decay=0.9)
 
@@ -56,6 +66,35 @@ def train(mesh, micro_batches, config=CONFIG):
         for name, value in leaves(state).items():
             assert value.sharding == start[name], f"{name} went from {start[name]} to {value.sharding}"
     return state, history, step
+
+
+def check_losses():
+    """Several losses with weights of their own are those of one batch on one device."""
+    batch = make_batch() | {"row_weights": ROW_WEIGHTS}
+    (loss, means), grads = jax.value_and_grad(compute_mean_loss, has_aux=True)(make_params(), batch)
+    optimizer = optax.sgd(1.0)
+    for *sizes, micro_batches in [(8, 1, 1, 1), (8, 1, 1, 2), (2, 2, 2, 4), (1, 2, 1, 4)]:
+        devices = jax.devices()[: int(np.prod(sizes))]
+        mesh = make_mesh(MeshConfig(*sizes), devices)
+        params = jax.device_put(make_params(), named_shardings(LOGICAL_AXES, mesh, make_params()))
+        shardings = shardings_of(abstract_train_state(params, {}, optimizer, mesh=mesh))
+        state = init_train_state(params, {}, optimizer, jax.random.key(0), mesh=mesh)
+        step = make_train_step(
+            compute_losses,
+            optimizer,
+            loss_coefs=COEFS,
+            micro_batches=micro_batches,
+            mesh=mesh,
+            state_shardings=shardings,
+        )
+        state, metrics = step(state, make_global_batch(batch, mesh))
+        np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-5)
+        for name, mean in means.items():
+            np.testing.assert_allclose(metrics[f"train/loss/{name}"], mean, rtol=1e-5)
+        for name, leaf in leaves(state.params).items():
+            moved = np.asarray(leaves(make_params())[name]) - np.asarray(leaf)
+            np.testing.assert_allclose(moved, leaves(grads)[name], atol=1e-6, err_msg=f"{sizes} {name}")
+    print("losses ok")
 
 
 def leaves(state):
@@ -127,13 +166,7 @@ def train_model(config, mesh, micro_batches):
         params, frozen = adapters, params
     shardings = shardings_of(abstract_train_state(params, frozen, optimizer, mesh=mesh))
     state = init_train_state(params, frozen, optimizer, jax.random.key(0), mesh=mesh)
-    loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden_and_terms(params, config, *rows),
-        lambda params: unembedding(params, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=16,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=16).nll)
     step = make_train_step(
         loss_fn, optimizer, micro_batches=micro_batches, mesh=mesh, state_shardings=shardings, max_grad_norm=1.0
     )
@@ -158,7 +191,13 @@ def check_model():
     print("model ok")
 
 
-CHECKS = {"meshes": check_meshes, "layout": check_layout, "communication": check_communication, "model": check_model}
+CHECKS = {
+    "meshes": check_meshes,
+    "losses": check_losses,
+    "layout": check_layout,
+    "communication": check_communication,
+    "model": check_model,
+}
 
 if __name__ == "__main__":
     assert jax.device_count() == 8

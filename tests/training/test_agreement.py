@@ -1,4 +1,4 @@
-"""What several processes must have in common is compared before anything is compiled, and differences have names."""
+"""Several processes compare their code, config, files and workdir before anything is compiled; errors name them."""
 
 import errno
 import json
@@ -10,10 +10,11 @@ import sys
 
 import pytest
 
+from postrain.cluster.connection import SECRET, make_secret
 from postrain.cluster.launch import find_ports
 from postrain.config import resolve
 from postrain.errors import UserError
-from postrain.training.agreement import PACKAGES, compare, describe_config, describe_files, describe_software
+from postrain.training.agreement import PACKAGES, config_facts, file_facts, find_differences, software_facts
 
 HERE = pathlib.Path(__file__).parent
 
@@ -21,10 +22,12 @@ HERE = pathlib.Path(__file__).parent
 def test_a_difference_says_who_has_what():
     hosts = ["a", "a", "b", "c", "d", "e"]
     same = {"python": "3.12.1", "file x": "1 bytes"}
-    assert compare([same] * 6, hosts) == []
+    assert find_differences([same] * 6, hosts) == []
     other = {"python": "3.11.9", "file x": "1 bytes"}
-    assert compare([same, other, same], hosts) == ["python: 3.12.1 on processes 0 (a), 2 (b), 3.11.9 on process 1 (a)"]
-    missing = compare([same, {"python": "3.12.1"}] + [same] * 4, hosts)
+    assert find_differences([same, other, same], hosts) == [
+        "python: 3.12.1 on processes 0 (a), 2 (b), 3.11.9 on process 1 (a)"
+    ]
+    missing = find_differences([same, {"python": "3.12.1"}] + [same] * 4, hosts)
     assert missing == ["file x: 1 bytes on processes 0 (a), 2 (b), 3 (c), 4 (d) and 1 more, none on process 1 (a)"]
 
 
@@ -36,21 +39,21 @@ def test_every_version_key_and_file_is_compared(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     config = make_config(tmp_path)
-    files = describe_files(config)
+    files = file_facts(config)
     assert set(files) == {f"file {tmp_path / n}" for n in ("a.jsonl", "b.jsonl", "config.json", "model.safetensors")}
-    assert set(PACKAGES) | {"python", "postrain"} <= set(describe_software())
+    assert set(PACKAGES) | {"python", "postrain"} <= set(software_facts())
     (tmp_path / "b.jsonl").write_text("[]")  # as long
-    assert compare([files, describe_files(config)], "ab")[0].startswith(f"file {tmp_path / 'b.jsonl'}: 2 bytes (")
+    assert find_differences([files, file_facts(config)], "ab")[0].startswith(f"file {tmp_path / 'b.jsonl'}: 2 bytes (")
     (tmp_path / "a.jsonl").unlink()
-    assert len(compare([files, describe_files(config)], "ab")) == 2
-    keys = [describe_config(make_config(tmp_path, learning_rate=rate)) for rate in (1e-3, 1e-4)]
-    assert compare(keys, "ab") == [
+    assert len(find_differences([files, file_facts(config)], "ab")) == 2
+    keys = [config_facts(make_config(tmp_path, learning_rate=rate)) for rate in (1e-3, 1e-4)]
+    assert find_differences(keys, "ab") == [
         "config key optimizer.learning_rate: 0.001 on process 0 (a), 0.0001 on process 1 (b)"
     ]
 
 
 def test_a_file_that_cannot_be_read_is_named_as_such(tmp_path, monkeypatch):
-    """Not as one that cannot be written, which the system's error leaves open."""
+    """The system's own error does not say whether reading or writing was refused."""
     path, real = tmp_path / "a.jsonl", pathlib.Path.open
     path.write_text("{}")
 
@@ -61,7 +64,7 @@ def test_a_file_that_cannot_be_read_is_named_as_such(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "open", refuse)
     with pytest.raises(UserError, match=r"a\.jsonl cannot be read \(Permission denied\)"):
-        describe_files(make_config(tmp_path))
+        file_facts(make_config(tmp_path))
 
 
 @pytest.mark.parametrize("place", [0, 1 << 19, (1 << 20) - 1])
@@ -69,19 +72,20 @@ def test_of_a_large_file_stretches_are_compared(tmp_path, monkeypatch, place):
     monkeypatch.setattr("postrain.training.agreement._WHOLE", 1 << 16)
     config, path = make_config(tmp_path), tmp_path / "rows.jsonl"
     path.write_bytes(bytes(1 << 20))
-    before = describe_files(config)
+    before = file_facts(config)
     with path.open("r+b") as file:
         file.seek(place)
         file.write(b"x")
-    assert len(compare([before, describe_files(config)], "ab")) == 1
+    assert len(find_differences([before, file_facts(config)], "ab")) == 1
 
 
 def share(*workdirs):
-    """The errors of processes that are given these workdirs for one."""
+    """The error and exit code of each process, started with its own of these workdirs as that of one run."""
     coordinator = f"127.0.0.1:{find_ports()}"
+    environment = os.environ | {SECRET: make_secret()}
     command = [sys.executable, HERE.parent / "cluster" / "process_check.py", coordinator, str(len(workdirs))]
     processes = [
-        subprocess.Popen([*command, str(i), f"share {workdir}"], stderr=subprocess.PIPE, text=True, env=os.environ)
+        subprocess.Popen([*command, str(i), f"share {workdir}"], stderr=subprocess.PIPE, text=True, env=environment)
         for i, workdir in enumerate(workdirs)
     ]
     return [(process.communicate(timeout=60)[1], process.returncode) for process in processes]

@@ -10,7 +10,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.parametrize("check", ["meshes", "layout", "communication", "model"])
+@pytest.mark.parametrize("check", ["meshes", "losses", "layout", "communication", "model"])
 def test_eight_devices(check):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

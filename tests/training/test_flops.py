@@ -8,7 +8,6 @@ import pytest
 
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.params import init_lora, init_params, merge_params
-from postrain.models.transformer import compute_hidden_and_terms, unembedding
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.flops import (
     BatchStats,
@@ -21,6 +20,7 @@ from postrain.training.flops import (
     num_linear_params,
     peak_flops,
 )
+from postrain.training.forward import Forward
 from postrain.types import Batch
 
 LENGTH = 64
@@ -39,19 +39,13 @@ def make_batch():
 @pytest.mark.parametrize("lora", [None, LoraConfig(8), LoraConfig(64, targets=("q", "down"))])
 def test_formula_agrees_with_xla(lora):
     config, batch = dataclasses.replace(CONFIG, lora=lora), make_batch()
-    loss_fn = make_sft_loss(
-        lambda params, *rows: compute_hidden_and_terms(params, config, *rows),
-        lambda params: unembedding(params, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=LENGTH,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=LENGTH).nll)
     base = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     adapters = jax.eval_shape(lambda: init_lora(config, jax.random.key(0))) if lora else None
     params, frozen = (adapters, base) if lora else (base, {})
 
     def step(params, frozen, batch):
-        return jax.value_and_grad(lambda p: loss_fn(merge_params(p, frozen), batch, None)[0])(params)
+        return jax.value_and_grad(lambda p: loss_fn(merge_params(p, frozen), batch, None).losses["sft"].total)(params)
 
     counted = jax.jit(step).lower(params, frozen, batch).cost_analysis()["flops"]
     stats = count_batch({"segment_ids": batch.segment_ids, "loss_mask": batch.loss_mask}, config)

@@ -10,8 +10,8 @@ from postrain.data.batches.collate import assemble_row
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
-from postrain.models import transformer
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.training.step import init_train_state, make_train_step, sum_gradients
 from postrain.types import Batch
 
@@ -36,13 +36,7 @@ def make_batch():
 
 
 def make_loss(config):
-    return make_sft_loss(
-        lambda params, *rows: transformer.compute_hidden_and_terms(params, config, *rows),
-        lambda params: transformer.unembedding(params, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=32,
-    )
+    return make_sft_loss(Forward(config, chunk=32).nll)
 
 
 def compute(model, micro_batches):
@@ -51,9 +45,10 @@ def compute(model, micro_batches):
     loss_fn, batch = make_loss(config), make_batch()
     optimizer = optax.sgd(1.0)
     state = init_train_state(jax.tree.map(np.array, params), {}, optimizer, jax.random.key(0))
-    grads, loss, weight, _ = jax.jit(
-        lambda state, batch: sum_gradients(loss_fn, state, batch, state.rng, micro_batches, None, None)
+    grads, sums = jax.jit(
+        lambda state, batch: sum_gradients(loss_fn, state, batch, state.rng, micro_batches, None, None, {})
     )(state, batch)
+    loss, weight = sums.losses["sft"]
     # The step itself: with this optimizer the parameters move by the gradient.
     new, metrics = make_train_step(loss_fn, optimizer, micro_batches=micro_batches)(state, batch)
     moved = jax.tree.map(lambda before, after: before - after, params, new.params)

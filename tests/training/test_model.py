@@ -7,8 +7,8 @@ from tiny_models import make_tiny_model
 
 from postrain.config import resolve
 from postrain.plan.plan import count_held
-from postrain.plan.traced_flops import count_traced_flops
-from postrain.recipes.sft import make_step
+from postrain.plan.roofline import count_traced_flops
+from postrain.recipes.sft import make_program
 from postrain.sharding import current_platform, make_mesh
 from postrain.training.model import abstract_model, load_model
 from postrain.training.step import init_train_state
@@ -43,13 +43,13 @@ def test_an_abstract_model_is_the_loaded_one(folder, rank, dtype):
     assert describe(abstract.frozen) == describe(loaded.frozen)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((abstract.params, abstract.frozen)))
 
-    step = make_step(config, abstract, mesh, 10)
+    step = make_program(config, abstract, mesh, 10)
     state = init_train_state(loaded.params, loaded.frozen, step.optimizer, jax.random.key(0), mesh=mesh, ema=True)
-    assert describe(step.state) == describe(state)
+    assert describe(step.abstract_state) == describe(state)
     numbers = jax.tree.map(
         lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, state
     )
-    held = count_held(step, abstract)
+    held = count_held(step)
     assert sum(held.values()) - held["batch"] == sum(leaf.nbytes for leaf in jax.tree.leaves(numbers))
 
 
@@ -59,8 +59,8 @@ def test_traced_products_are_the_formula_of_the_layers(folder, rank, remat):
     config = configure(folder, rank, remat=remat)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     model = abstract_model(config, folder, mesh)
-    step = make_step(config, model, mesh, 10)
-    counted = count_traced_flops(step.train_step.trace(step.state, step.batch).jaxpr)
+    step = make_program(config, model, mesh, 10)
+    counted = count_traced_flops(step.train_step.trace(step.abstract_state, step.abstract_batch).jaxpr)
     c, tokens = model.config, 2 * 64
     sizes = {
         "q": (c.embed_size, c.num_heads * c.head_dim),

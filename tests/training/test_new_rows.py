@@ -83,7 +83,7 @@ def test_a_start_without_a_row_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"new_tokens": {"tokens": ["<a>"], "file": "x"}}, "are both given"),
+        ({"new_tokens": {"tokens": ["<a>"], "file": "x"}}, "are both set"),
         ({"new_tokens": {"train_alone": True}}, "there are no new tokens"),
         ({"new_tokens": {"tokens": ["<a>"], "train_alone": True}, "lora": {"rank": 4}}, "set one of them"),
     ],

@@ -1,11 +1,11 @@
-"""What became of metrics.jsonl and samples.jsonl since a checkpoint: found out, whatever was done to them."""
+"""Any change of metrics.jsonl and samples.jsonl since a checkpoint is found, but for lines added to them."""
 
 import os
 
 import pytest
 
 from postrain.errors import UserError
-from postrain.training.workdir import REPORTS, check_reports, describe_reports
+from postrain.training.workdir import REPORTS, find_changed_reports, report_facts
 
 TEXT = '{"step": 1}\n{"step": 2}\n'
 
@@ -32,24 +32,24 @@ def spoil(path, damage):
     ],
 )
 def test_a_file_that_does_not_begin_as_it_did_is_named(tmp_path, name, damage, words):
-    assert describe_reports(tmp_path) == {}
+    assert report_facts(tmp_path) == {}
     for other in REPORTS:
         (tmp_path / other).write_text(TEXT)
-    before = describe_reports(tmp_path)
-    assert set(before) == set(REPORTS) and check_reports(tmp_path, before) == []
+    before = report_facts(tmp_path)
+    assert set(before) == set(REPORTS) and find_changed_reports(tmp_path, before) == []
     spoil(tmp_path / name, damage)
-    found = check_reports(tmp_path, before)
+    found = find_changed_reports(tmp_path, before)
     if words is None:
         assert found == []
     else:
         assert len(found) == 1 and found[0].startswith(f"{tmp_path / name}: not as the checkpoint saw it {words}")
 
 
-def test_one_that_cannot_be_read_is_an_error(tmp_path):
+def test_a_report_that_cannot_be_read_is_an_error(tmp_path):
     path = tmp_path / REPORTS[0]
     path.write_text(TEXT)
-    before = describe_reports(tmp_path)
+    before = report_facts(tmp_path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match=f"{path} cannot be read"):
-        check_reports(tmp_path, before)
+        find_changed_reports(tmp_path, before)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from toy_network import compute_loss, make_batch, make_params, torch_loss
+from toy_network import compute_loss, make_batch, make_params, scale_loss, torch_loss, total_of
 
 from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 from postrain.training.optimizer import decay_mask, make_optimizer
 from postrain.training.spikes import SpikeGuard
 from postrain.training.step import count_compilations, init_train_state, make_eval_step, make_train_step
+from postrain.types import LossSums, WeightedSum
 
 CONFIG = OptimizerConfig(
     learning_rate=1e-2, schedule="linear", warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5, final_fraction=0.1
@@ -119,8 +120,7 @@ def test_batch_without_trained_tokens_changes_nothing_but_the_step():
 
 def test_nan_stops_naming_step_and_rows_and_keeps_the_state():
     def poisoned(params, batch, rng):
-        loss, weight, sums = compute_loss(params, batch, rng)
-        return loss * jnp.where(batch["tokens"][0, 0] == 7, jnp.nan, 1.0), weight, sums
+        return scale_loss(compute_loss(params, batch, rng), jnp.where(batch["tokens"][0, 0] == 7, jnp.nan, 1.0))
 
     bad = make_batch()
     bad["tokens"][0, 0] = 7
@@ -130,9 +130,9 @@ def test_nan_stops_naming_step_and_rows_and_keeps_the_state():
     after, history = run(CONFIG, [good, bad], loss_fn=poisoned)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     guard = SpikeGuard(SpikeSection(), print)
-    assert not guard.must_roll_back(history[0], 1, lambda: "never asked")
+    guard.check(1, history[0], lambda: pytest.fail("rows of a usual step"))
     with pytest.raises(UserError, match=r"step 2: loss nan .* rows chat.jsonl:3:"):
-        guard.must_roll_back(history[1], 2, lambda: "chat.jsonl:3")
+        guard.check(2, history[1], lambda: "chat.jsonl:3")
 
 
 def test_moving_average_is_the_average_of_the_weights():
@@ -173,7 +173,7 @@ def test_only_params_train():
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))
     state, metrics = make_train_step(compute_loss, optimizer)(state, make_batch())
     jax.tree.map(np.testing.assert_array_equal, before, state.frozen)
-    grads = jax.grad(lambda p: compute_loss(p | frozen_of(before), make_batch(), None)[0])(make_trained())
+    grads = jax.grad(lambda p: total_of(compute_loss(p | frozen_of(before), make_batch(), None)))(make_trained())
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads))) / float(metrics["train/weight"])
     np.testing.assert_allclose(float(metrics["train/grad_norm"]), norm, rtol=1e-5)
 
@@ -190,8 +190,9 @@ def make_trained():
 
 def test_rng_differs_by_step_and_micro_batch_and_repeats_with_the_seed():
     def noise(params, batch, rng):
-        loss, weight, _ = compute_loss(params, batch, rng)
-        return loss, weight, {"noise": jax.random.uniform(rng) * weight}
+        losses, _ = compute_loss(params, batch, rng)
+        weight = losses["nll"].weight
+        return LossSums(losses, {"noise": WeightedSum(jax.random.uniform(rng) * weight, weight)})
 
     _, one = run(CONFIG, [make_batch()] * 2, loss_fn=noise)
     _, again = run(CONFIG, [make_batch()] * 2, loss_fn=noise)
@@ -217,6 +218,5 @@ def test_eval_sums_do_not_depend_on_the_batches():
     step, params, batch = make_eval_step(compute_loss), make_params(), make_batch()
     whole = step(params, {}, batch)
     halves = [step(params, {}, jax.tree.map(lambda x, s=s: x[s], batch)) for s in (slice(0, 8), slice(8, 16))]
-    assert float(halves[0]["weight"]) != float(halves[1]["weight"])
-    for name in ("loss", "weight", "accuracy"):
-        np.testing.assert_allclose(whole[name], halves[0][name] + halves[1][name], rtol=1e-6)
+    assert float(halves[0].losses["nll"].weight) != float(halves[1].losses["nll"].weight)
+    jax.tree.map(lambda all, one, other: np.testing.assert_allclose(all, one + other, rtol=1e-6), whole, *halves)

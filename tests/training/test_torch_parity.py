@@ -13,8 +13,8 @@ from postrain.data.batches.packing import pack
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
-from postrain.models import transformer
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.forward import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
@@ -70,13 +70,7 @@ def torch_losses(folder) -> list[float]:
 def test_ten_adamw_steps(tmp_path, family, micro_batches):
     folder = make_tiny_model(tmp_path / "model", family, tie_word_embeddings=family == "qwen3")
     config, params = load_pretrained(folder)
-    loss_fn = make_sft_loss(
-        lambda p, *arrays: transformer.compute_hidden_and_terms(p, config, *arrays),
-        lambda p: transformer.unembedding(p, config),
-        vocab_size=config.vocab_size,
-        softcap=0.0,
-        chunk=64,
-    )
+    loss_fn = make_sft_loss(Forward(config, chunk=64).nll)
     optimizer, _ = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"), STEPS)
     step = make_train_step(loss_fn, optimizer, micro_batches=micro_batches, max_grad_norm=MAX_GRAD_NORM)
     state = init_train_state(params, {}, optimizer, jax.random.key(0))

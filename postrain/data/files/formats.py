@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from postrain.data.files import storage
 from postrain.data.files.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
 from postrain.data.messages import BadRow, RowRef
-from postrain.errors import UserError
+from postrain.errors import UserError, one_line
 
 RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
 _TORN = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)  # raised by readers of torn files
@@ -91,10 +91,6 @@ def _read_checked(block: Block, source: str, options: StorageOptions) -> Iterato
     except _TORN as e:
         raise UserError(_torn(block.file, e)) from e
     storage.check_unchanged(block.file, options)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _torn(file: StoredFile, cause: Exception | str) -> str:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from postrain.data.files import hub
 from postrain.errors import UserError
 
 MAX_WAIT = 30.0  # seconds between two tries
@@ -58,10 +59,8 @@ def retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any
         except Exception as e:
             error = real_error(e)
             cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if type(error).__name__ == "OfflineModeIsEnabled":
-                raise UserError(
-                    f"{where} cannot be read: HF_HUB_OFFLINE is set in the environment: unset it"
-                ) from error
+            if _is_of_hub(error) and (reason := hub.explain(error)):
+                raise UserError(f"{where} cannot be read: {reason}") from error
             if _is_permanent(error):
                 advice = "" if isinstance(error, FileNotFoundError) else " and who may read it"
                 raise UserError(f"{where} cannot be read ({cause}): check the path{advice}") from error
@@ -96,10 +95,16 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def real_error(error: Exception) -> Exception:
-    """The failure behind a file that is "not found", which fsspec's http says of every failure."""
+    """The failure behind a file that is "not found": fsspec's http calls every failure so, and the hub a repository."""
     cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and _is_of_hub(cause) and "Entry" not in type(cause).__name__:
+        return cause
     hidden = isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response")
     return cause if hidden and getattr(cause, "status", 0) != 404 else error
+
+
+def _is_of_hub(error: BaseException | None) -> bool:
+    return type(error).__module__.startswith("huggingface_hub.")
 
 
 def _is_permanent(error: Exception) -> bool:

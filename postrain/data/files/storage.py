@@ -10,7 +10,6 @@ Credentials are found by the libraries below (environment, their own files, the 
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import io
 import itertools
 import json
@@ -25,6 +24,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from postrain.data.files import hub
 from postrain.data.files.cache import PieceCache
 from postrain.data.files.retry import StorageOptions, real_error, retried
 from postrain.errors import UserError
@@ -167,7 +167,12 @@ def local_copy(file: StoredFile, options: StorageOptions = DEFAULTS) -> Iterator
 
 
 def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL (one per process: fsspec keeps them) and the path in it."""
+    """The file system of a URL (one per process: fsspec keeps them) and the path in it.
+
+    Without access to the Hugging Face hub, what its cache holds is local.
+    """
+    if url.startswith("hf://") and hub.is_offline():
+        url = hub.cached_path(url)
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
@@ -264,15 +269,8 @@ def _pin(fs, path: str) -> tuple[str, bool]:
     place = fs.resolve_path(path)
     if not hasattr(place, "repo_id"):  # a bucket, which has no commits
         return path, False
-    commit = _commit(fs, place.repo_type, place.repo_id, place.revision)
+    commit = hub.find_commit(fs, place.repo_type, place.repo_id, place.revision)
     return f"{path.partition(place.repo_id)[0]}{place.repo_id}@{commit}/{place.path_in_repo}", True
-
-
-@functools.cache
-def _commit(fs, repo_type: str, repo_id: str, revision: str) -> str:
-    from huggingface_hub import HfApi  # loads slowly
-
-    return HfApi(endpoint=fs.endpoint, token=fs.token).repo_info(repo_id, repo_type=repo_type, revision=revision).sha
 
 
 def _local_file(path: str) -> StoredFile:

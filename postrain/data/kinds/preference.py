@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from postrain.data.documents import Field, Group, Rendered
+from postrain.data.documents import Field, Group, Layout, Rendered
 from postrain.data.messages import (
     BadRow,
     Conversation,
@@ -35,6 +35,7 @@ FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores"
 _READ_KEYS = {form: ("prompt", *keys, "tools") for form, keys in FORMS.items()}
 _ANY_KEYS = tuple(dict.fromkeys(key for keys in _READ_KEYS.values() for key in keys))
 _LARGEST = float(np.finfo(np.float32).max)
+LAYOUT = Layout({"scores": (np.dtype(np.float32), ()), "group_ids": (np.dtype(np.int32), ())})  # of its batches
 
 
 @dataclasses.dataclass(frozen=True)

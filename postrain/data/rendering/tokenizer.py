@@ -13,7 +13,8 @@ import re
 
 import tokenizers
 
-from postrain.config import Config, NewTokensSection
+from postrain.config import Config, NewTokensSection, is_hub_name
+from postrain.data.files.hub import fetch_small_files
 from postrain.data.rendering.new_tokens import NewTokens, add_new_tokens, read_new_tokens
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.errors import UserError
@@ -223,15 +224,15 @@ def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection
     """Loads tokenizer.json, tokenizer_config.json, generation_config.json and the chat template of a folder.
 
     Args:
-      folder: a Hugging Face model or tokenizer folder.
+      folder: a Hugging Face model or tokenizer folder, or the name of one on the Hugging Face hub.
       chat_template: path of a Jinja file to use in place of the folder's own template.
       new_tokens: tokens to add to those of the folder.
 
     Raises:
-      UserError: no folder, no tokenizer.json, a file that cannot be read, an invalid template, new tokens that are
-        empty, given twice, or there already.
+      UserError: no folder, a repository that cannot be fetched, no tokenizer.json, a file that cannot be read, an
+        invalid template, new tokens that are empty, given twice, or there already.
     """
-    folder = pathlib.Path(folder)
+    folder = fetch_small_files(str(folder)) if is_hub_name(str(folder)) else pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face folder with a tokenizer.json")
     path = folder / "tokenizer.json"

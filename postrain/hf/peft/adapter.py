@@ -17,11 +17,13 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
+from postrain.config import is_hub_name
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import ADAPTER_FILE, config_file, parse_dtype, read_family
+from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, config_file, parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
-from postrain.hf.load import place
+from postrain.hf.hub import ModelFolder
+from postrain.hf.load import load_pretrained, place
 from postrain.hf.peft.experts import (
     MODULE,
     PARAMETERS,
@@ -32,17 +34,16 @@ from postrain.hf.peft.experts import (
     unpack_a,
     unpack_b,
 )
-from postrain.hf.peft.rows import describe_rows, read_rows, row_tensors
+from postrain.hf.peft.rows import describe_rows, needed_vocabulary, read_rows, row_tensors
 from postrain.hf.save import gather, write_folder
 from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import TensorFiles, read_json
 from postrain.hf.text_part import find_text_part
 from postrain.hf.tree import group_layers
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.params import LINEARS, adapter_specs, lora_specs
+from postrain.models.params import LINEARS, adapter_specs, lora_specs, merge_params
 from postrain.trees import flatten, unflatten
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PeftModel's own two levels
 LAYER = "model.layers.{}."
 LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -113,7 +114,7 @@ def save_adapter(
 
     announced = [(name, tensor.shape, np.dtype(np.float32)) for name, (tensor, _) in tensors.items()]
     announced += [(name, leaves[path].shape, np.dtype(np.float32)) for name, path in rows.items()]
-    one_file = {"file_name": WEIGHTS_FILE, "max_shard_bytes": 2**63}
+    one_file = {"file_name": ADAPTER_WEIGHTS, "max_shard_bytes": 2**63}
     write_folder(folder, announced, fetch, finish, source_folder=base_folder, **one_file)
 
 
@@ -131,7 +132,7 @@ def load_adapter(
     the folder is no LoRA adapter, uses a variant that is not supported, or does not fit the model.
     """
     raw = read_json(pathlib.Path(folder) / ADAPTER_FILE)
-    files = TensorFiles(folder, one_file=WEIGHTS_FILE)
+    files = TensorFiles(folder, one_file=ADAPTER_WEIGHTS)
     if base_folder is None and config.moe:
         raise ValueError("load_adapter: a model with experts needs base_folder")
     table = TENSORS if base_folder is None else read_family(base_folder).tensors
@@ -175,6 +176,16 @@ def _check_shapes(files: TensorFiles, shapes: dict[str, tuple[int, ...]], folder
     if wrong or left_over:
         extra = [f"left over: {group_layers(left_over)}"] if left_over else []
         raise UserError(f"{folder}: the adapter does not fit the model: {'; '.join(wrong + extra)}: use its base model")
+
+
+def load_model(model: ModelFolder, *, mesh: Mesh | None = None, dtype: str = "float32") -> tuple[ModelConfig, dict]:
+    """ModelConfig and the whole parameter tree, adapters beside their kernels; see load_pretrained and load_adapter."""
+    vocab_size = needed_vocabulary(model.adapter)
+    config, params = load_pretrained(model.base, mesh=mesh, dtype=dtype, vocab_size=vocab_size)
+    if model.adapter is None:
+        return config, params
+    config, adapters = load_adapter(model.adapter, config, base_folder=model.base, mesh=mesh, dtype=dtype)
+    return config, merge_params(adapters, params)
 
 
 def check_base(folder: str | os.PathLike) -> None:
@@ -257,6 +268,7 @@ def _split_targets(lora: LoraConfig, table, config: ModelConfig) -> tuple[dict[s
 def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_name: str) -> dict:
     """What `peft.LoraConfig` needs; every key that is left out has its default there."""
     lora = config.lora
+    base_name, revision = base_name.split("@") if is_hub_name(base_name) and "@" in base_name else (base_name, None)
     modules, experts = _split_targets(lora, table, config)
     ranks = {module.split(".")[-1]: lora.rank_of(target) for target, module in modules.items()}
     for target, parameter in experts.items():
@@ -270,6 +282,7 @@ def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_nam
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": lora.rank,
+        "revision": revision,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
         "target_modules": sorted(module.split(".")[-1] for module in modules.values()),
         "target_parameters": sorted(set(experts.values())) or None,
@@ -299,7 +312,7 @@ def _find_targets(names: set[str], raw: dict, table, config: ModelConfig, folder
             )
         found.update(PARAMETERS[name])
     if not found:
-        raise UserError(f"{folder}: {WEIGHTS_FILE} has no adapter tensors: save the adapter again")
+        raise UserError(f"{folder}: {ADAPTER_WEIGHTS} has no adapter tensors: save the adapter again")
     return tuple(target for target in LINEARS if target in found)
 
 

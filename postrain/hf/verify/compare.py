@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.model_folder import find_model, load_model
+from postrain.hf.hub import find_model
+from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.reference import (
     compute_reference_logits,
     compute_reference_states,
@@ -145,7 +146,7 @@ def verify_random(folder: str | os.PathLike, *, num_layers: int = 0, seed: int =
     ``num_layers``: that many of the layers, 0 for all.
     """
     require_torch()
-    found = find_model(folder)
+    found = find_model(folder, weights=False)
     if found.adapter is not None:
         raise UserError(f"{folder}: --random makes the weights of a whole model, this is an adapter: give its base")
     with tempfile.TemporaryDirectory() as made:

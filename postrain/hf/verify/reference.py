@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.model_folder import ModelFolder
+from postrain.hf.hub import ModelFolder
 from postrain.hf.peft.rows import needed_vocabulary
 from postrain.hf.side_files import copy_side_files
 

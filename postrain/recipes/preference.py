@@ -1,0 +1,74 @@
+"""Preference learning: make the better of two answers to a prompt more likely, and the worse one less.
+
+    postrain train --config=configs/preference.py --workdir=RUN --config.model.path=DIR --config.data.train=pairs.jsonl
+
+Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the loss of a pair is -log sigmoid(beta *
+margin), where the margin is how much more the chosen answer has gained over the reference than the rejected one. The
+reference is the model without its new adapters, so no second model is in memory: adapters start without any effect.
+
+The two answers of a pair are segments of one packed row. The loss of an update is the mean over its pairs, divided
+once by their number. Left out: training every parameter, which needs the reference's logprobs from elsewhere.
+"""
+
+import os
+
+from jax.sharding import Mesh
+
+from postrain.config import Config
+from postrain.data.kinds.preference import LAYOUT
+from postrain.export.export import export_state
+from postrain.models.params import drop_adapters
+from postrain.objectives.preference import check_pairs, make_dpo_loss
+from postrain.report.charts import Chart
+from postrain.training.evaluate import make_loss_evaluator
+from postrain.training.forward import Forward
+from postrain.training.loop import open_loop
+from postrain.training.model import Model, load_model
+from postrain.training.program import Program, build_program
+from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
+from postrain.training.session import open_session
+
+CHARTS = (
+    Chart("Loss per pair", ("train/loss", "eval/loss")),
+    Chart("Share of pairs in the right order", ("train/rewards/accuracies", "eval/rewards/accuracies"), 0.0, 1.0),
+    Chart("Reward margin", ("train/rewards/margins", "eval/rewards/margins")),
+    Chart("log p of the chosen answer", ("train/logps/chosen", "eval/logps/chosen")),
+    Chart("log p of the rejected answer", ("train/logps/rejected", "eval/logps/rejected")),
+    Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
+)
+
+
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains adapters of ``config.model.path`` on ``config.data.train``, rows of kind preference.
+
+    Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
+    """
+    with open_session(config, workdir) as session:
+        rows = open_train_rows(session, kind="preference", check=check_pairs)
+        held_out = open_eval_rows(session, kind="preference", check=check_pairs)
+        total_steps = count_steps(session, rows)
+
+        model = load_model(config, session.model_folder, session.mesh)
+        program = make_program(config, model, session.mesh, total_steps)
+        session.print_summary(model, program, rows, held_out)
+
+        evaluators = [] if held_out is None else [make_loss_evaluator(session, program, held_out)]
+        with open_loop(session, program, model, rows, total_steps, evaluators, held_out) as loop:
+            for batch in loop:
+                loop.state, metrics = program.train_step(loop.state, batch)
+                loop.finish_step(metrics)
+
+        export_state(session, loop.state, model)
+        return session.write_report(rows, CHARTS)
+
+
+def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
+    """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
+    forward, section = Forward(model.config, chunk=config.model.loss_chunk), config.preference
+    loss_fn = make_dpo_loss(
+        forward.logprobs,
+        lambda params, batch: forward.logprobs(drop_adapters(params), batch),
+        beta=section.beta,
+        label_smoothing=section.label_smoothing,
+    )
+    return build_program(config, model, mesh, total_steps, loss_fn=loss_fn, layout=LAYOUT)

@@ -1,0 +1,119 @@
+"""Rows of a config: those that a loop trains on, as a source of batches, and those that are held out."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from postrain.cluster.processes import gather
+from postrain.data.batches.in_memory import ExampleSet, load_examples, make_eval_batches
+from postrain.data.batches.open import TrainRows
+from postrain.data.batches.open import open_train_rows as open_batches
+from postrain.data.batches.streamed import join_positions
+from postrain.data.documents import check_token_ids
+from postrain.sharding import data_process, make_global_batch
+from postrain.training.agreement import check_rows
+from postrain.training.compatibility import check_total_steps
+from postrain.training.model import find_vocab_size
+from postrain.training.session import Session
+from postrain.types import Batch, BatchFacts
+
+HOST_ARRAYS = ("row_ids", "metadata")  # of a batch, what no device computes with
+Check = Callable[[Mapping[str, np.ndarray]], None]  # of a numpy batch that a recipe cannot train on; raises UserError
+
+
+class Rows:
+    """``data.train`` as a ``Source`` of batches on the devices.
+
+    Attributes:
+      fingerprint: of the data pipeline; a checkpoint of another one is refused.
+      summary: what is known of the rows before training, several lines.
+      lengths: slots of each document where all were rendered before training, else empty.
+      sample: a document to show.
+      layout: the arrays of its batches besides those that all have.
+    """
+
+    def __init__(self, train_rows: TrainRows, mesh: Mesh, check: Check | None = None):
+        self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
+        self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
+        self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
+
+    def __next__(self) -> Batch:
+        self._last = next(self._batches)
+        if self._check is not None:
+            self._check(self._last)
+        return place_batch(self._last, self._mesh)
+
+    def describe_last(self) -> BatchFacts:
+        return BatchFacts(self._batches.describe_rows(self._last["row_ids"]), self._last)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any] | None, step: int) -> None:
+        if state is None:
+            self._batches.start_anew(step)
+        else:
+            self._batches.set_state(state)
+
+    def gather_state(self) -> dict[str, Any]:
+        """The position of the run, out of those of its processes; all must call it."""
+        return join_positions(gather(self.get_state()))
+
+    def format_consumption(self, state: dict[str, Any]) -> list[str]:
+        return self._batches.format_consumption(state)
+
+    def num_steps(self, epochs: float) -> int:
+        """Batches that show every document at least ``epochs`` times; known of rows in memory."""
+        return self._batches.num_steps(epochs)
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def open_train_rows(session: Session, kind: str, check: Check | None = None) -> Rows:
+    """``data.train``, all of it of one kind. Rows in memory are read, rendered, checked and counted here.
+
+    ``check``: what the recipe refuses besides; called with every batch. Raises UserError: a bad row, a token that the
+    model has no row for, processes that found other rows.
+    """
+    config, rejected = session.config, session.workdir / "rejected.jsonl"
+    process, processes = data_process(session.mesh)
+    with session.watchdog.phase("data"):
+        rows = open_batches(
+            session.tokenizer, config.data, rejected, kind=kind, process_index=process, process_count=processes
+        )
+    check_rows({"data.train": rows.fingerprint})
+    rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
+    return Rows(rows, session.mesh, check)
+
+
+def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> ExampleSet | None:
+    """``data.eval``, read, rendered and checked; None where the config has none. Raises as ``open_train_rows``."""
+    config = session.config
+    if not config.data.eval:
+        return None
+    rejected = session.workdir / "rejected.jsonl" if session.is_lead else None
+    with session.watchdog.phase("data"):
+        rows = load_examples(config.data.eval, session.tokenizer, config.data, rejected, kind=kind)
+    check_rows({"data.eval": rows.fingerprint})
+    check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
+    for batch in make_eval_batches(rows, config.data) if check else ():
+        check(batch)
+    return rows
+
+
+def count_steps(session: Session, rows: Rows) -> int:
+    """Steps of the whole run: ``train.steps``, or as many as its epochs take.
+
+    Raises UserError where the checkpoint in the workdir is already past them.
+    """
+    total = session.config.train.steps or rows.num_steps(session.config.train.epochs)
+    check_total_steps(session.workdir / "checkpoints", total)
+    return total
+
+
+def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+    """This process's rows of a batch -> the global batch on the devices of ``mesh``."""
+    return Batch.from_arrays(make_global_batch({k: v for k, v in arrays.items() if k not in HOST_ARRAYS}, mesh))

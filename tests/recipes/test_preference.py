@@ -1,0 +1,166 @@
+"""Direct preference optimisation from config to export: what it learns, logs, resumes and refuses.
+
+Its loss and gradients are held to trl's in tests/objectives/test_preference.py.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import transformers
+from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config
+
+import postrain
+from postrain.data.documents import layout_of
+from postrain.data.kinds.preference import LAYOUT
+from postrain.errors import UserError
+
+WORDS = ("red", "blue", "green", "grey", "pink", "gold")
+
+
+def write_pairs(path, count, first=0):
+    """Questions whose better answer is the word of the question, the worse one another word; ragged lengths."""
+    lines = []
+    for i in range(first, first + count):
+        word, other = WORDS[i % 6], WORDS[(i + 1 + i // 6 % 5) % 6]
+        lines.append(json.dumps({"prompt": f"{i} {word}", "chosen": word, "rejected": f"{other} " * (1 + i % 3)}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train.jsonl", 36)
+    write_pairs(folder / "eval.jsonl", 7, first=36)
+    return folder
+
+
+def values_of(inputs, pairs, **sections):
+    data = {"train": str(pairs / "train.jsonl"), "eval": str(pairs / "eval.jsonl")}
+    own = {"data": data, "eval": {"every": 4, "generate_rows": 0}, "train": {"steps": 8}, "checkpoint": {"every": 4}}
+    values = make_values(inputs, **{name: own.get(name, {}) | sections.get(name, {}) for name in own | sections})
+    return values | {"recipe": "preference", "preference": {"beta": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, pairs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("preference") / "run"
+    return workdir, postrain.train(values_of(inputs, pairs), workdir)
+
+
+def test_pairs_are_learned_and_every_number_of_the_margin_is_logged(finished):
+    workdir, metrics = finished
+    lines = read_lines(workdir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(9))
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    names += ["logps/chosen", "logps/rejected"]
+    assert all(f"train/{name}" in line for line in lines[1:] for name in names)
+    first, last = lines[0], lines[-1]
+    # The reference is the model without its adapters, which have no effect at the start.
+    assert first["eval/loss"] == pytest.approx(np.log(2), rel=1e-6) and first["eval/rewards/margins"] == 0
+    assert last["eval/loss"] < 0.95 * first["eval/loss"] and last["eval/rewards/accuracies"] > 0.5
+    margin = last["eval/rewards/chosen"] - last["eval/rewards/rejected"]
+    assert metrics["eval/rewards/margins"] == pytest.approx(margin, rel=1e-5)
+
+
+def test_the_weight_of_a_step_is_its_pairs(inputs, pairs, tmp_path):
+    """The packed rows of an epoch as one batch: its weight is the number of all pairs."""
+    values = values_of(inputs, pairs, data={"batch_size": 11}, train={"steps": 1}, eval={"before": False})
+    values["export"] = {"format": "none"}
+    postrain.train(values, tmp_path / "run")
+    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["train/weight"] == 36, "36 pairs in 11 rows"
+
+
+def test_the_exported_model_has_the_logged_margins(inputs, pairs, finished):
+    """transformers, on the two folders and no adapters, gives the margins of the last evaluation."""
+    import torch
+
+    workdir, metrics = finished
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export")
+    load = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy, reference = load(workdir / "export"), load(inputs / "model")
+
+    def logp(model, prompt, answer):
+        start = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        ids = tokenizer(prompt + answer, add_special_tokens=False, return_tensors="pt").input_ids
+        end = torch.tensor([[tokenizer.eos_token_id]])
+        ids = torch.cat([ids, end], 1)
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        return logprobs[torch.arange(ids.shape[1] - 1), ids[0, 1:]][start - 1 :].sum().item()
+
+    margins = []
+    for row in read_lines(pairs / "eval.jsonl"):
+        gain = lambda answer, row=row: logp(policy, row["prompt"], answer) - logp(reference, row["prompt"], answer)
+        margins.append(0.5 * (gain(row["chosen"]) - gain(row["rejected"])))
+    assert np.mean(margins) == pytest.approx(metrics["eval/rewards/margins"], rel=1e-3)
+    assert np.mean(np.array(margins) > 0) == metrics["eval/rewards/accuracies"]
+
+
+def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, pairs, finished, tmp_path, monkeypatch):
+    from postrain.training.rows import Rows
+
+    next_batch, calls = Rows.__next__, []
+
+    def crash(rows):
+        calls.append(1)
+        if len(calls) == 7:
+            raise MemoryError("no room")
+        return next_batch(rows)
+
+    monkeypatch.setattr(Rows, "__next__", crash)
+    with pytest.raises(MemoryError):
+        postrain.train(values_of(inputs, pairs), tmp_path / "run")
+    monkeypatch.undo()
+    postrain.train(values_of(inputs, pairs), tmp_path / "run")
+    reference = finished[0]
+    assert read_folder(tmp_path / "run" / "export") == read_folder(reference / "export")
+    metrics = [without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", reference)]
+    assert metrics[0] == metrics[1]
+
+
+def test_the_report_shows_the_margins(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert re.search("rewards/margins|Reward margin", page)
+
+
+def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, pairs):
+    from postrain.config import resolve
+    from postrain.data.batches.in_memory import load_examples
+    from postrain.data.rendering.tokenizer import load_tokenizer
+
+    config = resolve(values_of(inputs, pairs))
+    rows = load_examples(config.data.train, load_tokenizer(inputs / "model"), config.data, kind="preference")
+    assert layout_of(rows.examples[0]) == LAYOUT
+
+
+def test_the_plan_of_a_preference_run_compiles(inputs, pairs, tmp_path):
+    config = write_config(tmp_path / "c.py", values_of(inputs, pairs))
+    result = run_cli("plan", f"--config={config}", "--target=cpu:8", "--config.data.batch_size=8", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"lora": {"rank": 0}}}, "recipe 'preference' .* 'model.lora.rank' above 0"),
+        ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "'model.new_tokens'"),
+        ({"eval": {"generate_rows": 2}}, "'eval.generate_rows'"),
+    ],
+)
+def test_settings_that_dpo_cannot_have_are_refused(inputs, pairs, tmp_path, sections, words):
+    with pytest.raises(UserError, match=words) as caught:
+        postrain.train(values_of(inputs, pairs, **sections), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_lists_of_three_answers_are_refused(inputs, tmp_path):
+    row = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 2, 3]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    values = values_of(inputs, tmp_path, data={"eval": []})
+    with pytest.raises(UserError, match="3 answers; expected 2"):
+        postrain.train(values, tmp_path / "run")
