@@ -30,7 +30,7 @@ WITHOUT_ARRAYS = {
     "hf/verify/": "a command of one process",
     "plan/": "compiled, never run",
     "rollout/chat.py": "a command of one process",
-    "training/flops.py": "batches before they are placed on devices, in numpy",
+    "models/flops.py": "batches before they are placed on devices, in numpy",
 }
 # Single expressions.
 ALLOWED = {

@@ -33,13 +33,13 @@ from postrain.hf.save import save_pretrained
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_lora, merge_params
 from postrain.models.quantized import dequantize_params
+from postrain.report.workdir import read_config
 from postrain.sharding import make_mesh
 from postrain.training.compatibility import check_record
 from postrain.training.model import Model, load_model
 from postrain.training.optimizer import make_optimizer
 from postrain.training.session import Session
 from postrain.training.step import abstract_train_state
-from postrain.training.workdir import read_config
 from postrain.types import TrainState
 
 

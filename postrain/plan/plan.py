@@ -24,6 +24,7 @@ from postrain.config import Config
 from postrain.errors import UserError
 from postrain.hf.hub import locate_model
 from postrain.models.config import LoraConfig
+from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives
 from postrain.plan.report import (
     Attempt,
@@ -39,7 +40,6 @@ from postrain.plan.report import (
 from postrain.plan.roofline import bound_step, count_traced_flops
 from postrain.plan.targets import INSTALL, Target, open_target
 from postrain.sharding import make_mesh, num_row_shards
-from postrain.training.flops import BatchStats, count_flops, count_pairs
 from postrain.training.model import Model, abstract_model, count_params
 from postrain.training.program import Program
 from postrain.training.summary import describe_undivided

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from postrain.training.flops import format_count
+from postrain.models.flops import format_count
 
 KIBI = 1024
 LABELS = {  # of the fields of Memory, in the order of the report

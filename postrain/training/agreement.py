@@ -24,7 +24,7 @@ from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.files.hub import fetch_small_files
 from postrain.errors import UserError, shorten
 from postrain.files import digest, spread
-from postrain.training.workdir import make_workdir
+from postrain.report.workdir import make_workdir
 from postrain.trees import flatten
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")

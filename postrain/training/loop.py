@@ -24,19 +24,19 @@ from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.batches.streamed import join_positions
+from postrain.models.flops import BatchStats, compute_perf, count_batch
 from postrain.report.metrics import MetricsWriter
 from postrain.report.progress import ProgressLine
+from postrain.report.workdir import find_changed_reports, report_facts, save_config
 from postrain.sharding import data_process, to_host
 from postrain.training.compatibility import check_record, format_config_changes
 from postrain.training.evaluate import Evaluator
-from postrain.training.flops import BatchStats, compute_perf, count_batch
 from postrain.training.model import Model
 from postrain.training.program import Program
 from postrain.training.session import Session
 from postrain.training.spikes import SpikeGuard
 from postrain.training.step import init_train_state
 from postrain.training.summary import format_metrics
-from postrain.training.workdir import find_changed_reports, report_facts, save_config
 from postrain.types import RunRecord, Source, TrainState
 
 _SECONDS_TO_CLOSE = 1.0  # for the thread that prepares batches

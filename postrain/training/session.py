@@ -23,6 +23,7 @@ from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
 from postrain.report.charts import CHARTS, Chart
 from postrain.report.page import write_report
+from postrain.report.workdir import last_step, last_values, open_workdir
 from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
@@ -36,7 +37,6 @@ from postrain.training.summary import (
     format_metrics,
     format_summary,
 )
-from postrain.training.workdir import last_step, last_values, open_workdir
 
 if TYPE_CHECKING:
     from postrain.training.rows import Rows

@@ -17,8 +17,8 @@ from postrain.data.batches.open import open_train_rows
 from postrain.data.kinds import registry
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
+from postrain.report.workdir import read_config, save_config
 from postrain.training.agreement import config_facts
-from postrain.training.workdir import read_config, save_config
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "data.md"
 FUNCTION = '''

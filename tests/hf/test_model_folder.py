@@ -17,8 +17,8 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_model, save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.params import init_lora, merge_params
+from postrain.report.workdir import save_config
 from postrain.rollout.chat import generate
-from postrain.training.workdir import save_config
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from tiny_models import make_tiny_model
 import postrain
 from postrain.errors import UserError
 from postrain.hf.verify.compare import verify
-from postrain.training.workdir import read_metrics
+from postrain.report.workdir import read_metrics
 
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MODELS = {

@@ -5,7 +5,7 @@ from sft_runs import make_values
 
 import postrain
 from postrain.hf.verify.compare import verify
-from postrain.training.workdir import read_metrics
+from postrain.report.workdir import read_metrics
 
 
 @pytest.mark.parametrize("rank", [0, 4])

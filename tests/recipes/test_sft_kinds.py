@@ -8,7 +8,7 @@ from sft_runs import make_values, read_folder
 from postrain.config.load import load_config
 from postrain.errors import UserError
 from postrain.recipes import train
-from postrain.training.workdir import read_config
+from postrain.report.workdir import read_config
 
 CONFIG = """
 def to_chat(row):

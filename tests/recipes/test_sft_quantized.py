@@ -12,9 +12,9 @@ from postrain.export.export import export_workdir
 from postrain.hf.load import load_pretrained
 from postrain.hf.verify.compare import verify
 from postrain.models.quantized import dequantize_params
+from postrain.report.workdir import read_metrics
 from postrain.sharding import make_mesh
 from postrain.training.model import abstract_model, load_model
-from postrain.training.workdir import read_metrics
 
 
 def values_of(inputs, kind="nf4", **sections):

@@ -18,12 +18,12 @@ from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
 from postrain.export.export import export_workdir
+from postrain.report.workdir import lock_workdir
 from postrain.sharding import make_mesh
 from postrain.training.compatibility import format_config_changes
 from postrain.training.model import load_model
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state
-from postrain.training.workdir import lock_workdir
 from postrain.types import RunRecord
 
 STEPS = 40

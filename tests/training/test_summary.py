@@ -10,9 +10,9 @@ import pytest
 from postrain.config import MeshConfig
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig, MoeConfig
+from postrain.report.workdir import make_workdir, open_workdir
 from postrain.sharding import make_mesh
 from postrain.training.summary import describe_backends, describe_overlong
-from postrain.training.workdir import make_workdir, open_workdir
 
 CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
 

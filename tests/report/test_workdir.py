@@ -5,7 +5,7 @@ import os
 import pytest
 
 from postrain.errors import UserError
-from postrain.training.workdir import REPORTS, find_changed_reports, report_facts
+from postrain.report.workdir import REPORTS, find_changed_reports, report_facts
 
 TEXT = '{"step": 1}\n{"step": 2}\n'
 

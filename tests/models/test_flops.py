@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
-from postrain.models.params import init_lora, init_params, merge_params
-from postrain.objectives.sft import make_sft_loss
-from postrain.training.flops import (
+from postrain.models.flops import (
     BatchStats,
     compute_perf,
     count_batch,
@@ -20,6 +18,8 @@ from postrain.training.flops import (
     num_linear_params,
     peak_flops,
 )
+from postrain.models.params import init_lora, init_params, merge_params
+from postrain.objectives.sft import make_sft_loss
 from postrain.training.forward import Forward
 from postrain.types import Batch
 
