@@ -139,8 +139,8 @@ def _check_sources(data: DataConfig) -> None:
     unsized = [source for source in data.train if source.dataset is not None and not source.weight]
     if data.streaming and len(data.train) > 1 and unsized:
         raise UserError(
-            "config key 'data.train': a source with 'dataset' has no size in bytes, which the shares of a stream depend on "
-            "where there are no weights: give every source a 'weight'"
+            "config key 'data.train': a source with 'dataset' has no size in bytes, which shares in a stream go by "
+            "without weights: give every source a 'weight'"
         )
 
 

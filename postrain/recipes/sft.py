@@ -16,21 +16,7 @@ import os
 from jax.sharding import Mesh
 
 from postrain.config import Config
-<<<<<<< HEAD
-from postrain.data.batches.in_memory import load_examples
-from postrain.data.batches.open import open_train_rows
-from postrain.data.documents import check_token_ids
-from postrain.data.preview import render_tokens_html
-from postrain.data.rendering.tokenizer import load_run_tokenizer
-from postrain.export.export import export_state, fingerprint_base
-from postrain.hf.folders import check_replaceable, clear_leftovers
-from postrain.hf.hub import locate_model
-from postrain.hf.peft.adapter import check_base
-from postrain.models.attention.check import check_backend
-from postrain.models.transformer import compute_hidden, compute_hidden_and_terms, unembedding
-=======
 from postrain.export.export import export_state
->>>>>>> main
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.answers import make_answer_evaluator
 from postrain.training.evaluate import make_loss_evaluator

@@ -131,7 +131,7 @@ class Renderer:
         return text
 
     def turn(self, k: int) -> tuple[str, str, str]:
-        """Prompt and continuation of assistant message k, with marks, and the template switch of the prompt (see Sequence).
+        """Prompt and continuation of assistant message k, with marks, and the prompt's template switch (see Sequence).
 
         Raises:
           Refusal: no generation prompt of the template leads to a faithful continuation.
