@@ -208,7 +208,7 @@ def test_a_function_that_cannot_be_known_again_is_refused(function, reason):
 
 
 def test_the_function_of_the_guide(tmp_path, tokenizer):
-    [text] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    text = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0]
     rows = [
         {"question": "q ", "a": "yes", "b": "no", "votes_a": 1, "votes_b": 2},
         {"question": "q ", "a": "yes", "b": "no", "votes_a": 2, "votes_b": 2},

@@ -44,7 +44,8 @@ def fingerprint_rows(
       examples: the rendered documents, in order.
     """
     described = [
-        {"name": source.name, "files": _file_facts(of_source)} | source.identity
+        {"name": source.name, "files": _file_facts(of_source if isinstance(source, FileSource) else [])}
+        | source.identity
         for source, of_source in zip(sources, files, strict=True)
     ]
     return _pipeline_facts(described, tokenizer, config) | {"documents": hash_documents(examples)}
