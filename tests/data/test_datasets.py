@@ -107,7 +107,7 @@ def test_streamed_a_dataset_goes_on_from_any_position(tmp_path, tokenizer, datas
 
 
 def run_until_killed(config, folder, tokenizer_folder, position, steps, kill_at):
-    """Reads batches as a run does, with its position and its arrays on the disk after each; SIGKILL before ``kill_at``."""
+    """Reads batches, and writes the arrays and the position after each to the disk; SIGKILL before ``kill_at``."""
     batches = open_train_rows(load_tokenizer(tokenizer_folder), config).batches
     if position:
         batches.set_state(json.loads((folder / f"{position}.json").read_text()))
