@@ -11,9 +11,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from postrain.config import Config
-from postrain.data.batches.loading import ExampleSet, load_examples
+from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
-from postrain.data.batches.report import count
+from postrain.data.batches.row_counts import count
 from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
@@ -148,7 +148,7 @@ def _write_html(
     tables = []
     for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        notes = [example_set.report.describe_packing(), *example_set.report.describe_more()]
+        notes = [example_set.report.format_packing(), *example_set.report.format_notes()]
         table = {"name": name, "header": header, "lines": lines, "notes": notes}
         tables.append(table | {"histogram": _histogram(example_set)})
     documents = [

@@ -5,7 +5,6 @@ any row is rendered and the model is loaded. ``check_record`` compares once more
 documents.
 """
 
-import bisect
 import dataclasses
 import json
 import os
@@ -14,12 +13,8 @@ import pathlib
 from postrain.checkpoint.checkpointer import parse_record
 from postrain.checkpoint.checksums import verify_checksums
 from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.config import Config, OptimizerConfig, SourceConfig, to_dict
-from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, make_fingerprint
-from postrain.data.batches.open import fingerprint_stream
-from postrain.data.batches.shard_reader import open_block_source
-from postrain.data.batches.source import Source, open_source
-from postrain.data.messages import BadRow
+from postrain.config import Config, OptimizerConfig, to_dict
+from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
@@ -137,31 +132,8 @@ def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict
 
     The documents are not known yet, nor the parts that a recipe's own source adds.
     """
-    if config.data.streaming:
-        sources = [open_block_source(source, config.data) for source in config.data.train]
-        return saved | fingerprint_stream(sources, tokenizer, config.data)
-    files = [_list_files(source) for source in config.data.train]
-    now = make_fingerprint(files, tokenizer, [], config.data)
-    return saved | now | {"documents": saved.get("documents")}
-
-
-def _list_files(config: SourceConfig) -> tuple[str, list[str], dict]:
-    """Name of a source, its files that have rows, in order, and what else tells its rows."""
-    source, files, row = open_source(config), [], 0
-    while row < len(source):
-        file = _file_of(source, row)
-        files.append(file)
-        # The rows of a file stand together: where the next one begins is found without reading them all.
-        key = lambda other, file=file: _file_of(source, other) != file
-        row = bisect.bisect_left(range(len(source)), True, lo=row, key=key)
-    return source.name, files, source.parser.identity
-
-
-def _file_of(source: Source, row: int) -> str:
-    try:
-        return source.raw(row)[0].file
-    except BadRow as error:
-        return error.ref.file
+    known = {"documents": saved.get("documents")} if not config.data.streaming else {}
+    return saved | fingerprint_config(tokenizer, config.data) | known
 
 
 def _compare_models(saved: dict | None, now: dict | None) -> list[str]:

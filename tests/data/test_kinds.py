@@ -18,8 +18,7 @@ from kind_fixtures import (
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, MixtureSection, ModelSection
-from postrain.data.batches.in_memory import make_eval_batches, make_train_iterator
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples, make_eval_batches, make_train_iterator
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.streamed import join_positions
 from postrain.data.preview import preview

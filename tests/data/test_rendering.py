@@ -457,7 +457,7 @@ DEFAULT_OFF = (
     ],
 )
 def test_answers_say_how_their_prompts_were_asked_for(template, messages, asked):
-    assert [r.asked for r in render_row({"messages": messages}, load_real("qwen3", template))] == asked
+    assert [r.template_switches for r in render_row({"messages": messages}, load_real("qwen3", template))] == asked
 
 
 def test_several_answers_of_a_sequence_each_say_it():
@@ -470,5 +470,5 @@ def test_several_answers_of_a_sequence_each_say_it():
     )
     messages = [USER, ANSWER, USER, THOUGHTFUL, USER, ANSWER | {"content": "<|im_end|>"}]
     (rendered,) = render_row({"messages": messages}, load_real("qwen3", template))
-    assert rendered.asked == ("enable_thinking=False", "", "enable_thinking=False")
+    assert rendered.template_switches == ("enable_thinking=False", "", "enable_thinking=False")
     assert len(trained_runs(rendered)) == 3

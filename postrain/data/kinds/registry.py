@@ -112,6 +112,8 @@ class RowParser:
         for ref, raw in () if self._told else rows:
             try:
                 row = self._apply(ref, raw)
+                if row is not None:
+                    check_object(row, ref)
             except BadRow as e:
                 bad = bad or [str(e)]
                 row = e

@@ -45,13 +45,13 @@ class Encoded:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
         self.text, self.spans = sequence.text, sequence.spans
-        self.asked = sequence.asked or ("",) * len(sequence.spans)
+        self.template_switches = sequence.template_switches or ("",) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
         self._ids, self._starts, self._places = encoded
 
     def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
-        The third is ``Sequence.asked`` of its spans, or nothing where all of them are empty.
+        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty.
 
         One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
         the ids are no longer those that serving would encode for a later prompt.
@@ -61,10 +61,10 @@ class Encoded:
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span, asked in zip(self.spans, self.asked, strict=True):
+        for span, switch in zip(self.spans, self.template_switches, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
-            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, asked))
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, switch))
         groups = [[cut] for cut in apart]
         groups += [whole] if whole else []
         groups.sort(key=lambda group: group[0][1])
@@ -83,8 +83,8 @@ class Encoded:
         mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
         if not mask.any():
             raise Refusal("it has no token to train on")
-        asked = tuple(asked for *_, asked in group)
-        return ids, mask, asked if any(asked) else ()
+        switches = tuple(switch for *_, switch in group)
+        return ids, mask, switches if any(switches) else ()
 
     def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
@@ -184,7 +184,7 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
         shifts.append(length - done)
     out.append(sequence.text[done:])
     move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
-    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.asked)
+    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.template_switches)
 
 
 @functools.lru_cache(maxsize=16)

@@ -175,9 +175,9 @@ def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadR
         mine = [next(encoded) for _ in plan]
         try:
             yield [
-                Rendered(tokens, mask, ref, asked=asked)
+                Rendered(tokens, mask, ref, template_switches=switches)
                 for e in mine
-                for tokens, mask, asked in e.sequences(prefix, suffix)
+                for tokens, mask, switches in e.sequences(prefix, suffix)
             ]
         except Refusal as e:
             yield BadRow(ref, str(e), e.advice)

@@ -57,13 +57,13 @@ class Sequence:
 
     Attributes:
       spans: character ranges that the model must produce.
-      asked: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
-        where it does not. Or nothing at all, where none does.
+      template_switches: for each span how its prompt differs from the template's default, as "enable_thinking=False",
+        else ""; empty where none does.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    asked: tuple[str, ...] = ()
+    template_switches: tuple[str, ...] = ()
 
 
 def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
@@ -80,16 +80,17 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         if message["role"] != "assistant" or message.get("train") is False:
             continue
         try:
-            prompt, continuation, asked = renderer.turn(k)
+            prompt, continuation, switch = renderer.turn(k)
         except Refusal as e:
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
         if sequences and prompt.startswith(reached):
             before = sequences.pop()
-            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.asked, asked)))
+            switches = (*before.template_switches, switch)
+            sequences.append(Sequence(prompt + continuation, (*before.spans, span), switches))
         else:
-            sequences.append(Sequence(prompt + continuation, (span,), (asked,)))
+            sequences.append(Sequence(prompt + continuation, (span,), (switch,)))
         reached = prompt + continuation
     return sequences
 
@@ -130,7 +131,7 @@ class Renderer:
         return text
 
     def turn(self, k: int) -> tuple[str, str, str]:
-        """Prompt and continuation of assistant message k, with marks, and how the prompt was asked for (Sequence).
+        """Prompt and continuation of assistant message k, with marks, and the prompt's template switch (see Sequence).
 
         Raises:
           Refusal: no generation prompt of the template leads to a faithful continuation.
@@ -138,13 +139,13 @@ class Renderer:
         refusal = None
         for variables in self.generation_prompts(k):
             try:
-                return *self._turn(k, variables), self._describe_asking(variables)
+                return *self._turn(k, variables), self._format_switch(variables)
             except Refusal as e:
                 # The default prompt's reason is the one to show; it is among those tried.
                 refusal = e if refusal is None or not variables else refusal
         raise refusal
 
-    def _describe_asking(self, variables: dict) -> str:
+    def _format_switch(self, variables: dict) -> str:
         if not variables or not self.template.changes_prompt(**variables):
             return ""
         return ", ".join(f"{name}={value}" for name, value in variables.items())
