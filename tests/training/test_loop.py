@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from postrain.config import resolve
@@ -47,11 +48,8 @@ class Pairs:
 
     def describe_last(self):
         names = ", ".join(facts.rows for facts in self._facts)
-        arrays = {
-            name: jnp.concatenate([facts.arrays[name] for facts in self._facts])
-            for name in ("segment_ids", "loss_mask")
-        }
-        return BatchFacts(names, arrays)
+        joined = {name: [facts.arrays[name] for facts in self._facts] for name in ("segment_ids", "loss_mask")}
+        return BatchFacts(names, {name: np.concatenate(arrays) for name, arrays in joined.items()})
 
     def get_state(self):
         return {"rows": self._rows.get_state(), "items": self._items}
