@@ -14,7 +14,7 @@ from typing import Any
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import PREFIX, identify_function
 from postrain.data.documents import Document, Rendered, cut_end
-from postrain.data.kinds import id_rows, preference, prompts
+from postrain.data.kinds import events, preference, prompts, teacher
 from postrain.data.messages import SFT_FORMS, BadRow, RowRef, check_object, find_form, name_keys, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -52,17 +52,19 @@ def _parse_sft(raw: dict, form: str, ref: RowRef) -> Any:
     return parse_row(raw, form or "sft", ref)
 
 
+def _render_parsed(examples: Iterable[Rendered], tokenizer: Any, **_: Any) -> Iterator[list[Document] | BadRow]:
+    """For rows of ids, which are documents as soon as they are parsed."""
+    return ([example] for example in examples)
+
+
 SFT = Kind("sft", SFT_FORMS, _parse_sft, render_many, cut_end)
 KINDS = {
     kind.name: kind
     for kind in (
         SFT,
         Kind("preference", preference.FORMS, preference.parse_preference, preference.render_preferences, None),
-        Kind("kd", id_rows.KD_FORMS, id_rows.parse_teacher_row, id_rows.render_as_is, cut_end),
-        Kind(
-            "events", id_rows.EVENT_FORMS, id_rows.parse_events, id_rows.render_as_is, id_rows.keep_latest,
-            is_text=False,
-        ),
+        Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
+        Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),
     )
 }  # fmt: skip
