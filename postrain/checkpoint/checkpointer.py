@@ -22,8 +22,15 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from postrain.checkpoint.checksums import sync_folder, verify_checksums, write_checksums
-from postrain.checkpoint.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
+from postrain.checkpoint.integrity import (
+    Damaged,
+    format_cause,
+    is_damaged,
+    is_out_of_memory,
+    sync_folder,
+    verify_checksums,
+    write_checksums,
+)
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
 from postrain.errors import UserError, shorten
@@ -170,7 +177,7 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is not None:
             error = pending.exception()
-            others = gather(describe_cause(error) if error else "")
+            others = gather(format_cause(error) if error else "")
             if error is not None or any(others):
                 self._fail(error or Damaged(next(filter(None, others))))
 
@@ -271,7 +278,7 @@ class Checkpointer:
     def _is_good(self, step: int, error: Exception | None) -> bool:
         """Whether no process has met an error in this checkpoint. If one has, all of them go by one judgement of it,
         made before anything is moved: it is set aside, or where it may be whole UserError is raised."""
-        own = error and [describe_cause(error), is_damaged(self._folder / str(step), error), is_out_of_memory(error)]
+        own = error and [format_cause(error), is_damaged(self._folder / str(step), error), is_out_of_memory(error)]
         found = [judged for judged in gather(own) if judged]
         if found:
             self._set_aside(step, *min(found, key=lambda judged: judged[1]), error)

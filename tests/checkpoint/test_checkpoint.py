@@ -15,7 +15,7 @@ import pytest
 from toy_network import compute_loss, make_batch, make_params
 
 from postrain.checkpoint.checkpointer import Checkpointer
-from postrain.checkpoint.checksums import MANIFEST, write_checksums
+from postrain.checkpoint.integrity import MANIFEST, write_checksums
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
