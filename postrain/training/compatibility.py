@@ -23,7 +23,7 @@ from postrain.data.messages import BadRow
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
-from postrain.training.optimizer import describe_structure
+from postrain.training.optimizer import state_structure
 from postrain.trees import flatten
 from postrain.types import RunRecord
 
@@ -192,11 +192,11 @@ def _compare_optimizers(saved: dict, now: OptimizerConfig) -> list[str]:
     """The keys that give the optimizer's state other arrays; all others may change."""
     fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
     before = OptimizerConfig(**{key: saved[key] for key in fields if key in saved})
-    shape = describe_structure(before)
-    if describe_structure(now) == shape:
+    shape = state_structure(before)
+    if state_structure(now) == shape:
         return []
     changed = [key for key in fields if getattr(before, key) != getattr(now, key)]
     alone = [
-        key for key in changed if describe_structure(dataclasses.replace(before, **{key: getattr(now, key)})) != shape
+        key for key in changed if state_structure(dataclasses.replace(before, **{key: getattr(now, key)})) != shape
     ]
     return [f"optimizer.{key}: was {getattr(before, key)!r}, is {getattr(now, key)!r}" for key in alone or changed]

@@ -28,7 +28,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
     for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up that is longer than the run is
-    cut to it, a final decay to what the warm-up leaves (``describe_cut`` says so). Raises UserError when the run has
+    cut to it, a final decay to what the warm-up leaves (``format_schedule_warning`` says so). Raises UserError when the run has
     no updates.
     """
     if total_steps < 1:
@@ -40,7 +40,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
 
 
-def describe_structure(config: OptimizerConfig) -> tuple:
+def state_structure(config: OptimizerConfig) -> tuple:
     """What of the train state depends on ``config``: equal for configs of which one can go on with the other's."""
     matrix, vector = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
     params = {"layers": {"q": {"kernel": matrix}}, "final_norm": {"scale": vector}}
@@ -70,7 +70,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def describe_cut(config: OptimizerConfig, total_steps: int) -> str:
+def format_schedule_warning(config: OptimizerConfig, total_steps: int) -> str:
     """A warning where the schedule asks for more steps than the run has, else ""; one line."""
     count = lambda steps: f"{steps:,} step{'s' * (steps != 1)}"
     left, cut = max(total_steps - config.warmup_steps, 0), []

@@ -14,7 +14,7 @@ from postrain.models.attention.dispatch import select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.flops import format_formula
 from postrain.models.params import adapter_specs, axes_of, frozen_specs, shapes_of
-from postrain.sharding import data_process, describe_mesh, mesh_context, num_row_shards, undivided_dimensions
+from postrain.sharding import data_process, format_mesh, mesh_context, num_row_shards, undivided_dimensions
 from postrain.training.model import Model, count_params
 
 
@@ -28,18 +28,18 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
     lines = [
         "config (* = not the default)",
         format_config(config),
-        f"devices     {describe_mesh(mesh)}, jax {jax.__version__}",
-        *(f"            {line}" for line in describe_undivided(model, mesh)),
+        f"devices     {format_mesh(mesh)}, jax {jax.__version__}",
+        *(f"            {line}" for line in format_undivided(model, mesh)),
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
         f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts"
         f" = {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
-        *describe_backends(model.config, mesh),
+        *format_backends(model.config, mesh),
         f"MFU         {format_formula(model.config)}",
     ]
     return "\n".join(lines)
 
 
-def describe_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
+def format_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
     """What computes attention and the experts. Raises UserError where the devices cannot run what is asked for."""
     with mesh_context(mesh):
         lines = [f"attention   {select_backend(config.attention)}, {config.compute_dtype}, remat {config.remat}"]
@@ -48,13 +48,13 @@ def describe_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
     return lines
 
 
-def describe_undivided(model: Model, mesh: Mesh) -> list[str]:
+def format_undivided(model: Model, mesh: Mesh) -> list[str]:
     """What the mesh leaves whole although it names an axis for it."""
     specs = [frozen_specs(model.config), adapter_specs(model.config)]
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
 
 
-def describe_overlong(lengths: Sequence[int], config: ModelConfig) -> str:
+def format_overlong_warning(lengths: Sequence[int], config: ModelConfig) -> str:
     """A warning where documents take more positions than the model was made for, else ""."""
     longer = sum(int(length) > config.max_positions for length in lengths)
     if not longer:
@@ -89,11 +89,11 @@ def format_metrics(step: int, metrics: Mapping[str, float]) -> str:
     return "  ".join([f"step {step}", *parts])
 
 
-def describe_environment(mesh: Mesh) -> dict[str, str]:
+def environment_facts(mesh: Mesh) -> dict[str, str]:
     """What the numbers of a report depend on besides the config."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "transformers", "numpy")}
     return {
-        "devices": describe_mesh(mesh),
+        "devices": format_mesh(mesh),
         "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **versions,

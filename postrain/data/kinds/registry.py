@@ -122,7 +122,7 @@ class RowParser:
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
             if other := find_form(found, _FORMS):
-                others = others or [f"{ref} {_describe_other(_KIND_OF[other])}"]
+                others = others or [f"{ref} {_format_kind(_KIND_OF[other])}"]
             untold += row is not None
             if untold == _ENOUGH:
                 self.looked_at = f"its first {_ENOUGH:,}"
@@ -169,7 +169,7 @@ class RowParser:
         if self._decided_by is None:
             keys = ", or ".join(" and ".join(map(repr, keys)) for keys in self.kind.forms.values())
             reason = f"expected a row of {self.expected}, with the keys {keys}; found {name_keys(row)}"
-            raise BadRow(ref, f"{reason}; it {_describe_other(kind)}")
+            raise BadRow(ref, f"{reason}; it {_format_kind(kind)}")
         raise BadRow(
             ref,
             f"expected a row of kind {expected}, as the first at {self._decided_by}; found one of kind {found}",
@@ -177,7 +177,7 @@ class RowParser:
         )
 
 
-def _describe_other(kind: Kind) -> str:
+def _format_kind(kind: Kind) -> str:
     return f"is a row of kind {kind.name}: set kind='{kind.name}' for the source"
 
 

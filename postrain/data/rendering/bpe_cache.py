@@ -152,7 +152,7 @@ def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
 @functools.lru_cache(maxsize=8)
 def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
     added = fast.get_added_tokens_decoder()
-    model, normalizer, before = fast.model, _describe(fast.normalizer), _describe(fast.pre_tokenizer)
+    model, normalizer, before = fast.model, _part_facts(fast.normalizer), _part_facts(fast.pre_tokenizer)
     if not isinstance(model, tokenizers.models.BPE) or model.dropout or fast.truncation or fast.padding:
         return None
     if normalizer not in ({}, {"type": "NFC"}):
@@ -168,7 +168,7 @@ def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
     return Words(fast, {token.content: i for i, token in added.items()})
 
 
-def _describe(part) -> dict:
+def _part_facts(part) -> dict:
     """A part of a tokenizer as tokenizer.json has it; {} for none."""
     return json.loads(part.__getstate__()) if part is not None else {}
 

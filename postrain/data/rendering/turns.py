@@ -138,13 +138,13 @@ class Renderer:
         refusal = None
         for variables in self.generation_prompts(k):
             try:
-                return *self._turn(k, variables), self._describe_asking(variables)
+                return *self._turn(k, variables), self._format_switches(variables)
             except Refusal as e:
                 # The default prompt's reason is the one to show; it is among those tried.
                 refusal = e if refusal is None or not variables else refusal
         raise refusal
 
-    def _describe_asking(self, variables: dict) -> str:
+    def _format_switches(self, variables: dict) -> str:
         if not variables or not self.template.changes_prompt(**variables):
             return ""
         return ", ".join(f"{name}={value}" for name, value in variables.items())
