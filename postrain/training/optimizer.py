@@ -27,9 +27,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     Names: "adamw"; "lion" (Chen et al. 2023, arXiv:2302.06675); "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
-    for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up that is longer than the run is
-    cut to it, a final decay to what the warm-up leaves (``format_schedule_warning`` says so). Raises UserError when the run has
-    no updates.
+    for the rest. Values are those that ``postrain.config.resolve`` accepts. A warm-up that is longer than the run is
+    cut to it, a final decay to the steps that the warm-up leaves (``format_schedule_warning``). Raises UserError when
+    the run has no updates.
     """
     if total_steps < 1:
         raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
@@ -41,7 +41,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
 
 
 def state_structure(config: OptimizerConfig) -> tuple:
-    """What of the train state depends on ``config``: equal for configs of which one can go on with the other's."""
+    """The structure of the optimizer's part of a train state: equal where a run can resume the other config's state."""
     matrix, vector = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
     params = {"layers": {"q": {"kernel": matrix}}, "final_norm": {"scale": vector}}
     state = jax.eval_shape(make_optimizer(config, 1)[0].init, params)
@@ -75,8 +75,9 @@ def format_schedule_warning(config: OptimizerConfig, total_steps: int) -> str:
     count = lambda steps: f"{steps:,} step{'s' * (steps != 1)}"
     left, cut = max(total_steps - config.warmup_steps, 0), []
     if config.warmup_steps > total_steps:
-        told = f"longer than the run, cut to its {count(total_steps)}"
-        cut.append(f"optimizer.warmup_steps = {config.warmup_steps:,}: {told}")
+        cut.append(
+            f"optimizer.warmup_steps = {config.warmup_steps:,}: longer than the run, cut to its {count(total_steps)}"
+        )
     if config.schedule == "wsd" and config.decay_steps > left:
         what = "run" if left == total_steps else "part of the run that the warm-up leaves"
         cut.append(f"optimizer.decay_steps = {config.decay_steps:,}: longer than the {what}, cut to its {count(left)}")
@@ -110,7 +111,7 @@ def _parts(path) -> list[str]:
 
 
 def _num_dimensions(path, leaf) -> int:
-    """Of one layer's parameter: those under ``layers`` are stacked on a leading axis."""
+    """Dimensions of one layer's parameter: those under ``layers`` are stacked on a leading axis."""
     return leaf.ndim - (_parts(path)[0] == "layers")
 
 
