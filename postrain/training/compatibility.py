@@ -11,7 +11,7 @@ import os
 import pathlib
 
 from postrain.checkpoint.checkpointer import parse_record
-from postrain.checkpoint.checksums import verify_checksums
+from postrain.checkpoint.integrity import verify_checksums
 from postrain.checkpoint.model_fingerprint import fingerprint_model
 from postrain.config import Config, OptimizerConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config

@@ -28,7 +28,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
     for the rest. ``config`` has passed ``postrain.config.resolve``. A warm-up that is longer than the run is cut to it,
-    a final decay to the rest after the warm-up (``format_cut`` warns). Raises UserError when the run has no updates.
+    a final decay to the rest after the warm-up (``format_schedule_warning`` warns). Raises UserError without updates.
     """
     if total_steps < 1:
         raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
@@ -69,7 +69,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def format_cut(config: OptimizerConfig, total_steps: int) -> str:
+def format_schedule_warning(config: OptimizerConfig, total_steps: int) -> str:
     """A warning where the schedule asks for more steps than the run has, else ""; one line."""
     count = lambda steps: f"{steps:,} step{'s' * (steps != 1)}"
     left, cut = max(total_steps - config.warmup_steps, 0), []

@@ -15,9 +15,9 @@ from rendering_fixtures import load_real
 from postrain.data.batches.collate import assemble_row
 from postrain.data.batches.in_memory import load_examples, make_train_iterator
 from postrain.data.batches.open import open_train_rows
-from postrain.data.kinds.id_rows import parse_teacher_row
 from postrain.data.kinds.preference import parse_preference
 from postrain.data.kinds.prompts import parse_prompt
+from postrain.data.kinds.teacher import parse_teacher_row
 from postrain.data.messages import BadRow, RowRef
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer

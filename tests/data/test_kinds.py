@@ -211,7 +211,7 @@ def test_pairs_and_lists_are_two_forms(tmp_path, tokenizer):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_cut_is_not(tmp_path, tokenizer, kind, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(kind, 3))
-    with pytest.raises(UserError, match=f"'data.too_long' = 'truncate': part of a row of kind {kind} is of no use"):
+    with pytest.raises(UserError, match=f"'data.too_long' = 'truncate': part of a row of kind {kind} cannot be used"):
         open_batches(make_config(path, kind=kind, streaming=streaming, too_long="truncate"), tokenizer)
 
 

@@ -374,7 +374,7 @@ REFUSED = {
     "another header": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>bot\n' }}{% endif %}",
-        "renders the answer otherwise than its generation prompt begins it",
+        "renders the answer differently from how its generation prompt begins it",
     ),
     "cuts the answer": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[:3] + '<|im_end|>\n' }}{% endfor %}"
@@ -433,8 +433,9 @@ def test_bad_prompts_are_named():
 
 def test_data_does_not_import_jax():
     root = pathlib.Path(__file__).resolve().parents[2] / "postrain" / "data"
-    for name in ("schema", "sources", "template", "tokenizer", "turns", "encoding", "rendering"):
-        assert "jax" not in (root / f"{name}.py").read_text(encoding="utf-8")
+    paths = [root / "messages.py", *(root / "kinds").glob("*.py"), *(root / "rendering").glob("*.py")]
+    assert len(paths) > 10
+    assert not [path for path in paths if "jax" in path.read_text(encoding="utf-8")]
 
 
 THOUGHTFUL = {"role": "assistant", "content": "hello", "reasoning_content": "They greet."}

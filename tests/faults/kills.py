@@ -272,7 +272,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from postrain.checkpoint.checksums import verify_checksums
+    from postrain.checkpoint.integrity import verify_checksums
 
     found = {"files": sorted(path.name for path in workdir.iterdir())}
     steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())
