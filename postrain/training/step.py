@@ -80,7 +80,7 @@ def make_train_step(
             scales = compute_scales(sums.losses, loss_coefs)
             # The gradient of one loss is not divided yet, that of several is.
             scale = next(iter(scales.values())) if len(scales) == 1 else 1.0
-            loss = sum(term.total * scales[name] for name, term in sums.losses.items())
+            loss = functools.reduce(jnp.add, (term.total * scales[name] for name, term in sums.losses.items()))
             norm = optax.global_norm(grads) * scale
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -101,7 +101,7 @@ def make_train_step(
         metrics |= {"train/loss": loss, "train/grad_norm": norm}
         metrics |= {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
         metrics |= {name: history[name] for name in ("skipped", "in_a_row")}
-        if count_moved_in:
+        if moved is not None:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(history["updates"] - is_update)  # skipped steps do not count
@@ -241,7 +241,9 @@ def _average(ema, params, decay: float):
 def _share_moved(old, new, dtype: str) -> jax.Array:
     """Share of the scalars that differ between two trees after rounding to ``dtype``."""
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
+    moved = functools.reduce(
+        jnp.add, (jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
+    )
     return moved / float(sum(a.size for a, _ in pairs))
 
 
@@ -330,7 +332,7 @@ def count_compilations() -> Iterator[list[str]]:
     """A list that gets an entry for every program that XLA compiles (or fetches from its cache) inside the block."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
