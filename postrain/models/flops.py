@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.models.config import ModelConfig
-from postrain.models.params import lora_specs, param_specs, shapes_of
+from postrain.models.lora import lora_specs
+from postrain.models.params import param_specs, shapes_of
 
 # Dense bfloat16 peak of one JAX device, from the vendors' data sheets, by device kind without vendor and memory.
 PEAK_FLOPS = {

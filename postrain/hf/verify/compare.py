@@ -364,7 +364,7 @@ def _run(
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
         hidden, routed = _compute(params, config, tokens, segments, positions, routing)
     if routed is not None:
-        margins = [np.asarray(routed.margins[:, row, span]).min(0) for row, span in spans]
+        margins = [np.asarray(routed.margins[:, row, span]).min(0, initial=np.inf) for row, span in spans]
         routed = _Routed(np.asarray(routed.expert_ids), margins)
     return [hidden[row, span] for row, span in spans], routed
 
