@@ -45,8 +45,8 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     y = fp8_dot(rows, p["kernel"].astype(x.dtype)) if config.fp8 else dot(rows, p["kernel"])
     if "lora_a" in p:
         scale = config.lora.scale_of(p["lora_a"])
-        b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, x.dtype)) * scale
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ b.astype(x.dtype)
+        wide = jnp.promote_types(p["lora_b"].dtype, x.dtype)
+        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
         if "magnitude" in p:
             norms = column_norms(p, scale, accumulation_dtype(x.dtype))
             y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
