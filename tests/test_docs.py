@@ -1,6 +1,7 @@
 """The README and the guides are true: their commands run, their keys, links and names exist."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -73,6 +74,19 @@ def test_the_commands_of_the_readme_run(folder):
     for name in ("quickstart", "mine"):
         assert (folder / "runs" / name / "report.html").exists()
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
+
+
+def test_the_command_of_the_page_on_preferences_runs(folder):
+    rows = [
+        {"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither of the two"} for i in range(6)
+    ]
+    for name in ("pairs", "held_out_pairs"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [words] = read_commands(ROOT / "docs" / "preference.md")
+    words = [re.sub(r"(held_out_)?pairs\.jsonl", rf"{folder}/\g<0>", word) for word in words]
+    result = run(in_small(words, folder))
+    assert result.returncode == 0, result.stderr
+    assert (folder / "runs" / "dpo" / "export" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
