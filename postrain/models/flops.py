@@ -158,7 +158,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def simplify_kind(kind: str) -> str:
-    """``NVIDIA A100-PCIE-40GB`` -> ``A100 PCIe``: what is left must be a name as a whole, "L40" is no "L4"."""
+    """``NVIDIA A100-PCIE-40GB`` -> ``A100 PCIe``: what is left must be a whole name, "L40" is not "L4"."""
     words = [word for word in re.split(r"[ -]", kind) if word and not _NO_MATTER.fullmatch(word)]
     return " ".join("PCIe" if word.lower() == "pcie" else word for word in words)
 

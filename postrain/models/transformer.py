@@ -121,7 +121,7 @@ def _rematerialize(layer, policy: str):
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "grouped_dot")
         )
         return jax.checkpoint(layer, policy=keep, prevent_cse=False)
-    raise ValueError(f"remat {policy!r} is none of none, dots, full")
+    raise ValueError(f"remat {policy!r}: expected one of none, dots, full")
 
 
 def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
     """The next S positions of every row: hidden states after the final norm [B, S, D] and the longer cache.
 
     Row b's new keys and values go to slots ``positions_BS[b]``; a query at position p sees slots 0..p.
-    Position -1 marks what is no token: nothing of it is written. The cache is stacked where ``params`` are,
+    Position -1 marks padding, of which nothing is written. The cache is stacked where ``params`` are,
     split where they come from ``split_layers``.
     """
     x_BSD = embed(params, config, tokens_BS)

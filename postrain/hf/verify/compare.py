@@ -296,7 +296,8 @@ def compare(
     b = np.concatenate(theirs)
     scale = float(b.std())
     if scale == 0:
-        raise UserError(f"verify: {name}: the reference's logits are all equal: the weights are no model's")
+        advice = "check the weights, expected those of a trained or a random model"
+        raise UserError(f"verify: {name}: the reference's logits are all equal: {advice}")
     keep = np.ones(len(b), bool)
     if margins is not None:
         keep = np.concatenate([_decided(*doc, tolerance * scale) for doc in zip(ours, theirs, margins, strict=True)])
