@@ -31,7 +31,8 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import ModelConfig
-from postrain.models.params import merge_lora, merge_params
+from postrain.models.lora import merge_lora
+from postrain.models.params import merge_params
 from postrain.models.quantized import dequantize_params
 from postrain.report.workdir import read_config
 from postrain.sharding import make_mesh

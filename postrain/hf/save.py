@@ -39,7 +39,7 @@ def save_pretrained(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes ``params`` (without adapters: see models.params.merge_lora) as a Hugging Face folder.
+    """Writes ``params`` (without adapters: see models.lora.merge_lora) as a Hugging Face folder.
 
     ``source_folder`` is the folder that the model was loaded from; its vocabulary may have grown since. ``dtype``:
     "as_loaded" (each tensor's dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model

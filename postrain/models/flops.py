@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.models.config import ModelConfig
-from postrain.models.params import lora_specs, param_specs, shapes_of
+from postrain.models.lora import lora_specs
+from postrain.models.params import param_specs, shapes_of
 
 # Dense bfloat16 peak of one JAX device, from the vendors' data sheets, by device kind without vendor and memory.
 PEAK_FLOPS = {
@@ -159,7 +160,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 
 
 def simplify_kind(kind: str) -> str:
-    """``NVIDIA A100-PCIE-40GB`` -> ``A100 PCIe``: what is left must be a name as a whole, "L40" is no "L4"."""
+    """``NVIDIA A100-PCIE-40GB`` -> ``A100 PCIe``: what is left must be a whole name, "L40" is not "L4"."""
     words = [word for word in re.split(r"[ -]", kind) if word and not _NO_MATTER.fullmatch(word)]
     return " ".join("PCIe" if word.lower() == "pcie" else word for word in words)
 

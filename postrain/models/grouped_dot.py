@@ -27,12 +27,12 @@ BACKENDS = ("ragged_dot", "blocks")
 def select_backend(name: str) -> str:
     """The back end that a config asks for; "auto" goes by the platform of the devices that the program is for.
 
-    Raises ValueError for a name that is none.
+    Raises ValueError for an unknown name.
     """
     if name == "auto":
         return "ragged_dot" if current_platform() == "tpu" else "blocks"
     if name not in BACKENDS:
-        raise ValueError(f"grouped_dot back end {name!r} is none of auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"grouped_dot back end {name!r}: expected one of auto, {', '.join(BACKENDS)}")
     return name
 
 

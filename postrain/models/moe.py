@@ -1,7 +1,7 @@
 """Mixture of experts: a router sends every token to k of E gated MLPs and adds up what they give.
 
 The assignments of tokens to experts are sorted by expert, and each expert multiplies its own run of rows
-(postrain.models.grouped_dot): the work is that of the k experts a token uses. There is no capacity and no token is
+(postrain.models.grouped_dot): the work is that of the k experts a token uses. No expert has a capacity, and no token is
 dropped. Padding is assigned to no expert.
 
 Under a mesh every device computes its own rows with its own experts (mesh axis ``expert``) and its own hidden units
@@ -89,7 +89,7 @@ def route(x_ND, p_router: dict, config: MoeConfig, routing_Nk=None):
     experts. A token with an id outside 0..E-1 chooses for itself.
     """
     if config.router not in ROUTERS:
-        raise ValueError(f"router {config.router!r} is none of {', '.join(ROUTERS)}")
+        raise ValueError(f"router {config.router!r}: expected one of {', '.join(ROUTERS)}")
     dtype = accumulation_dtype(x_ND.dtype)
     logits = jnp.dot(x_ND.astype(dtype), p_router["kernel"].astype(dtype), precision=HIGHEST)
     if "bias" in p_router:
@@ -381,5 +381,5 @@ def gated_activation(gate, up, activation: str, config: MoeConfig):
         up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
         return (up + 1) * gate * jax.nn.sigmoid(config.swiglu_alpha * gate)
     if activation not in ("silu", "gelu_tanh"):
-        raise ValueError(f"activation {activation!r} is none of silu, gelu_tanh, clamped_swiglu")
+        raise ValueError(f"activation {activation!r}: expected one of silu, gelu_tanh, clamped_swiglu")
     return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up

@@ -1,9 +1,9 @@
-"""The parameter tree: names, shapes, logical axes, initialisation, adapters.
+"""The parameter tree of the base model: names, shapes, logical axes, initialisation. postrain.models.lora adds to it.
 
 One table (``param_specs``) says everything about every parameter; the rest is read off it. Layers are
 stacked on a leading axis, matrices are [in, out] (``y = x @ kernel``), embeddings are [V', D].
 
-Legend: L layers, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, V' padded vocabulary, r LoRA rank.
+Legend: L layers, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, V' padded vocabulary.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.quantized import as_array, is_quantized, quantize, quantize_rows
+from postrain.models.config import ModelConfig
+from postrain.models.quantized import quantize, quantize_rows
 from postrain.sharding import find_mesh, replicated, to_host
 
 
@@ -32,7 +32,6 @@ class ParamSpec:
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # what may have adapters, and may be quantised under them
 PARTS = ("attention", "mlp", "moe")  # of a layer, that they are in
-ADAPTER_LEAVES = ("lora_a", "lora_b", "magnitude")  # beside the kernel that they adapt
 
 
 def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:
@@ -100,47 +99,6 @@ def _moe_specs(c: ModelConfig) -> dict[str, Any]:
     if moe.router_bias:
         router["bias"] = ParamSpec((c.num_layers, moe.num_experts), ("layers", None), "zeros")
     return {"router": router} | linears
-
-
-def lora_specs(config: ModelConfig) -> dict[str, Any]:
-    """Nested dict of ParamSpec for the adapters of ``config.lora``, shaped like the linear layers they stand beside."""
-    assert isinstance(config.lora, LoraConfig)
-    lora = config.lora
-
-    def adapters(kernel: ParamSpec, rank: int) -> dict:
-        *stack, size_in, size_out = kernel.shape  # layers, and experts where there are some
-        *axes, axis_in, axis_out = kernel.axes
-        specs = {
-            "lora_a": ParamSpec((*stack, size_in, rank), (*axes, axis_in, None), "lora_a"),
-            "lora_b": ParamSpec((*stack, rank, size_out), (*axes, None, axis_out), "zeros"),
-        }
-        magnitude = ParamSpec((*stack, size_out), (*axes, axis_out), "zeros")
-        return specs | ({"magnitude": magnitude} if lora.dora else {})
-
-    layers = param_specs(config)["layers"]
-    found = {
-        part: {
-            name: adapters(linear["kernel"], lora.rank_of(name))
-            for name, linear in layers[part].items()
-            if name in lora.targets
-        }
-        for part in PARTS
-        if part in layers
-    }
-    return {"layers": {part: linears for part, linears in found.items() if linears}}
-
-
-def new_row_specs(config: ModelConfig) -> dict[str, Any]:
-    """Nested dict of ParamSpec for the rows of ``config.new_rows``, which stand beside the table that they grow."""
-    if config.new_rows is None:
-        return {}
-    rows = {"new_rows": ParamSpec((config.new_rows.count, config.embed_size), (None, "embed"))}
-    return {"embed": rows} if config.tie_embeddings else {"embed": rows, "unembed": rows}
-
-
-def adapter_specs(config: ModelConfig) -> dict[str, Any]:
-    """All that trains beside a frozen base: adapters and the rows of new tokens; {} where everything trains."""
-    return new_row_specs(config) | (lora_specs(config) if config.lora else {})
 
 
 def frozen_specs(config: ModelConfig) -> dict[str, Any]:
@@ -236,36 +194,6 @@ def init_params(config: ModelConfig, rng: jax.Array) -> dict:
     return params
 
 
-def init_lora(config: ModelConfig, rng: jax.Array, params: dict | None = None) -> dict:
-    """Adapters that change nothing yet (float32): A random, B zero, and with DoRA the magnitudes of ``params``."""
-    adapters = init_from_specs(lora_specs(config), config, rng)
-    return _init_magnitudes(adapters, params) if config.lora.dora else adapters
-
-
-def _init_magnitudes(adapters: dict, params: dict) -> dict:
-    if "magnitude" in adapters:  # layer by layer: a quantised stack is never whole
-        return adapters | {"magnitude": jax.lax.map(lambda kernel: column_norms({"kernel": kernel}), params["kernel"])}
-    return {key: _init_magnitudes(value, params[key]) for key, value in adapters.items()}
-
-
-def column_norms(p: dict, scale: float = 1.0, dtype=jnp.float32) -> jax.Array:
-    """Norm of each output channel of kernel + ``scale`` A B over its inputs, [..., O] in ``dtype``.
-
-    A constant to automatic differentiation.
-    """
-    p = jax.lax.stop_gradient(p)
-    kernel = as_array(p["kernel"], dtype)
-    if "lora_a" in p:
-        kernel = kernel + scale * _product(p, dtype)
-    return jnp.linalg.norm(kernel, axis=-2)
-
-
-def _product(p: dict, dtype=jnp.float32) -> jax.Array:
-    """A B in ``dtype``, [..., I, O]."""
-    a, b = p["lora_a"].astype(dtype), p["lora_b"].astype(dtype)
-    return jnp.einsum("...ir,...ro->...io", a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 def merge_params(params: dict, frozen: dict) -> dict:
     """The one tree of two nested dicts with disjoint leaves; arrays are shared, not copied."""
     out = dict(frozen)
@@ -277,45 +205,6 @@ def merge_params(params: dict, frozen: dict) -> dict:
         else:
             raise ValueError(f"parameter {key!r} is both trained and frozen")
     return out
-
-
-def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> dict:
-    """The tree without adapters: kernel + A B alpha / r wherever a kernel has them, computed in float32; the rows of
-    new tokens in their place.
-
-    ``dtype`` of the merged kernels; None: each kernel's own, whose rounding may lose small changes, and the compute
-    dtype for a quantised kernel. Kernels without adapters stay as they are.
-    """
-    if not isinstance(params, dict):
-        return params
-    if "new_rows" in params:
-        table = params["embedding"]
-        table = as_array(table, config.compute_dtype) if is_quantized(table) else table
-        rows = params["new_rows"].astype(table.dtype)
-        return {"embedding": jax.lax.dynamic_update_slice_in_dim(table, rows, config.new_rows.first, axis=0)}
-    if "lora_a" not in params:
-        return {key: merge_lora(value, config, dtype) for key, value in params.items()}
-    assert config.lora is not None
-    kernel, scale = params["kernel"], config.lora.scale_of(params["lora_a"])
-    dtype = dtype or (config.compute_dtype if is_quantized(kernel) else kernel.dtype)
-    merged = as_array(kernel, jnp.float32) + scale * _product(params)
-    if "magnitude" in params:
-        merged = merged * (params["magnitude"] / column_norms(params, scale))[..., None, :]
-    rest = {key: value for key, value in params.items() if key not in ADAPTER_LEAVES}
-    return rest | {"kernel": merged.astype(dtype)}
-
-
-def drop_adapters(params: dict) -> dict:
-    """The tree without ``lora_a``, ``lora_b`` and ``magnitude``: the base model, whose arrays are shared, not copied.
-
-    New adapters change nothing (``init_lora``), so this is the model that training began with, as long as nothing but
-    adapters trains: rows of new tokens stay, trained as they are.
-    """
-    return {
-        key: drop_adapters(value) if isinstance(value, dict) else value
-        for key, value in params.items()
-        if key not in ADAPTER_LEAVES
-    }
 
 
 def name_broken(tree: Any) -> str:

@@ -42,7 +42,7 @@ _NF4_BOUNDS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 
 
 def is_quantized(kernel) -> bool:
-    """Whether ``kernel`` is a dict of this module, and no array."""
+    """Whether ``kernel`` is a dict of this module rather than an array."""
     return isinstance(kernel, dict)
 
 
@@ -50,13 +50,13 @@ def quantize(kernel: jax.Array, kind: str, axis: int = -2) -> dict[str, jax.Arra
     """The quantised kernel of an array [..., I, O], from float32.
 
     ``kind``: of KINDS. ``axis``: -2 or -1, along which NF4's blocks run; the last block may be shorter. Raises
-    ValueError where that axis is odd, so that its numbers do not pair up, or the kind is none.
+    ValueError where that axis is odd, so that its numbers do not pair up, or the kind is unknown.
     """
     kernel = kernel.astype(jnp.float32)
     if kind == "int8":
         return _scale_to_int8(kernel, -2)
     if kind != "nf4":
-        raise ValueError(f"quantisation {kind!r} is none of {', '.join(KINDS)}")
+        raise ValueError(f"quantisation {kind!r}: expected one of {', '.join(KINDS)}")
     axis += kernel.ndim
     size = kernel.shape[axis]
     if size % 2:

@@ -46,7 +46,7 @@ def compute_inverse_frequencies(rope: RopeConfig, head_dim: int, dtype=np.float3
         ramp = np.clip((np.arange(head_dim // 2, dtype=real) - first) / width, 0, 1).astype(real)
         kept = 1 - ramp
         return (1 / (real(rope.factor) * powers) * (1 - kept) + frequencies * kept).astype(real)
-    raise ValueError(f"rope kind {rope.kind!r} is none of default, linear, llama3, yarn")
+    raise ValueError(f"rope kind {rope.kind!r}: expected one of default, linear, llama3, yarn")
 
 
 def compute_rotations(

@@ -15,8 +15,8 @@ from postrain.models.attention.dispatch import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
 from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
+from postrain.models.lora import column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.params import column_norms, merge_lora
 from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
@@ -45,8 +45,8 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     y = fp8_dot(rows, p["kernel"].astype(x.dtype)) if config.fp8 else dot(rows, p["kernel"])
     if "lora_a" in p:
         scale = config.lora.scale_of(p["lora_a"])
-        b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, x.dtype)) * scale
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ b.astype(x.dtype)
+        wide = jnp.promote_types(p["lora_b"].dtype, x.dtype)
+        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
         if "magnitude" in p:
             norms = column_norms(p, scale, accumulation_dtype(x.dtype))
             y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
@@ -121,7 +121,7 @@ def _rematerialize(layer, policy: str):
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "grouped_dot")
         )
         return jax.checkpoint(layer, policy=keep, prevent_cse=False)
-    raise ValueError(f"remat {policy!r} is none of none, dots, full")
+    raise ValueError(f"remat {policy!r}: expected one of none, dots, full")
 
 
 def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, 
     """The next S positions of every row: hidden states after the final norm [B, S, D] and the longer cache.
 
     Row b's new keys and values go to slots ``positions_BS[b]``; a query at position p sees slots 0..p.
-    Position -1 marks what is no token: nothing of it is written. The cache is stacked where ``params`` are,
+    Position -1 marks padding, of which nothing is written. The cache is stacked where ``params`` are,
     split where they come from ``split_layers``.
     """
     x_BSD = embed(params, config, tokens_BS)

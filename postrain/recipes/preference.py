@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from postrain.config import Config
 from postrain.data.kinds.preference import LAYOUT
 from postrain.export.export import export_state
-from postrain.models.params import drop_adapters
+from postrain.models.lora import drop_adapters
 from postrain.objectives.preference import check_pairs, make_dpo_loss
 from postrain.report.charts import Chart
 from postrain.training.evaluate import make_loss_evaluator

@@ -19,18 +19,8 @@ from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig, NewRows
-from postrain.models.params import (
-    ParamSpec,
-    adapter_specs,
-    axes_of,
-    frozen_specs,
-    init_lora,
-    lora_specs,
-    name_broken,
-    num_params,
-    param_specs,
-    shapes_of,
-)
+from postrain.models.lora import adapter_specs, init_lora, lora_specs
+from postrain.models.params import ParamSpec, axes_of, frozen_specs, name_broken, num_params, param_specs, shapes_of
 from postrain.models.quantized import as_array, shape_of
 from postrain.sharding import named_shardings
 

@@ -14,7 +14,8 @@ from postrain.models import grouped_dot
 from postrain.models.attention.dispatch import select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.flops import format_formula
-from postrain.models.params import adapter_specs, axes_of, frozen_specs, shapes_of
+from postrain.models.lora import adapter_specs
+from postrain.models.params import axes_of, frozen_specs, shapes_of
 from postrain.sharding import data_process, format_mesh, mesh_context, num_row_shards, undivided_dimensions
 from postrain.training.model import Model, count_params
 

@@ -1,9 +1,10 @@
-"""Logits and gradients of every family against transformers in torch, float32, into docs/models.md.
+"""Logits and gradients of every family against transformers in torch, into docs/models.md.
 
     python tests/benchmarks/families.py --write
 
-Random models of odd sizes, those of tests/hf/test_hf_parity.py and test_gradient_parity.py, which hold them to 1e-4
-and 1e-3; SmolLM2 too with ``--model FOLDER``, by ``postrain verify``.
+Logits in float64, and in float32 beside torch's own float32 error; gradients in float32. Random models of odd sizes,
+those of tests/hf/test_hf_parity.py and test_gradient_parity.py; SmolLM2 too with ``--model FOLDER``, by
+``postrain verify``.
 """
 
 import argparse
@@ -25,18 +26,19 @@ from tiny_models import make_tiny_model  # noqa: E402
 
 from postrain.hf.config import read_family  # noqa: E402
 from postrain.hf.families import FAMILIES  # noqa: E402
+from postrain.hf.load import load_pretrained  # noqa: E402
 from postrain.hf.verify.compare import verify  # noqa: E402
 
 
-def measure_logits() -> dict[str, list[float]]:
-    """Largest difference over the reference's standard deviation, by architecture."""
-    found: dict[str, list[float]] = {}
+def measure_logits() -> dict[str, list[list[float]]]:
+    """Of every config of an architecture: ``hf_compare.measure``, over the reference's standard deviation."""
+    found: dict[str, list[list[float]]] = {}
     for family, odd in parity.MODELS.values():
         with tempfile.TemporaryDirectory() as folder:
             folder = make_tiny_model(pathlib.Path(folder) / "model", family, **odd)
-            ids = hf_compare.random_ids(odd.get("vocab_size", 301))
-            ours, theirs = hf_compare.folder_logits(folder, ids), hf_compare.torch_logits(folder, ids)
-            found.setdefault(name_of(folder), []).append(hf_compare.relative_difference(ours, theirs))
+            config, params = load_pretrained(folder)
+            ids = hf_compare.random_ids(config.vocab_size)
+            found.setdefault(name_of(folder), []).append(hf_compare.measure(folder, params, config, ids))
     return found
 
 
@@ -67,18 +69,20 @@ def main() -> None:
     arguments = parser.parse_args()
     logits, gradients = measure_logits(), measure_gradients()
     lines = [
-        "| architecture | configs | logits: largest difference, of their spread | gradients |",
-        "|---|---|---|---|",
+        "| architecture | configs | logits in float64: largest difference, of their spread | in float32 | torch's "
+        "float32 | gradients in float32 |",
+        "|---|---|---|---|---|---|",
     ]
+    row = lambda values: " | ".join(f"{max(column):.1e}" for column in zip(*values, strict=True))
     for name, values in logits.items():
         gradient = f"{gradients[name]:.1e}" if name in gradients else ""
-        lines.append(f"| `{name}` | {len(values)} | {max(values):.1e} | {gradient} |")
+        lines.append(f"| `{name}` | {len(values)} | {row(values)} | {gradient} |")
     for folder in arguments.model:
-        report = verify(folder)
-        worst = max(comparison.relative for comparison in report.comparisons)
-        lines.append(f"| {pathlib.Path(folder).name} | the real weights | {worst:.1e} | |")
+        found = verify(folder).comparisons
+        values = [(c.relative, c.float32_error, c.reference_float32_error) for c in found]
+        lines.append(f"| {pathlib.Path(folder).name} | the real weights | {row(values)} | |")
     used = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers"))
-    table = "\n".join([*lines, "", f"float32 on CPU, {used}."])
+    table = "\n".join([*lines, "", f"On CPU, {used}."])
     print(table)
     if arguments.write:
         workloads.write_section(ROOT / "docs" / "models.md", "families", table)

@@ -18,7 +18,8 @@ from postrain.export import export as export_module
 from postrain.export.check import compute_probe_logits
 from postrain.export.export import check_output, export_workdir, write_export
 from postrain.hf.load import load_pretrained
-from postrain.models.params import merge_lora, merge_params
+from postrain.models.lora import merge_lora
+from postrain.models.params import merge_params
 from postrain.sharding import make_mesh
 from postrain.training.model import load_model
 from postrain.types import TrainState

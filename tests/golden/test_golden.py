@@ -17,7 +17,8 @@ from postrain.data.batches.row_counts import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.models.config import LoraConfig
-from postrain.models.params import ParamSpec, lora_specs, param_specs
+from postrain.models.lora import lora_specs
+from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.forward import Forward
 from postrain.training.optimizer import make_optimizer

@@ -19,7 +19,8 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import LoraConfig
-from postrain.models.params import init_lora, merge_lora, merge_params
+from postrain.models.lora import init_lora, merge_lora
+from postrain.models.params import merge_params
 
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -15,7 +15,8 @@ from tiny_models import make_tiny_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.models.config import LoraConfig
-from postrain.models.params import init_lora, merge_params
+from postrain.models.lora import init_lora
+from postrain.models.params import merge_params
 from postrain.models.transformer import compute_hidden, compute_logits
 
 EXPERTS = {

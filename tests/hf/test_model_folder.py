@@ -16,7 +16,8 @@ from postrain.hf.hub import ModelFolder, find_model, locate_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_model, save_adapter
 from postrain.models.config import LoraConfig
-from postrain.models.params import init_lora, merge_params
+from postrain.models.lora import init_lora
+from postrain.models.params import merge_params
 from postrain.report.workdir import save_config
 from postrain.rollout.chat import generate
 

@@ -17,7 +17,7 @@ from postrain.hf.peft.adapter import save_adapter
 from postrain.hf.verify import compare as verify_module
 from postrain.hf.verify.compare import compare, verify, verify_random
 from postrain.models.config import LoraConfig
-from postrain.models.params import init_lora
+from postrain.models.lora import init_lora
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,23 @@ def test_the_first_departure_is_named(folder, fault, place, monkeypatch):
     report = verify(folder)
     assert not report.passed and place in report.first_departure
     assert "FAIL" in str(report) and report.to_dict()["passed"] is False
+
+
+def test_rounding_that_is_worse_than_the_references_is_found(folder, monkeypatch):
+    def in_bfloat16(found):
+        config, params = load_pretrained(found.base)
+        return dataclasses.replace(config, compute_dtype="bfloat16"), params
+
+    monkeypatch.setattr(verify_module, "load_model", in_bfloat16)
+    report = verify(folder)
+    assert report.agrees and not report.passed and report.first_departure == ""
+    assert "but float32 errors of random ids, at the last positions, text" in str(report)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(verify_module, "_available_memory", lambda: 1e5)
+    with pytest.raises(UserError, match=r"needs .* of memory \(12 bytes each\), found .*: use a larger machine, or"):
+        verify(folder)
 
 
 def test_logits_without_spread(tmp_path):

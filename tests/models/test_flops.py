@@ -18,7 +18,8 @@ from postrain.models.flops import (
     num_linear_params,
     peak_flops,
 )
-from postrain.models.params import init_lora, init_params, merge_params
+from postrain.models.lora import init_lora
+from postrain.models.params import init_params, merge_params
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.forward import Forward
 from postrain.types import Batch

@@ -10,12 +10,11 @@ from odd_config import ODD_CONFIG
 
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.grouped_dot import grouped_dot
+from postrain.models.lora import init_lora, merge_lora
 from postrain.models.params import (
     frozen_specs,
-    init_lora,
     init_params,
     make_packer,
-    merge_lora,
     merge_params,
     num_params,
     param_specs,

@@ -12,7 +12,8 @@ from odd_config import ODD_CONFIG
 from postrain.models import transformer
 from postrain.models.cache import init_cache
 from postrain.models.config import LoraConfig, MoeConfig, RopeConfig
-from postrain.models.params import init_lora, init_params, merge_lora, merge_params, num_params, param_specs, shapes_of
+from postrain.models.lora import init_lora, merge_lora
+from postrain.models.params import init_params, merge_params, num_params, param_specs, shapes_of
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.forward import Forward
 from postrain.types import Batch

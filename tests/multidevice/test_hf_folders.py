@@ -14,7 +14,8 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.models.config import LoraConfig
-from postrain.models.params import axes_of, frozen_specs, init_lora, logical_axes, lora_specs
+from postrain.models.lora import init_lora, lora_specs
+from postrain.models.params import axes_of, frozen_specs, logical_axes
 from postrain.sharding import make_mesh, named_shardings
 
 MESHES = [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8), MeshConfig(data=1, fsdp=1, tensor=8)]

@@ -12,14 +12,12 @@ from odd_config import ODD_CONFIG
 from postrain.config import MeshConfig
 from postrain.models import transformer
 from postrain.models.config import LoraConfig, MoeConfig, NewRows
+from postrain.models.lora import adapter_specs, init_lora, lora_specs
 from postrain.models.params import (
-    adapter_specs,
     axes_of,
     frozen_specs,
     init_from_specs,
-    init_lora,
     init_params,
-    lora_specs,
     make_packer,
     merge_params,
     param_specs,

@@ -11,7 +11,8 @@ import optax
 
 from postrain.config import MeshConfig, OptimizerConfig
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.params import abstract_params, axes_of, init_lora, init_params, logical_axes, lora_specs, shapes_of
+from postrain.models.lora import init_lora, lora_specs
+from postrain.models.params import abstract_params, axes_of, init_params, logical_axes, shapes_of
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import constrain, make_global_batch, make_mesh, named_shardings
 from postrain.training.forward import Forward

@@ -12,7 +12,8 @@ from postrain.checkpoint.model_fingerprint import fingerprint_model
 from postrain.config import NewTokensSection, resolve
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.models.params import merge_lora, merge_params
+from postrain.models.lora import merge_lora
+from postrain.models.params import merge_params
 from postrain.models.transformer import unembedding
 from postrain.sharding import make_mesh
 from postrain.training.model import abstract_model, load_model

@@ -41,7 +41,8 @@ from postrain.hf.tensors import TensorFiles, read_json
 from postrain.hf.text_part import find_text_part
 from postrain.hf.tree import group_layers
 from postrain.models.config import LoraConfig, ModelConfig
-from postrain.models.params import LINEARS, adapter_specs, lora_specs, merge_params
+from postrain.models.lora import adapter_specs, lora_specs
+from postrain.models.params import LINEARS, merge_params
 from postrain.trees import flatten, unflatten
 
 PREFIX = "base_model.model."  # PeftModel's own two levels
@@ -87,7 +88,7 @@ def save_adapter(
     base_name: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Writes the adapters (tree of models.params.adapter_specs, float32 in the file) as a PEFT folder.
+    """Writes the adapters (tree of models.lora.adapter_specs, float32 in the file) as a PEFT folder.
 
     ``base_folder`` is named in adapter_config.json as the model that the adapter belongs to, by ``base_name`` where
     that is not empty (the user's name for the model; the folder may be a cache's). Its tokenizer is copied along, or

@@ -296,7 +296,8 @@ def compare(
     b = np.concatenate(theirs)
     scale = float(b.std())
     if scale == 0:
-        raise UserError(f"verify: {name}: the reference's logits are all equal: the weights are no model's")
+        advice = "check the weights, expected those of a trained or a random model"
+        raise UserError(f"verify: {name}: the reference's logits are all equal: {advice}")
     keep = np.ones(len(b), bool)
     if margins is not None:
         keep = np.concatenate([_decided(*doc, tolerance * scale) for doc in zip(ours, theirs, margins, strict=True)])
@@ -364,7 +365,7 @@ def _run(
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
         hidden, routed = _compute(params, config, tokens, segments, positions, routing)
     if routed is not None:
-        margins = [np.asarray(routed.margins[:, row, span]).min(0) for row, span in spans]
+        margins = [np.asarray(routed.margins[:, row, span]).min(0, initial=np.inf) for row, span in spans]
         routed = _Routed(np.asarray(routed.expert_ids), margins)
     return [hidden[row, span] for row, span in spans], routed
 

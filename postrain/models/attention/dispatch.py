@@ -48,7 +48,7 @@ def select_backend(name: str) -> str:
     "auto" is the fastest one that they run. Raises UserError where they cannot run the one that is asked for.
     """
     if name not in ("auto", *BACKENDS):
-        raise ValueError(f"attention back end {name!r} is none of auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"attention back end {name!r}: expected one of auto, {', '.join(BACKENDS)}")
     platform, old = current_platform(), gpu_capability() < TRITON_CAPABILITY
     if name == "auto":
         kernels = [kernel for kernel, runs_on in _PLATFORMS.items() if runs_on == platform]
