@@ -13,11 +13,10 @@ import numpy as np
 from postrain.models.attention.blocks import soft_cap
 from postrain.models.attention.dispatch import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, accumulation_dtype
 from postrain.models.fp8 import fp8_dot
 from postrain.models.lora import column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain, splits_positions
