@@ -50,10 +50,6 @@ class LoraConfig:
     def rank_of(self, target: str) -> int:
         return dict(self.ranks).get(target, self.rank)
 
-    def scale_of(self, lora_a) -> float:
-        """What the product of a matrix A [..., in, rank] with its B counts."""
-        return self.alpha / lora_a.shape[-1]
-
 
 @dataclasses.dataclass(frozen=True)
 class NewRows:
