@@ -2,10 +2,9 @@
 
     postrain plan --config=configs/models.py:qwen3-8b-v5p --target=v5p:2x2x2
     postrain train --config=configs/models.py:qwen3-8b-v5p --workdir=runs/mine \
-        --config.model.path=Qwen3-8B --config.data.train=train.jsonl --config.data.eval=held_out.jsonl
+        --config.model.path=Qwen/Qwen3-8B --config.data.train=train.jsonl --config.data.eval=held_out.jsonl
 
-`model.path` is the folder that the model was downloaded to (`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`); `plan`
-needs no more of it than config.json. RECIPES has a
+`model.path` is a folder, or a name on the Hugging Face hub; `plan` needs no more of it than config.json. RECIPES has a
 line for each variant: its target, what trains, the batch. docs/plan.md says what each needs of its devices. Every
 other key is that of configs/sft.py.
 """

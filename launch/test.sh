@@ -13,8 +13,8 @@ export PATH="$VENV/bin:$PATH"
 QUICK=(
     tests/config tests/objectives tests/golden tests/report tests/test_files.py tests/test_sharding.py
     tests/data/test_{messages,packing,kinds,rendering,mask_matrix,tokenizer}.py
-    tests/models/test_{attention,transformer,heads,quantized,rope}.py
-    tests/rollout/test_sampling.py tests/training/test_{step,optimizer,flops,spikes}.py
+    tests/models/test_{attention,transformer,heads,quantized,rope,flops}.py
+    tests/rollout/test_sampling.py tests/training/test_{step,optimizer,spikes}.py
 )
 TEN=(
     tests/training tests/checkpoint tests/rollout tests/recipes/test_sft.py

@@ -69,7 +69,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def describe_mesh(mesh: Mesh) -> str:
+def format_mesh(mesh: Mesh) -> str:
     """``"8 devices (cpu): fsdp=4 x tensor=2"``."""
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     return f"{mesh.size} device{'s' * (mesh.size > 1)} ({mesh.devices.flat[0].device_kind}): {sizes}"

@@ -32,7 +32,8 @@ class Batch:
         """The five arrays that all batches have by their names; every other one becomes an entry of ``fields``."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "fields"]
         further = {name: array for name, array in arrays.items() if name not in names}
-        return cls(**{name: arrays.get(name) for name in names}, fields=further)
+        known: dict[str, Any] = {name: arrays.get(name) for name in names}
+        return cls(**known, fields=further)
 
 
 class WeightedSum(NamedTuple):
@@ -61,8 +62,7 @@ class RowTerms:
     metrics: dict[str, jax.Array]  # float32 [B] each; averaged over trained tokens
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a train step reads and replaces. ``params`` trains, ``frozen`` does not.
 
     With LoRA the adapters are in ``params`` and the base model in ``frozen``: two nested dicts with
@@ -91,6 +91,10 @@ Item = TypeVar("Item", covariant=True)
 class Source(Protocol[Item]):
     """What a loop trains on: an endless iterator with a position. Of several processes each has its own."""
 
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of what decides the items and their order, JSON: a checkpoint of another one is refused."""
+
     def __next__(self) -> Item: ...
 
     def get_state(self) -> dict[str, Any]:
@@ -115,7 +119,7 @@ class RunRecord:
     data_position: dict[str, Any]
     config: dict[str, Any]  # resolved
     data_fingerprint: dict[str, Any]
-    model_fingerprint: dict[str, Any]
+    model_fingerprint: dict[str, Any] | None
     held_out_fingerprint: dict[str, Any] | None = None  # None: no held-out rows
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of this step
     pending_metrics: dict[str, float] | None = None  # a line not yet written, since its evaluation was interrupted

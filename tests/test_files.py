@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from postrain.config import SourceConfig, TrackersConfig, resolve
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples
 from postrain.errors import UserError, shorten
 from postrain.files import check_writable, digest, lock, read_jsonl, spread, write_whole
 from postrain.report.metrics import MetricsWriter, read_metrics

@@ -22,7 +22,7 @@ from postrain.sharding import (
     batch_sharding,
     constrain,
     data_process,
-    describe_mesh,
+    format_mesh,
     make_global_batch,
     make_mesh,
     named_shardings,
@@ -37,7 +37,7 @@ EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS
 def test_one_device_needs_no_thought():
     mesh = make_mesh(MeshConfig())
     assert mesh.axis_names == MESH_AXES and mesh.size == 1 and data_process(mesh) == (0, 1)
-    assert describe_mesh(mesh) == "1 device (cpu): one device"
+    assert format_mesh(mesh) == "1 device (cpu): one device"
     x = jax.numpy.ones((2, 3))
     assert constrain(x, ("batch", "mlp")) is x
     with jax.set_mesh(mesh):
@@ -69,8 +69,8 @@ def test_mesh_that_does_not_fit_is_refused_with_the_numbers(sizes, message):
 def check_meshes():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1, "expert": 1, "sequence": 1}
     mesh = make_mesh(MeshConfig(2, -1, 2))
-    assert describe_mesh(mesh) == "8 devices (cpu): data=2 x fsdp=2 x tensor=2"
-    assert describe_mesh(make_mesh(MeshConfig(1, 1, expert=2, sequence=-1))) == "8 devices (cpu): expert=2 x sequence=4"
+    assert format_mesh(mesh) == "8 devices (cpu): data=2 x fsdp=2 x tensor=2"
+    assert format_mesh(make_mesh(MeshConfig(1, 1, expert=2, sequence=-1))) == "8 devices (cpu): expert=2 x sequence=4"
     assert make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2]).size == 2
     with pytest.raises(UserError, match="data=1 does not divide into 8 devices"):
         make_mesh(MeshConfig(1, 1, 1))

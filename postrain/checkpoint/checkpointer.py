@@ -1,4 +1,4 @@
-"""Checkpoints: one atomic unit of all that a run needs to go on as if it had never stopped.
+"""Checkpoints: saved atomically, verified when read, and complete enough to resume a run bit by bit.
 
 A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json`` (a
 RunRecord: data position, resolved config, fingerprints, metrics) and ``checksums.txt``, by which a file that is torn,
@@ -22,8 +22,15 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from postrain.checkpoint.checksums import sync_folder, verify_checksums, write_checksums
-from postrain.checkpoint.damage import Damaged, describe_cause, is_damaged, is_out_of_memory
+from postrain.checkpoint.integrity import (
+    Damaged,
+    format_cause,
+    is_damaged,
+    is_out_of_memory,
+    sync_folder,
+    verify_checksums,
+    write_checksums,
+)
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
 from postrain.errors import UserError, shorten
@@ -33,12 +40,12 @@ from postrain.types import RunRecord, TrainState
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
 UNREADABLE_SUFFIX = ".unreadable"
-LATER_METRICS = "metrics.json"  # beside what the checkpoint is made of: none of it changes
+LATER_METRICS = "metrics.json"  # of an evaluation after the save; not part of the checkpoint's checksums
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was read back."""
+    """A checkpoint, read back."""
 
     record: RunRecord
     state: TrainState  # with ``frozen`` empty: put the base in with ``state.replace(frozen=...)``
@@ -47,13 +54,13 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves and restores the checkpoints of one run; a context manager, so that no save is left unfinished.
 
-    Keeps the ``config.keep`` newest and, besides, the ``config.keep_best`` best by ``config.metric``. A save
+    Keeps the ``config.keep`` newest and the ``config.keep_best`` best by ``config.metric``. A save
     runs in the background (unless ``config.asynchronous`` is off). If it fails, the next call of any method
     raises, and ``close`` at the latest; older checkpoints are deleted only after a newer one is whole.
-    ``report`` gets a line for everything that was found broken and left aside.
+    ``report`` gets a line for everything found broken and moved aside.
 
-    ``read_only``: nothing in the folder is touched, so that another process may be saving there. Without it, what
-    looks like an unfinished save is removed: only for the one run that holds the workdir (``lock_workdir``).
+    ``read_only``: changes nothing in the folder, so that another process may be saving there. Without it, unfinished
+    saves are removed: only for the one run that holds the workdir (``lock_workdir``).
     """
 
     def __init__(
@@ -89,8 +96,8 @@ class Checkpointer:
     def save(self, record: RunRecord, state: TrainState) -> None:
         """Start to save ``state`` after ``record.step``; returns once the arrays may be donated.
 
-        The best checkpoints are chosen by ``config.metric`` among ``record.metrics``; it may be another one when the
-        run goes on, so all are kept. Raises UserError when the previous save failed.
+        The best checkpoints are chosen by ``config.metric`` among ``record.metrics``. All metrics are saved: a resumed
+        run may choose by another. Raises UserError when the previous save failed.
         """
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
@@ -109,12 +116,12 @@ class Checkpointer:
             self.wait()
 
     def add_metrics(self, step: int, metrics: dict) -> None:
-        """Those of a checkpoint whose evaluation came after it was saved: by them it is ranked from now on."""
+        """Rank the checkpoint of ``step`` by these metrics, of an evaluation after it was saved."""
         if self._lead:
             write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
 
     def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
-        """Makes one checkpoint of what Orbax writes, then deletes those that it replaces. Runs in a thread."""
+        """Turn the folder that Orbax writes into a checkpoint, then delete those it replaces. Runs in a thread."""
         written.result()
         if not self._lead:
             return
@@ -126,14 +133,14 @@ class Checkpointer:
     def _delete_old(self) -> None:
         kept = self._choose_kept()
         for old in [old for old in self.steps() if old not in kept]:
-            try:  # by another name first: what is half deleted must not look like a damaged checkpoint
+            try:  # renamed first: a half-deleted folder must not look like a damaged checkpoint
                 deleted = (self._folder / str(old)).rename(self._folder / f"{old}{DELETED_SUFFIX}")
                 shutil.rmtree(deleted)
             except OSError as error:
                 self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
 
     def _choose_kept(self) -> set[int]:
-        """Steps of the newest checkpoints and the best; of equally good ones the newer."""
+        """Steps of the newest and the best checkpoints; of equally good ones the newer."""
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
@@ -151,7 +158,7 @@ class Checkpointer:
         return {*steps[-self._config.keep :], *best}
 
     def _check_metric(self, step: int, metrics: dict) -> None:
-        """Says once that the best checkpoints are wanted by a name that its group of metrics does not have."""
+        """Report once that ``config.metric`` is missing from its group of metrics, so that none can be best."""
         wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
         others = sorted(name for name in metrics if name.startswith(group))
         if self._config.keep_best and others and wanted not in metrics and not self._warned:
@@ -161,7 +168,7 @@ class Checkpointer:
             )
 
     def wait(self) -> None:
-        """Until the save under way is on disk. Raises UserError if it, or any save before it, failed.
+        """Wait until the save under way is on disk. Raises UserError if it, or any save before it, failed.
 
         With several processes every one must call it, and all raise when the save of one failed.
         """
@@ -170,7 +177,7 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         if pending is not None:
             error = pending.exception()
-            others = gather(describe_cause(error) if error else "")
+            others = gather(format_cause(error) if error else "")
             if error is not None or any(others):
                 self._fail(error or Damaged(next(filter(None, others))))
 
@@ -179,12 +186,12 @@ class Checkpointer:
             for part in self._folder.glob(f"*{UNFINISHED_SUFFIX}*"):
                 shutil.rmtree(part, ignore_errors=True)  # room for the log of what happened; never a finished one
         steps = self.steps()
-        left = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier one"
+        remaining = f"the checkpoint of step {steps[-1]} is whole" if steps else "there is no earlier one"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        advice = "look at the folder's disk and permissions"
+        advice = "check the folder's disk and permissions"
         if any(text in str(error) for text in DISK_FULL):
             advice = "free some space or lower checkpoint.keep, and start again"
-        message = f"checkpoint in {self._folder} was not saved ({reason}); {left}: {advice}"
+        message = f"checkpoint in {self._folder} was not saved ({reason}); {remaining}: {advice}"
         self._failure = UserError(message)
         raise self._failure from error
 
@@ -193,7 +200,7 @@ class Checkpointer:
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
     def find_step(self, step: int) -> int:
-        """``step``; raises UserError when there is no finished checkpoint of it, naming those that there are."""
+        """``step``; raises UserError, naming the finished checkpoints, when it is not among them."""
         self.wait()
         if step not in self.steps():
             raise UserError(f"checkpoints in {self._folder}: no step {step}, found {self.steps() or 'none'}")
@@ -215,16 +222,17 @@ class Checkpointer:
 
         ``abstract_state``: ``abstract_train_state(...)``; its shardings say where every array goes, whatever
         mesh it was saved from. ``check``: called with the checkpoint's folder and record before its arrays are read; it
-        raises where the run cannot go on from them. A damaged checkpoint is reported, moved aside, and the one before
-        it taken. Raises UserError when the state has other parameters, when memory, disk or permissions fail (nothing
-        is moved then), and when there were checkpoints and none can be read: a run never starts anew over them.
+        raises where the run cannot resume from them. A damaged checkpoint is reported and moved aside, and the one
+        before it is read. Raises UserError when the state has other parameters, when memory, disk or permissions fail
+        (nothing is moved then), and when there are checkpoints and none can be read: no run starts anew over them.
         """
         self.wait()
         candidates = sorted(self.steps(), reverse=True) if step is None else [self.find_step(step)]
         candidates = gather(candidates)[0]  # a shared disk may show processes a rename at different moments
         for candidate in candidates:
             where = self._folder / str(candidate)
-            _, error = _catch(self._verify, where)
+            share = jax.process_index(), jax.process_count()
+            _, error = _catch(verify_checksums, where, share=share)
             if not self._is_good(candidate, error):
                 continue
             found, error = _catch(self._read_run, where)
@@ -240,23 +248,20 @@ class Checkpointer:
             if not self._is_good(candidate, error):
                 continue
             if self._lead and not self._read_only and step is None:
-                self._delete_old()  # which a kill may have kept the save from
+                self._delete_old()  # a kill may have ended the save before it deleted them
             return Restored(record, found["state"])
         aside = sorted(path.name for path in self._folder.glob(f"*{UNREADABLE_SUFFIX}*"))
         if aside and step is None:
             raise UserError(
-                f"checkpoints in {self._folder}: none can be read, found {', '.join(aside)}: bring one back under its "
-                "number if you can mend it; to start anew, delete them or use another workdir"
+                f"checkpoints in {self._folder}: none can be read, found {', '.join(aside)}: repair one and rename "
+                "it to its number, or delete them or use another workdir to start anew"
             )
         if candidates:
             raise UserError(f"checkpoints in {self._folder}: step {step} cannot be read, there are {self.steps()}")
         return None
 
-    def _verify(self, folder: pathlib.Path) -> None:
-        verify_checksums(folder, share=(jax.process_index(), jax.process_count()))
-
     def _read_run(self, folder: pathlib.Path) -> tuple[Any, dict]:
-        """What run/data.json holds, and the shapes of the state."""
+        """The contents of run/data.json, and the shapes of the state."""
         values = self._load(folder, {"run": None})["run"]
         with self._context:
             saved = _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
@@ -269,32 +274,36 @@ class Checkpointer:
             return ocp.load_checkpointables(folder, items)
 
     def _is_good(self, step: int, error: Exception | None) -> bool:
-        """Whether no process has met an error in this checkpoint. If one has, all of them go by one judgement of it,
-        made before anything is moved: it is set aside, or where it may be whole UserError is raised."""
-        own = error and [describe_cause(error), is_damaged(self._folder / str(step), error), is_out_of_memory(error)]
-        found = [judged for judged in gather(own) if judged]
-        if found:
-            self._set_aside(step, *min(found, key=lambda judged: judged[1]), error)
-            gather(None)  # it has been renamed
-        return not found
+        """Whether no process met an error in this checkpoint.
+
+        After an error all processes follow one judgement, made before anything is moved: the checkpoint is set aside,
+        or, where it may be whole, UserError is raised.
+        """
+        path = self._folder / str(step)
+        judgement = error and [format_cause(error), is_damaged(path, error), is_out_of_memory(error)]
+        judgements = list(filter(None, gather(judgement)))
+        if judgements:
+            self._set_aside(step, *min(judgements, key=lambda judgement: judgement[1]), error)
+            gather(None)  # wait for the rename
+        return not judgements
 
     def _set_aside(self, step: int, cause: str, damaged: bool, out_of_memory: bool, error: Exception | None) -> None:
-        """Rename a damaged checkpoint, so that the run can save that step again; nothing is ever deleted.
+        """Rename a damaged checkpoint, so that the run can save that step again; nothing is deleted.
 
         Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
         """
         path = self._folder / str(step)
         if self._read_only and not path.exists():
             raise UserError(
-                f"checkpoint {path}: was deleted meanwhile by the run that is going on: take another of steps "
+                f"checkpoint {path}: was deleted meanwhile by the run that writes here: use another of steps "
                 f"{self.steps()}, or have it keep more (checkpoint.keep)"
             ) from error
         if not damaged:
-            advice = "free some memory" if out_of_memory else "see to the disk and its permissions"
+            advice = "free some memory" if out_of_memory else "check the disk and its permissions"
             message = f"checkpoint {path}: cannot be read now ({cause}), nothing was moved: {advice}, and start again"
             raise UserError(message) from error
         if self._read_only:
-            raise UserError(f"checkpoint {path}: is damaged ({cause}): take another of steps {self.steps()}") from error
+            raise UserError(f"checkpoint {path}: is damaged ({cause}): use another of steps {self.steps()}") from error
         target, number = path.with_name(path.name + UNREADABLE_SUFFIX), 1
         while target.exists():
             number += 1
@@ -322,21 +331,21 @@ class Checkpointer:
             return
         try:
             self.close()
-        except UserError as failure:  # the run is stopping for another reason, which must be the one that is seen
+        except UserError as failure:  # the run is stopping for another reason, which must be the one shown
             if failure is not error:
                 self._report(str(failure))
 
 
-def _catch(call: Callable, *arguments) -> tuple[Any, Exception | None]:
-    """What ``call`` gave, and what it raised: Orbax has no one type for a torn folder."""
+def _catch(call: Callable, *arguments, **options) -> tuple[Any, Exception | None]:
+    """(result, error) of ``call``: Orbax raises errors of many types for a torn folder."""
     try:
-        return call(*arguments), None
+        return call(*arguments, **options), None
     except Exception as error:
         return None, error
 
 
 def _place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Without a sharding Orbax would take the one in the file, of devices that may not exist here."""
+    """``leaf`` with a sharding: Orbax would use the file's, of devices that may not exist here."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -348,22 +357,22 @@ def _is_not_from_orbax(record: logging.LogRecord) -> bool:
 def _shapes(tree) -> dict[str, str]:
     """Path -> ``float32[3,4]`` of every array; keys are compared by their data, a uint32 array."""
 
-    def describe(leaf) -> str:
+    def format_shape(leaf) -> str:
         if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         return f"{leaf.dtype}{list(leaf.shape)}"
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): describe(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): format_shape(leaf) for path, leaf in leaves}
 
 
 def _check_shapes(where: pathlib.Path, saved: dict[str, str], now: dict[str, str]) -> None:
     changed = [path for path in saved.keys() | now.keys() if saved.get(path) != now.get(path)]
-    changed.sort(key=lambda path: (not path.startswith("params"), path))  # a parameter says more than its moments
+    changed.sort(key=lambda path: (not path.startswith("params"), path))  # parameters before their moments
     if changed:
         changes = shorten([f"{path} {saved.get(path)!r} -> {now.get(path)!r}" for path in changed], 3)
         raise UserError(
-            f"{where}: the train state is not the one of this checkpoint ({changes}): go on with the same model and "
+            f"{where}: the train state differs from the checkpoint's ({changes}): resume with the same model and "
             "optimizer"
         )
 
@@ -373,7 +382,7 @@ def parse_record(folder: pathlib.Path, values: Any) -> RunRecord:
     names = {field.name for field in dataclasses.fields(RunRecord)}
     if not isinstance(values, dict) or values.keys() != names:
         raise UserError(
-            f"{folder}: another version of postrain wrote this checkpoint: go on with that version, or use another "
+            f"{folder}: another version of postrain wrote this checkpoint: resume with that version, or use another "
             "workdir"
         )
     return RunRecord(**values)

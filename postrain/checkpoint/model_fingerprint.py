@@ -1,4 +1,4 @@
-"""What a run's checkpoints stand on besides themselves: the weights and config of the model folder, the adapters."""
+"""Fingerprint of the base model, adapters and new tokens that a checkpoint depends on."""
 
 import concurrent.futures
 import hashlib
@@ -26,7 +26,7 @@ def fingerprint_model(
     new_tokens: NewTokensSection | None = None,
     quantization: str = "none",
 ) -> dict[str, Any]:
-    """Of the model that a run starts from, the adapters and new tokens that it trains: for a resume to name changes.
+    """Fingerprint of a run's starting model, adapters and new tokens, compared when the run resumes.
 
     ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha``, ``quantization`` and what config.json
     says do not. Later keys are left out at their defaults, as older checkpoints do not have them.

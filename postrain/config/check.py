@@ -10,12 +10,13 @@ import typing
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from postrain.config.functions import PREFIX, identify_function
+from postrain.config.functions import DATASET_PREFIX, PREFIX, identify_dataset, identify_function
 from postrain.config.rules import check_rules
-from postrain.config.schema import Config, SourceConfig
+from postrain.config.schema import Config, Dataset, SourceConfig
 from postrain.errors import UserError
 from postrain.trees import flatten
 
+PLAIN = (str, int, float, bool, type(None))
 RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
 HOW_TO_GET_A_MODEL = "give the folder of a model, or its name on the Hugging Face hub, such as Qwen/Qwen3-0.6B"
 
@@ -41,7 +42,7 @@ def resolve(values: Any) -> Config:
 
 def _fill_kinds(values: dict) -> dict:
     """``values`` with the kind of the recipe's rows in sources that do not name a kind."""
-    kind, data = RECIPE_KINDS.get(values.get("recipe")), values.get("data")
+    kind, data = RECIPE_KINDS.get(values.get("recipe", "")), values.get("data")
     if kind is None or not isinstance(data, dict):
         return values
 
@@ -61,17 +62,21 @@ def _fill_kinds(values: dict) -> dict:
 def to_dict(config: Config) -> dict:
     """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back.
 
-    A function becomes its name and a hash of its text: it can be compared, and not called.
+    A function becomes its name and a hash of its text, a dataset its type: they can be compared, and not used.
     """
 
     def plain(value):
+        if dataclasses.is_dataclass(value):  # not by dataclasses.asdict, which would copy the rows of a dataset
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         if callable(value):
             return identify_function(value, "data.train.kind")
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value if isinstance(value, PLAIN) else identify_dataset(value, "data.train.dataset")
 
-    return plain(dataclasses.asdict(config))
+    return plain(config)
 
 
 def format_config(config: Config) -> str:
@@ -147,9 +152,13 @@ def list_recipes() -> tuple[str, ...]:
 
 
 def _read_value(value: Any, kind: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _read_section(value, kind, key + ".")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if arguments[:1] == (Dataset,):
+        if value is not None and not (isinstance(value, str) and value.startswith((PREFIX, DATASET_PREFIX))):
+            identify_dataset(value, key)
+        return value
     if origin is tuple:
         values = (value,) if isinstance(value, (str, dict)) and value else value or ()
         if not isinstance(values, (list, tuple)):

@@ -1,13 +1,14 @@
-"""Functions as values of a config: their identity in config.json and in the fingerprint of the data."""
+"""Functions and datasets as values of a config: their identity in config.json and in the fingerprint of the data."""
 
 import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from postrain.errors import UserError
 
-PREFIX = "function "  # of every identity
+PREFIX, DATASET_PREFIX = "function ", "dataset "  # of every identity
 
 
 def identify_function(function: Callable, key: str) -> str:
@@ -37,3 +38,22 @@ def identify_function(function: Callable, key: str) -> str:
             f"{advice}"
         ) from None
     return f"{PREFIX}{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def identify_dataset(dataset: Any, key: str) -> str:
+    """``function NAME DIGEST`` of a function that makes a dataset, ``dataset TYPE`` of a Grain dataset.
+
+    Raises:
+      UserError: naming the config ``key``, where it is neither, or a function as ``identify_function`` refuses.
+    """
+    if inspect.isfunction(dataset):
+        return identify_function(dataset, key)
+    if isinstance(dataset, str):
+        raise UserError(f"config key '{key}' = {dataset!r}: config.json only names it: run with the config file")
+    kinds = [cls.__name__ for cls in type(dataset).__mro__ if cls.__module__.split(".")[0] == "grain"]
+    if not {"MapDataset", "IterDataset"} & set(kinds):
+        raise UserError(
+            f"config key '{key}': expected a grain.MapDataset, a grain.IterDataset or a function that returns one, "
+            f"found {dataset!r:.80}"
+        )
+    return f"{DATASET_PREFIX}{type(dataset).__qualname__}"

@@ -47,7 +47,7 @@ def _run_config_file(path: str, arg: str | None) -> Any:
     file = pathlib.Path(path)
     _check_config_file(path, file)
     spec = importlib.util.spec_from_file_location("postrain_user_config", file)
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise UserError(f"--config: {path} is not a Python file (expected NAME.py or NAME.py:ARG)")
     module = importlib.util.module_from_spec(spec)
     running = False

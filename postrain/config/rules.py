@@ -14,6 +14,7 @@ def check_rules(config: Config) -> None:
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
     _check_batch(config)
+    _check_sources(config.data)
     _check_mixture(config.data)
     _check_stream(config)
     _check_adapters(config.model)
@@ -124,6 +125,22 @@ def _check_best(config: Config) -> None:
         raise UserError(
             f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
             f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
+        )
+
+
+def _check_sources(data: DataConfig) -> None:
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for source in sources:
+            if source.path and source.dataset is not None:
+                raise UserError(
+                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one "
+                    "of them: make two sources"
+                )
+    unsized = [source for source in data.train if source.dataset is not None and not source.weight]
+    if data.streaming and len(data.train) > 1 and unsized:
+        raise UserError(
+            "config key 'data.train': a source with 'dataset' has no size in bytes, which shares in a stream go by "
+            "without weights: give every source a 'weight'"
         )
 
 

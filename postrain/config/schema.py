@@ -48,6 +48,12 @@ Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, below=1)]
 
+
+class Dataset:
+    """A ``grain.MapDataset`` or ``grain.IterDataset`` of rows (dicts), or a function that returns one. The function has
+    no parameter, or two: (shard, shards), and then it returns the rows of that shard alone."""
+
+
 RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> a row of a known kind, or None: left out
 Kind = Literal["sft", "messages", "prompt_completion", "text", "preference", "prompts", "kd", "events"]
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -60,7 +66,8 @@ class SourceConfig:
 
     SHORT_FOR: ClassVar[str] = "path"  # the key that a string in place of the section is the value of
     path: str = ""  # a .jsonl or .parquet file, a glob of them, a folder saved by `datasets`, s3://, ... (docs/data.md)
-    name: str = ""  # in reports; empty: the last part of the path, less its suffix
+    dataset: Dataset | None = None  # in place of a path: a Grain dataset, or a function that returns one
+    name: str = ""  # in reports; empty: the last part of the path, less its suffix, or the dataset's name
     # The first row of kind sft decides between messages, prompt_completion and text; those kinds decide it themselves.
     kind: Kind | RowFunction = "sft"  # or a function that returns rows of these kinds
     weight: NotNegative = 0.0  # its share, relative to the weights of the other sources; 0 for all of them: by size

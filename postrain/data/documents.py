@@ -34,8 +34,8 @@ class Rendered:
         Never true at ``t = 0``, which nothing predicts; true somewhere, but in prompts.
       ref: the row that it comes from.
       truncated: it was cut to the length (``data.too_long``); of text the end, and with it part of its last answer.
-      asked: for each answer the switch of the template that its prompt was rendered with, as "enable_thinking=False",
-        where that differs from the default prompt, else ""; nothing at all where that is so of all.
+      template_switches: for each answer the switch of the template that its prompt was rendered with, as
+        "enable_thinking=False", where that differs from the default prompt, else ""; empty where all are "".
       fields: further arrays.
       is_prompt: what follows the last token is to be generated, so that one is read too, and nothing is trained.
       metadata: what else the row says, for whoever scores what is generated; None but for prompts.
@@ -45,7 +45,7 @@ class Rendered:
     loss_mask: np.ndarray
     ref: RowRef
     truncated: bool = False
-    asked: tuple[str, ...] = ()
+    template_switches: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
     is_prompt: bool = False
     metadata: dict[str, Any] | None = None
@@ -79,8 +79,8 @@ class Group:
         return self.sequences[0].ref
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        return tuple(how for sequence in self.sequences for how in sequence.asked)
+    def template_switches(self) -> tuple[str, ...]:
+        return tuple(switch for sequence in self.sequences for switch in sequence.template_switches)
 
     @property
     def slots(self) -> int:
@@ -150,7 +150,8 @@ def cut_end(document: Rendered, slots: int) -> Rendered:
     tokens, loss_mask = document.tokens[: slots + 1], document.loss_mask[: slots + 1]
     answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
     fields = tuple(field._replace(values=field.values[: slots + 1]) for field in document.fields)
-    return Rendered(tokens, loss_mask, document.ref, truncated=True, asked=document.asked[:answers], fields=fields)
+    switches = document.template_switches[:answers]
+    return Rendered(tokens, loss_mask, document.ref, truncated=True, template_switches=switches, fields=fields)
 
 
 def largest_id(batch: Mapping[str, np.ndarray]) -> int:

@@ -1,6 +1,6 @@
-"""Rows of kind sft -> checked, normalised conversations, prompt/completion pairs or plain text.
+"""Rows of kind sft, checked and normalised: conversations, prompt/completion pairs or plain text.
 
-They have three forms (other top-level keys are ignored, unless they would have to change the prompt: ``check_keys``):
+They have three forms. Other top-level keys are ignored, unless they would change the prompt (``check_keys``):
 
 * ``{"messages": [...], "tools": [...]}``: OpenAI-style messages with the roles system, developer, user,
   assistant and tool; ``tool_calls`` with arguments as an object or as a JSON string; ``reasoning_content``
@@ -9,7 +9,7 @@ They have three forms (other top-level keys are ignored, unless they would have 
 * ``{"prompt": ..., "completion": ...}``: two strings, or lists of messages; only the completion is trained.
 * ``{"text": "..."}``: plain text, trained as a whole.
 
-What comes out is plain: ``content`` is always a string, arguments are objects, absent and null keys are gone.
+In the result ``content`` is always a string, arguments are objects, and there are no null keys.
 """
 
 import dataclasses
@@ -23,33 +23,33 @@ from postrain.errors import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SFT_FORMS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-# What a row of each form is made of, and keys under which other formats change the prompt: here they would be dropped.
+# The keys of each form, and keys by which other formats change the prompt, which here would be dropped silently.
 READ_KEYS = {form: (*keys, "tools") if form != "text" else keys for form, keys in SFT_FORMS.items()}
 _ANY_KEYS = tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
 _SYSTEM = "a system message is the first of the messages, with the role 'system'"
 FOREIGN_KEYS = {
-    "functions": "it is the old form of 'tools': write it so",
+    "functions": "it is the old form of 'tools': rename it",
     "system": _SYSTEM,
     "system_prompt": _SYSTEM,
     "system_message": _SYSTEM,
     "chat_template_kwargs": "reasoning is switched on by an answer's reasoning_content, and off where it has none",
 }
-# Keys of a message that mean something here or are part of the OpenAI format; the rest is ignored, unless
-# it looks like one of these misspelt.
+# Keys of a message that are read here or belong to the OpenAI format; others are ignored, unless they look like a
+# misspelling of one of these.
 MESSAGE_KEYS = frozenset(
     "role content name tool_calls tool_call_id reasoning_content reasoning thinking train weight".split()
 )
-# Used inside to mark places in rendered text (turns.py); Unicode reserves them for that, no text holds them.
+# They mark places in rendered text (turns.py): Unicode reserves them for internal use, and no text holds them.
 NONCHARACTERS = frozenset("\ufdd0\ufdd1\ufdd2")
 IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split())
 
 
 @dataclasses.dataclass(frozen=True)
 class RowRef:
-    """Where a row comes from; ``line`` counts from 1 (the row of that file where it has no lines, as Parquet).
+    """The place of a row; ``line`` counts from 1 (rows in a file without lines, such as Parquet).
 
-    ``line`` is 0 for a row found in the middle of a file, whose lines before are not counted; ``byte`` is where it
-    begins then, from 0.
+    ``line`` is 0 for a row found in the middle of a file, whose earlier lines are not counted; ``byte`` is then its
+    first byte, from 0.
     """
 
     source: str
@@ -62,9 +62,9 @@ class RowRef:
 
 
 class BadRow(UserError):
-    """A row that cannot be used, in one line: ``file:line: what was wrong``, and what to do where that is known.
+    """A row that cannot be used, in one line: ``file:line: what is wrong``, and advice where there is any.
 
-    Attributes: ``ref`` and ``reason``; ``advice``, for what is wrong with more than this row, else empty.
+    Attributes: ``ref`` and ``reason``; ``advice``, where more than this row is wrong, else empty.
     """
 
     def __init__(self, ref: RowRef, reason: str, advice: str = ""):
@@ -87,7 +87,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class PromptCompletion:
-    """Two plain strings, without any template; only the completion is trained."""
+    """Two plain strings, used without a template; only the completion is trained."""
 
     prompt: str
     completion: str
@@ -111,7 +111,7 @@ def parse_row(raw: Any, form: str, ref: RowRef) -> Example:
     Args:
       raw: the row, as decoded from JSON.
       form: one of ``SFT_FORMS``, or "sft": by the row's keys.
-      ref: where it stands, for errors.
+      ref: its place, for errors.
 
     Raises:
       BadRow: naming file, line, the message's index and what was expected.
@@ -133,20 +133,20 @@ def parse_row(raw: Any, form: str, ref: RowRef) -> Example:
 
 
 def check_object(raw: Any, ref: RowRef) -> dict:
-    """The row. Raises BadRow for what is none."""
+    """The row. Raises BadRow where it is not an object."""
     if not isinstance(raw, dict):
         raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
     return raw
 
 
 def check_keys(raw: dict, read: tuple[str, ...], ref: RowRef, *, is_text: bool = False) -> None:
-    """Raises BadRow for a key that would have to change what the model is given, and that nothing here reads.
+    """Raises BadRow for a key that should change the prompt or the target, and that nothing here reads.
 
-    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or what looks like one of the keys ``read``
-    that this row has not. Other keys are the user's own.
+    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or a likely misspelling of one of the keys
+    ``read`` that the row lacks. Other keys are the user's own.
     """
     for key, value in raw.items():
-        if key in read or is_empty(value):  # of a table, where every row has every column
+        if key in read or is_empty(value):  # in a table every row has every column
             continue
         if key in FOREIGN_KEYS and not is_text:
             raise BadRow(ref, f"{key!r} is not read: {FOREIGN_KEYS[key]}")
@@ -156,20 +156,20 @@ def check_keys(raw: dict, read: tuple[str, ...], ref: RowRef, *, is_text: bool =
 
 
 def is_empty(value: Any) -> bool:
-    """Null, or text, a list or an object without anything in it; arrays, which a function may give, never are."""
+    """Whether a value is null, or an empty string, list or object; an array never counts as empty."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 @functools.lru_cache(maxsize=1024)
 def _find_near_key(key: str, known: tuple[str, ...]) -> str:
-    """The known key that ``key`` is a misspelling of, or empty; ``prompt_id`` is a name made with one, and none."""
+    """The known key that ``key`` misspells, or empty; ``prompt_id`` contains a known key and is not a misspelling."""
     if set(key.split("_")) & set(known):
         return ""
     return next(iter(difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.85)), "")
 
 
 def find_form(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> str:
-    """The first form whose keys the row has; empty where it has those of none."""
+    """The first form whose keys the row has; empty where there is none."""
     return next((form for form, keys in forms.items() if all(key in raw for key in keys)), "")
 
 
@@ -204,7 +204,7 @@ def _conversation(messages: list[dict], tools: Any, ref: RowRef) -> Conversation
 
 
 def parse_messages(messages: Any, ref: RowRef) -> list[dict]:
-    """Checks and normalises a list of messages (for prompts, where no assistant turn is needed)."""
+    """A list of messages, checked and normalised; for prompts, which need no assistant turn. Raises BadRow."""
     return _parse_messages(messages, "messages", ref)
 
 
@@ -254,12 +254,12 @@ def _parse_message(message: Any, where: str, ref: RowRef) -> dict:
 
 def _check_keys(message: dict, where: str, ref: RowRef) -> None:
     if "function_call" in message:
-        raise BadRow(ref, f"{where}.function_call is the old form of a tool call: write it as tool_calls")
+        raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
     for key in message:
         if key in MESSAGE_KEYS or key in IGNORED_KEYS:
             continue
         near = difflib.get_close_matches(str(key), MESSAGE_KEYS, n=1, cutoff=0.8)
-        if near:  # a misspelt `train` would silently train what it should not
+        if near:  # a misspelt `train` would silently train the wrong turns
             raise BadRow(ref, f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
 
 
@@ -276,7 +276,7 @@ def _train_flag(message: dict, where: str, ref: RowRef) -> bool | None:
 
 
 def _content(content: Any, where: str, ref: RowRef) -> str:
-    """A string, or OpenAI's list of text parts, joined: templates differ in what they do with parts."""
+    """A string, or OpenAI's list of text parts, joined: templates treat parts differently."""
     if isinstance(content, (list, tuple)):
         texts = []
         for i, part in enumerate(content):

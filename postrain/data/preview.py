@@ -1,4 +1,4 @@
-"""What training will see, as text or as a page: rows with their trained tokens marked, counts, packing, lengths."""
+"""Preview of the training data, as text or HTML: rows with their trained tokens marked, counts, packing, lengths."""
 
 import itertools
 import json
@@ -11,9 +11,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from postrain.config import Config
-from postrain.data.batches.loading import ExampleSet, load_examples
+from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
-from postrain.data.batches.report import count
+from postrain.data.batches.row_counts import count
 from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
@@ -24,16 +24,16 @@ from postrain.report.page import render_page
 _HISTOGRAM_BINS = 12
 _BAR_WIDTH = 40
 _TRAINED_STYLE = "background:#c9f2d3;border-radius:2px"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: could steer the terminal
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they could control the terminal
 
 
 def preview(
     config: Config, html_path: str | os.PathLike | None = None, rows: int = 3, color: bool | None = None
 ) -> str:
-    """Loads ``config.data`` as training would, and formats its counts, lengths and some of its documents.
+    """Loads ``config.data`` as training does, and formats its counts, lengths and some of its documents.
 
     Args:
-      html_path: where a self-contained page with the same content is written too.
+      html_path: a file for a self-contained page with the same content.
       rows: documents shown in full, spread evenly over ``data.train``.
       color: trained tokens in colour, or between marks. None: colour if standard output is a terminal and
         NO_COLOR is not set.
@@ -99,7 +99,7 @@ def _runs(rendered: Rendered, tokenizer: Tokenizer | None):
 
 
 def _visible(text: str) -> str:
-    """Control characters as pictures: what a row contains must not steer the terminal."""
+    """Control characters as visible symbols: a row must not control the terminal."""
     return _CONTROL.sub(lambda m: chr(0x2400 + ord(m[0])) if ord(m[0]) < 0x20 else "\ufffd", text)
 
 
@@ -118,7 +118,7 @@ def _format_header(document: Document) -> str:
 
 
 def _format_note(sequence: Rendered) -> str:
-    """A line of the metadata and fields of a sequence, which are shown above its tokens; "" where it has neither."""
+    """A line with the metadata and fields of a sequence, to stand above its tokens; "" where it has neither."""
     notes = [f"metadata {json.dumps(sequence.metadata, ensure_ascii=False, default=str)}"] * bool(sequence.metadata)
     for name, values, _ in sequence.fields:
         flat = values.ravel()
@@ -148,7 +148,7 @@ def _write_html(
     tables = []
     for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        notes = [example_set.report.describe_packing(), *example_set.report.describe_more()]
+        notes = [example_set.report.format_packing(), *example_set.report.format_notes()]
         table = {"name": name, "header": header, "lines": lines, "notes": notes}
         tables.append(table | {"histogram": _histogram(example_set)})
     documents = [

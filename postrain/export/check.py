@@ -1,8 +1,8 @@
 """Does an export compute what the trained weights compute? One short row of tokens through both.
 
-Exports have gone wrong unseen in many libraries: merges without effect, layers left out, transposed matrices. What
-rounding to the file's dtype changes is larger than a small fine-tune, so it is not part of any comparison: the merge
-is checked before the weights are rounded, the files against the rounded weights.
+Exports have gone wrong unseen in many libraries: merges without effect, layers left out, transposed matrices. Rounding
+to the file's dtype changes more than a small fine-tune does, so it is not part of any comparison: the merge is checked
+before the weights are rounded, the files against the rounded weights.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ LENGTH = 16  # tokens of a row
 # Root mean square of the difference, in standard deviations of the logits: the order of float32 sums gives 1e-6 of it,
 # a wrong tensor about 1.
 TOLERANCE = 1e-3
-Dtypes = dict[str, tuple[np.dtype, ...]]  # parameter's path -> of its tensors in the files, one a layer
+Dtypes = dict[str, tuple[np.dtype, ...]]  # parameter's path -> the dtypes of its tensors in the files, one a layer
 
 
 def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.ndarray:
     """float32 logits [B, 16, V] of fixed random tokens, computed in float32, on every host; B as few as ``mesh`` takes.
 
-    Every other token is of the vocabulary's end, where new ones are. ``params``: the whole tree, with or without
-    adapters.
+    Every other token is from the end of the vocabulary, where new tokens are. ``params``: the whole tree, with or
+    without adapters.
     """
     rng, shape = np.random.default_rng(0), (num_row_shards(mesh), LENGTH)
     tokens = rng.integers(0, config.vocab_size, shape, np.int32)
@@ -57,19 +57,22 @@ def _make_probe(mesh: Mesh, config: ModelConfig):
     return jax.jit(probe, out_shardings=replicated(mesh))
 
 
-def check_logits(found: np.ndarray, expected: np.ndarray, name: str, what: str, than: str) -> None:
-    """Raises UserError unless ``found``, of ``what`` the export ``name`` has, is ``expected`` up to float32 sums."""
+def check_logits(found: np.ndarray, expected: np.ndarray, name: str, owner: str, reference: str) -> None:
+    """Raises UserError unless the logits are equal up to the order of float32 sums.
+
+    ``owner`` and ``reference``: whose logits ``found`` and ``expected`` are; ``name``: of the export, in the message.
+    """
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     error, scale = float(np.sqrt(np.mean((found - expected) ** 2))), float(expected.std())
     if not error <= TOLERANCE * scale:
         raise UserError(
-            f"{name}: {what} logits differ from those of {than} by {error / (scale or 1):.1e} of their spread, "
+            f"{name}: {owner} logits differ from those of {reference} by {error / (scale or 1):.1e} of their spread, "
             f"expected at most {TOLERANCE:g}: the export was deleted"
         )
 
 
 def find_dtypes(folder: str | os.PathLike, config: ModelConfig) -> Dtypes:
-    """Those of the tensors of a Hugging Face folder; the experts of a layer are taken to have one."""
+    """The dtypes in a Hugging Face folder; all experts of a layer are assumed to have the same."""
     infos, found = TensorFiles(folder).infos, {}
     for tensor in list_tensors(config, read_family(folder)):
         if not tensor.expert:
@@ -79,7 +82,7 @@ def find_dtypes(folder: str | os.PathLike, config: ModelConfig) -> Dtypes:
 
 
 def choose_load_dtype(dtypes: Dtypes) -> str:
-    """The one that a folder is read back in without a change: its own where it has one."""
+    """The dtype in which a folder reads back unchanged: its own where it has a single one, else float32."""
     kinds = {_on_device(dtype).name for layers in dtypes.values() for dtype in layers}
     return kinds.pop() if len(kinds) == 1 else "float32"
 
@@ -104,43 +107,45 @@ def _on_device(dtype: np.dtype) -> np.dtype:
     return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
-def describe_rounding(params: dict, source_folder: str | os.PathLike, dtypes: Dtypes, config: ModelConfig, mesh) -> str:
-    """How much of what training changed the files' dtypes keep; "" where they keep all, or nothing has changed.
+def format_rounding(params: dict, source_folder: str | os.PathLike, dtypes: Dtypes, config: ModelConfig, mesh) -> str:
+    """A line about the share of changed weights that stay changed in the files' dtypes; "" where all changed ones do.
 
-    A weight that moved by less than half the distance of two numbers of a dtype is rounded back to where it came from:
-    bfloat16 has 8 bits, so at the learning rates of full fine-tuning that is most of them.
+    A weight that moved by less than half the distance between two numbers of a dtype is rounded back to its old value:
+    bfloat16 has 8 bits of precision, so at the learning rates of full fine-tuning that happens to most weights. Every
+    process must call this.
     """
     narrow = sorted({dtype.name for kinds in dtypes.values() for dtype in kinds if dtype.itemsize < 4})
     if not narrow:
         return ""
-    source_config = read_config(source_folder)  # whose vocabulary may be smaller: new rows count as changed
+    source_config = read_config(source_folder)  # its vocabulary may be smaller: new rows count as changed
     files, _ = open_checked(source_folder, source_config)
     entries = list_entries(config, read_family(source_folder))
-    leaves, changed, kept = flatten(params), 0, 0
+    leaves, num_changed, num_preserved = flatten(params), 0, 0
     for entry, spec in entries:
         leaf, read = leaves[entry.param], make_reader(files, entry, spec, source_config, np.dtype(np.float32))
-        # One layer at a time: the source is not kept in memory beside what trained.
+        # One layer at a time: the whole source need not fit in memory beside the trained weights.
         rows = 1 if entry.per_layer else spec.shape[0]
         one = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
         for layer, dtype in enumerate(dtypes[entry.param]):
             source = place(functools.partial(_read_rows, read, layer, rows), one, mesh)
             trained = jax.lax.dynamic_slice_in_dim(leaf, layer, rows)
             moved = trained != source
-            changed += _count(moved)
-            kept += _count(moved & (_round(trained, (dtype,)) != _round(source, (dtype,))))
-    if not changed or kept == changed:
+            num_changed += _count(moved)
+            num_preserved += _count(moved & (_round(trained, (dtype,)) != _round(source, (dtype,))))
+    if num_preserved == num_changed:
         return ""
     verb = "keeps" if len(narrow) == 1 else "keep"
-    line = f"export      {' and '.join(narrow)} {verb} the update in {kept / changed:.1%} of the changed weights"
-    return line + (": export.dtype=float32 would keep it in all" if kept < changed / 2 else "")
+    share = f"{num_preserved / num_changed:.1%}"
+    line = f"export      {' and '.join(narrow)} {verb} the update in {share} of the changed weights"
+    return line + (": export.dtype=float32 would keep it in all" if num_preserved < num_changed / 2 else "")
 
 
 def _read_rows(read, first: int, rows: int, index: tuple[slice, ...]) -> np.ndarray:
-    """What ``read`` gives of ``index`` into the ``rows`` rows from ``first``."""
+    """``read`` of an index into the ``rows`` rows from ``first``."""
     start, stop, _ = index[0].indices(rows)
     return read((slice(first + start, first + stop), *index[1:]))
 
 
 def _count(mask: jax.Array) -> int:
-    """Row by row: a matrix may have more entries than int32 counts."""
+    """Of true entries. Counted row by row: a matrix may have more entries than int32 holds."""
     return int(to_host(jnp.count_nonzero(mask, axis=tuple(range(2, mask.ndim)))).sum(dtype=np.int64))

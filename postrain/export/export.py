@@ -20,8 +20,8 @@ from postrain.export.check import (
     check_logits,
     choose_load_dtype,
     compute_probe_logits,
-    describe_rounding,
     find_dtypes,
+    format_rounding,
     round_params,
 )
 from postrain.files import check_local
@@ -82,17 +82,17 @@ def write_export(
     Returns a line that says how much of the training the dtype of the files keeps, "" where it keeps all.
 
     ``format``: "merged", a Hugging Face folder with adapters added into their matrices, or "adapter", a PEFT folder;
-    None: ``config.export.format``. ``source_folder`` is what the model was loaded from. Every process must call it.
-    Raises UserError when the folder cannot be written, or when what was written gives other logits than the weights
-    in memory: nothing is left then, and an older model in that place stays.
+    None: ``config.export.format``. ``source_folder``: the model was loaded from it. Every process must call this.
+    Raises UserError when the folder cannot be written, or when the written files give other logits than the weights in
+    memory: they are deleted then, and an older model in that place stays.
     """
     if os.path.realpath(folder) == os.path.realpath(source_folder):
         raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
-    run = _Run(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer)
+    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
-        note = write(staged, params, state.frozen, run)
+        note = write(staged, params, state.frozen, target)
         if jax.process_count() > 1:  # not moved before every process has read it
             multihost_utils.sync_global_devices("export checked")
     if jax.process_count() > 1:
@@ -100,10 +100,10 @@ def write_export(
     return note
 
 
-class _Run(NamedTuple):
-    """What an export needs besides the weights."""
+class _Target(NamedTuple):
+    """Where an export goes and what it is made of, without the weights."""
 
-    name: str  # in errors
+    name: str  # of the folder, in errors
     config: Config
     model_config: ModelConfig
     mesh: Mesh
@@ -111,79 +111,79 @@ class _Run(NamedTuple):
     tokenizer: Tokenizer
 
 
-def _write_adapter(staged: pathlib.Path, params, frozen, run: _Run) -> str:
-    """Writes the PEFT folder and checks it; float32, so there is nothing to tell."""
+def _write_adapter(staged: pathlib.Path, params, frozen, target: _Target) -> str:
+    """Writes the PEFT folder and checks it. Returns "": the files are float32, nothing is rounded."""
     # The base is the same on both sides: only the adapter can tell them apart.
-    expected = compute_probe_logits(merge_params(params, frozen), run.model_config, run.mesh)
+    expected = compute_probe_logits(merge_params(params, frozen), target.model_config, target.mesh)
     save_adapter(
         staged,
         params,
-        run.model_config,
-        base_folder=run.source_folder,
-        base_name=run.config.model.path,
-        tokenizer=run.tokenizer,
+        target.model_config,
+        base_folder=target.source_folder,
+        base_name=target.config.model.path,
+        tokenizer=target.tokenizer,
     )
-    config, adapter = load_adapter(staged, run.model_config, base_folder=run.source_folder, mesh=run.mesh)
-    found = compute_probe_logits(merge_params(adapter, frozen), config, run.mesh)
-    check_logits(found, expected, run.name, "the files'", "the trained model")
+    config, adapter = load_adapter(staged, target.model_config, base_folder=target.source_folder, mesh=target.mesh)
+    found = compute_probe_logits(merge_params(adapter, frozen), config, target.mesh)
+    check_logits(found, expected, target.name, "the files'", "the trained model")
     return ""
 
 
-def _write_merged(staged: pathlib.Path, params, frozen, run: _Run) -> str:
-    """Writes the Hugging Face folder and checks it. Returns what there is to tell of its rounding."""
-    base, source = frozen, run.source_folder
+def _write_merged(staged: pathlib.Path, params, frozen, target: _Target) -> str:
+    """Writes the Hugging Face folder and checks it. Returns a line about its rounding, "" where nothing is lost."""
+    base, source = frozen, target.source_folder
     if frozen:
-        # The base that trained is rounded to the compute dtype, which must not reach the export. How it is quantised
-        # must: the adapters are made for those numbers.
-        kind, vocab_size = run.model_config.quantization, run.model_config.vocab_size
-        _, base = load_pretrained(source, mesh=run.mesh, dtype="float32", vocab_size=vocab_size, quantization=kind)
+        # The frozen base is rounded to the compute dtype, which must not reach the export. Its quantisation must: the
+        # adapters were trained on those numbers.
+        kind, vocab_size = target.model_config.quantization, target.model_config.vocab_size
+        _, base = load_pretrained(source, mesh=target.mesh, dtype="float32", vocab_size=vocab_size, quantization=kind)
     tree = merge_params(params, base)
     if frozen:
-        expected = compute_probe_logits(tree, run.model_config, run.mesh)
+        expected = compute_probe_logits(tree, target.model_config, target.mesh)
         tree, base = None, dequantize_params(base, "float32")
-        tree = _merge(base, params, run.model_config)
-        found = compute_probe_logits(tree, run.model_config, run.mesh)
-        check_logits(found, expected, run.name, "the merged weights'", "the base with its adapters")
+        tree = _merge(base, params, target.model_config)
+        found = compute_probe_logits(tree, target.model_config, target.mesh)
+        check_logits(found, expected, target.name, "the merged weights'", "the base with its adapters")
     save_pretrained(
-        staged, tree, run.model_config, source_folder=source, dtype=run.config.export.dtype, tokenizer=run.tokenizer
+        staged,
+        tree,
+        target.model_config,
+        source_folder=source,
+        dtype=target.config.export.dtype,
+        tokenizer=target.tokenizer,
     )
-    dtypes = find_dtypes(staged, run.model_config)
-    if run.model_config.quantization == "none":
-        note = describe_rounding(tree, source, dtypes, run.model_config, run.mesh)
+    dtypes = find_dtypes(staged, target.model_config)
+    if target.model_config.quantization == "none":
+        note = format_rounding(tree, source, dtypes, target.model_config, target.mesh)
     else:
-        note = f"export      merged into the base as {run.model_config.quantization} has it, which is what was trained"
+        kind = target.model_config.quantization
+        note = f"export      merged into the base as {kind} holds it, with which the adapters were trained"
     tree, base = round_params(tree, dtypes), None
-    expected = compute_probe_logits(tree, run.model_config, run.mesh)
+    expected = compute_probe_logits(tree, target.model_config, target.mesh)
     del tree
-    config, loaded = load_pretrained(staged, mesh=run.mesh, dtype=choose_load_dtype(dtypes))
-    found = compute_probe_logits(loaded, config, run.mesh)
-    check_logits(found, expected, run.name, "the files'", "the trained weights")
+    config, loaded = load_pretrained(staged, mesh=target.mesh, dtype=choose_load_dtype(dtypes))
+    found = compute_probe_logits(loaded, config, target.mesh)
+    check_logits(found, expected, target.name, "the files'", "the trained weights")
     return note
 
 
 def _merge(base: dict, adapters: dict, config: ModelConfig) -> dict:
     """``base`` with the adapters added, matrix by matrix in its own memory: ``base`` is used up."""
-    if "lora_a" in adapters:
-        return base | {"kernel": _merge_kernel(base["kernel"], adapters, config)}
-    if "new_rows" in adapters:
-        return base | {"embedding": _merge_rows(base["embedding"], adapters, config)}
+    for adapter, name in (("lora_a", "kernel"), ("new_rows", "embedding")):
+        if adapter in adapters:
+            return base | {name: _merge_array(name, base[name], adapters, config)}
     return {key: _merge(value, adapters[key], config) if key in adapters else value for key, value in base.items()}
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _merge_kernel(kernel, adapters, config):
-    return merge_lora({"kernel": kernel} | adapters, config)["kernel"]
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
-def _merge_rows(embedding, adapters, config):
-    return merge_lora({"embedding": embedding} | adapters, config)["embedding"]
+@functools.partial(jax.jit, static_argnums=(0, 3), donate_argnums=1)
+def _merge_array(name, array, adapters, config):
+    return merge_lora({name: array} | adapters, config)[name]
 
 
 def export_workdir(
     workdir: str | os.PathLike, output: str | os.PathLike, format: str | None = None, step: int | None = None
 ) -> str:
-    """Writes a checkpoint of a run, that of ``step`` or the newest; returns a line that says what was written."""
+    """Writes a checkpoint of a run, that of ``step`` or the newest; returns a line about it."""
     check_local(workdir, "--workdir")
     check_local(output, "--output")
     workdir = pathlib.Path(workdir)

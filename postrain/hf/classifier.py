@@ -2,7 +2,7 @@
 
 `transformers` finds the position that it scores by token value: the last that is not ``pad_token_id``. Where padding is
 the end token too, that is one before the end of a text that ends with it (transformers issues 35352, 35909); here it is
-the last position of the text, whatever stands there. Pad with a token of its own to have both agree.
+the last position of the text, whatever its token. With a padding token of its own both agree.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ def load_classifier(
 ) -> tuple[ModelConfig, HeadConfig, dict]:
     """Trunk, head and parameters of a classifier's folder: ``compute_hidden``, then ``apply_heads`` with the head.
 
-    ``tie_embeddings`` of the config is True: there is no projection onto the vocabulary. Raises UserError as
-    load_pretrained does, and when the folder is no classifier's.
+    ``tie_embeddings`` of the config is True: it has no projection onto the vocabulary. Raises UserError as
+    load_pretrained does, and when the folder is not a classifier's.
     """
     config, family, labels = _read_classifier(folder)
     head = HeadConfig(HEAD_NAME, labels)
@@ -83,7 +83,7 @@ def save_classifier(
         return cast(fetch_tensor(leaves, by_name[name]), dtypes[name], name)
 
     def finish(temporary: pathlib.Path) -> None:
-        described = _describe(raw, family, head, labels) | {"vocab_size": config.vocab_size}
+        described = _make_config(raw, family, head, labels) | {"vocab_size": config.vocab_size}
         if dtype != "as_loaded":
             described |= dict.fromkeys([key for key in DTYPE_KEYS if key in raw] or DTYPE_KEYS[:1], dtype)
         text = json.dumps(described, indent=2, ensure_ascii=False)
@@ -95,8 +95,8 @@ def save_classifier(
     write_folder(folder, announced, fetch, finish, source_folder=source_folder, max_shard_bytes=5 * 10**9)
 
 
-def _describe(raw: dict, family: Family, head: HeadConfig, labels: Sequence[str]) -> dict:
-    """The content of config.json."""
+def _make_config(raw: dict, family: Family, head: HeadConfig, labels: Sequence[str]) -> dict:
+    """The content of config.json, but for dtype and vocabulary."""
     names = list(labels) or [f"LABEL_{i}" for i in range(head.outputs)]
     described = {key: value for key, value in raw.items() if key not in ("quantization_config", "num_labels")}
     if described.get("pad_token_id") is None:  # without one transformers takes no batches

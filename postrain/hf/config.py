@@ -47,7 +47,7 @@ def config_file(folder: str | os.PathLike) -> pathlib.Path:
     """Path of config.json. Raises UserError when the folder or the file is not there, or belongs to something else."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected the folder of a Hugging Face model, found no folder of that name")
+        raise UserError(f"{folder}: expected the folder of a Hugging Face model, found nothing of that name")
     refuse_other_folders(folder)
     if not (folder / CONFIG_FILE).is_file():
         advice = "postrain import FILE.gguf OUT" if list(folder.glob("*.gguf")) else "give a Hugging Face model folder"
@@ -82,7 +82,7 @@ def read_family(folder: str | os.PathLike) -> Family:
 
 
 def parse_config(raw: dict, where: str) -> ModelConfig:
-    """ModelConfig of the content of a config.json; ``where`` stands at the start of error messages."""
+    """ModelConfig of the content of a config.json; ``where`` begins the error messages."""
     family = _find_family(raw, where)
     _refuse_unknown(raw, family, where)
     values = family.defaults | {KEY_ALIASES.get(key, key): value for key, value in raw.items()}
@@ -96,12 +96,12 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     num_kv_heads = _positive(values, "num_key_value_heads", where)
     if num_heads % num_kv_heads:
         raise UserError(
-            f"{where}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
+            f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
     if not values.get("head_dim"):
         if embed % num_heads:
             raise UserError(
-                f"{where}: hidden_size {embed} is no multiple of num_attention_heads and head_dim is absent"
+                f"{where}: hidden_size {embed} is not a multiple of num_attention_heads and head_dim is absent"
             )
         values["head_dim"] = embed // num_heads
     _check_layer_types(values, num_layers, where)
@@ -137,7 +137,7 @@ def source_dtype(folder: str | os.PathLike) -> np.dtype | None:
 
 
 def parse_dtype(name: str, where: str) -> np.dtype:
-    """Name such as "bfloat16" -> numpy dtype. Raises UserError for anything that is no float of safetensors."""
+    """Name such as "bfloat16" -> numpy dtype. Raises UserError for a name that is not a float dtype of safetensors."""
     names = {dtype.name: dtype for dtype in DTYPES.values()}
     if name not in names:
         raise UserError(f"{where}: dtype {name!r}, expected one of {', '.join(names)}")
@@ -147,10 +147,10 @@ def parse_dtype(name: str, where: str) -> np.dtype:
 def write_config(
     folder: pathlib.Path, source_folder: str | os.PathLike, dtype: str | None = None, vocab_size: int | None = None
 ) -> None:
-    """Copies config.json of ``source_folder`` as it is but for ``dtype`` and ``vocab_size``, where they are others.
+    """Copies config.json of ``source_folder``, with ``dtype`` and ``vocab_size`` in place of its own where they differ.
 
-    Weights are never written quantised, so a ``quantization_config`` stays behind; of a folder that holds more than a
-    language model, it is that of the language model (see postrain.hf.text_part).
+    ``quantization_config`` is dropped: weights are never written quantised. Of a folder that holds more than a language
+    model, the config of the language model is written (see postrain.hf.text_part).
     """
     raw = read_model_json(config_file(source_folder))
     quantized = raw.pop("quantization_config", None)
@@ -189,7 +189,7 @@ def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
     if unknown := sorted(key for key in raw if KEY_ALIASES.get(key, key) not in known):
         raise UserError(
             f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: this library cannot know whether "
-            "that changes the maths; delete from a copy of config.json what does not"
+            "that changes the maths; delete the keys that do not from a copy of config.json"
         )
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -250,7 +250,7 @@ def _parse_rope(stated: dict, key: str, theta: float, values: dict, where: str) 
     try:
         numbers = {name: float(value) for name, value in stated.items() if value is not None}
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {key} holds something that is no number: {_short(stated)}") from error
+        raise UserError(f"{where}: {key} holds a value that is not a number: {_short(stated)}") from error
     if kind == "yarn":
         numbers = _yarn(numbers, values)
     if "original_max_position_embeddings" in numbers:
@@ -259,7 +259,7 @@ def _parse_rope(stated: dict, key: str, theta: float, values: dict, where: str) 
 
 
 def _yarn(numbers: dict[str, float], values: dict) -> dict[str, Any]:
-    """YaRN's numbers with what `transformers` takes for absent ones: the attention factor is 0.1 ln(factor) + 1."""
+    """YaRN's numbers with the defaults of `transformers`: the attention factor is 0.1 ln(factor) + 1."""
     scale = lambda factor, m=1.0: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
     mscale, mscale_all = numbers.pop("mscale", 0.0), numbers.pop("mscale_all_dim", 0.0)
     numbers.setdefault("factor", values["max_position_embeddings"] / numbers["original_max_position_embeddings"])

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Writing model folders so that each appears whole or not at all."""
 
 import contextlib
 import fnmatch
@@ -11,21 +11,20 @@ from postrain.errors import UserError
 from postrain.files import check_local, lock
 from postrain.hf.side_files import SIDE_FILES, SIDE_FOLDERS
 
-# What marks a folder as a model's or an adapter's, which a new export may replace.
+# One of these files makes a folder a model's or an adapter's, which a new export may replace.
 MODEL_MARKS = ("config.json", "adapter_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-PARTIAL, UNCHECKED = ".partial", ".unchecked"  # ends of the names of folders on their way
-NEW, OLD = "new", "old"  # in one of them: what takes the folder's name when it is whole, what had it before
+PARTIAL, UNCHECKED = ".partial", ".unchecked"  # suffixes of the hidden folders in which models are prepared
+NEW, OLD = "new", "old"  # in a hidden folder: the model that will take the final name, the model that had it before
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside ``folder`` that takes its name when the block ends without an exception.
 
-    An older model folder of that name is replaced then (see check_replaceable). On any exception, the temporary
-    folder is deleted and what stood at ``folder`` before stands there still. Raises UserError when ``folder`` is a
-    file, or a folder that holds anything but a model, when another process is writing it, and when writing fails (a
-    full disk, a read-only place).
+    An older model folder of that name is then replaced (see check_replaceable). On any exception the temporary folder
+    is deleted and ``folder`` stays as it was. Raises UserError when ``folder`` is a file, or a folder that holds
+    anything but a model; when another process is writing it; and when writing fails (a full disk, a read-only place).
     """
     check_local(folder, "folder")
     folder = pathlib.Path(os.path.abspath(folder))
@@ -46,8 +45,8 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 def staged_folder(folder: str | os.PathLike, *, lead: bool = True) -> Iterator[pathlib.Path]:
     """Yields the path of a folder to write and check, which takes the name ``folder`` when the block ends well.
 
-    For a check in which several processes take part: the path is the same in each, and the one that leads puts the
-    folder in its place. On any exception it is deleted, and what stood at ``folder`` before stands there still.
+    For a check in which several processes take part. The path is the same in each; the process with ``lead`` moves the
+    folder to its name. On any exception the new folder is deleted, and ``folder`` stays as it was.
     """
     folder = pathlib.Path(os.path.abspath(folder))
     check_replaceable(folder)
@@ -64,9 +63,9 @@ def staged_folder(folder: str | os.PathLike, *, lead: bool = True) -> Iterator[p
 
 
 def clear_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what processes that were killed while they wrote ``folder`` have left; what one is writing stays.
+    """Removes the hidden folders of killed processes that were writing ``folder``; one in use by a live process stays.
 
-    Where such a process had just moved the model that it was going to replace, that is put back.
+    An old model that such a process had already moved out of the way is put back.
     """
     folder = pathlib.Path(os.path.abspath(folder))
     for suffix in (PARTIAL, UNCHECKED):
@@ -83,7 +82,7 @@ def _place(folder: pathlib.Path, suffix: str) -> pathlib.Path:
 def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
     """An empty hidden folder beside ``folder``, locked, and removed when the block ends, however it does.
 
-    Its name is fixed, so that the next one finds what a killed process left; whose lock the system has released.
+    Its name is fixed, so that the next process finds what a killed one left; the system has released that one's lock.
     Raises UserError when another process holds it, and OSError.
     """
     place = _place(folder, suffix)
@@ -99,7 +98,7 @@ def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
         try:
             yield place
         finally:
-            with contextlib.suppress(OSError):  # what cannot be put back is not deleted
+            with contextlib.suppress(OSError):  # an old model that cannot be put back is not deleted
                 _put_back(folder, place)
                 shutil.rmtree(place, ignore_errors=True)
 
@@ -115,11 +114,11 @@ def check_replaceable(folder: str | os.PathLike) -> None:
     # A lone config.json may be anything's, a run's for one.
     model = set(found).intersection(MODEL_MARKS) and any(_is_weights(name) for name in found)
     if found and not model:
-        raise UserError(f"{folder}: holds files that are no model to replace: choose another name")
+        raise UserError(f"{folder}: holds files that do not belong to a model: choose another name")
     for name, path in found.items():
         known = name in (*MODEL_MARKS, *SIDE_FILES) or _is_weights(name)
         if not known or path.is_dir() != (name in SIDE_FOLDERS):
-            raise UserError(f"{folder}: holds {name}, which is no part of a model, and stays: choose another name")
+            raise UserError(f"{folder}: holds {name}, which is not part of a model: choose another name")
 
 
 def _is_weights(name: str) -> bool:
@@ -127,7 +126,7 @@ def _is_weights(name: str) -> bool:
 
 
 def _swap(new: pathlib.Path, folder: pathlib.Path, place: pathlib.Path) -> None:
-    """``new`` takes the name ``folder``; what had it goes to ``place``, from where ``_put_back`` would fetch it."""
+    """Renames ``new`` to ``folder``; an older ``folder`` moves to ``place``, and ``_put_back`` can restore it."""
     if folder.exists():
         folder.rename(place / OLD)
     new.rename(folder)

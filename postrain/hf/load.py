@@ -1,8 +1,8 @@
 """A Hugging Face folder -> ModelConfig and parameters, every device reading the slices that it holds.
 
 Nothing unsharded exists on the way: the files are memory-mapped, and for each parameter each device is
-given the rows and columns that its sharding says, cut out of the tensors' layers one by one. Beside what its devices
-hold, a host holds a piece of one parameter (tests/benchmarks/load.py measures it).
+given the rows and columns of its shard, cut out of the tensors' layers one by one. Besides the shards of its devices a
+host holds one piece of one parameter (tests/benchmarks/load.py measures it).
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ def open_checked(
 ) -> tuple[TensorFiles, list[tuple[TensorName, ParamSpec]]]:
     """The folder's tensors and the table rows they fill. Raises one UserError for all that does not fit.
 
-    ``family``: the folder's own unless given. ``others``: shapes of tensors that it must have besides.
+    ``family``: None for the folder's own. ``others``: shapes of further tensors that it must have.
     """
     family = family or read_family(folder)
     files = open_tensors(folder)
@@ -91,7 +91,7 @@ def open_checked(
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
     extra = sorted(set(files.infos) - set(expected) - set(ignored), key=_natural)
-    if config.tie_embeddings and not others:  # which replace the projection onto the vocabulary: there is no copy of it
+    if config.tie_embeddings and not others:  # the projection onto the vocabulary has no tensor of its own
         extra = _drop_tied_copy(files, family.tensors, extra)
     missing = [name for name in expected if name not in files.infos]
     misshapen = [
@@ -190,16 +190,12 @@ def _put(read: Callable[[tuple[slice, ...]], np.ndarray], index: tuple[slice, ..
     piece = cut(first.start)
     if len(piece) == shape[0]:
         return jax.device_put(piece, device)
-    whole = _make_zeros(shape, piece.dtype, device)
+    whole = jax.jit(lambda: jnp.zeros(shape, piece.dtype), out_shardings=SingleDeviceSharding(device))()
     for start in range(first.start, first.stop, step):
         piece = cut(start) if start > first.start else piece
         whole = _write(whole, piece, start - first.start)
         whole.block_until_ready()  # pieces read ahead would pile up
     return whole
-
-
-def _make_zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=SingleDeviceSharding(device))()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -242,7 +238,7 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], pack, m
 
 
 def _pieces(spec: ParamSpec) -> list[tuple[slice, ...]]:
-    """What is quantised on its own: each matrix of a stack of layers (and experts), or some rows of an embedding."""
+    """The pieces that are quantised one by one: each matrix of a stack, or some rows of an embedding."""
     if "vocab" in spec.axes:
         rows, step = spec.shape[0], max(1, PIECE_BYTES // (4 * spec.shape[1]))
         return [(slice(start, min(start + step, rows)),) for start in range(0, rows, step)]
@@ -250,7 +246,7 @@ def _pieces(spec: ParamSpec) -> list[tuple[slice, ...]]:
 
 
 def _overlap(bounds: tuple[tuple[int, int], ...], piece: tuple[slice, ...]) -> list[tuple[int, int]] | None:
-    """Start and stop of what the two share, along the axes of ``piece``; None where they share nothing."""
+    """Start and stop of the overlap along the axes of ``piece``; None where there is none."""
     spans = [(max(a, at.start), min(b, at.stop)) for (a, b), at in zip(bounds, piece, strict=False)]
     return spans if all(a < b for a, b in spans) else None
 

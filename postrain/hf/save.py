@@ -45,7 +45,7 @@ def save_pretrained(
     "as_loaded" (each tensor's dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model
     was trained with, where that may be another than the source folder's. Every process must call it; the first one
     writes.
-    Raises UserError when the folder cannot be written; nothing that looks whole is left then.
+    Raises UserError when the folder cannot be written; no partial folder is left then.
     """
     check_params(params, config)
     tensors = list_tensors(config, read_family(source_folder))
@@ -104,7 +104,7 @@ def check_params(params: dict, config: ModelConfig) -> None:
 
 
 def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor) -> np.ndarray:
-    """One tensor as the file has it: one layer, vocabulary padding cut, [out, in]. Gathers that layer alone."""
+    """One tensor as the file has it: one layer, without vocabulary padding, [out, in]. Gathers that layer alone."""
     places = tuple(i for i in (tensor.layer, tensor.expert) if i is not None)
     arrays = [gather(leaves[entry.param], places) for entry in tensor.entries]
     array = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
@@ -139,12 +139,12 @@ def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[
     weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
     infos = open_tensors(folder).infos if weights else {}
     known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
-    return {t.name: known.get(t.name, stated) for t in tensors}  # what was packed is written in the stated dtype
+    return {t.name: known.get(t.name, stated) for t in tensors}  # packed tensors are written in the stated dtype
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """``array`` in ``dtype``. Raises UserError naming the tensor where a value is not finite, or too large for it."""
-    with np.errstate(over="ignore"):  # told below, with the tensor's name
+    with np.errstate(over="ignore"):  # reported below, with the tensor's name
         array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():
         raise UserError(f"export: tensor {name} has values that are not finite in {dtype.name}: choose another dtype")

@@ -32,7 +32,7 @@ SIDE_FILES = MODEL_SIDE_FILES + TOKENIZER_FILES + TEMPLATE_FILES
 
 
 def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, tokenizer: Tokenizer | None = None) -> None:
-    """Copies the side files of ``source_folder``; with ``tokenizer``, what a run used takes their place.
+    """Copies the side files of ``source_folder``; with ``tokenizer``, that of a run, its files take their place.
 
     Tokenizer files then come from the tokenizer's folder, the one chat template is the run's, and
     generation_config.json stops where the run's evaluation stopped.
@@ -58,13 +58,13 @@ def _copy(names: tuple[str, ...], source_folder: pathlib.Path, folder: pathlib.P
 
 
 def _write_template(folder: pathlib.Path, template: str) -> None:
-    """The template as the one that every reader of the folder finds."""
+    """Writes the template where every reader of the folder finds it, as the only one."""
     if template:
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     config = folder / TOKENIZER_CONFIG
     if config.exists():
         raw = read_json(config)
-        # Some readers take the one in here first, and of several named ones another than the run did.
+        # Some readers prefer the template in here, and of several named ones another than the run's.
         if raw.get("chat_template", template) != template:
             del raw["chat_template"]
             _write_json(config, raw)

@@ -29,7 +29,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-MXFP4 = "MXFP4"  # no dtype of safetensors: blocks and scales that are read as one tensor
+MXFP4 = "MXFP4"  # not a dtype of safetensors: blocks and scales that are read as one tensor
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -88,13 +88,12 @@ class TensorFiles:
             if absent := sorted(listed - set(found)):
                 raise UserError(f"{self.folder / file}: lacks tensors that the index lists there: {shorten(absent, 8)}")
             if unlisted := sorted(set(found) - listed):
-                raise UserError(
-                    f"{index}: has no entry for tensors of {file}: {shorten(unlisted, 8)}: download it again"
-                )
+                names = shorten(unlisted, 8)
+                raise UserError(f"{index}: has no entry for tensors of {file}: {names}: download it again")
             self.infos |= found
 
     def read(self, name: str) -> np.ndarray | Mxfp4Tensor:
-        """The tensor as a read-only array over the file: only what is then sliced or copied is read."""
+        """The tensor as a read-only array over the file: only the parts that are sliced or copied are read."""
         if name in self._packed:
             return Mxfp4Tensor(*(self._map(info, np.dtype(np.uint8)) for info in self._packed[name]))
         info = self.infos[name]
@@ -104,7 +103,7 @@ class TensorFiles:
         return self._map(info, DTYPES[info.dtype])
 
     def forget(self, name: str) -> None:
-        """Lets go of the pages of the file that were read for a tensor; they count as this process's memory."""
+        """Releases the pages of the file that were read for a tensor, which count as this process's memory."""
         file = self._packed[name][0].file if name in self._packed else self.infos[name].file
         if hasattr(mmap, "MADV_DONTNEED"):  # not on every system
             self._maps[file].madvise(mmap.MADV_DONTNEED)
@@ -131,7 +130,7 @@ def read_json(file: pathlib.Path) -> dict:
 
 
 def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file. Raises UserError when it is truncated or is no such file."""
+    """Every tensor of a safetensors file. Raises UserError when it is truncated or not in that format."""
     try:
         safe_open(file, framework="numpy")  # checks the header against the length of the file
         with open(file, "rb") as stream:

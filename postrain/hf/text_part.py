@@ -1,6 +1,6 @@
 """The language model inside a folder that holds more, such as Gemma 3 with its vision tower.
 
-It is read as if it were a folder of its own, and is exported as one: what is beside it stays behind.
+It is read as if it were a folder of its own, and exported as one, without the other parts.
 """
 
 import os
@@ -11,12 +11,12 @@ from postrain.hf.tensors import TensorFiles, read_json
 
 
 class TextPart(NamedTuple):
-    """Where the language model is: its architecture, its section of config.json, what its tensors' names start with."""
+    """Where the language model is: its architecture, its section of config.json, the prefixes of its tensors' names."""
 
     architecture: str
     section: str
     prefixes: dict[str, str]  # in the file -> in a folder of its own
-    beside: tuple[str, ...]  # what the names of all other tensors start with
+    other_prefixes: tuple[str, ...]  # of all other tensors
 
 
 TEXT_PARTS = {
@@ -40,7 +40,7 @@ def find_text_part(raw: dict) -> TextPart | None:
 
 
 def read_model_json(file: pathlib.Path) -> dict:
-    """config.json, or what it says of the text part, as that would say it itself."""
+    """config.json, or of a folder with a text part, the config.json that the text part alone would have."""
     raw = read_json(file)
     part = find_text_part(raw)
     if part is None:
@@ -50,14 +50,13 @@ def read_model_json(file: pathlib.Path) -> dict:
 
 
 def open_tensors(folder: str | os.PathLike) -> TensorFiles:
-    """The folder's tensors, those of the text part alone and by the names that they would have without the rest."""
+    """The folder's tensors; of a folder with a text part only its tensors, named as in a folder of their own."""
     files = TensorFiles(folder)
     config = pathlib.Path(folder) / "config.json"
     part = find_text_part(read_json(config)) if config.is_file() else None
     if part is not None:
-        files.infos = {
-            _rename(name, part.prefixes): info for name, info in files.infos.items() if not name.startswith(part.beside)
-        }
+        of_text = {name: info for name, info in files.infos.items() if not name.startswith(part.other_prefixes)}
+        files.infos = {_rename(name, part.prefixes): info for name, info in of_text.items()}
     return files
 
 

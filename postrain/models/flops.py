@@ -120,8 +120,10 @@ def _count_met(config: ModelConfig, specs: dict, names: tuple[str, ...]) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(specs)):
         keys = [part.key for part in path]
         if keys[-1] in names:
-            routed = config.moe is not None and keys[0] == "moe" and keys[1] != "router"
-            total += leaf.size * config.moe.experts_per_token // config.moe.num_experts if routed else leaf.size
+            if config.moe is not None and keys[0] == "moe" and keys[1] != "router":
+                total += leaf.size * config.moe.experts_per_token // config.moe.num_experts
+            else:
+                total += leaf.size
     return total
 
 

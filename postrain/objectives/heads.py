@@ -41,8 +41,7 @@ def make_head_loss(compute_outputs: Callable, losses: dict[str, Callable]) -> Ca
         sums = LossSums({}, {})
         for name, loss in losses.items():
             targets = batch.fields[name]
-            given = batch.fields.get(f"{name}_weights", batch.fields.get("weights", jnp.ones(())))
-            weights = present[name] * given
+            weights = present[name] * batch.fields.get(f"{name}_weights", batch.fields.get("weights", jnp.ones(())))
             count = lambda values, weights=weights: WeightedSum(
                 jnp.where(weights > 0, values * weights, 0).sum(), weights.sum()
             )

@@ -1,10 +1,10 @@
 """Log-probabilities of tokens from hidden states, without the [N, V] array of logits.
 
-Positions whose mask is zero are dropped before the projection onto the vocabulary; the rest goes through in
-chunks: a chunk's logits live only while it is worked on, in forward and in backward. Two functions stand on
-the same chunk: ``compute_token_logprobs`` (any objective: backward computes the logits again) and
-``compute_weighted_nll`` (a sum with weights known beforehand: the gradient is made while the logits are
-there, a quarter of the products saved).
+Positions whose mask is zero are dropped before the projection onto the vocabulary; the rest is projected in chunks, so
+that only one chunk's logits are in memory, in forward and in backward. Two functions use the same chunks:
+``compute_token_logprobs``, for any objective, whose backward computes the logits again; and ``compute_weighted_nll``,
+for a sum whose weights are known beforehand, which computes the gradient together with the logits and saves a quarter
+of the products.
 
 Legend: N positions, D embed_size, V' padded vocabulary, C chunk.
 """
@@ -39,17 +39,17 @@ class _Static(NamedTuple):
 class _Compacted(NamedTuple):
     """Indices of the masked-in positions first, and how many chunks they fill."""
 
-    order: jax.Array  # int32 [N padded to C]; N for what is no position
+    order: jax.Array  # int32 [N padded to a multiple of C]; N: no position
     num_chunks: jax.Array  # int32 []
 
 
 def _compact(mask_N, chunk: int) -> _Compacted:
-    kept = mask_N != 0
+    is_in = mask_N != 0
     size = mask_N.shape[0]
-    slots = jnp.where(kept, jnp.cumsum(kept) - 1, size + chunk)
+    slots = jnp.where(is_in, jnp.cumsum(is_in) - 1, size + chunk)
     order = jnp.full(math.ceil(size / chunk) * chunk, size, jnp.int32)
     order = order.at[slots].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-    return _Compacted(order, (kept.sum() + chunk - 1) // chunk)
+    return _Compacted(order, (is_in.sum() + chunk - 1) // chunk)
 
 
 def _chunk_rows(compacted: _Compacted, index, chunk: int):
@@ -160,7 +160,7 @@ def _weighted_nll(hidden_ND, unembed_VD, targets_N, weights_N, static):
 
 
 def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, static, to_hidden, to_unembed):
-    """One pass over the chunks: (loss, correct) sums and, where asked for, the gradients of the loss sum."""
+    """One pass over the chunks: (loss, correct) sums, and the gradients of the loss sum where they are needed."""
     compacted = _compact(weights_N, static.chunk)
     unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 

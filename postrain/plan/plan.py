@@ -28,7 +28,7 @@ from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives
 from postrain.plan.report import (
     Attempt,
-    BatchFacts,
+    BatchSizes,
     CollectiveFacts,
     Flops,
     Memory,
@@ -42,7 +42,7 @@ from postrain.plan.targets import INSTALL, Target, open_target
 from postrain.sharding import make_mesh, num_row_shards
 from postrain.training.model import Model, abstract_model, count_params
 from postrain.training.program import Program
-from postrain.training.summary import describe_undivided
+from postrain.training.summary import format_undivided
 
 MakeProgram = Callable[[Config, Model, Mesh, int], Program]
 PLANNED_STEPS = 1_000_000  # of the schedule, where the config leaves them to the data; the program is the same
@@ -88,7 +88,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
         target=target_facts(target),
         mesh={axis: size for axis, size in step.mesh.shape.items() if size > 1},
         model=ModelFacts(trained, frozen, model_config.compute_dtype, model_config.remat),
-        batch=BatchFacts(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
+        batch=BatchSizes(config.data.batch_size, config.data.sequence_length, config.train.micro_batches, tokens),
         memory=memory,
         fits=memory.total <= target.usable,
         compiled=step.compiled is not None,
@@ -97,7 +97,7 @@ def make_plan(config: Config, target_name: str, make_program: MakeProgram) -> Pl
         uncounted_collectives=unknown,
         bound=bound,
         advice=advice,
-        notes=describe_undivided(step.model, step.mesh),
+        notes=format_undivided(step.model, step.mesh),
         compile_seconds=round(step.seconds, 1),
     )
 

@@ -53,7 +53,7 @@ class ModelFacts:
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchFacts:
+class BatchSizes:
     """One update's batch, on all devices."""
 
     rows: int
@@ -131,7 +131,7 @@ class PlanReport:
     target: TargetFacts
     mesh: dict[str, int]  # axes longer than 1
     model: ModelFacts
-    batch: BatchFacts
+    batch: BatchSizes
     memory: Memory
     fits: bool
     compiled: bool  # False: the compiler refused the step because it needs too much memory

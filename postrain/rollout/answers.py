@@ -1,7 +1,7 @@
-"""Greedy answers to held-out rows, scored against the expected ones.
+"""Greedy answers to held-out rows, scored against the expected answers.
 
-A question is cut out of the very sequence that the loss is measured on: the tokens before a row's last trained span are
-the prompt that serving feeds the model, the span is the expected answer.
+A question is cut from the same sequence as the loss: the tokens before a row's last trained span are the prompt that
+serving feeds the model, and the span is the expected answer.
 """
 
 import collections
@@ -34,7 +34,7 @@ class Question(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What the model answered."""
+    """An answer of the model, beside the expected one."""
 
     row: str
     prompt: str
@@ -48,8 +48,8 @@ class Sample(NamedTuple):
 def make_questions(examples: Sequence[Rendered], tokenizer: Tokenizer, limit: int) -> list[Question]:
     """The first ``limit`` documents that have a prompt and their whole answer.
 
-    Plain text, trained from its second token on, has no prompt; of a truncated document the answer is cut, and what
-    the model rightly goes on to say would count as wrong.
+    Plain text, trained from its second token on, has no prompt; of a truncated document the answer is cut, and a
+    model that rightly continues it would be marked wrong.
     """
     questions, turns = [], collections.Counter()
     for example in examples:
@@ -83,7 +83,7 @@ def answer_questions(
     samples = []
     for question, completion in zip(questions, completions, strict=True):
         found, finished = to_answer(completion, tokenizer)
-        # An answer that never stops is wrong however well it begins.
+        # An answer that never stops is wrong, however well it begins.
         scores = {name: SCORES[name](found, question.answer) * finished for name in metrics}
         prompt = tokenizer.decode(question.prompt)
         samples.append(Sample(question.row, prompt, question.answer, found, finished, scores, question.turn))
@@ -128,12 +128,12 @@ def make_answer_evaluator(session: Session, model_config: ModelConfig, rows: Exa
 
 
 def append_samples(path: pathlib.Path, step: int, samples: Sequence[Sample]) -> None:
-    """Adds the answers of ``step`` to a JSONL file, in place of what it holds of that step or later ones.
+    """Adds the answers of ``step`` to a JSONL file, in place of its lines of that step and later ones.
 
-    A run that goes on from an earlier checkpoint comes past the same steps again.
+    A run that resumes from an earlier checkpoint evaluates the same steps again.
     """
-    known = [line for _, line in read_jsonl(path)] if path.exists() else []
-    lines = [line for line in known if line["step"] < step]
+    earlier = [line for _, line in read_jsonl(path)] if path.exists() else []
+    lines = [line for line in earlier if line["step"] < step]
     lines += [{"step": step, **sample._asdict()} for sample in samples]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -147,7 +147,7 @@ def exact_match(found: str, expected: str) -> float:
 
 
 def valid_json(found: str, expected: str) -> float:
-    """One JSON value and nothing else, whatever it says."""
+    """One JSON value and nothing else, of any content."""
     del expected
     try:
         json.loads(found, parse_constant=_refuse)  # NaN and Infinity are Python's, not JSON's

@@ -1,4 +1,4 @@
-"""Text in, text out: what `postrain generate`, notebooks and the samples of a run show.
+"""Text generation: answers to prompts of text or messages, for `postrain generate`, notebooks and samples of a run.
 
 Prompts are rendered by the function that renders training rows, and fed as token ids.
 """
@@ -29,7 +29,7 @@ GENERATED = "generated"  # the key of an answered line that holds its answer
 
 
 class ChatModel(NamedTuple):
-    """All that is needed to answer."""
+    """A model with its tokenizer, ready to answer."""
 
     params: Any  # the whole tree
     config: ModelConfig
@@ -42,9 +42,9 @@ class Answer(NamedTuple):
 
 
 def load_chat_model(folder: str | os.PathLike) -> ChatModel:
-    """A Hugging Face folder as a ChatModel, over all devices, in the dtype that they compute fastest in.
+    """A Hugging Face folder as a ChatModel, over all devices, in their fastest dtype.
 
-    ``folder`` may be that of a PEFT adapter whose base model is here. Raises UserError naming what the folder lacks.
+    ``folder`` may be that of a PEFT adapter whose base model is here. Raises UserError where a file is missing.
     """
     dtype, found = choose_compute_dtype("auto"), find_model(folder)
     config, params = load_model(found, mesh=make_mesh(MeshConfig()), dtype=dtype)
@@ -71,10 +71,10 @@ def generate(
         model: a Hugging Face folder, or (params, model_config, tokenizer) already loaded.
         prompts: user messages, or lists of ``{"role": ..., "content": ...}``; a single string is one prompt.
         max_new_tokens: an answer is cut there.
-        temperature, top_p, top_k, seed: how tokens are drawn; temperature 0 takes the most probable one.
+        temperature, top_p, top_k, seed: how tokens are sampled; temperature 0 takes the most probable one.
         system: a system message for prompts that are strings.
-        thinking: whether to reason first, for chat templates with a switch for that; None is the template's default.
-            A run says which one its answers were trained with.
+        thinking: whether to reason first, for chat templates with a switch for reasoning; None is the template's
+            default. A run prints the setting that its answers were trained with.
         batch_size: prompts generated together.
 
     Returns:
@@ -102,7 +102,7 @@ def encode_prompt(
     raw: bool = False,
     thinking: bool | None = None,
 ) -> list[int]:
-    """Token ids that the model is fed before it answers.
+    """Token ids of a prompt, as fed to the model.
 
     ``raw``: plain text to be continued. ``thinking``: the template's switch for reasoning; None is its default.
     Raises UserError where the prompt cannot be rendered, or the template has no such switch.
@@ -139,7 +139,7 @@ def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_
 
 
 def with_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-    """``sampling`` with the stop ids of the tokenizer's folder, where it names none."""
+    """``sampling``; where it has no stop ids, with the tokenizer's."""
     if sampling.stop_ids:
         return sampling
     fields = {**vars(sampling), "stop_ids": tuple(tokenizer.stop_ids)}
@@ -160,7 +160,7 @@ def answer_prompt(
     thinking: bool | None = None,
     write: Callable[[str], None] = lambda text: None,
 ) -> Answer:
-    """Answers one prompt; ``write`` is given the text piece by piece as it comes."""
+    """Answers one prompt; ``write`` is called with each piece of text as it is generated."""
     stops, stream = model.tokenizer.stop_ids, TextStream(model.tokenizer)
 
     def on_token(row: int, token: int) -> None:
@@ -176,9 +176,9 @@ def answer_prompt(
 
 
 class TextStream:
-    """Token ids one at a time -> text: what is pushed and ended adds up to the decoding of all ids.
+    """Token ids one at a time -> text. The pieces of ``push`` and ``end`` join to the decoding of all ids.
 
-    A character may take several tokens: text is held back while it ends in an unfinished one.
+    A character may take several tokens: text is held back while it ends in an incomplete character.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -210,19 +210,21 @@ def answer_file(
     """Answers every line of a JSONL file; returns how many.
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
-    what is to be answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added and nothing of
-    its own changed, go to ``output``, which appears when all are there, or to the terminal. ``model``, where it is a
-    folder, is loaded after the two files have been looked at.
+    left out and answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added, go to
+    ``output``, written when all are complete, or to the terminal. ``model``, where it is a folder, is loaded after the
+    two files have been checked.
 
     Raises:
-        UserError: naming the line that is no such row, or has a ``generated`` of its own; naming ``output`` where it
+        UserError: naming the line that is not such a row, or has a key ``generated``; naming ``output`` where it
             cannot be written, or is ``source``.
     """
     if output is not None:
-        _check_output(source, output)
+        check_writable(output, "--output")
+        if os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
+            raise UserError(f"--output {output} is the file of --input, which stays as it is: choose another place")
     rows = list(_read_rows(pathlib.Path(source)))
     if not rows:
-        raise UserError(f"{source} has no rows: give one JSON object a line")
+        raise UserError(f"{source} has no rows: write one JSON object on each line")
     model = _as_chat_model(model)
     how = {"raw": raw, "thinking": thinking}
     ids = [_encode_row(model.tokenizer, row, ref, system, how) for row, ref in rows]
@@ -236,12 +238,6 @@ def answer_file(
         return len(lines)
     write_whole(output, "\n".join(lines) + "\n")
     return len(lines)
-
-
-def _check_output(source: str, output: str) -> None:
-    check_writable(output, "--output")
-    if os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
-        raise UserError(f"--output {output} is the file of --input, which stays as it is: choose another place")
 
 
 def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:

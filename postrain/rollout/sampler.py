@@ -1,17 +1,17 @@
 """Generation with a key-value cache, by the forward code that trains.
 
 Prompts are sorted by length and taken ``batch_size`` at a time. Of each batch, all tokens but the last of
-every prompt fill the cache, in pieces of up to PREFILL tokens; what all prompts begin with (a system message)
-is computed once, and so is a prompt that stands there several times (a group of samples). Then compiled
+every prompt fill the cache, in pieces of up to PREFILL tokens. A common beginning of all prompts (a system message)
+is computed once, and so is a prompt that occurs several times (a group of samples). Then compiled
 calls of up to CHUNK steps feed the newest token of every row and choose the next one, until every row has
 met a stop id or its limit. Rows are right-padded, and each has its own position: nothing is computed for
 padding that a result could depend on.
 
-Shapes come from a short list of sizes (``bucket``), so that calls with other prompts meet compiled programs.
+Shapes come from a short list of sizes (``bucket``), so that calls with other prompts reuse compiled programs.
 The cache starts with room for GROWTH new tokens and grows by half or a third when a row needs more: short
-answers do not pay, at every step, for the longest that was allowed.
+answers do not pay, at every step, for the longest one allowed.
 
-What a row draws depends on (seed, its index among the prompts, position) alone: not on ``batch_size``, the
+The random numbers of a row depend on (seed, its index among the prompts, position) alone: not on ``batch_size``, the
 other prompts or streaming. Rounding may still differ between batch sizes, as it does in any matrix product.
 
 Under a mesh (parameters placed by ``postrain.sharding``) rows are split over ``data`` and ``fsdp``, key heads
@@ -38,17 +38,17 @@ from postrain.rollout.sampling import choose_greedy, choose_sampled, make_unifor
 from postrain.sharding import constrain, find_mesh, num_row_shards, to_host
 
 PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [B, N, PREFILL, M]
-MIN_SHARED = 32  # tokens that prompts must begin with in common for them to be computed apart
+MIN_SHARED = 32  # shortest common beginning of prompts that is computed once
 CHUNK = 32  # decode steps per compiled call
 GROWTH = 256  # new tokens that the first cache of a batch has room for
 NOT_FINITE = "expected finite logits for its next token, found NaN: check the weights with `postrain verify`"
-MAX_NEW_TOKENS = 2**24  # more is no model's: a slip of the keyboard
+MAX_NEW_TOKENS = 2**24  # beyond any model's context: a typing error
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. ``temperature`` 0 is greedy. Raises UserError for values that mean nothing."""
+    """How tokens are chosen. ``temperature`` 0 is greedy. Raises UserError for values out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0  # the fewest most probable ids that reach this probability; 1: all
@@ -73,7 +73,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt. Arrays are float32 [len(tokens)]."""
+    """The tokens generated for one prompt. Arrays are float32 [len(tokens)]."""
 
     tokens: list[int]  # with the stop id, when one was met
     logprobs: np.ndarray  # under the distribution sampled from, after temperature, top-k, top-p; 0 when greedy
@@ -92,7 +92,7 @@ def generate(
 ) -> list[Completion]:
     """One completion per prompt of token ids, in the order given.
 
-    ``params`` is the whole tree (``merge_params`` of what trains and what is frozen). ``batch_size`` rows are
+    ``params`` is the whole tree (``merge_params`` of trained and frozen parameters). ``batch_size`` rows are
     generated together (default 32). ``on_token(row, token_id)`` is called for each token as soon as it is
     known, stop ids too; it makes every step a call of its own.
     Raises UserError for an empty prompt, an id outside the vocabulary, and logits that are not finite. Warns
@@ -140,7 +140,7 @@ def _check_prompts(prompts, config, sampling):
     if longest + sampling.max_new_tokens > config.max_positions:
         warnings.warn(
             f"{longest} prompt tokens + {sampling.max_new_tokens} new ones may pass the {config.max_positions} "
-            "positions that the model was made for; what it writes beyond them may be poor",
+            "positions that the model was pre-trained for: text beyond them may be poor",
             stacklevel=3,
         )
 
@@ -200,7 +200,7 @@ def _prefill(params, config, contexts, num_slots) -> KVCache:
 
 
 def _count_shared(contexts) -> int:
-    """Ids that all begin with."""
+    """Number of ids that all contexts begin with."""
     shortest = min(map(len, contexts))
     heads = np.stack([context[:shortest] for context in contexts])
     differ = (heads != heads[0]).any(0)

@@ -2,17 +2,17 @@
 
 Sampling is by the inverse of the cumulative distribution in two levels: the probabilities are summed in
 chunks of consecutive ids, one uniform number chooses the chunk in proportion to its sum, a second one the
-token within the chunk. That reads the logits twice and needs two random numbers a row, where the Gumbel
+token within the chunk. This reads the logits twice and needs two random numbers a row, where the Gumbel
 trick (``jax.random.categorical``) needs a random number and two logarithms per entry of the vocabulary;
 the second uniform keeps the resolution of rare tokens: 2^-23 of their chunk, not of everything.
 
 top-k and top-p (Holtzman et al. 2020, arXiv:1904.09751) are thresholds found by bisection over the bit
 patterns of float32: at most 32 passes over the row, exact, and no sort. Tokens that tie with the last one
-kept are kept too, so that the result does not depend on the order of ids.
+included are included too, so that the result does not depend on the order of ids.
 
 Two log-probabilities come back with each token. ``logprobs`` is under the distribution that was sampled
 from, after temperature, top-k and top-p: importance ratios need this one. ``model_logprobs`` is the model's
-own at the same temperature over the whole vocabulary: what a trainer recomputes and compares with. Without
+own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with. Without
 top-k and top-p they are equal.
 
 Legend: B rows, V entries of the vocabulary (padded), C chunks, W ids of a chunk.
@@ -58,22 +58,22 @@ def choose_sampled(
     """
     logits = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
     weights_BV = jnp.exp((logits - logits.max(-1, keepdims=True)) / temperature)
-    kept_BV = weights_BV
+    candidates_BV = weights_BV
     if 0 < top_k < vocab_size:
         kth_B = find_threshold(logits, jnp.ones_like(logits), jnp.full(logits.shape[0], top_k, jnp.float32))
-        kept_BV = jnp.where(logits >= kth_B[:, None], kept_BV, 0.0)
+        candidates_BV = jnp.where(logits >= kth_B[:, None], candidates_BV, 0.0)
     if top_p is not None:
-        least_B = find_threshold(kept_BV, kept_BV, top_p * kept_BV.sum(-1))
-        kept_BV = jnp.where(kept_BV >= least_B[:, None], kept_BV, 0.0)
-    kept_BCW = _split(kept_BV)
-    sums_BC = kept_BCW.sum(-1)
+        least_B = find_threshold(candidates_BV, candidates_BV, top_p * candidates_BV.sum(-1))
+        candidates_BV = jnp.where(candidates_BV >= least_B[:, None], candidates_BV, 0.0)
+    candidates_BCW = _split(candidates_BV)
+    sums_BC = candidates_BCW.sum(-1)
     chunk_B = invert_cumulative(sums_BC, uniforms_B2[:, 0])
-    chunk_BW = _take_chunk(kept_BCW, chunk_B)
+    chunk_BW = _take_chunk(candidates_BCW, chunk_B)
     within_B = invert_cumulative(chunk_BW, uniforms_B2[:, 1])
     log_weight_B = jnp.log(jnp.take_along_axis(chunk_BW, within_B[:, None], axis=-1)[:, 0])
     logprobs_B = log_weight_B - jnp.log(sums_BC.sum(-1))
-    model_logprobs_B = logprobs_B if kept_BV is weights_BV else log_weight_B - jnp.log(weights_BV.sum(-1))
-    tokens_B = (chunk_B * kept_BCW.shape[-1] + within_B).astype(jnp.int32)
+    model_logprobs_B = logprobs_B if candidates_BV is weights_BV else log_weight_B - jnp.log(weights_BV.sum(-1))
+    tokens_B = (chunk_B * candidates_BCW.shape[-1] + within_B).astype(jnp.int32)
     return Choice(tokens=tokens_B, logprobs=logprobs_B, model_logprobs=model_logprobs_B)
 
 

@@ -5,32 +5,27 @@ any row is rendered and the model is loaded. ``check_record`` compares once more
 documents.
 """
 
-import bisect
 import dataclasses
 import json
 import os
 import pathlib
 
 from postrain.checkpoint.checkpointer import parse_record
-from postrain.checkpoint.checksums import verify_checksums
+from postrain.checkpoint.integrity import verify_checksums
 from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.config import Config, OptimizerConfig, SourceConfig, to_dict
-from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, make_fingerprint
-from postrain.data.batches.open import fingerprint_stream
-from postrain.data.batches.shard_reader import open_block_source
-from postrain.data.batches.source import Source, open_source
-from postrain.data.messages import BadRow
+from postrain.config import Config, OptimizerConfig, to_dict
+from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
-from postrain.training.optimizer import describe_structure
+from postrain.training.optimizer import state_structure
 from postrain.trees import flatten
 from postrain.types import RunRecord
 
 _SHOWN = 8  # changes in one message
 # Keys whose change a resume does not mention: they decide how the work is done or what is shown of it, not its result.
 # ``data.eval`` is not among them: with other rows, evaluations before and after differ.
-HARMLESS = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
+HARMLESS: tuple[str, ...] = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
 HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 
@@ -44,7 +39,7 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
         folder: of the model that ``config`` names now.
     """
     place, record = _read_newest(checkpoints)
-    if record is None:
+    if record is None or place is None:
         export = checkpoints.parent / "export"
         if config.export.format != "none" and export.exists():
             raise UserError(
@@ -58,7 +53,7 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
 
 
 def check_record(
-    place: pathlib.Path, record: RunRecord, config: Config, data: dict | None, model: dict, action: str = "go on"
+    place: pathlib.Path, record: RunRecord, config: Config, data: dict | None, model: dict | None, action: str = "go on"
 ) -> None:
     """Raises UserError where a run with ``config`` cannot continue from the checkpoint ``place``, naming every reason.
 
@@ -133,37 +128,19 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, RunRecord] | 
 
 
 def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict:
-    """As it would be saved now; the documents, which are not known yet, as they were."""
-    if config.data.streaming:
-        sources = [open_block_source(source, config.data) for source in config.data.train]
-        return fingerprint_stream(sources, tokenizer, config.data)
-    files = [_list_files(source) for source in config.data.train]
-    return make_fingerprint(files, tokenizer, [], config.data) | {"documents": saved.get("documents")}
+    """The fingerprint of the data pipeline as far as the config and its files tell; the rest as it was saved.
+
+    The documents are not known yet, nor the parts that a recipe's own source adds.
+    """
+    known = {"documents": saved.get("documents")} if not config.data.streaming else {}
+    return saved | fingerprint_config(tokenizer, config.data) | known
 
 
-def _list_files(config: SourceConfig) -> tuple[str, list[str], dict]:
-    """Name of a source, its files that have rows, in order, and what else tells its rows."""
-    source, files, row = open_source(config), [], 0
-    while row < len(source):
-        file = _file_of(source, row)
-        files.append(file)
-        # The rows of a file stand together: where the next one begins is found without reading them all.
-        key = lambda other, file=file: _file_of(source, other) != file
-        row = bisect.bisect_left(range(len(source)), True, lo=row, key=key)
-    return source.name, files, source.parser.identity
-
-
-def _file_of(source: Source, row: int) -> str:
-    try:
-        return source.raw(row)[0].file
-    except BadRow as error:
-        return error.ref.file
-
-
-def _compare_models(saved: dict | None, now: dict) -> list[str]:
+def _compare_models(saved: dict | None, now: dict | None) -> list[str]:
     """``fingerprint_model`` then and now."""
     if saved is None:
         return []
+    assert now is not None  # only abstract models have none
     defaults = {"ranks": {}, "dora": False, "quantization": "none"}
     before, after = (defaults | (adapters or {"rank": 0}) for adapters in (saved.get("lora"), now.get("lora")))
     keys = {key: f"model.lora.{key}" for key in ("rank", "alpha", "targets", "ranks", "dora")}
@@ -192,11 +169,11 @@ def _compare_optimizers(saved: dict, now: OptimizerConfig) -> list[str]:
     """The keys that give the optimizer's state other arrays; all others may change."""
     fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
     before = OptimizerConfig(**{key: saved[key] for key in fields if key in saved})
-    shape = describe_structure(before)
-    if describe_structure(now) == shape:
+    shape = state_structure(before)
+    if state_structure(now) == shape:
         return []
     changed = [key for key in fields if getattr(before, key) != getattr(now, key)]
     alone = [
-        key for key in changed if describe_structure(dataclasses.replace(before, **{key: getattr(now, key)})) != shape
+        key for key in changed if state_structure(dataclasses.replace(before, **{key: getattr(now, key)})) != shape
     ]
     return [f"optimizer.{key}: was {getattr(before, key)!r}, is {getattr(now, key)!r}" for key in alone or changed]

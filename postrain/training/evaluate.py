@@ -9,7 +9,7 @@ import jax
 
 from postrain.data.batches.in_memory import ExampleSet, make_eval_batches
 from postrain.errors import UserError
-from postrain.sharding import data_process
+from postrain.sharding import data_process, to_host
 from postrain.training.program import Program
 from postrain.training.rows import place_batch
 from postrain.training.session import Session
@@ -56,8 +56,9 @@ def compute_eval_loss(
     """
     sums = None
     for batch in batches:
-        new = jax.tree.map(float, jax.device_get(eval_step(params, frozen, batch)))
+        new = jax.tree.map(lambda total: float(to_host(total)), eval_step(params, frozen, batch))
         sums = new if sums is None else jax.tree.map(operator.add, sums, new)
+    assert sums is not None, "no batch to evaluate"
     mean = lambda term: term.total / term.weight if term.weight else 0.0
     losses = {name: mean(term) for name, term in sums.losses.items()}
     values = {"loss": sum((loss_coefs or {}).get(name, 1.0) * loss for name, loss in losses.items())}

@@ -117,7 +117,8 @@ class Loop:
         self.step, self.total_steps = 0, total_steps
         self._session, self._config, self._watchdog = session, session.config, session.watchdog
         self._program, self._model, self._source = program, model, source
-        self._evaluators, self._held_out = evaluators, held_out and held_out.fingerprint
+        self._evaluators = evaluators
+        self._held_out = None if held_out is None else held_out.fingerprint
         self._checkpointer, self._stop, self._progress = checkpointer, stop, progress
         self._guard = SpikeGuard(self._config.train.spike, progress.print)
         self._saved_step = 0  # of the newest checkpoint
@@ -223,7 +224,7 @@ class Loop:
             scores = self._evaluate()
             if scores is None:
                 self._say(f"stopped in the evaluation of step {self.step}; the same command goes on from there")
-                raise SystemExit(128 + self._stop.number)
+                raise SystemExit(128 + (self._stop.number or 0))
             line |= scores
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
@@ -326,7 +327,7 @@ class Loop:
             self._checkpointer.wait()
         where = f"step {self._saved_step} of {self.total_steps}"
         self._progress.print(f"stopped at {where}; the same command goes on from there")
-        raise SystemExit(128 + self._stop.number)
+        raise SystemExit(128 + (self._stop.number or 0))
 
     def _print_consumption(self) -> None:
         for line in self._source.format_consumption(join_positions(gather(self._source.get_state()))):

@@ -1,4 +1,4 @@
-"""From a config to the model that a run trains: which parameters train, which do not, and where they lie."""
+"""Loads the model that a run trains: its trainable and frozen parameters, placed on the mesh."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class Model:
     """A model to train. ``params`` trains, ``frozen`` does not; ``merge_params`` makes one tree of both."""
 
     config: ModelConfig
-    params: Any  # None once a train state has taken them over
+    params: Any  # None once a train state owns them
     frozen: Any
     fingerprint: dict | None = None  # of the folder, adapters and new tokens; None: the model is abstract
 
@@ -60,9 +60,9 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     section = config.model
     fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
     rows = find_rows(new, source.vocab_size) if new else None
-    started = start_rows(base, new, rows, mesh) if new else {}
+    started = start_rows(base, new, rows, mesh) if new and rows else {}
     if not frozen:
-        return Model(model_config, write_rows(base, started, rows) if new else base, {}, fingerprint)
+        return Model(model_config, write_rows(base, started, rows) if rows else base, {}, fingerprint)
     if model_config.lora is None:
         return Model(model_config, started, base, fingerprint)
     specs = lora_specs(model_config)
@@ -77,7 +77,7 @@ def freezes_base(config: Config) -> bool:
 
 
 def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
-    """What ``load_model`` would give, as ``jax.ShapeDtypeStruct`` with shardings: config.json is read, and the
+    """The result of ``load_model`` as ``jax.ShapeDtypeStruct`` with shardings: config.json is read, and the
     tokenizer where new tokens are added to it; no weights.
 
     The devices of ``mesh`` need not exist.
@@ -86,41 +86,41 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
     new = find_new_tokens(config, folder, source.vocab_size)
     model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
 
-    def describe(specs, dtype):
+    def place(specs, dtype):
         shapes = shapes_of(specs, dtype)
-        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-        return jax.tree.map(place, shapes, named_shardings(axes_of(specs), mesh, shapes))
+        with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+        return jax.tree.map(with_sharding, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
     if not frozen:
-        return Model(model_config, describe(param_specs(model_config), jnp.float32), {})
-    adapters = describe(adapter_specs(model_config), jnp.float32)
-    return Model(model_config, adapters, describe(frozen_specs(model_config), model_config.compute_dtype))
+        return Model(model_config, place(param_specs(model_config), jnp.float32), {})
+    adapters = place(adapter_specs(model_config), jnp.float32)
+    return Model(model_config, adapters, place(frozen_specs(model_config), model_config.compute_dtype))
 
 
 def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
-    """Ids that the model of ``folder`` has rows for, those of the config's new tokens included."""
+    """The vocabulary size of the model of ``folder``, rows of the config's new tokens included."""
     source = read_config(folder)
     new = find_new_tokens(config, folder, source.vocab_size)
     return grow_config(source, new, frozen=freezes_base(config)).vocab_size
 
 
 def count_params(model: Model) -> tuple[int, int]:
-    """How many parameters train, and how many do not; a quantised one counts as one."""
+    """(trained, frozen) numbers of parameters; a quantised parameter counts as one."""
     base = num_params(shapes_of(param_specs(model.config)))
     return (num_params(model.params), base) if model.frozen else (base, 0)
 
 
 def make_lora_config(section: LoraSection) -> LoraConfig | None:
-    """The adapters that a config asks for, None without."""
+    """The adapters of a config; None where it has none."""
     if not section.rank:
         return None
-    own = dataclasses.asdict(section.ranks)
-    ranks = tuple((target, own[target]) for target in own if own[target] not in (0, section.rank))
+    every = dataclasses.asdict(section.ranks)
+    ranks = tuple((target, rank) for target, rank in every.items() if rank not in (0, section.rank))
     return LoraConfig(section.rank, section.alpha, section.targets, ranks, section.dora)
 
 
 def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelConfig:
-    """The model of a folder, computed as ``config.model`` says, with its adapters."""
+    """``model_config`` with the arithmetic, attention, adapters and routers of ``config.model``. Raises UserError."""
     section, lora = config.model, make_lora_config(config.model.lora)
     if lora and lora.dora and model_config.moe and (experts := {"gate", "up", "down"} & set(lora.targets)):
         raise UserError(
@@ -154,9 +154,9 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
 def _configure_routers(moe: MoeConfig | None, section: RouterSection) -> MoeConfig | None:
     if moe is not None:
         return dataclasses.replace(moe, **dataclasses.asdict(section))
-    asked = [name for name in ("load_balance_coef", "z_coef") if getattr(section, name)]
-    if asked:
-        raise UserError(f"config key 'model.router.{asked[0]}': the model has no experts, so no router: leave it at 0")
+    losses = [name for name in ("load_balance_coef", "z_coef") if getattr(section, name)]
+    if losses:
+        raise UserError(f"config key 'model.router.{losses[0]}': the model has no experts, so no router: leave it at 0")
     return None
 
 
@@ -172,15 +172,16 @@ def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:
 
 
 def find_new_tokens(config: Config, folder: str | os.PathLike, vocab_size: int) -> NewTokens | None:
-    """The tokens that a run adds to the model in ``folder``, None where it adds none.
+    """The tokens that a run adds to the model in ``folder``; None where it adds none.
 
-    Raises UserError as load_run_tokenizer does, and where a row is to start as that of a token without one:
-    ``vocab_size`` rows are there.
+    Raises UserError as load_run_tokenizer does, and where a row is to start as that of a token which the model, of
+    ``vocab_size`` rows, has no row for.
     """
     section = config.model.new_tokens
     if not (section.tokens or section.file):
         return None
     new = load_run_tokenizer(config, folder).new_tokens
+    assert new is not None  # the section names some
     for text, ids in zip(new.texts, new.start_ids, strict=True):
         if ids and max(ids) >= vocab_size:
             raise UserError(

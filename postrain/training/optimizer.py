@@ -27,9 +27,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     Names: "adamw"; "lion" (Chen et al. 2023, arXiv:2302.06675); "adafactor" (Shazeer & Stern 2018,
     arXiv:1804.04235, second moments by rows and columns, without scaling by the parameter's size);
     "sgd"; "muon" (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of the layers and Adam
-    for the rest. Values are as ``postrain.config.resolve`` lets them pass; a warm-up that is longer than the run is
-    cut to it, a final decay to what the warm-up leaves (``describe_cut`` says so). Raises UserError when the run has
-    no updates.
+    for the rest. ``config`` has passed ``postrain.config.resolve``. A warm-up that is longer than the run is cut to it,
+    a final decay to the rest after the warm-up (``format_schedule_warning`` warns). Raises UserError without updates.
     """
     if total_steps < 1:
         raise UserError(f"train.steps: a run needs at least 1 update, found {total_steps}: set train.steps or epochs")
@@ -40,8 +39,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
 
 
-def describe_structure(config: OptimizerConfig) -> tuple:
-    """What of the train state depends on ``config``: equal for configs of which one can go on with the other's."""
+def state_structure(config: OptimizerConfig) -> tuple:
+    """The structure of the train state: configs can resume from each other's checkpoints where it is equal."""
     matrix, vector = jax.ShapeDtypeStruct((1, 2, 2), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
     params = {"layers": {"q": {"kernel": matrix}}, "final_norm": {"scale": vector}}
     state = jax.eval_shape(make_optimizer(config, 1)[0].init, params)
@@ -56,7 +55,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     decay; Hu et al. 2024, arXiv:2404.06395) stays at the peak until the last ``decay_steps``.
     """
     warmup = min(config.warmup_steps, total_steps)
-    # The decay has what the warm-up leaves: both at once would never reach the peak.
+    # The decay begins after the warm-up: both at once would never reach the peak.
     decay = min(config.decay_steps or max(total_steps // 10, 1), total_steps - warmup)
     start = total_steps - decay if config.schedule == "wsd" else warmup
     shape = SCHEDULES[config.schedule]
@@ -70,15 +69,15 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
     return schedule
 
 
-def describe_cut(config: OptimizerConfig, total_steps: int) -> str:
+def format_schedule_warning(config: OptimizerConfig, total_steps: int) -> str:
     """A warning where the schedule asks for more steps than the run has, else ""; one line."""
     count = lambda steps: f"{steps:,} step{'s' * (steps != 1)}"
     left, cut = max(total_steps - config.warmup_steps, 0), []
     if config.warmup_steps > total_steps:
-        told = f"longer than the run, cut to its {count(total_steps)}"
-        cut.append(f"optimizer.warmup_steps = {config.warmup_steps:,}: {told}")
+        key = f"optimizer.warmup_steps = {config.warmup_steps:,}"
+        cut.append(f"{key}: longer than the run, cut to its {count(total_steps)}")
     if config.schedule == "wsd" and config.decay_steps > left:
-        what = "run" if left == total_steps else "part of the run that the warm-up leaves"
+        what = "run" if left == total_steps else "rest of the run after the warm-up"
         cut.append(f"optimizer.decay_steps = {config.decay_steps:,}: longer than the {what}, cut to its {count(left)}")
     return f"warning     {'; '.join(cut)}" if cut else ""
 

@@ -106,7 +106,9 @@ def abstract_batch(config: DataConfig, mesh: Mesh, layout: Layout = NO_LAYOUT) -
             f"{mesh.shape['sequence']}"
         )
     shape, sharding = (config.batch_size, config.sequence_length), batch_sharding(mesh)
-    entries = {name: (np.int32, ()) for name in ("tokens", "targets", "segment_ids", "positions")}
+    entries: dict[str, tuple[Any, tuple[int, ...]]] = {
+        name: (np.int32, ()) for name in ("tokens", "targets", "segment_ids", "positions")
+    }
     entries |= {"loss_mask": (np.float32, ())} | dict(layout.arrays)
     return Batch.from_arrays(
         {

@@ -99,8 +99,9 @@ def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> E
         rows = load_examples(config.data.eval, session.tokenizer, config.data, rejected, kind=kind)
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
-    for batch in make_eval_batches(rows, config.data) if check else ():
-        check(batch)
+    if check is not None:
+        for batch in make_eval_batches(rows, config.data):
+            check(batch)
     return rows
 
 

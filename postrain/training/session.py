@@ -28,13 +28,13 @@ from postrain.sharding import make_mesh
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
 from postrain.training.model import Model
-from postrain.training.optimizer import describe_cut
+from postrain.training.optimizer import format_schedule_warning
 from postrain.training.program import Program
 from postrain.training.summary import (
-    describe_environment,
-    describe_overlong,
+    environment_facts,
     format_memory,
     format_metrics,
+    format_overlong_warning,
     format_summary,
 )
 
@@ -77,7 +77,10 @@ class Session:
         if checked := check_backend(model.config):
             self.say(f"attention   {checked}")
         self.say(rows.summary + (f"\nheld out\n{held_out.report}" if held_out else ""))
-        warnings = describe_overlong(rows.lengths, model.config), describe_cut(self.config.optimizer, program.updates)
+        warnings = (
+            format_overlong_warning(rows.lengths, model.config),
+            format_schedule_warning(self.config.optimizer, program.updates),
+        )
         for warning in filter(None, warnings):
             self.say(warning)
         self.say(format_memory(program.compile()))
@@ -92,7 +95,7 @@ class Session:
                 self.workdir,
                 row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
                 consumed=consumed,
-                environment=describe_environment(self.mesh),
+                environment=environment_facts(self.mesh),
                 charts=charts,
             )
         minutes = (time.monotonic() - self.started) / 60

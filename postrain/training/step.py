@@ -20,7 +20,7 @@ batches consumed, goes on. The loop hands ``metrics`` to a ``SpikeGuard``, which
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,31 +80,31 @@ def make_train_step(
             scales = compute_scales(sums.losses, loss_coefs)
             # The gradient of one loss is not divided yet, that of several is.
             scale = next(iter(scales.values())) if len(scales) == 1 else 1.0
-            loss = sum(term.total * scales[name] for name, term in sums.losses.items())
+            loss = cast(jax.Array, sum(term.total * scales[name] for name, term in sums.losses.items()))
             norm = optax.global_norm(grads) * scale
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             loss_limit, norm_limit = compute_limits(state.history, spike_threshold)
             usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
             has_weight = functools.reduce(jnp.logical_or, (term.weight > 0 for term in sums.losses.values()))
-            updates = usual & has_weight
+            is_update = usual & has_weight
 
             update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
             params, opt_state, ema = jax.lax.cond(
-                updates, update, lambda *same: same, state.params, state.opt_state, state.ema
+                is_update, update, lambda *same: same, state.params, state.opt_state, state.ema
             )
-            history = update_history(state.history, loss, norm, updates, ~usual)
+            history = update_history(state.history, loss, norm, is_update, ~usual)
             moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
         metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
         metrics |= {"train/loss": loss, "train/grad_norm": norm}
         metrics |= {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
         metrics |= {name: history[name] for name in ("skipped", "in_a_row")}
-        if count_moved_in:
+        if moved is not None:
             metrics["train/weights_moved"] = moved
         if schedule is not None:
-            metrics["train/learning_rate"] = schedule(history["taken"] - updates)  # of the steps that were taken
+            metrics["train/learning_rate"] = schedule(history["updates"] - is_update)  # skipped steps do not count
         return state, metrics
 
     return _jit_step(train_step, mesh, state_shardings)
@@ -242,7 +242,7 @@ def _share_moved(old, new, dtype: str) -> jax.Array:
     """Share of the scalars that differ between two trees after rounding to ``dtype``."""
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
     moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
-    return moved / float(sum(a.size for a, _ in pairs))
+    return cast(jax.Array, moved) / float(sum(a.size for a, _ in pairs))
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None):
@@ -330,7 +330,7 @@ def count_compilations() -> Iterator[list[str]]:
     """A list that gets an entry for every program that XLA compiles (or fetches from its cache) inside the block."""
     compiled: list[str] = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 

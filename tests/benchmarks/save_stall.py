@@ -30,7 +30,7 @@ def run_side(arguments) -> None:
     import numpy as np
 
     from postrain.checkpoint.checkpointer import Checkpointer
-    from postrain.checkpoint.checksums import verify_checksums
+    from postrain.checkpoint.integrity import verify_checksums
     from postrain.config import MeshConfig, resolve
     from postrain.recipes.sft import make_program
     from postrain.sharding import make_global_batch, make_mesh

@@ -43,7 +43,7 @@ def make_batches(documents, length: int, rows: int, packing: str = "best_fit"):
     """The endless batches of pairs of tokens and masks, and the documents."""
     from postrain.config import DataConfig
     from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
-    from postrain.data.batches.report import DataReport
+    from postrain.data.batches.row_counts import DataReport
     from postrain.data.messages import RowRef
     from postrain.data.rendering.render import Rendered
 

@@ -15,7 +15,7 @@ import pytest
 from toy_network import compute_loss, make_batch, make_params
 
 from postrain.checkpoint.checkpointer import Checkpointer
-from postrain.checkpoint.checksums import MANIFEST, write_checksums
+from postrain.checkpoint.integrity import MANIFEST, write_checksums
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
@@ -131,7 +131,7 @@ def test_a_record_of_another_version_is_refused_and_stays(tmp_path):
     write_checksums(tmp_path / "1")
     with (
         Checkpointer(tmp_path, CheckpointConfig()) as checkpointer,
-        pytest.raises(UserError, match="/1: another version of postrain wrote this checkpoint: go on with that"),
+        pytest.raises(UserError, match="/1: another version of postrain wrote this checkpoint: resume with that"),
     ):
         checkpointer.restore(abstract())
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
@@ -200,8 +200,8 @@ def test_all_torn_does_not_start_again_in_silence_and_every_copy_stays(tmp_path)
     ("error", "words"),
     [
         (MemoryError("no room"), "no room.* free some memory"),
-        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.* see to the disk"),
-        (OSError(errno.EIO, "Input/output error"), "Input/output error.* see to the disk"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied.* check the disk"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error.* check the disk"),
         (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
         (ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), "free some memory"),
         (ValueError("PERMISSION_DENIED: reading x"), "PERMISSION_DENIED"),
@@ -238,7 +238,7 @@ def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tm
     with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
         assert checkpointer.steps() == [1, 2] and checkpointer.find_step(1) == 1
         assert checkpointer.restore(abstract(), step=1).record.step == 1
-        with pytest.raises(UserError, match=r"2: is damaged .* take another of steps \[1, 2\]"):
+        with pytest.raises(UserError, match=r"2: is damaged .* use another of steps \[1, 2\]"):
             checkpointer.restore(abstract())
         with pytest.raises(ValueError, match="read-only"):
             checkpointer.save(record(4), make_state())

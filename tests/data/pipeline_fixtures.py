@@ -9,8 +9,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from postrain.config import DataConfig
-from postrain.data.batches.loading import ExampleSet
-from postrain.data.batches.report import DataReport
+from postrain.data.batches.in_memory import ExampleSet
+from postrain.data.batches.row_counts import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 

@@ -241,7 +241,7 @@ def test_a_damaged_arrow_file_never_ends_the_process(tmp_path):
     )
     path = tmp_path / "rows.arrow"
     write_stream(path, pa.table({"text": text}))
-    with pytest.raises(UserError, match="rows.arrow is damaged or cut off .*offset"):
+    with pytest.raises(UserError, match="rows.arrow is corrupt or truncated .*offset"):
         read(blocks_of(path))
     write_arrow(path, ROWS[:200])
     whole = path.read_bytes()
@@ -293,7 +293,7 @@ def test_a_file_cut_off_anywhere_is_named(tmp_path, kind):
         cuts.discard(len(compress(lines_of(ROWS[:99]))))
     for cut in sorted(c for c in cuts if c < end):
         path.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=f"^{re.escape(str(path))} is damaged or cut off") as error:
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))} is corrupt or truncated") as error:
             read(blocks_of(path))
         assert not isinstance(error.value, BadRow)
 
@@ -312,7 +312,7 @@ def test_a_flipped_bit_is_found_by_the_checksum_of_the_format(tmp_path, kind):
         try:
             got = [raw for _, raw in read(blocks_of(path))]
         except UserError as error:
-            assert str(error).startswith(f"{path} is damaged or cut off") or "@" in str(error) or ":" in str(error)
+            assert str(error).startswith(f"{path} is corrupt or truncated") or "@" in str(error) or ":" in str(error)
         else:  # in a byte that says nothing about the rows, as the time in the header of gzip
             assert got == ROWS
 

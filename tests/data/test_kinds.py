@@ -18,8 +18,7 @@ from kind_fixtures import (
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, MixtureSection, ModelSection
-from postrain.data.batches.in_memory import make_eval_batches, make_train_iterator
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples, make_eval_batches, make_train_iterator
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.streamed import join_positions
 from postrain.data.preview import preview
@@ -212,7 +211,7 @@ def test_pairs_and_lists_are_two_forms(tmp_path, tokenizer):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_cannot_be_cut_is_not(tmp_path, tokenizer, kind, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(kind, 3))
-    with pytest.raises(UserError, match=f"'data.too_long' = 'truncate': part of a row of kind {kind} is of no use"):
+    with pytest.raises(UserError, match=f"'data.too_long' = 'truncate': part of a row of kind {kind} cannot be used"):
         open_batches(make_config(path, kind=kind, streaming=streaming, too_long="truncate"), tokenizer)
 
 

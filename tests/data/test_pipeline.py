@@ -18,7 +18,7 @@ from pipeline_fixtures import (
 from rendering_fixtures import CHATML, load_real
 
 from postrain.config import SourceConfig
-from postrain.data.batches.epoch_order import RowPlan
+from postrain.data.batches.epoch_order import EpochOrder
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import describe_rows, load_examples, make_eval_batches, make_train_iterator
 from postrain.data.rendering.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def _documents(batch):
 @pytest.mark.parametrize("changes", [{}, {"packing": "none"}, {"shuffle": False}, {"batch_size": 1}, {"seed": -5}])
 def test_every_document_exactly_once_in_every_epoch(changes):
     example_set, config = make_example_set(150, 64), make_config(**changes)
-    plan = RowPlan(example_set.lengths, config)
+    plan = EpochOrder(example_set.lengths, config)
     iterator = make_train_iterator(example_set, config)
     rows = [row[row >= 0] for batch in _take(iterator, iterator.num_steps(3)) for row in batch["row_ids"]]
     for epoch in range(3):
@@ -93,7 +93,7 @@ def test_epochs_are_shuffled_differently_and_by_the_seed():
     example_set = make_example_set(100, 64)
 
     def order(epoch, **changes):
-        return np.concatenate(RowPlan(example_set.lengths, make_config(**changes)).rows_of_epoch(epoch)).tolist()
+        return np.concatenate(EpochOrder(example_set.lengths, make_config(**changes)).rows_of_epoch(epoch)).tolist()
 
     assert order(0) == order(0) and len({tuple(order(e, seed=s)) for e in range(3) for s in range(3)}) == 9
     assert order(0, shuffle=False, packing="none") == list(range(100)) == order(1, shuffle=False, packing="none")
@@ -101,14 +101,14 @@ def test_epochs_are_shuffled_differently_and_by_the_seed():
 
 def test_shuffled_order_is_pinned():
     """A resume under another numpy or postrain must give the same rows: change PLAN_VERSION with these numbers."""
-    rows = RowPlan(np.array([5, 3, 8, 2, 7, 1, 4]), make_config(sequence_length=10, seed=1)).rows_of_epoch(2)
+    rows = EpochOrder(np.array([5, 3, 8, 2, 7, 1, 4]), make_config(sequence_length=10, seed=1)).rows_of_epoch(2)
     assert [row.tolist() for row in rows] == [[1, 4], [3, 2], [0, 6, 5]]
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_global_rows_do_not_depend_on_the_number_of_processes(process_count):
     example_set, config = make_example_set(90, 64), make_config(batch_size=8)
-    plan = RowPlan(example_set.lengths, config)
+    plan = EpochOrder(example_set.lengths, config)
     iterators = [
         make_train_iterator(example_set, config, process_index=p, process_count=process_count)
         for p in range(process_count)
@@ -187,8 +187,8 @@ def test_a_restored_position_does_not_pack_the_epochs_before_it(monkeypatch):
     state = iterator.get_state()
     iterator.close()
     packed = []
-    make_epoch = RowPlan._make_epoch
-    monkeypatch.setattr(RowPlan, "_make_epoch", lambda plan, epoch: packed.append(epoch) or make_epoch(plan, epoch))
+    make_epoch = EpochOrder._make_epoch
+    monkeypatch.setattr(EpochOrder, "_make_epoch", lambda plan, epoch: packed.append(epoch) or make_epoch(plan, epoch))
     resumed = make_train_iterator(example_set, config)
     resumed.set_state(state)
     next(resumed)
@@ -367,10 +367,10 @@ def test_a_switch_that_serving_must_set_is_said(tmp_path):
     rows = [chat("q", "a"), chat("q", "a", reasoning_content="why"), chat("q", "b")]
     report = _load(tmp_path, rows, tokenizer).report
     line = "2 answers trained after enable_thinking=False: serve with it (postrain generate --thinking off)"
-    assert str(report).splitlines()[-1] == line and report.asked == {"enable_thinking=False": 2}
-    assert report.describe_asking() == [line]
-    assert _load(tmp_path, rows[1:2], tokenizer).report.describe_asking() == []
-    assert _load(tmp_path, rows[:1], load_real("qwen3", CHATML)).report.describe_asking() == []
+    assert str(report).splitlines()[-1] == line and report.template_switches == {"enable_thinking=False": 2}
+    assert report.format_notes() == [line]
+    assert _load(tmp_path, rows[1:2], tokenizer).report.format_notes() == []
+    assert _load(tmp_path, rows[:1], load_real("qwen3", CHATML)).report.format_notes() == []
 
 
 def test_an_answer_that_was_cut_away_is_not_counted(tmp_path):
@@ -384,7 +384,8 @@ def test_an_answer_that_was_cut_away_is_not_counted(tmp_path):
     long = {"messages": row["messages"] + chat("word " * 40, "b")["messages"]}
     whole = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=128)
     cut = _load(tmp_path, [long], load_real("qwen3", template), sequence_length=32, too_long="truncate")
-    assert whole.report.asked == {"enable_thinking=False": 2} and cut.report.asked == {"enable_thinking=False": 1}
+    assert whole.report.template_switches == {"enable_thinking=False": 2}
+    assert cut.report.template_switches == {"enable_thinking=False": 1}
 
 
 # The fingerprint

@@ -374,7 +374,7 @@ REFUSED = {
     "another header": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>bot\n' }}{% endif %}",
-        "renders the answer otherwise than its generation prompt begins it",
+        "renders the answer differently from how its generation prompt begins it",
     ),
     "cuts the answer": (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content[:3] + '<|im_end|>\n' }}{% endfor %}"
@@ -433,8 +433,9 @@ def test_bad_prompts_are_named():
 
 def test_data_does_not_import_jax():
     root = pathlib.Path(__file__).resolve().parents[2] / "postrain" / "data"
-    for name in ("schema", "sources", "template", "tokenizer", "turns", "encoding", "rendering"):
-        assert "jax" not in (root / f"{name}.py").read_text(encoding="utf-8")
+    paths = [root / "messages.py", *(root / "kinds").glob("*.py"), *(root / "rendering").glob("*.py")]
+    assert len(paths) > 10
+    assert not [path for path in paths if "jax" in path.read_text(encoding="utf-8")]
 
 
 THOUGHTFUL = {"role": "assistant", "content": "hello", "reasoning_content": "They greet."}
@@ -457,7 +458,7 @@ DEFAULT_OFF = (
     ],
 )
 def test_answers_say_how_their_prompts_were_asked_for(template, messages, asked):
-    assert [r.asked for r in render_row({"messages": messages}, load_real("qwen3", template))] == asked
+    assert [r.template_switches for r in render_row({"messages": messages}, load_real("qwen3", template))] == asked
 
 
 def test_several_answers_of_a_sequence_each_say_it():
@@ -470,5 +471,5 @@ def test_several_answers_of_a_sequence_each_say_it():
     )
     messages = [USER, ANSWER, USER, THOUGHTFUL, USER, ANSWER | {"content": "<|im_end|>"}]
     (rendered,) = render_row({"messages": messages}, load_real("qwen3", template))
-    assert rendered.asked == ("enable_thinking=False", "", "enable_thinking=False")
+    assert rendered.template_switches == ("enable_thinking=False", "", "enable_thinking=False")
     assert len(trained_runs(rendered)) == 3

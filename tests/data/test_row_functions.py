@@ -12,7 +12,7 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 from postrain.config import format_config, resolve, to_dict
 from postrain.config.load import load_config
 from postrain.data.batches.fingerprint import compare_fingerprints
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.kinds import registry
 from postrain.data.rendering.tokenizer import load_tokenizer
@@ -208,7 +208,7 @@ def test_a_function_that_cannot_be_known_again_is_refused(function, reason):
 
 
 def test_the_function_of_the_guide(tmp_path, tokenizer):
-    [text] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    text = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[0]
     rows = [
         {"question": "q ", "a": "yes", "b": "no", "votes_a": 1, "votes_b": 2},
         {"question": "q ", "a": "yes", "b": "no", "votes_a": 2, "votes_b": 2},

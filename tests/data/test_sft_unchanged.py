@@ -1,5 +1,6 @@
 """Batches of kind sft are, byte for byte, what they were: of rows in memory since before there were other kinds, of
-streams since windows begin small (SHARD_VERSION 3). A change of them needs a new version in the data fingerprint."""
+streams since windows begin small (SHARD_VERSION 3). Whoever changes them counts a version of the data fingerprint
+up."""
 
 import hashlib
 import json

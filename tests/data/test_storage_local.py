@@ -3,7 +3,7 @@
 import pytest
 
 from postrain.data.files.formats import list_blocks, read_block
-from postrain.data.files.retry import StorageOptions, retried
+from postrain.data.files.retry import StorageOptions, retry
 from postrain.data.files.storage import list_files, open_file
 from postrain.errors import UserError
 
@@ -27,7 +27,7 @@ def test_files_of_a_path(folder):
     assert names(["x", "b.jsonl"], folder) == ["x/c.parquet", "b.jsonl"]
     assert names("info.json", folder) == ["info.json"]
     assert names("**/*.jsonl", folder) == ["_tmp/d.jsonl", "b.jsonl"]
-    with pytest.raises(UserError, match="b.jsonl is given twice by b.jsonl, \\*.jsonl: its rows would be read twice"):
+    with pytest.raises(UserError, match="b.jsonl is listed twice by b.jsonl, \\*.jsonl: its rows would be read twice"):
         list_files(["b.jsonl", "*.jsonl"])
     with pytest.raises(UserError, match="1 of 2 names match no file, the first is z.jsonl"):
         list_files("{b,z}.jsonl")
@@ -45,7 +45,7 @@ def test_all_shards_or_those_that_were_named(folder):
     for number in (0, 1, 3):
         (folder / "x" / f"s-{number:05}-of-00004.jsonl").write_text("{}\n")
     for path in ("x", "x/s-*"):
-        with pytest.raises(UserError, match="1 of 4 shards are missing, the first is .*/s-00002-of-00004.jsonl: bring"):
+        with pytest.raises(UserError, match="1 of 4 shards are missing, the first is .*/s-00002-of-00004.jsonl: add"):
             list_files(path)
     assert len(list_files("x/s-{00000..00001}-of-00004.jsonl")) == 2
     assert len(list_files("x/s-00003-of-00004.jsonl")) == 1
@@ -89,7 +89,7 @@ def test_waits_double_and_end(caplog):
     with pytest.raises(
         UserError, match=r"^x@7 cannot be read: 4 tries within 0 s have failed, the last one with OSErr"
     ):
-        retried(StorageOptions(tries=4, first_wait=0.01), "x@7", fail)
+        retry(StorageOptions(tries=4, first_wait=0.01), "x@7", fail)
     waits = [record.args[-1] for record in caplog.records]
     assert len(tried) == 4 and len(waits) == 3
     assert all(0.5 <= wait / (0.01 * 2**i) <= 1 for i, wait in enumerate(waits))

@@ -10,7 +10,7 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, SourceConfig
 from postrain.data.batches.fingerprint import compare_fingerprints
-from postrain.data.batches.loading import load_examples
+from postrain.data.batches.in_memory import load_examples
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 

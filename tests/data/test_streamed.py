@@ -10,13 +10,13 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
-from postrain.data.batches import shard_reader as block_reader
+from postrain.data.batches import source as source_module
+from postrain.data.batches.collate import shift
 from postrain.data.batches.fingerprint import compare_fingerprints
-from postrain.data.batches.open import open_train_rows
-from postrain.data.batches.packing import shift
+from postrain.data.batches.open import open_train_rows, read_documents
 from postrain.data.batches.row_counts import RejectedLog
-from postrain.data.batches.shard_reader import BlockReader, open_block_source
 from postrain.data.batches.source import open_source
+from postrain.data.documents import SameLayout
 from postrain.data.messages import BadRow, RowRef
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import load_tokenizer
@@ -84,6 +84,11 @@ def documents_of(batches, tokenizer):
     return found
 
 
+def parse_all(path):
+    source = open_source(SourceConfig(path=str(path)), DataConfig())
+    return [source.parser.parse(*row) for row in source.rows()]
+
+
 def close(*streams):
     for stream in streams:
         stream.close()
@@ -103,16 +108,15 @@ def test_the_order_does_not_depend_on_the_number_of_processes(folder, tokenizer,
 @pytest.mark.parametrize(("name", "shards"), [("a", 1), ("a", 4), ("b", 1), ("b", 8), ("c", 5)])
 def test_the_shards_have_every_row_once_an_epoch(folder, tokenizer, name, shards, shuffle):
     config = make_config(folder, name, shards=shards, shuffle=shuffle, sequence_length=512)  # none is too long
-    source = open_block_source(dataclasses.replace(config.train[0], max_epochs=2), config)
+    source = open_source(dataclasses.replace(config.train[0], max_epochs=2), config)
     epochs, orders = (collections.Counter(), collections.Counter()), ([], [])
     for shard in range(shards):
-        reader = BlockReader(source, 0, tokenizer, config, shard)
-        while drawn := reader.draw():
-            epochs[reader.position["epoch"]][drawn[0]] += 1
-            orders[reader.position["epoch"]].append(drawn[0])
-    rows = [(block, i) for block, file in enumerate(source.files) for i in range(len(open(file.url).readlines()))]
-    blocks = {block.file.url: i for i, block in enumerate(source.blocks)}
-    rows = {(blocks[source.files[file].url], i) for file, i in rows if source.files[file].bytes}
+        reader = iter(read_documents(source, tokenizer, config, SameLayout(), shard=shard))
+        for documents in reader:
+            place, epoch = (documents[0].ref.file, documents[0].ref.line), reader.get_state()["epoch"]
+            epochs[epoch][place] += 1
+            orders[epoch].append(place)
+    rows = [(file.url, i + 1) for file in source.files for i in range(len(open(file.url).readlines()))]
     assert epochs[0] == epochs[1] == collections.Counter(rows)
     if name == "a":  # the others have few blocks, whose orders may well be the same
         assert (orders[0] == orders[1]) == (not shuffle)
@@ -120,9 +124,8 @@ def test_the_shards_have_every_row_once_an_epoch(folder, tokenizer, name, shards
 
 def test_documents_are_what_rendering_gives(folder, tokenizer):
     config = make_config(folder, "c")
-    source = open_source(SourceConfig(path=str(folder / "c-00.jsonl")))
     expected = collections.Counter()
-    for (document,) in render_many(list(source), tokenizer):
+    for (document,) in render_many(parse_all(folder / "c-00.jsonl"), tokenizer):
         tokens, targets, mask = shift(document)
         expected[tuple(tokens), tuple(targets), tuple(mask)] += 1
     stream = open_stream(tokenizer, config)
@@ -248,10 +251,7 @@ def write_lengths(path, count, slots, name):
 
 def test_weights_change_at_the_given_update_though_rows_are_packed(tmp_path, tokenizer):
     """Documents of 0.6 rows: their slots say little of the rows that they take."""
-    rows = {
-        name: open_source(SourceConfig(str(write_lengths(tmp_path / f"{name}-0.jsonl", 300, 70, name))))
-        for name in "ab"
-    }
+    rows = {name: parse_all(write_lengths(tmp_path / f"{name}-0.jsonl", 300, 70, name)) for name in "ab"}
     (document,) = next(iter(render_many([rows["a"][0]], tokenizer)))
     phases = (PhaseConfig(21, (0.0, 1.0)), PhaseConfig(26, (1.0, 0.0)))
     config = make_config(
@@ -281,13 +281,13 @@ def test_sources_and_shards_without_anything_to_train_on_end(tmp_path, tokenizer
     close(stream)
     (tmp_path / "a-0.jsonl").write_text("")
     config = make_config(tmp_path, "a")
-    with pytest.raises(UserError, match="has no rows: its 1 files are empty"):
+    with pytest.raises(UserError, match="has no rows"):
         open_stream(tokenizer, dataclasses.replace(config, train=(dataclasses.replace(config.train[0], kind="text"),)))
 
 
 def test_a_source_that_ends_for_a_shard_ends_alike_after_a_resume(tmp_path, tokenizer, monkeypatch):
     """Five of eight blocks, one a shard, have nothing to train on: after three such epochs the shard is done with a."""
-    monkeypatch.setattr(block_reader, "_SHARED_BYTES", 0)  # as if it were large
+    monkeypatch.setattr(source_module, "_SHARED_BYTES", 0)  # as if it were large
     for number in range(8):
         words = "word " * (400 if number >= 3 else 5)
         path = write_jsonl(tmp_path / f"a-{number}.jsonl", [chat(f"a {number} {i}?", words) for i in range(6)])
@@ -394,7 +394,7 @@ def test_bad_rows_in_the_middle_of_a_file_are_all_written_down(tmp_path, tokeniz
     write_jsonl(tmp_path / "a-0.jsonl", lines)
     config = make_config(tmp_path, "a", on_bad_row="skip", sequence_length=512)
     rows = open_train_rows(tokenizer, config, tmp_path / "rejected.jsonl")
-    for _ in range(80):
+    for _ in range(100):  # more than an epoch of every shard
         next(rows.batches)
     rows.batches.close()
     entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]

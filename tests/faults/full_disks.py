@@ -41,7 +41,7 @@ def run(values: dict, workdir: pathlib.Path, plan: dict) -> None:
 
 def try_kind(trial: kills.Trial, plan: dict, expected: dict) -> str:
     """What is wrong with how a run took it, "" when nothing is."""
-    from postrain.checkpoint.checksums import verify_checksums
+    from postrain.checkpoint.integrity import verify_checksums
 
     code = os.waitstatus_to_exitcode(kills.fork(functools.partial(run, trial.values, trial.folder, plan), trial.log))
     printed = trial.log.read_text()

@@ -57,9 +57,9 @@ LOST_CODE = 143  # of the processes that one was killed of
 AUDITED = {"open": 0, "os.rename": 0, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0}  # event -> argument: the path
 CALLS = {  # what is called at instants of the run that write nothing
     "data worker": ("postrain.data.batches.in_memory", "_assemble_batch"),
-    "stream worker": ("postrain.data.batches.streamed", "_Batches.next_batch"),
+    "stream worker": ("postrain.data.batches.streamed", "ShardBatches.next_batch"),
     "stream position": ("postrain.data.batches.streamed", "ShardedBatches.get_state"),
-    "stream restored": ("postrain.data.batches.shard", "Shard.set_state"),
+    "stream restored": ("postrain.data.batches.shard", "Shard.read"),
     "storage": ("postrain.data.files.storage", "_fetch"),
     "update": ("postrain.training.rows", "Rows.__next__"),
     "metrics line": ("postrain.report.metrics", "_to_number"),
@@ -272,7 +272,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from postrain.checkpoint.checksums import verify_checksums
+    from postrain.checkpoint.integrity import verify_checksums
 
     found = {"files": sorted(path.name for path in workdir.iterdir())}
     steps = sorted(path.name for path in (workdir / "checkpoints").iterdir())

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from postrain.checkpoint.checkpointer import Checkpointer
-from postrain.checkpoint.checksums import MANIFEST, verify_checksums
-from postrain.checkpoint.damage import Damaged
+from postrain.checkpoint.integrity import MANIFEST, Damaged, verify_checksums
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state

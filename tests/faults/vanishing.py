@@ -25,7 +25,7 @@ TRIES = {"gone": (4, 0.1), "back": (12, 0.2)}  # and seconds before the second: 
 
 def run(values: dict, workdir: pathlib.Path, tries: tuple, gone: pathlib.Path) -> None:
     """At an update it has ``gone`` made, and goes on when that is empty no more."""
-    reader = importlib.import_module("postrain.data.batches.shard_reader")
+    reader = importlib.import_module("postrain.data.batches.source")
     rows = importlib.import_module("postrain.training.rows").Rows
     reader.StorageOptions = functools.partial(reader.StorageOptions, tries=tries[0], first_wait=tries[1])
     next_batch, calls = rows.__next__, []

@@ -13,7 +13,7 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import DataConfig, OptimizerConfig
 from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
-from postrain.data.batches.report import DataReport
+from postrain.data.batches.row_counts import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.models.config import LoraConfig

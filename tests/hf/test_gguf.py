@@ -298,7 +298,7 @@ def test_a_file_cut_short_is_told_by_its_sizes(whole, tmp_path):
         assert line.endswith(f"its {size:,} bytes end inside the header: cut short or damaged: download it again")
     assert refuse(tmp_path, b"x" * 1000).endswith("does not start as a GGUF file does: download it again")
     assert refuse(tmp_path, b"").endswith("does not start as a GGUF file does: download it again")
-    with pytest.raises(UserError, match="none.gguf: expected a GGUF file, found none"):
+    with pytest.raises(UserError, match="none.gguf: expected a GGUF file, found nothing of that name"):
         import_gguf(tmp_path / "none.gguf", tmp_path / "out")
 
 

@@ -264,3 +264,10 @@ def test_processes_that_begin_at_once_fetch_each_file_once(hub, tmp_path, model)
     assert_same(postrain.load_pretrained(folder), postrain.load_pretrained(model))
     sent = [r for r in hub.requests if r.startswith("GET /lfs/")]
     assert len(sent) == len(set(sent)) > 2
+    shutil.rmtree(tmp_path / "home")
+    hub.requests.clear()
+    root = f"{postrain.__path__[0]}/.."
+    words = ["plan", f"--config={root}/configs/sft.py", "--target=cpu:1", f"--config.model.path={NAME}"]
+    planned = subprocess.run([sys.executable, "-m", "postrain.cli", *words], env=environment, capture_output=True)
+    assert planned.returncode in (0, 1) and b"fits" in planned.stdout, planned.stderr
+    assert not [r for r in hub.requests if r.endswith(".safetensors")]

@@ -227,7 +227,7 @@ def as_report(facts: dict) -> plan_report.PlanReport:
     typed = {
         "target": plan_report.TargetFacts(**facts["target"]),
         "model": plan_report.ModelFacts(**facts["model"]),
-        "batch": plan_report.BatchFacts(**facts["batch"]),
+        "batch": plan_report.BatchSizes(**facts["batch"]),
         "memory": plan_report.Memory(**memory),
         "flops": plan_report.Flops(**facts["flops"]),
         "collectives": collectives,

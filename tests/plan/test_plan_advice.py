@@ -6,7 +6,7 @@ import pytest
 
 from postrain.config import resolve
 from postrain.plan.plan import advise, list_changes, list_micro_batches, replace_keys
-from postrain.plan.report import Attempt, BatchFacts, Flops, Memory, ModelFacts, PlanReport, TargetFacts
+from postrain.plan.report import Attempt, BatchSizes, Flops, Memory, ModelFacts, PlanReport, TargetFacts
 from postrain.plan.targets import CHIPS
 
 GIB = 2**30
@@ -22,7 +22,7 @@ def make_report(advice: list[Attempt]) -> PlanReport:
         target=TargetFacts("cpu:8", 8, 1, "cpu", 16 * GIB, "a part of this machine", **NOTHING_PUBLISHED),
         mesh={"data": 2, "fsdp": 4},
         model=ModelFacts(1000, 0, "float32", "none"),
-        batch=BatchFacts(8, 128, 1, 1024),
+        batch=BatchSizes(8, 128, 1, 1024),
         memory=MEMORY,
         fits=False,
         compiled=True,

@@ -184,7 +184,7 @@ def test_export_of_a_damaged_checkpoint_is_one_line(finished, tmp_path, damage):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     newest = workdir / "checkpoints" / "6" / "run" / "data.json"
     newest.write_text(damage) if damage else newest.unlink()
-    with pytest.raises(UserError, match=r"checkpoints/6: is damaged .* take another of steps \[4, 6\]") as caught:
+    with pytest.raises(UserError, match=r"checkpoints/6: is damaged .* use another of steps \[4, 6\]") as caught:
         export_workdir(workdir, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert export_workdir(workdir, tmp_path / "out", step=4).startswith("wrote step 4")

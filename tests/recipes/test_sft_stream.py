@@ -34,7 +34,7 @@ def values_of(inputs, way, **sections):
 def test_learns_and_goes_on_to_the_same_bytes(inputs, way, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     postrain.train(values_of(inputs, way), whole)
-    assert "drawn       train: " in capsys.readouterr().out
+    assert "consumed    train: " in capsys.readouterr().out
     losses = [line["train/loss"] for line in read_lines(whole / "metrics.jsonl") if "train/loss" in line]
     assert losses[-1] < losses[0] - 0.3
     # The run as it was when a kill came between its checkpoint of step 3 and that of step 6.
@@ -82,7 +82,7 @@ def test_changed_data_are_accepted_by_the_code_that_the_refusal_names(inputs, wa
     for change in (changes[1], changes[0]):
         changed = values | {"data": values["data"] | change}
         with pytest.raises(
-            UserError, match=r"go on with the changed data by --config\.data\.accept_change=(\w+)$"
+            UserError, match=r"start the changed data anew at step 4 by --config\.data\.accept_change=(\w+)$"
         ) as caught:
             postrain.train(changed, workdir)
         refused.append(str(caught.value).rpartition("=")[2])
@@ -91,7 +91,7 @@ def test_changed_data_are_accepted_by_the_code_that_the_refusal_names(inputs, wa
         postrain.train(changed, workdir)
     changed["data"]["accept_change"] = refused[1]
     postrain.train(changed, workdir)
-    assert "goes on from step 4" in (output := capsys.readouterr().out) and "the data changed, as accepted: " in output
+    assert "goes on from step 4" in (output := capsys.readouterr().out) and "the data changed, as accepted" in output
     shutil.copytree(workdir, cut)
     shutil.rmtree(cut / "checkpoints" / "8")
     postrain.train(changed, cut)

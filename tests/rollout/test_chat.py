@@ -78,7 +78,7 @@ def generate_to(tmp_path, output, source="in.jsonl"):
         ("folder/../in.jsonl", "in.jsonl is the file of --input"),
         ("link.jsonl", "link.jsonl is the file of --input"),
         ("in.jsonl/out.jsonl", "in.jsonl: Not a directory): choose another place"),
-        ("pipe", "pipe is no ordinary file"),
+        ("pipe", "pipe is not an ordinary file"),
     ],
 )
 def test_the_place_of_the_answers_is_looked_at_first(tmp_path, capsys, output, message):

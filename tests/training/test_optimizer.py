@@ -11,7 +11,13 @@ from postrain.config import OptimizerConfig
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig
 from postrain.models.params import abstract_params
-from postrain.training.optimizer import decay_mask, describe_cut, describe_structure, make_optimizer, make_schedule
+from postrain.training.optimizer import (
+    decay_mask,
+    format_schedule_warning,
+    make_optimizer,
+    make_schedule,
+    state_structure,
+)
 from postrain.training.step import abstract_train_state
 
 CONFIG = OptimizerConfig(learning_rate=1.0, schedule="constant")
@@ -97,18 +103,18 @@ def test_muon_makes_each_layers_matrix_near_orthogonal_at_adams_size():
     np.testing.assert_allclose(updates["final_norm"]["scale"], adam["final_norm"]["scale"], rtol=1e-6)
 
 
-def test_a_warm_up_or_decay_longer_than_the_run_is_cut_to_it_and_told():
+def test_a_warm_up_or_decay_longer_than_the_run_is_cut_to_it_and_reported():
     for schedule in ("constant", "wsd"):
         asked = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=50, decay_steps=0)
         used = dataclasses.replace(asked, warmup_steps=10)
-        assert rates(asked, 10) == rates(used, 10) and describe_cut(used, 10) == ""
+        assert rates(asked, 10) == rates(used, 10) and format_schedule_warning(used, 10) == ""
     assert rates(asked, 10)[0] == pytest.approx(asked.learning_rate / 10)
-    line = describe_cut(asked, 10)
+    line = format_schedule_warning(asked, 10)
     assert line == "warning     optimizer.warmup_steps = 50: longer than the run, cut to its 10 steps"
     decay = dataclasses.replace(CONFIG, schedule="wsd", warmup_steps=0, decay_steps=11)
     assert rates(decay, 10) == rates(dataclasses.replace(decay, decay_steps=10), 10)
-    assert "optimizer.decay_steps = 11: longer" in describe_cut(decay, 10)
-    assert describe_cut(dataclasses.replace(decay, schedule="linear"), 10) == "", "it is of wsd alone"
+    assert "optimizer.decay_steps = 11: longer" in format_schedule_warning(decay, 10)
+    assert format_schedule_warning(dataclasses.replace(decay, schedule="linear"), 10) == "", "it is of wsd alone"
 
 
 @pytest.mark.parametrize(
@@ -120,8 +126,8 @@ def test_wsd_reaches_its_peak_whatever_is_asked_of_a_short_run(total, warmup, de
     found = rates(config, total)
     assert max(found) == found[warmup - 1] == pytest.approx(config.learning_rate)
     assert found[warmup:] == pytest.approx([config.learning_rate * (1 - i / left) for i in range(left)], abs=1e-6)
-    line = describe_cut(config, total)
-    asked = f"warning     optimizer.decay_steps = {decay}: longer than the part of the run that the warm-up leaves, "
+    line = format_schedule_warning(config, total)
+    asked = f"warning     optimizer.decay_steps = {decay}: longer than the rest of the run after the warm-up, "
     assert line == (f"{asked}cut to its {left} step{'s' * (left != 1)}" if decay else "")
 
 
@@ -148,7 +154,7 @@ def test_what_changes_the_arrays_of_the_state_is_known_without_a_model(changes, 
         ema = config.ema_decay > 0
         states.append(abstract_train_state(params, {}, make_optimizer(config, 3)[0], ema=ema))
     assert (jax.tree.structure(states[0]) == jax.tree.structure(states[1])) == alike
-    assert (describe_structure(CONFIG) == describe_structure(dataclasses.replace(CONFIG, **changes))) == alike
+    assert (state_structure(CONFIG) == state_structure(dataclasses.replace(CONFIG, **changes))) == alike
 
 
 def test_run_without_updates_is_refused():

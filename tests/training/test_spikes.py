@@ -9,7 +9,7 @@ from toy_network import compute_loss, make_batch, make_params, scale_loss
 from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
-from postrain.training.spikes import NEEDED, WINDOW, SpikeGuard, compute_limits, new_history, update_history
+from postrain.training.spikes import MIN_UPDATES, WINDOW, SpikeGuard, compute_limits, new_history, update_history
 from postrain.training.step import init_train_state, make_train_step
 
 OPTIMIZER, SCHEDULE = make_optimizer(OptimizerConfig(learning_rate=1e-3), 200)
@@ -44,30 +44,32 @@ def test_limits_are_the_threshold_times_the_medians_of_the_last_steps_taken():
         history = update_history(history, loss, norm, taken, none)
         found = [float(limit) for limit in compute_limits(history, 3.0)]
         expected = 3 * np.median(values[:, max(0, count - WINDOW) : count], axis=1)
-        np.testing.assert_allclose(found, expected if count >= NEEDED else [np.inf] * 2, rtol=1e-6)
+        np.testing.assert_allclose(found, expected if count >= MIN_UPDATES else [np.inf] * 2, rtol=1e-6)
         assert [float(limit) for limit in compute_limits(history, 0.0)] == [np.inf] * 2, "no threshold judges nothing"
 
 
 def test_a_spike_changes_nothing_but_the_counts_and_is_not_what_is_usual():
-    good = [batch_of(seed) for seed in range(NEEDED + 4)]
+    good = [batch_of(seed) for seed in range(MIN_UPDATES + 4)]
     spikes = [batch_of(seed, first) for seed, first in ((90, 7), (91, 8), (92, 7))]
     without, _ = run(good, 3.0)
     state, history = run([*good[:-1], *spikes, good[-1]], 3.0)
-    assert [bool(m["usual"]) for m in history] == [True] * (NEEDED + 3) + [False] * 3 + [True]
+    assert [bool(m["usual"]) for m in history] == [True] * (MIN_UPDATES + 3) + [False] * 3 + [True]
     assert [int(m["in_a_row"]) for m in history][-4:] == [1, 2, 3, 0] and int(state.history["skipped"]) == 3
     rates = [float(m["train/learning_rate"]) for m in history]
-    assert rates == pytest.approx([float(SCHEDULE(taken)) for taken in [*range(NEEDED + 3), *[NEEDED + 3] * 4]])
+    assert rates == pytest.approx(
+        [float(SCHEDULE(update)) for update in [*range(MIN_UPDATES + 3), *[MIN_UPDATES + 3] * 4]]
+    )
     assert rates[-1] < rates[-5]
     for part in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(without, part))
-    for name in ("loss", "grad_norm", "taken"):
+    for name in ("loss", "grad_norm", "updates"):
         np.testing.assert_array_equal(state.history[name], without.history[name])
-    assert int(state.step) == NEEDED + 7
+    assert int(state.step) == MIN_UPDATES + 7
 
 
 def test_nothing_is_judged_before_there_is_a_history_or_without_a_threshold():
     _, early = run([batch_of(0), batch_of(1, 7)], 3.0)
-    _, off = run([*[batch_of(seed) for seed in range(NEEDED)], batch_of(1, 7)], 0.0)
+    _, off = run([*[batch_of(seed) for seed in range(MIN_UPDATES)], batch_of(1, 7)], 0.0)
     assert all(bool(m["usual"]) for m in early + off)
 
 
@@ -79,9 +81,7 @@ def metrics_of(**values):
 @pytest.mark.parametrize("policy", ["none", "stop"])
 def test_stop_names_step_rows_and_what_is_usual(policy):
     guard = SpikeGuard(SpikeSection(policy=policy), print)
-    message = (
-        r"step 17: a spike, loss 9 and gradient norm 5 where at most 3 and 4 are usual .*, rows chat.jsonl:3: look"
-    )
+    message = r"step 17: a spike, loss 9 and gradient norm 5; expected at most 3 and 4 \(.*\), rows chat.jsonl:3: look"
     with pytest.raises(UserError, match=message):
         guard.check(17, metrics_of(), lambda: "chat.jsonl:3")
     with pytest.raises(UserError, match="step 18: loss nan .* not both finite, rows chat.jsonl:3"):

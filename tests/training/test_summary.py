@@ -12,25 +12,25 @@ from postrain.errors import UserError
 from postrain.models.config import ModelConfig, MoeConfig
 from postrain.report.workdir import make_workdir, open_workdir
 from postrain.sharding import make_mesh
-from postrain.training.summary import describe_backends, describe_overlong
+from postrain.training.summary import format_backends, format_overlong_warning
 
 CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
 
 
 def test_documents_beyond_the_models_positions_are_warned_of():
-    assert describe_overlong(np.array([3, 128]), CONFIG) == ""
-    line = describe_overlong(np.array([3, 128, 129, 2048]), CONFIG)
+    assert format_overlong_warning(np.array([3, 128]), CONFIG) == ""
+    line = format_overlong_warning(np.array([3, 128, 129, 2048]), CONFIG)
     assert "2 of 4 documents are longer than the 128 positions" in line and "the longest takes 2,048" in line
     assert "\n" not in line
 
 
 def test_what_computes_attention_and_experts_is_said_and_what_cannot_is_refused():
     mesh = make_mesh(MeshConfig())  # of CPUs
-    assert describe_backends(CONFIG, mesh) == ["attention   chunked, float32, remat none"]
+    assert format_backends(CONFIG, mesh) == ["attention   chunked, float32, remat none"]
     experts = dataclasses.replace(CONFIG, moe=MoeConfig(4, 2, 8))
-    assert describe_backends(experts, mesh)[1:] == ["experts     blocks"]
+    assert format_backends(experts, mesh)[1:] == ["experts     blocks"]
     with pytest.raises(UserError, match="'model.attention' = 'flash_tpu' runs on tpu, the devices are cpu"):
-        describe_backends(dataclasses.replace(CONFIG, attention="flash_tpu"), mesh)
+        format_backends(dataclasses.replace(CONFIG, attention="flash_tpu"), mesh)
 
 
 def test_processes_that_make_the_same_workdir_do_not_meet(tmp_path):

@@ -21,23 +21,27 @@ from postrain.data.batches.packing import pack
 # Part of the data fingerprint: to be counted up whenever the same documents would come in another order.
 PLAN_VERSION = 1
 
+_KEYS = ("sequence_length", "packing", "packing_window", "shuffle", "seed")  # of the config, that decide the rows
 _KEPT_EPOCHS = 4  # rows of so many epochs are kept; a small set may pass several epochs in one batch
 
 
-class RowPlan:
+class EpochOrder:
     """Which documents are in which row of the stream.
 
     Args:
       lengths: int [N], slots of each document.
       config: ``sequence_length``, ``packing``, ``packing_window``, ``shuffle`` and ``seed`` are used.
+      known: another order of the same documents; epochs that it has packed are not packed again.
     """
 
-    def __init__(self, lengths: np.ndarray, config: DataConfig):
+    def __init__(self, lengths: np.ndarray, config: DataConfig, known: "EpochOrder | None" = None):
         self._lengths = np.asarray(lengths, np.int64)
         self._config = config
         self._starts = {0: 0}  # epoch -> its first row in the stream, as far as known
         self._rows: collections.OrderedDict[int, list[np.ndarray]] = collections.OrderedDict()
-        self._lock = threading.RLock()  # the prefetch thread and the training loop both ask
+        self._lock = threading.RLock()  # the prefetch thread and the training loop both call
+        if known is not None and all(getattr(known._config, key) == getattr(config, key) for key in _KEYS):
+            self._rows.update(known._rows)
 
     def rows_of_epoch(self, epoch: int) -> list[np.ndarray]:
         """The rows of an epoch, in order: for each the indices of its documents."""

@@ -15,11 +15,13 @@ from postrain.config.rules import has_mixture
 from postrain.data.batches.epoch_order import PLAN_VERSION
 from postrain.data.batches.packing import PACKING_VERSION
 from postrain.data.batches.shard import SHARD_VERSION
+from postrain.data.batches.source import FileSource, Source, open_source
 from postrain.data.documents import Document, Group
-from postrain.data.files.storage import is_local, list_files
+from postrain.data.files.storage import StoredFile, is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.files import digest
+from postrain.files import digest, spread
 
+_SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
 # Keys of the config that decide which rows come when.
 _KEYS = (
     "sequence_length", "batch_size", "packing", "packing_window", "too_long", "on_bad_row", "shuffle", "seed",
@@ -27,27 +29,56 @@ _KEYS = (
 )  # fmt: skip
 
 
-def make_fingerprint(
-    sources: Sequence[tuple[str, list[str], dict]],
+def fingerprint_rows(
+    sources: Sequence[Source],
+    files: Sequence[list[str]],
     tokenizer: Tokenizer | None,
-    examples: Iterable[Document],
     config: DataConfig,
+    examples: Iterable[Document],
 ) -> dict:
-    """A JSON-able description of the pipeline.
+    """A JSON-able description of rows in memory.
 
     Args:
-      sources: name, files and ``RowParser.identity`` of each.
+      files: of each source those that have rows, in order.
       tokenizer: None where no row is text.
       examples: the rendered documents, in order.
     """
-    described = [{"name": name, "files": _describe_files(files)} | identity for name, files, identity in sources]
-    return describe_pipeline(described, tokenizer, config) | {"documents": hash_documents(examples)}
+    described = [
+        {"name": source.name, "files": _file_facts(of_source if isinstance(source, FileSource) else [])}
+        | source.identity
+        for source, of_source in zip(sources, files, strict=True)
+    ]
+    return _pipeline_facts(described, tokenizer, config) | {"documents": hash_documents(examples)}
 
 
-def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+def fingerprint_stream(sources: Sequence[Source], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+    """A JSON-able description of a stream, its files by what can be told without reading them."""
+    described = []
+    for source in sources:
+        files = source.files if isinstance(source, FileSource) else []
+        names = name_files([file.url for file in files])
+        facts = [{"name": name} | _stored_facts(file) for name, file in zip(names, files, strict=True)]
+        described.append({"name": source.name, "kind": source.parser.form, "files": facts} | source.identity)
+    return _pipeline_facts(described, tokenizer, config)
+
+
+def fingerprint_config(tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+    """The fingerprint of ``config.train`` as it would be made now, but without the hash of documents in memory.
+
+    Raises UserError as ``open_source`` does.
+    """
+    sources = [open_source(source, config, index) for index, source in enumerate(config.train)]
+    if config.streaming:
+        return fingerprint_stream(sources, tokenizer, config)
+    fingerprint = fingerprint_rows(sources, [source.list_row_files() for source in sources], tokenizer, config, [])
+    del fingerprint["documents"]
+    return fingerprint
+
+
+def _pipeline_facts(sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
     """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
     return {
-        "data": {key: getattr(config, key) for key in _KEYS} | _describe_mixture(config),
+        "data": {key: getattr(config, key) for key in _KEYS} | _mixture_facts(config),
         "sources": sources,
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
@@ -56,7 +87,7 @@ def describe_pipeline(sources: list[dict], tokenizer: Tokenizer | None, config: 
     }
 
 
-def _describe_mixture(config: DataConfig) -> dict:
+def _mixture_facts(config: DataConfig) -> dict:
     """Keys that say nothing at their defaults stay out, so that they count only where they are used."""
     mixture = {
         "weights": [source.weight for source in config.train],
@@ -74,21 +105,21 @@ def _describe_mixture(config: DataConfig) -> dict:
 
 def hash_documents(examples: Iterable[Document]) -> str:
     """Hash over tokens, loss masks and whatever else the documents bring, in order."""
-    digest = hashlib.blake2b(digest_size=20)
+    hashed = hashlib.blake2b(digest_size=20)
     for example in examples:
         if isinstance(example, Group):
-            digest.update(b"group" + len(example.sequences).to_bytes(8, "little"))
+            hashed.update(b"group" + len(example.sequences).to_bytes(8, "little"))
         for sequence in example.sequences:
-            digest.update(len(sequence.tokens).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(sequence.tokens, "<i4"))
-            digest.update(np.packbits(sequence.loss_mask))
+            hashed.update(len(sequence.tokens).to_bytes(8, "little"))
+            hashed.update(np.ascontiguousarray(sequence.tokens, "<i4"))
+            hashed.update(np.packbits(sequence.loss_mask))
             for name, values, _ in sequence.fields:
-                digest.update(
+                hashed.update(
                     name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
                 )
             if sequence.metadata is not None:
-                digest.update(json.dumps(sequence.metadata, sort_keys=True).encode())
-    return digest.hexdigest()
+                hashed.update(json.dumps(sequence.metadata, sort_keys=True).encode())
+    return hashed.hexdigest()
 
 
 def digest_change(old: dict, new: dict) -> str:
@@ -143,6 +174,12 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
                 f"source {before['name']!r}: rows went through {before.get('function', 'no function')}, now "
                 f"{after.get('function', 'no function')}"
             )
+        if before.get("dataset") != after.get("dataset") or before.get("length") != after.get("length"):
+            was, now = (
+                f"{s.get('dataset', 'files')}" + (f" of {s['length']:,} rows" if "length" in s else "")
+                for s in (before, after)
+            )
+            changes.append(f"source {before['name']!r}: rows came from {was}, now from {now}")
         files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
         where = f"source {before['name']!r}: file"
         changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]
@@ -157,16 +194,23 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
     return changes
 
 
-def _describe_files(files: list[str]) -> list[dict]:
+def _file_facts(files: list[str]) -> list[dict]:
     """By name, size and content (elsewhere: version): a folder may move, its files may not change."""
-    described = []
+    facts = []
     for name, file in zip(name_files(files), files, strict=True):
         if is_local(file):
-            described.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest(file)})
+            facts.append({"name": name, "bytes": os.path.getsize(file), "sha256": digest(file)})
         else:
             (stored,) = list_files(file)
-            described.append({"name": name, "bytes": stored.bytes, "version": stored.version})
-    return described
+            facts.append({"name": name, "bytes": stored.bytes, "version": stored.version})
+    return facts
+
+
+def _stored_facts(file: StoredFile) -> dict:
+    """A local file by its size and three pieces, so that it may be copied; another by size and version."""
+    if not is_local(file.url):
+        return {"bytes": file.bytes, "version": file.version}
+    return {"bytes": file.bytes, "sample": digest(file.url, spread(0, file.bytes, 3, _SAMPLE))}
 
 
 def name_files(urls: Sequence[str]) -> list[str]:

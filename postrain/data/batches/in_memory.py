@@ -1,31 +1,197 @@
-"""Sources -> rendered documents -> packed batches, with a position that can be saved and restored exactly.
+"""Rows in memory: every row is rendered, checked and counted before training, each document then comes once an epoch.
 
-``load_examples`` renders every row once, before training, so that every bad row, every too long one and the
-share of trained tokens is known before the first update. ``make_train_iterator`` then reads the rows that
-``plan.RowPlan`` lays out, through Grain, which assembles the coming batches in a background thread.
+``load_examples`` reads and renders all rows, so that bad ones, too long ones and the share of trained tokens are known
+before the first update. ``make_train_iterator`` makes the batches of ``EpochOrder``'s rows; ``mix_examples`` those of a
+mixture. ``make_eval_batches`` has every document once.
 """
 
+import collections
 import dataclasses
+import functools
+import itertools
+import json
 import math
-from collections.abc import Sequence
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from postrain.config import DataConfig
-from postrain.data.batches.epoch_order import RowPlan
-from postrain.data.batches.loading import ExampleSet, load_examples
-from postrain.data.batches.packing import assemble_batch, pack
-from postrain.data.documents import check_token_ids
+from postrain.config import DataConfig, SourceConfig
+from postrain.data.batches.collate import assemble_batch
+from postrain.data.batches.epoch_order import EpochOrder, permutation
+from postrain.data.batches.fingerprint import fingerprint_rows
+from postrain.data.batches.packing import pack
+from postrain.data.batches.row_counts import DataReport, RowCounts, RowFilter, count
+from postrain.data.batches.shard_reader import Epochs, parse_row, render_examples
+from postrain.data.batches.source import Source, open_source
+from postrain.data.batches.streamed import ShardedBatches
+from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
+from postrain.data.kinds.registry import SFT, Kind, find_kind
+from postrain.data.rendering.render import BATCH
+from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
-
-__all__ = ["ExampleSet", "TrainIterator", "describe_rows", "load_examples", "make_eval_batches", "make_train_iterator"]
+from postrain.files import read_jsonl, write_whole
 
 _ENDLESS = 2**62  # Grain wants a length
 
 
-class TrainIterator:
+# Loading
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleSet:
+    """Rendered documents of one or more sources.
+
+    Attributes:
+      examples: the documents, in the order of the sources; each but prompts has at least one trained token that is
+        predicted from another, and takes at most ``sequence_length`` slots.
+      report: the counts of rows.
+      fingerprint: JSON-able; see ``postrain.data.batches.fingerprint``.
+      kind: of all rows.
+      order: of the rows, packed, where they come once an epoch.
+    """
+
+    examples: list[Document]
+    report: DataReport
+    fingerprint: dict
+    kind: Kind = SFT
+    order: EpochOrder | None = None
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: slots that each document takes, of text its tokens less one."""
+        return np.array([document.slots for document in self.examples], np.int64)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The arrays of its batches."""
+        return layout_of(self.examples[0])
+
+
+def load_examples(
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    rejected_path: str | os.PathLike | None = None,
+    *,
+    kind: str | None = None,
+) -> ExampleSet:
+    """Reads and renders all rows of ``sources`` (usually ``config.train`` or ``config.eval``).
+
+    Args:
+      tokenizer: from ``load_tokenizer``; None where ``needs_tokenizer`` says that no row is text.
+      rejected_path: a JSONL file for bad rows, ``{"file", "line", "reason"}``, where ``config.on_bad_row`` is
+        "skip". Lines about other files that stand there already are kept, so train and eval can share it. Of
+        several processes, give it to one.
+      kind: the only one that the rows may be of; None: any.
+
+    Raises:
+      UserError: a source that cannot be read; a bad or too long row where the config says so, naming file and
+        line; a larger share of bad rows than ``config.max_bad_fraction``; nothing left to train on.
+    """
+    in_memory = dataclasses.replace(config, streaming=False)
+    opened = [open_source(source, in_memory, index) for index, source in enumerate(sources)]
+    found = find_kind([(source.name, source.parser) for source in opened], config, kind) if opened else SFT
+    layout = SameLayout()
+    loaders = [_Loader(source, tokenizer, config, layout) for source in opened]
+    try:
+        examples = [document for loader in loaders for document in loader.load()]
+    finally:  # also when the run stops: the reasons are what its user needs then
+        if rejected_path is not None:
+            _write_rejected(pathlib.Path(rejected_path), loaders)
+    report = DataReport([loader.counts for loader in loaders], config.sequence_length)
+    if not examples:
+        raise UserError(_format_empty(report, config))
+    switches = (switch for example in examples for switch in example.template_switches if switch)
+    report.template_switches = dict(collections.Counter(switches))
+    files = [list(loader.files) for loader in loaders]
+    fingerprint = fingerprint_rows(opened, files, tokenizer, config, examples)
+    lengths = np.array([document.slots for document in examples], np.int64)
+    order = EpochOrder(lengths, config)
+    report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(lengths.sum())
+    return ExampleSet(examples, report, fingerprint, found, order)
+
+
+class _Loader:
+    """One source's rows, rendered and filtered.
+
+    Attributes:
+      counts: of its rows.
+      rejected: bad rows left out.
+      files: the files that rows came from, in order (as a dict without values).
+    """
+
+    def __init__(self, source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout):
+        self._source, self._tokenizer, self._config = source, tokenizer, config
+        self.counts, self.files = RowCounts(source.name, left_out_by=source.parser.left_out), {}
+        # The share of bad rows is judged when all rows are known.
+        self._filter = RowFilter(self.counts, config, source.parser.kind, layout, judged_from=math.inf)
+        self.rejected = self._filter.rejected
+
+    def load(self) -> Iterator[Document]:
+        examples, parser = self._parse_rows(), self._source.parser
+        while batch := list(itertools.islice(examples, BATCH)):
+            for documents in render_examples(parser, batch, self._tokenizer, self._config):
+                yield from self._filter.keep(documents)
+        if self.rejected:
+            self._filter.check_share(self.rejected[-1])
+
+    def _parse_rows(self) -> Iterator[Any]:
+        for row in self._source.rows():
+            self.files[row.ref.file] = None
+            yield parse_row(self._source.parser, row)
+
+
+def _format_empty(report: DataReport, config: DataConfig) -> str:
+    total = report.total
+    where = ", ".join(s.name for s in report.sources) or "no source given"
+    reasons = {
+        "bad (see rejected.jsonl)": total.skipped,
+        f"too long for data.sequence_length = {config.sequence_length} (the longest has {total.longest:,} tokens)":
+            total.too_long,
+        "left with nothing to train on after truncation": total.untrained,
+        f"left out by {', '.join(s.left_out_by for s in report.sources if s.left_out)}": total.left_out,
+    }  # fmt: skip
+    found = "; ".join(f"{n} {why}" for why, n in reasons.items() if n)
+    return f"nothing to train on in {where}: {count(total.rows, 'row')}" + (f", {found}" if found else "")
+
+
+def _write_rejected(path: pathlib.Path, loaders: list[_Loader]) -> None:
+    """Replaces the lines about the files that were read, so that a resume or a second call does not repeat them."""
+    files = {file for loader in loaders for file in loader.files}
+    rejected = sorted((bad for loader in loaders for bad in loader.rejected), key=lambda b: (b.ref.file, b.ref.line))
+    known = [entry for _, entry in read_jsonl(path, drop_torn=True)] if path.exists() else []
+    entries = [entry for entry in known if entry.get("file") not in files]
+    entries += [{"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason} for bad in rejected]
+    if entries or path.exists():
+        write_whole(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+
+
+# Training batches
+
+
+class PackedRows(grain.MapDataset):
+    """Row i of the endless stream of ``EpochOrder``, as the indices of its documents: int [n].
+
+    Not Grain's own ``shuffle``, ``repeat`` and packing, because every document must come once an epoch, epochs follow
+    each other within a batch, and any row must be found without those before it.
+    """
+
+    def __init__(self, order: EpochOrder):
+        super().__init__()
+        self._order = order
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._order.rows(index, index + 1)[0]
+
+
+class MemoryBatches:
     """Endless batches, see ``make_train_iterator``.
 
     ``get_state()`` is the position after the last batch that was handed out, however many were prepared ahead.
@@ -34,13 +200,17 @@ class TrainIterator:
 
     def __init__(self, example_set: ExampleSet, config: DataConfig, process_index: int, process_count: int):
         self._example_set, self._config = example_set, config
-        self._plan = RowPlan(example_set.lengths, config)
-        batches = _Batches(example_set, self._plan, config, process_index, process_count)
+        # Of its own, as its position is; what is packed already is not packed again.
+        self._order = EpochOrder(example_set.lengths, config, known=example_set.order)
+        local = config.batch_size // process_count
+        own_rows = slice(process_index * local, (process_index + 1) * local)
+        rows = PackedRows(self._order).batch(config.batch_size, batch_fn=list)
+        batches = rows.map(lambda rows: _assemble_batch(example_set, rows[own_rows], config.sequence_length))
         # One thread: assembling a batch is far quicker than a step, and more threads would contend for the GIL.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
-        self._batches = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        self._batches = iter(batches.to_iter_dataset(options))
 
-    def __iter__(self) -> "TrainIterator":
+    def __iter__(self) -> "MemoryBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -49,21 +219,21 @@ class TrainIterator:
     def get_state(self) -> dict[str, Any]:
         """The position: a small dict of plain integers, for JSON."""
         position = self._batches.get_state()
-        epoch = self._plan.epoch_at(position["next_index"] * self._config.batch_size)
-        rows = len(self._plan.rows_of_epoch(epoch))
-        return {"grain": position, "epoch": epoch, "epoch_first_row": self._plan.first_row(epoch), "epoch_rows": rows}
+        epoch = self._order.epoch_at(position["next_index"] * self._config.batch_size)
+        rows = len(self._order.rows_of_epoch(epoch))
+        return {"grain": position, "epoch": epoch, "epoch_first_row": self._order.first_row(epoch), "epoch_rows": rows}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues after the batch after which ``state`` was taken, with the very same batches.
 
         The example set and the config must be the same: compare fingerprints first.
         """
-        self._plan.set_first_row(state["epoch"], state["epoch_first_row"])
+        self._order.set_first_row(state["epoch"], state["epoch_first_row"])
         self._batches.set_state(state["grain"])
 
     def start_anew(self, update: int) -> None:
-        """Begins with epoch 0 after ``update`` updates of the run."""
-        self._plan.set_first_row(0, update * self._config.batch_size)
+        """Begins with the first epoch after ``update`` updates of the run."""
+        self._order.set_first_row(0, update * self._config.batch_size)
         self._batches.set_state(self._batches.get_state() | {"next_index": update})
 
     def check_token_ids(self, vocab_size: int) -> None:
@@ -80,37 +250,16 @@ class TrainIterator:
 
     def num_steps(self, epochs: float) -> int:
         """The smallest number of updates that shows every document at least ``epochs`` times."""
-        return math.ceil(self._plan.num_rows(epochs) / self._config.batch_size)
+        return math.ceil(self._order.num_rows(epochs) / self._config.batch_size)
 
     def close(self) -> None:
         """Ends the background thread."""
         self._batches.close()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Batches:
-    """Random access to this process' share of global batch i: what Grain reads from."""
-
-    example_set: ExampleSet
-    plan: RowPlan
-    config: DataConfig
-    process_index: int
-    process_count: int
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        size = self.config.batch_size
-        local = size // self.process_count
-        rows = self.plan.rows(index * size, (index + 1) * size)
-        rows = rows[self.process_index * local : (self.process_index + 1) * local]
-        return _assemble_batch(self.example_set, rows, self.config.sequence_length)
-
-
 def make_train_iterator(
     example_set: ExampleSet, config: DataConfig, *, process_index: int = 0, process_count: int = 1
-) -> TrainIterator:
+) -> MemoryBatches:
     """Endless training batches: epoch after epoch, each document once in each, in an order of its own.
 
     Each batch is a dict of numpy arrays, T = ``config.sequence_length``, B_local = ``config.batch_size`` over
@@ -126,7 +275,42 @@ def make_train_iterator(
         raise UserError(
             f"data.batch_size must be a multiple of the {process_count} processes; found {config.batch_size}"
         )
-    return TrainIterator(example_set, config, process_index, process_count)
+    return MemoryBatches(example_set, config, process_index, process_count)
+
+
+def mix_examples(example_set: ExampleSet, config: DataConfig, *, process_index: int, process_count: int):
+    """Endless batches of ``config.mixture``: ``ShardedBatches`` of one shard, which every process runs whole, as the
+    documents are in memory anyway. Raises UserError where a source has no document."""
+    reports = example_set.report.sources
+    ends = np.cumsum([report.documents for report in reports]).tolist()
+    parts = [range(end - report.documents, end) for end, report in zip(ends, reports, strict=True)]
+    for source, part in zip(config.train, parts, strict=True):
+        if not part:
+            name = source.path or source.name
+            raise UserError(f"{name}: no row of it can be trained on, so it cannot be mixed: leave it out")
+    # Rows of the sources that something was kept of, or their tokens.
+    rows = [len({example_set.examples[i].ref for i in part}) for part in parts]
+    sizes = [report.tokens for report in reports] if config.mixture.by == "tokens" else rows
+
+    def open_epoch(index: int, epoch: int) -> grain.IterDataset:
+        """The documents of a source, shuffled."""
+        part, order = parts[index], range(len(parts[index]))
+        if config.shuffle:
+            order = permutation(len(part), (config.seed, epoch, index, 3)).tolist()
+        documents = grain.MapDataset.source(order).map(lambda i: [example_set.examples[part[i]]])
+        return documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+    def open_sources(shard: int, counts: Sequence[RowCounts] | None) -> list[grain.IterDataset]:
+        return [
+            Epochs(functools.partial(open_epoch, index), source.max_epochs) for index, source in enumerate(config.train)
+        ]
+
+    processes = {"process_index": process_index, "process_count": process_count}
+    names = [report.name for report in reports]
+    return ShardedBatches(names, sizes, open_sources, config, layout=example_set.layout, shards=1, **processes)
+
+
+# Evaluation batches
 
 
 def make_eval_batches(
@@ -167,7 +351,6 @@ def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequenc
     return batch | {"row_ids": row_ids}
 
 
-def describe_rows(example_set: ExampleSet, row_ids: np.ndarray, limit: int = 16) -> str:
+def describe_rows(example_set: ExampleSet, row_ids: np.ndarray) -> str:
     """``file:line, file:line, ...`` of the documents in ``row_ids`` (any shape, -1 is skipped), each row once."""
-    refs = dict.fromkeys(str(example_set.examples[i].ref) for i in np.ravel(row_ids) if i >= 0)
-    return shorten(refs, limit)
+    return shorten(list(dict.fromkeys(str(example_set.examples[i].ref) for i in np.ravel(row_ids) if i >= 0)), 16)

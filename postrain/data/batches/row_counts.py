@@ -1,10 +1,15 @@
-"""What becomes of a row: kept, left out for its length or as a bad one; each way is counted, none is silent."""
+"""What becomes of each row: kept, left out for its length or as a bad one. Every outcome is counted, none is silent.
 
+``RowFilter`` applies ``data.too_long``, ``data.on_bad_row`` and ``data.max_bad_fraction``. ``RowCounts`` counts the
+outcomes of one source; ``DataReport`` prints those of all sources.
+"""
+
+import dataclasses
 import json
 import pathlib
+from collections.abc import Iterable, Mapping
 
 from postrain.config import DataConfig
-from postrain.data.batches.report import SourceReport, count
 from postrain.data.documents import Document, SameLayout
 from postrain.data.kinds.registry import Kind
 from postrain.data.messages import BadRow
@@ -12,61 +17,147 @@ from postrain.errors import UserError
 from postrain.files import read_jsonl
 
 
-class RowPolicy:
-    """``data.too_long``, ``data.on_bad_row`` and ``data.max_bad_fraction`` on the rows of one source.
+def count(number: int, noun: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+@dataclasses.dataclass
+class RowCounts:
+    """Counts of one source. Rows go in; documents (training sequences) come out.
 
     Attributes:
-      report: the counts; what ``rows`` says is up to the caller.
-      rejected: bad rows left out.
+      rows: rows of the source.
+      documents: training sequences that are kept.
+      tokens: tokens of these documents.
+      trained: tokens of them that are trained on (that carry loss).
+      too_long: documents left out for their length.
+      truncated: documents cut to the length; kept.
+      untrained: documents left out because nothing to train on was left of them after the cut.
+      split: rows that gave more than one document, because serving would see their turns separately.
+      skipped: bad rows left out (``data.on_bad_row = "skip"``).
+      longest: tokens of the longest document, before anything was left out or cut.
+      left_out: rows that the source's own function left out.
+      left_out_by: the name of that function.
+    """
+
+    name: str
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    untrained: int = 0
+    split: int = 0
+    skipped: int = 0
+    longest: int = 0
+    left_out: int = 0
+    left_out_by: str = ""
+
+    def to_json(self) -> dict[str, int]:
+        """All counts by name, for a position."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    def set(self, counts: Mapping[str, int]) -> None:
+        """Takes the counts of ``to_json``."""
+        for name in COUNTS:
+            setattr(self, name, counts[name])
+
+    def format_losses(self) -> str:
+        """ "of 120 rows 76 too long (...), 4 bad", or empty where nothing was left out or cut."""
+        longest = f"(data.sequence_length; the longest has {count(self.longest, 'token')})"
+        losses = {
+            f"documents too long {longest}": self.too_long,
+            f"documents truncated {longest}": self.truncated,
+            "documents with nothing to train on left": self.untrained,
+            "rows bad (rejected.jsonl)": self.skipped,
+            f"rows left out by {self.left_out_by or 'a function'}": self.left_out,
+        }
+        found = ", ".join(f"{number:,} {what}" for what, number in losses.items() if number)
+        return f"of {count(self.rows, 'row')} {found}" if found else ""
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens over all tokens of the kept documents; 0 when there are none."""
+        return self.trained / self.tokens if self.tokens else 0.0
+
+
+COUNTS = tuple(field.name for field in dataclasses.fields(RowCounts) if field.type is int)
+
+
+def add_up(name: str, parts: Iterable[Mapping[str, int]], left_out_by: str = "") -> RowCounts:
+    """The sum of ``parts``, each of them from ``RowCounts.to_json``."""
+    parts = list(parts)
+    total = {c: sum(part[c] for part in parts) for c in COUNTS}
+    total["longest"] = max((part["longest"] for part in parts), default=0)
+    return RowCounts(name, left_out_by=left_out_by, **total)
+
+
+class RowFilter:
+    """What is trained of each row of one source.
+
+    Args:
+      counts: where the outcomes are counted. None: of rows that were counted before (in another epoch, or before a
+        resume); their bad rows are left out without a word.
+      layout: the arrays that all documents must have.
+      judged_from: the share of bad rows is that of so many rows at least: a run does not stop because one of its first
+        rows is bad. Infinite: ``check_share`` judges.
+      log: takes the bad rows as they are met. Without one they are collected in ``rejected``.
     """
 
     def __init__(
         self,
-        report: SourceReport,
+        counts: RowCounts | None,
         config: DataConfig,
         kind: Kind,
-        same: SameLayout,
+        layout: SameLayout,
         *,
-        least_rows: int = 0,
-        rejected: "RejectedLog | None" = None,
+        judged_from: float = 0,
+        log: "RejectedLog | None" = None,
     ):
-        """``same``: the arrays that all documents have that are kept.
+        self.counts, self.rejected = counts or RowCounts(""), []
+        self._counted, self._config, self._kind, self._layout = counts is not None, config, kind, layout
+        self._judged_from, self._log = judged_from, log
 
-        ``least_rows``: the share of bad rows is that of so many, as long as fewer are known.
+    def keep(self, documents: list[Document] | BadRow | None) -> list[Document]:
+        """The documents to train on, of a row as ``render_rows`` gives it; None: a function has left the row out.
 
-        ``rejected``: bad rows are written there as they are met, and not kept.
+        Raises:
+          UserError: bad rows are not allowed, or exceed ``data.max_bad_fraction``; a document is too long where
+            ``data.too_long`` is "error".
         """
-        self.report, self.config, self.kind, self.rejected = report, config, kind, []
-        self._same, self._least_rows, self._log = same, least_rows, rejected
-
-    def keep(self, documents: list[Document] | BadRow) -> list[Document]:
-        """What is trained of a row as ``render_rows`` gives it, counted. Raises UserError as the config says."""
-        kept, report = self.fit(documents), self.report
-        if isinstance(kept, BadRow):
-            self.reject(kept)
+        counts = self.counts
+        counts.rows += 1
+        if documents is None:
+            counts.left_out += 1
             return []
-        report.split += len(documents) > 1
-        report.truncated += sum(sequence.truncated for document in kept for sequence in document.sequences)
-        report.documents += len(kept)
-        report.tokens += sum(d.num_tokens for d in kept)
-        report.trained += sum(d.num_trained for d in kept)
-        return kept
+        fitted = self._fit_row(documents)
+        if isinstance(fitted, BadRow):
+            if self._counted:
+                self._reject(fitted)
+            return []
+        counts.split += len(documents) > 1
+        counts.truncated += sum(sequence.truncated for document in fitted for sequence in document.sequences)
+        counts.documents += len(fitted)
+        counts.tokens += sum(d.num_tokens for d in fitted)
+        counts.trained += sum(d.num_trained for d in fitted)
+        return fitted
 
-    def fit(self, documents: list[Document] | BadRow) -> list[Document] | BadRow:
-        """What is left of a row for its length, all with the arrays of the first document that was kept."""
-        if isinstance(documents, BadRow):
-            return documents
-        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
-        try:
-            for document in kept:
-                self._same.check(document)
-        except BadRow as e:
-            return e
-        return kept
+    def check_share(self, bad: BadRow, rows: float | None = None) -> None:
+        """Raises UserError where more than ``data.max_bad_fraction`` of ``rows`` (default: those counted) are bad.
 
-    def reject(self, bad: BadRow) -> None:
-        """Leaves a bad row out. Raises UserError where the config has none of it, or of so many."""
-        if self.config.on_bad_row == "error":
+        ``bad``: the last of them, to be named.
+        """
+        allowed, counts = self._config.max_bad_fraction, self.counts
+        if counts.skipped > allowed * (counts.rows if rows is None else rows):
+            raise UserError(
+                f"source {counts.name!r}: {count(counts.skipped, 'bad row')} of {counts.rows:,}, more than "
+                f"data.max_bad_fraction = {allowed} allows; the last one is {bad}"
+            )
+
+    def _reject(self, bad: BadRow) -> None:
+        if self._config.on_bad_row == "error":
             if bad.advice:
                 raise bad
             raise BadRow(bad.ref, f"{bad.reason} (data.on_bad_row = 'skip' would leave such rows out)")
@@ -74,32 +165,38 @@ class RowPolicy:
             self.rejected.append(bad)
         else:
             self._log.write(bad)
-        self.report.skipped += 1
-        allowed = self.config.max_bad_fraction
-        if self.report.skipped > allowed * max(self.report.rows, self._least_rows):
-            raise UserError(
-                f"source {self.report.name!r}: {count(self.report.skipped, 'bad row')} of {self.report.rows:,}, more "
-                f"than data.max_bad_fraction = {allowed} allows; the last one is {bad}"
-            )
+        self.counts.skipped += 1
+        self.check_share(bad, max(self.counts.rows, self._judged_from))
+
+    def _fit_row(self, documents: list[Document] | BadRow) -> list[Document] | BadRow:
+        if isinstance(documents, BadRow):
+            return documents
+        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
+        try:
+            for document in kept:
+                self._layout.check(document)
+        except BadRow as e:
+            return e
+        return kept
 
     def _fit(self, document: Document) -> Document | None:
         """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
-        report, limit = self.report, self.config.sequence_length
+        counts, limit = self.counts, self._config.sequence_length
         length, slots = document.num_tokens, document.slots
-        report.longest = max(report.longest, length)
+        counts.longest = max(counts.longest, length)
         if slots > limit:
-            if self.config.too_long == "error":
+            if self._config.too_long == "error":
                 raise UserError(
                     f"{document.ref}: the document has {count(length, 'token')}, data.sequence_length = {limit} takes "
                     f"up to {limit + length - slots}: raise it, or set data.too_long to 'drop'"
-                    + (" or 'truncate'" if self.kind.cut else "")
+                    + (" or 'truncate'" if self._kind.cut else "")
                 )
-            if self.config.too_long == "drop":
-                report.too_long += 1
+            if self._config.too_long == "drop":
+                counts.too_long += 1
                 return None
-            document = self.kind.cut(document, limit)
-        if self.kind.is_trained and not document.num_trained:
-            report.untrained += 1
+            document = self._kind.cut(document, limit)
+        if self._kind.is_trained and not document.num_trained:
+            counts.untrained += 1
             return None
         return document
 
@@ -113,6 +210,7 @@ class RejectedLog:
         self._begun = False
 
     def write(self, bad: BadRow) -> None:
+        """Adds a line, unless the row is there."""
         place = (bad.ref.file, bad.ref.line, bad.ref.byte)
         if place in self._known:
             return
@@ -125,3 +223,80 @@ class RejectedLog:
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._begun = True
+
+
+@dataclasses.dataclass
+class DataReport:
+    """A set of sources, and how well their documents fill the rows of the first epoch.
+
+    Attributes:
+      sources: the counts of each.
+      sequence_length: slots of a row.
+      packed_rows: rows of the first epoch.
+      used_slots: slots of these that hold a document; the rest is padding.
+      template_switches: answers by the switch of the chat template that their prompts were rendered with, as
+        "enable_thinking=False", where such a prompt differs from the template's default.
+    """
+
+    sources: list[RowCounts]
+    sequence_length: int = 0
+    packed_rows: int = 0
+    used_slots: int = 0
+    template_switches: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total(self) -> RowCounts:
+        """All sources together."""
+        return add_up("total", [source.to_json() for source in self.sources])
+
+    @property
+    def fill(self) -> float:
+        """Useful slots over all slots of the packed rows; 1 less this is the padding."""
+        slots = self.packed_rows * self.sequence_length
+        return self.used_slots / slots if slots else 0.0
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The counts as text: a header, a line for each source and, of several, their total."""
+        header = (
+            "source", "rows", "documents", "tokens", "trained", "share",
+            "too long", "truncated", "untrained", "split", "skipped", "longest",
+        )  # fmt: skip
+        lines = self.sources + ([self.total] if len(self.sources) > 1 else [])
+        return [header] + [
+            (
+                s.name, f"{s.rows:,}", f"{s.documents:,}", f"{s.tokens:,}", f"{s.trained:,}", f"{s.trained_share:.1%}",
+                *(f"{n:,}" for n in (s.too_long, s.truncated, s.untrained, s.split, s.skipped, s.longest)),
+            )
+            for s in lines
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        cells = self.table()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in cells
+        ]
+        return "\n".join([*lines, self.format_packing(), *self.format_notes()])
+
+    def format_packing(self) -> str:
+        """One line: rows, their length, and how much of them is used."""
+        return (
+            f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
+            f"{self.fill:.2%} filled, {1 - self.fill:.2%} padding"
+        )
+
+    def format_notes(self) -> list[str]:
+        """A line for each switch of the chat template that answers were trained after, as serving must set it too, and
+        for each function of a source that left rows out."""
+        switches = [
+            f"{count(number, 'answer')} trained after {switch}: serve with it "
+            f"(postrain generate --thinking {'off' if switch.endswith('False') else 'on'})"
+            for switch, number in self.template_switches.items()
+        ]
+        functions = [
+            f"{source.name}: {count(source.left_out, 'row')} of {source.rows:,} left out by {source.left_out_by}"
+            for source in self.sources
+            if source.left_out
+        ]
+        return switches + functions

@@ -1,276 +1,365 @@
-"""Files of rows -> random access to checked examples.
+"""A source of ``data.train`` or ``data.eval`` -> its rows, as they are stored.
 
-A path is a .jsonl or .parquet file, a glob of either, or a folder that ``datasets`` saved (``save_to_disk``), whose
-Arrow files are read with pyarrow. Of these nothing is held but an index of the lines and the rows of Parquet last asked
-for. Compressed files, .array_record, and files elsewhere (``s3://``, ...) are read whole.
+A source is files (``postrain.data.files``) or a Grain dataset that the config gives. In memory all rows are read in
+order (``Source.rows``). Streamed, each shard of the data reads its share of every epoch (``Source.shard_rows``, a
+``grain.IterDataset``). Elements are ``SourceRow``.
 
-Arrow gives every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is stored
-as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of Parquet and Arrow rows are therefore
-left out; in JSONL they stay.
+* Files are divided into blocks. The blocks of an epoch come in a seeded order and are dealt to the shards in turn, so
+  that each is read once by one shard. A source that is small, or has fewer blocks than there are shards, is shared row
+  by row: every shard reads all of it and keeps every n-th row.
+* The rows of a ``grain.MapDataset`` come in a seeded order of each epoch, and every shard takes every n-th of them.
+* A ``grain.IterDataset`` comes in its own order, the same in each epoch. Every shard reads all of it and keeps every
+  n-th row, unless a function makes the dataset of each shard.
 """
 
-import glob
+import abc
+import dataclasses
+import inspect
 import json
-import mmap
-import pathlib
-import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import grain
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from postrain.config import SourceConfig
-from postrain.data.files.formats import decode_line, list_blocks, read_block, without_nulls
-from postrain.data.files.storage import FORMATS, StoredFile, list_files, source_name
+from postrain.config import DataConfig, SourceConfig
+from postrain.config.functions import identify_dataset
+from postrain.config.schema import StreamSection
+from postrain.data.batches.epoch_order import permutation
+from postrain.data.batches.resumable import ResumableDataset
+from postrain.data.batches.row_counts import count
+from postrain.data.files.formats import Block, list_blocks, read_block
+from postrain.data.files.storage import StorageOptions, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser
 from postrain.data.messages import BadRow, RowRef
-from postrain.errors import UserError, one_line
+from postrain.errors import UserError
 
-BLOCK = 512  # rows of Parquet and Arrow that are turned into Python objects together
+_LEAST_BLOCKS = 16  # of a shard, where files can be divided: with fewer, some shards would have much more than others
+_SHARED_BYTES = 64 << 20  # of a source so small that every shard reads all of it, and keeps its share of the rows
+_ENDLESS = 2**40  # rows of a MapDataset after repeat()
 
 
-class Source:
-    """Rows of one ``SourceConfig``, in the order of its files.
+class SourceRow(NamedTuple):
+    """A row as stored: where it is, and its value, unchecked; a ``BadRow`` where it cannot be decoded."""
 
-    ``len(source)``; ``source[i]`` gives the example of a row (``data.kinds``), None where the source's
-    function leaves it out, and raises BadRow.
+    ref: RowRef
+    value: Any
+
+
+class DatasetRef(RowRef):
+    """Row ``line``, from 0, of a Grain dataset; ``file`` is the name of the source."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Source(abc.ABC):
+    """One source of a data set.
 
     Attributes:
+      config: of the source.
       name: in reports.
+      where: how messages name it.
       parser: of its rows.
+      size: stored bytes, which a mixture without weights goes by; 1 where they are not known.
     """
 
-    def __init__(self, name: str, parser: RowParser, files: list):
-        self.name, self.parser, self._files = name, parser, files
-        self._ends = np.cumsum([len(f) for f in files])
-        parser.decide(self._raw_rows())
+    size = 1
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
+    def __init__(self, config: SourceConfig, data: DataConfig, index: int, name: str, where: str):
+        """``index``: which source of ``data`` it is; a part of its seeds."""
+        self.config, self.name, self.where = config, name, where
+        self.parser = RowParser(dataclasses.replace(config, path=where))
+        self._data, self._index = data, index
 
-    def __getitem__(self, index: int) -> Any:
-        return self.parser.parse(*self.raw(index))
+    @abc.abstractmethod
+    def rows(self) -> Iterator[SourceRow]:
+        """All rows once, in order."""
 
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
+    @abc.abstractmethod
+    def shard_rows(self, epoch: int, shard: int) -> grain.IterDataset:
+        """The ``SourceRow``s of one shard in one epoch, in the order in which they are trained on."""
 
-    def raw(self, index: int) -> tuple[RowRef, Any]:
-        """A row as decoded from its file, unchecked; raises BadRow where it cannot be decoded."""
-        file, row = self._locate(index)
-        ref = RowRef(self.name, str(file.path), file.line(row))
-        return ref, file.read(row, ref)
+    @abc.abstractmethod
+    def format_summary(self) -> str:
+        """What is known of a stream before it is read, in one line."""
 
-    def _locate(self, index: int):
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a source with {len(self)} rows")
-        which = int(np.searchsorted(self._ends, index, side="right"))
-        return self._files[which], index - (int(self._ends[which - 1]) if which else 0)
+    @abc.abstractmethod
+    def list_row_files(self) -> list[str]:
+        """Paths or URLs of the files that have rows, in order."""
 
-    def _raw_rows(self) -> Iterator[tuple[RowRef, Any]]:
-        for i in range(len(self)):
-            try:
-                yield self.raw(i)
-            except BadRow as e:
-                yield e.ref, e
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a fingerprint says of the source besides its files."""
+        return self.parser.identity
+
+    def _order(self, size: int, epoch: int) -> np.ndarray:
+        """int [size]: what is shuffled in an epoch, blocks or rows."""
+        if not self._data.shuffle:
+            return np.arange(size)
+        return permutation(size, (self._data.seed, epoch, self._index, 2))
 
 
-def open_source(config: SourceConfig) -> Source:
-    """Opens a source and counts its rows; rows are checked when read.
+def open_source(config: SourceConfig, data: DataConfig, index: int = 0) -> Source:
+    """Opens a source, and reads it up to the first row that tells the form of its rows. Rows are checked when parsed.
 
     Raises:
-      UserError: nothing at the path, no rows, a file that cannot be read, an unknown kind or file type.
+      UserError: nothing at the path, or no rows; a storage that does not answer; a file that cannot be read; an unknown
+        kind or file type; a stream without a row of its kind; a Grain dataset that cannot be a source.
     """
-    parser = RowParser(config)
-    if not config.path:
-        raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a datasets folder")
-    if "://" in config.path:
-        files = [_Stored(file) for file in list_files(config.path)]
-    else:
-        files = [file for path in _paths(config.path) for file in _open(path)]
-    if not sum(len(f) for f in files):
-        raise UserError(f"{config.path} has no rows")
-    return Source(config.name or source_name(config.path), parser, [f for f in files if len(f)])
+    source = (FileSource if config.dataset is None else DatasetSource)(config, data, index)
+    if next(source.rows(), None) is None:
+        raise UserError(f"{source.where} has no rows")
+    source.parser.decide(source.rows())
+    if data.streaming and not source.parser.form:
+        parser = source.parser
+        raise UserError(f"{source.where}: no row of {parser.expected} in {parser.looked_at}: {parser.advice}")
+    return source
 
 
-def _paths(path: str) -> list[pathlib.Path]:
-    if pathlib.Path(path).exists():
-        return [pathlib.Path(path)]
-    if glob.has_magic(path):
-        paths = [pathlib.Path(p) for p in sorted(glob.glob(path, recursive=True))]
-        if paths:
-            return paths
-        raise UserError(f"{path} matches no file")
-    raise UserError(f"{path} does not exist; expected a .jsonl or .parquet file, a glob of them, or a datasets folder")
+# Files
 
 
-def _open(path: pathlib.Path) -> list:
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return [_JsonLines(path)]
-    if path.suffix == ".parquet":
-        return [_Parquet(path)]
-    if path.suffix == ".arrow":
-        return [_Arrow(path)]
-    if path.name.endswith(tuple(FORMATS)):
-        return [_Stored(file) for file in list_files(str(path))]
-    known = ".jsonl (.gz, .zst), .parquet, .arrow or .array_record"
-    raise UserError(f"{path}: expected {known}; found {path.suffix or 'no suffix'!r}")
+class FileSource(Source):
+    """Files. In memory each is one block, so that its lines are numbered.
 
+    Attributes: ``files``; ``blocks``, in the order of the files; ``options`` of the storage.
+    """
 
-def _open_folder(path: pathlib.Path) -> list:
-    """A folder saved by ``datasets``: state.json lists its Arrow files."""
-    state = path / "state.json"
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(p.parent) for p in path.glob("*/state.json"))) or "none"
-        raise UserError(f"{path} holds several splits; give one of them as the path: {splits}")
-    if not state.is_file():
-        raise UserError(
-            f"{path} is not a folder saved by datasets (no state.json); for files give a glob: {path}/*.jsonl"
+    def __init__(self, config: SourceConfig, data: DataConfig, index: int):
+        super().__init__(config, data, index, config.name or source_name(config.path), config.path)
+        if not config.path:
+            raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a folder")
+        stream = data.stream
+        cache = {"cache_folder": stream.cache_folder, "cache_bytes": int(stream.cache_gibibytes * 2**30)}
+        self.options = StorageOptions(**(cache if data.streaming else {}))
+        self.files: list[StoredFile] = list_files(config.path, self.options)
+        size = max((file.bytes for file in self.files), default=0)
+        if data.streaming:
+            enough = self.size // (_LEAST_BLOCKS * stream.shards)
+            size = max(min(stream.block_mebibytes << 20, enough), 1 << 16)
+        self.blocks: list[Block] = list_blocks(self.files, max(size, 1), self.options)
+
+    @property
+    def size(self) -> int:
+        """Stored bytes."""
+        return sum(file.bytes for file in self.files)
+
+    def rows(self) -> Iterator[SourceRow]:
+        return (row for block in self.blocks for row in self.read_block(block))
+
+    def read_block(self, block: Block) -> Iterator[SourceRow]:
+        """The rows of a block, in the order of the file. Raises UserError where the file cannot be read."""
+        rows = read_block(block, self.name, self.options)
+        while True:
+            try:
+                yield SourceRow(*next(rows))
+            except StopIteration:
+                return
+            except BadRow as e:
+                yield SourceRow(e.ref, e)
+
+    def shard_rows(self, epoch: int, shard: int) -> grain.IterDataset:
+        size, shards = len(self.blocks), self._data.stream.shards
+        order = self._order(size, epoch).tolist()
+        if size < shards or self.size < _SHARED_BYTES:
+            return FileRows(self, order, shard, shards)
+        return FileRows(self, order[shard::shards])
+
+    def list_row_files(self) -> list[str]:
+        found = {}  # of each file the first row is read
+        for block in self.blocks:
+            if block.file.url not in found and next(self.read_block(block), None) is not None:
+                found[block.file.url] = None
+        return list(found)
+
+    def format_summary(self) -> str:
+        return (
+            f"{self.name}: {count(len(self.files), 'file')}, {self.size / 2**20:,.1f} MiB, "
+            f"{count(len(self.blocks), 'block')}, kind {self.parser.form}"
         )
-    try:
-        names = [entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{state} cannot be read: {type(e).__name__}: {e}") from None
-    return [_Arrow(path / name) for name in names]
 
 
-class _JsonLines:
-    """Byte offsets of the lines that are not blank; the file stays mapped, not read."""
+class FileRows(ResumableDataset):
+    """The rows of some blocks; of ``shards`` that share the blocks those of ``shard``.
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        try:
-            with open(path, "rb") as f:
-                size = f.seek(0, 2)
-                self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        except OSError as e:
-            raise UserError(f"{path} cannot be read: {e.strerror}") from None
-        self._begins, self._ends, self._lines = _line_index(self._bytes)
-
-    def __len__(self) -> int:
-        return len(self._begins)
-
-    def line(self, row: int) -> int:
-        return int(self._lines[row])
-
-    def read(self, row: int, ref: RowRef) -> Any:
-        begin = int(self._begins[row])
-        return decode_line(self._bytes[begin : self._ends[row]], ref, first=begin == 0)
-
-
-def _line_index(data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Begin, end (int64 byte offsets) and number (from 1) of every line with something on it."""
-    chunk = 1 << 24
-    pieces = ((i, np.frombuffer(data[i : i + chunk], np.uint8)) for i in range(0, len(data), chunk))
-    breaks = [np.flatnonzero(piece == ord("\n")) + i for i, piece in pieces]
-    ends = np.concatenate([*breaks, [len(data)]]).astype(np.int64)
-    begins = np.concatenate([[0], ends[:-1] + 1])
-    filled = [e - b > 64 or bool(data[b:e].strip()) for b, e in zip(begins.tolist(), ends.tolist(), strict=True)]
-    keep = np.flatnonzero(filled)
-    return begins[keep], ends[keep], keep + 1
-
-
-class _Stored:
-    """A file that is not on this machine, or can only be read from its start: its rows are read once and held.
-
-    Each as its pickle: a row that is given out may be changed, as a source's function does.
+    Not Grain's own reading, because files have no random access, and the position in them is a block and a row.
     """
 
-    def __init__(self, file: StoredFile):
-        self.path = file.url
-        self._rows: list[tuple[int, bytes]] = []  # line, pickle of the row
-        for block in list_blocks([file], max(file.bytes, 1)):
-            rows = read_block(block)
-            while True:
-                try:
-                    ref, row = next(rows)
-                except StopIteration:
-                    break
-                except BadRow as e:
-                    ref, row = e.ref, e
-                self._rows.append((ref.line, pickle.dumps(row)))
+    def __init__(self, source: FileSource, blocks: list[int], shard: int = 0, shards: int = 1):
+        super().__init__()
+        self._source, self._blocks, self._shard, self._shards = source, blocks, shard, shards
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def first_position(self) -> dict[str, int]:
+        return {"block": 0, "row": 0}
 
-    def line(self, row: int) -> int:
-        return self._rows[row][0]
-
-    def read(self, row: int, ref: RowRef) -> Any:
-        value = pickle.loads(self._rows[row][1])
-        if isinstance(value, BadRow):
-            raise BadRow(ref, value.reason, value.advice)
-        return value
+    def read(self, position: dict[str, int]) -> Iterator[tuple[dict[str, int], SourceRow]]:
+        first_row = position["row"]
+        for place in range(position["block"], len(self._blocks)):
+            block = self._blocks[place]
+            for i, row in enumerate(self._source.read_block(self._source.blocks[block])):
+                if i >= first_row and (i + block) % self._shards == self._shard:
+                    yield {"block": place, "row": i + 1}, row
+            first_row = 0
 
 
-class _Table:
-    """Rows of a Parquet or Arrow file, converted a block at a time."""
+def read_rows(path: str, shard: int = 0, shards: int = 1) -> grain.IterDataset:
+    """The rows (dicts) of files as a Grain dataset with a position, for the function of a ``data.train[].dataset``.
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-        self._block, self._rows = -1, []
+    Grain's transformations may follow: then a user's ``filter`` or ``map`` stands between reading and rendering.
 
-    def line(self, row: int) -> int:
-        return row + 1
+    Args:
+      path: as ``data.train[].path``.
+      shard, shards: which part of the rows, of how many; together the parts have every row once.
 
-    def read(self, row: int, ref: RowRef) -> Any:
-        block, inside = divmod(row, BLOCK)
-        if block != self._block:
+    Raises:
+      UserError: as ``open_source``; when it is read, a row that cannot be decoded.
+    """
+    data = DataConfig(streaming=True, shuffle=False, stream=StreamSection(shards=shards))
+    return FileSource(SourceConfig(path=path), data, 0).shard_rows(0, shard).map(_row_value)
+
+
+def _row_value(row: SourceRow) -> Any:
+    if isinstance(row.value, BadRow):
+        raise row.value
+    return row.value
+
+
+# Grain datasets
+
+
+class DatasetSource(Source):
+    """A ``grain.MapDataset`` or ``grain.IterDataset`` of rows (dicts), or a function that makes one.
+
+    Attributes: ``length`` in rows, None where it is not known.
+    """
+
+    def __init__(self, config: SourceConfig, data: DataConfig, index: int):
+        described = identify_dataset(config.dataset, "data.train.dataset")
+        name = config.name or described.split()[1]
+        super().__init__(config, data, index, name, f"source {name!r}")
+        self._is_sharded = inspect.isfunction(config.dataset) and bool(inspect.signature(config.dataset).parameters)
+        dataset = self._make(0)
+        self.length = len(dataset) if isinstance(dataset, grain.MapDataset) else None
+        if self.length is not None and self.length >= _ENDLESS:
+            raise UserError(f"{self.where} has no end: leave repeat() out: a source is repeated as often as needed")
+        if data.streaming and self.length is None:
+            self._check_state(dataset)
+        self._facts = {"dataset": described} | ({} if self.length is None else {"length": self.length})
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.parser.identity | self._facts
+
+    def list_row_files(self) -> list[str]:
+        return []
+
+    def rows(self) -> Iterator[SourceRow]:
+        dataset = self._make(0)
+        if isinstance(dataset, grain.MapDataset):
+            return filter(None, (self._read_at(dataset, i) for i in range(len(dataset))))
+        return (self._row(i, value) for i, value in self._number(iter(dataset), 0))
+
+    def shard_rows(self, epoch: int, shard: int) -> grain.IterDataset:
+        dataset = self._make(shard)
+        first, step = (0, 1) if self._is_sharded else (shard, self._data.stream.shards)
+        if isinstance(dataset, grain.IterDataset):
+            return DatasetRows(self, dataset, first, step)
+        order = self._order(len(dataset), epoch)[first::step].tolist()
+        # Read in the thread that prepares batches: a pool would only contend with it.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        return grain.MapDataset.source(order).map(lambda i: self._read_at(dataset, i)).to_iter_dataset(options)
+
+    def format_summary(self) -> str:
+        return (
+            f"{self.name}: {self._facts['dataset']}"
+            + ("" if self.length is None else f", {count(self.length, 'row')}")
+            + f", kind {self.parser.form}"
+        )
+
+    def _make(self, shard: int) -> grain.MapDataset | grain.IterDataset:
+        """The dataset, of a function that divides it that of ``shard``."""
+        dataset = self.config.dataset
+        if inspect.isfunction(dataset):
+            shards = self._data.stream.shards if self._data.streaming else 1
             try:
-                self._rows = self._slice(block * BLOCK, BLOCK).to_pylist()
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-                raise BadRow(ref, f"the file cannot be read here: {one_line(e)}") from None
-            self._block = block
-        return without_nulls(self._rows[inside])
+                dataset = dataset(shard, shards) if self._is_sharded else dataset()
+            except UserError:
+                raise
+            except Exception as e:
+                raise UserError(f"{self.where}: {self.config.dataset.__name__}: {type(e).__name__}: {e}") from e
+        if not isinstance(dataset, grain.MapDataset | grain.IterDataset):
+            raise UserError(
+                f"{self.where}: expected a grain.MapDataset or grain.IterDataset of rows, found {dataset!r:.80}"
+            )
+        return dataset
 
-
-class _Parquet(_Table):
-    def __init__(self, path: pathlib.Path):
-        super().__init__(path)
+    def _check_state(self, dataset: grain.IterDataset) -> None:
+        """Raises UserError where the position in a dataset cannot be saved as JSON and set again."""
         try:
-            self._file = pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path} cannot be read as Parquet: {one_line(e)}") from None
-        meta = self._file.metadata
-        self._group_ends = np.cumsum([meta.row_group(i).num_rows for i in range(meta.num_row_groups)])
-        self._group, self._table = -1, None
+            rows = iter(dataset)
+            rows.set_state(json.loads(json.dumps(rows.get_state())))
+        except Exception as e:
+            raise UserError(
+                f"{self.where}: its iterator has no state that can be saved ({type(e).__name__}: {e}), so a run could "
+                "not go on from a checkpoint: give it get_state and set_state, or read it before training "
+                "(data.streaming=False)"
+            ) from e
 
-    def __len__(self) -> int:
-        return self._file.metadata.num_rows
-
-    def _slice(self, start: int, length: int) -> pa.Table:
-        """Rows from ``start`` on, over as many row groups as needed."""
-        pieces, stop = [], min(start + length, len(self))
-        while start < stop:
-            group = int(np.searchsorted(self._group_ends, start, side="right"))
-            if group != self._group:
-                self._table, self._group = self._file.read_row_group(group), group
-            first = int(self._group_ends[group - 1]) if group else 0
-            pieces.append(self._table.slice(start - first, stop - start))
-            start += pieces[-1].num_rows
-        return pa.concat_tables(pieces)
-
-
-class _Arrow(_Table):
-    """An Arrow file as ``datasets`` writes it (a stream; the random-access format is read too), memory-mapped."""
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__(path)
+    def _read_at(self, dataset: grain.MapDataset, index: int) -> SourceRow | None:
+        """A row; None where a filter of the dataset has left it out."""
         try:
-            data = pa.memory_map(str(path), "r")
+            value = dataset[index]
+        except (Exception, SystemExit) as e:
+            ref = DatasetRef(self.name, self.name, index)
+            return SourceRow(ref, BadRow(ref, f"{type(e).__name__}: {e}"))
+        return None if value is None else self._row(index, value)
+
+    def _row(self, index: int, value: Any) -> SourceRow:
+        return SourceRow(DatasetRef(self.name, self.name, index), _to_plain(value))
+
+    def _number(self, rows: Iterator, index: int) -> Iterator[tuple[int, Any]]:
+        """(index, value) of what is left of an iterator. After an error it has no position to go on from."""
+        while True:
             try:
-                self._table = pa.ipc.open_stream(data).read_all()
-            except pa.ArrowInvalid:
-                data.seek(0)
-                self._table = pa.ipc.open_file(data).read_all()
-        except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path} cannot be read as Arrow: {one_line(e)}") from None
+                value = next(rows)
+            except StopIteration:
+                return
+            except UserError:
+                raise
+            except Exception as e:
+                raise UserError(f"{self.name}:{index}: the dataset cannot be read: {type(e).__name__}: {e}") from e
+            yield index, value
+            index += 1
 
-    def __len__(self) -> int:
-        return self._table.num_rows
 
-    def _slice(self, start: int, length: int) -> pa.Table:
-        return self._table.slice(start, length)
+class DatasetRows(ResumableDataset):
+    """Every ``step``-th row of a user's ``grain.IterDataset``, from row ``first`` on.
+
+    Not Grain's own slicing, because a position must count the rows of the dataset, to name them, and be JSON.
+    """
+
+    def __init__(self, source: DatasetSource, dataset: grain.IterDataset, first: int, step: int):
+        super().__init__()
+        self._source, self._dataset, self._first, self._step = source, dataset, first, step
+
+    def first_position(self) -> dict[str, Any]:
+        return {"index": 0, "rows": None}
+
+    def read(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], SourceRow]]:
+        rows = iter(self._dataset)
+        if position["rows"] is not None:
+            rows.set_state(position["rows"])
+        for index, value in self._source._number(rows, position["index"]):
+            if index % self._step == self._first:
+                state = json.loads(json.dumps(rows.get_state()))  # a copy: an iterator may change its own
+                yield {"index": index + 1, "rows": state}, self._source._row(index, value)
+
+
+def _to_plain(value: Any) -> Any:
+    """Arrays and numbers of numpy as those of Python; containers as copies, for functions that change their rows."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    return [_to_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,12 +1,13 @@
-"""Pieces of remote files in a local folder of limited size, shared by any number of processes.
+"""A disk cache for pieces of remote files, of limited size, shared by any number of processes.
 
-A piece is one file: four bytes of CRC-32, then its bytes. It appears by a rename, so that nobody sees half of one, and
-the CRC finds what a disk has damaged. Writers take turns (a lock on ``lock``, which the system gives back when its
-holder is killed), and ``lock`` holds the sum of the sizes, so that the folder is only searched when it is full: then
-the pieces not used for longest go, until a tenth is free. The sum is raised before a piece is written and never lowered
-without a search: a killed writer leaves it too high, never too low.
+Each piece is one file: four bytes of CRC-32, then the data. It appears by a rename, so that no reader sees a part of
+it, and the CRC detects damage on the disk. Writers take turns by a lock on the file ``lock``. Its text is the sum of
+the sizes, so that the folder is searched only when it is full: then the least recently used pieces are removed, until a
+tenth is free. The sum is raised before a piece is written and lowered only by a search: a killed writer leaves it too
+high, never too low.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -30,7 +31,7 @@ class PieceCache:
         try:
             data = path.read_bytes()
             os.utime(path)
-        except OSError:  # never there, or just now removed by another process
+        except OSError:  # not in the cache, or just removed by another process
             return None
         if len(data) < 4 or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "big"):
             path.unlink(missing_ok=True)
@@ -38,7 +39,7 @@ class PieceCache:
         return data[4:]
 
     def put(self, key: str, piece: bytes) -> None:
-        """Keeps a piece where it fits; a disk that takes none is no reason to stop, as the storage has the bytes."""
+        """Keeps a piece if it fits. A disk that cannot be written is a warning: the storage still has the bytes."""
         size, path = len(piece) + 4, self._path(key)
         if size > self._limit:
             return
@@ -46,7 +47,7 @@ class PieceCache:
         try:
             with lock(self._folder / "lock") as held:
                 if not held:
-                    raise OSError("its file system has no locks")
+                    raise OSError(errno.ENOLCK, "its file system has no locks")
                 if path.exists():
                     return
                 self._make_room(size)
@@ -64,23 +65,24 @@ class PieceCache:
         return self._folder / (hashlib.sha256(key.encode()).hexdigest() + _PIECE)
 
     def _make_room(self, size: int) -> None:
+        """Counts ``size`` bytes more, after removing pieces if they do not fit; the caller holds the lock."""
         total = (self._folder / "lock").read_bytes()
-        if not total.isdigit() or int(total) + size > self._limit:
-            used = self._search(self._limit - size)
-        else:
+        if total.isdigit() and int(total) + size <= self._limit:
             used = int(total)
+        else:
+            used = self._remove_oldest(self._limit - size)
         (self._folder / "lock").write_bytes(str(used + size).encode())
 
-    def _search(self, room: int) -> int:
-        """Bytes in the folder, after the oldest pieces have gone where there were more than ``room``."""
+    def _remove_oldest(self, room: int) -> int:
+        """Removes the least recently used pieces if they have more than ``room`` bytes. Returns the bytes that stay."""
         pieces = []
         for entry in os.scandir(self._folder):
-            if entry.name.endswith(_PARTIAL):  # of a writer that was killed: whoever lives holds the lock
+            if entry.name.endswith(_PARTIAL):  # left by a writer that was killed: this one holds the lock
                 os.unlink(entry.path)
             elif entry.name.endswith(_PIECE):
                 try:
                     status = entry.stat()
-                except FileNotFoundError:  # found damaged by a reader
+                except FileNotFoundError:  # removed by a reader that found it damaged
                     continue
                 pieces.append((status.st_mtime_ns, status.st_size, entry.path))
         used = sum(size for _, size, _ in pieces)

@@ -1,6 +1,6 @@
 """Stored files -> blocks -> rows.
 
-A block is what is read on its own and shuffled as a whole. Which blocks there are is known without reading the data:
+A block is the unit of reading and shuffling. The blocks of a file are known without reading its rows:
 
 * plain JSON lines: ranges of bytes; a line belongs to the block in which it begins, whatever the size of blocks
 * Parquet: row groups, several small ones together (its footer is read)
@@ -37,7 +37,8 @@ from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError, one_line
 
 RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
-_TORN = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)  # raised by readers of torn files
+# What the readers of the formats raise for a damaged file.
+_READER_ERRORS = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)
 _ARROW_FILE = b"ARROW1"  # first bytes of Arrow's random-access format; datasets writes the streaming format
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; pyarrow reads one without them as whole
 
@@ -70,32 +71,32 @@ def list_blocks(files: Sequence[StoredFile], block_bytes: int, options: StorageO
 
 
 def read_block(block: Block, source: str = "", options: StorageOptions = DEFAULTS) -> Iterator[Row]:
-    """(where, raw row) of each row, in the order of the file; ``source`` is the name in each ``RowRef``.
+    """(reference, raw row) of each row, in the order of the file; ``source`` is the name in each ``RowRef``.
 
     Raises:
-      BadRow: from ``next``, for a row that cannot be decoded; the next ``next`` goes on with the row after it.
-      UserError: a file that is torn, gone, changed or cannot be read; the rows before it may have come.
+      BadRow: from ``next``, for a row that cannot be decoded; the following ``next`` continues with the row after it.
+      UserError: a file that is damaged, missing, changed or cannot be read; rows before the damage may have come.
     """
-    return map(_value, _read_checked(block, source, options))
 
+    def raise_bad(row: Row) -> Row:
+        if isinstance(row[1], BadRow):
+            raise row[1]
+        return row
 
-def _value(row: Row) -> Row:
-    if isinstance(row[1], BadRow):
-        raise row[1]
-    return row
+    return map(raise_bad, _read_checked(block, source, options))
 
 
 def _read_checked(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
     try:
         yield from _READERS[block.kind](block, source, options)
-    except _TORN as e:
-        raise UserError(_torn(block.file, e)) from e
+    except _READER_ERRORS as e:
+        raise UserError(_format_damage(block.file, e)) from e
     storage.check_unchanged(block.file, options)
 
 
-def _torn(file: StoredFile, cause: Exception | str) -> str:
+def _format_damage(file: StoredFile, cause: Exception | str) -> str:
     what = f"{type(cause).__name__} {one_line(cause)}".strip() if isinstance(cause, Exception) else cause
-    return f"{file.url} is damaged or cut off ({what}): bring it anew, or leave it out"
+    return f"{file.url} is corrupt or truncated ({what}): download it again, or remove it from the config"
 
 
 def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list[Block]:
@@ -108,14 +109,14 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
         begins = range(0, file.bytes, block_bytes)
         return [Block(file, kind, begin, min(begin + block_bytes, file.bytes)) for begin in begins]
     if not file.bytes:
-        raise UserError(_torn(file, "0 bytes"))
+        raise UserError(_format_damage(file, "0 bytes"))
     try:
         if kind == "parquet":
             return _divide_parquet(file, block_bytes, options)
         if kind == "array_record" and storage.is_local(file.url):
             return _divide_records(file, block_bytes)
-    except _TORN as e:
-        raise UserError(_torn(file, e)) from e
+    except _READER_ERRORS as e:
+        raise UserError(_format_damage(file, e)) from e
     return [Block(file, kind)]
 
 
@@ -132,7 +133,7 @@ def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
         raise BadRow(ref, f"invalid JSON: {e}") from None
 
 
-def _decoded(line: bytes, ref: RowRef, first: bool = False) -> Row:
+def _decode(line: bytes, ref: RowRef, first: bool = False) -> Row:
     try:
         return ref, decode_line(line.removesuffix(b"\n"), ref, first=first)
     except BadRow as e:
@@ -153,14 +154,14 @@ def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[
                 return
             if line.strip():
                 ref = RowRef(source, url, 0, position) if block.start else RowRef(source, url, number)
-                yield _decoded(line, ref, first=position == 0)
+                yield _decode(line, ref, first=position == 0)
             position += len(line)
 
 
 def _number_lines(lines, source: str, url: str) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _decoded(line, RowRef(source, url, number), first=number == 1)
+            yield _decode(line, RowRef(source, url, number), first=number == 1)
 
 
 def _read_gzip(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
@@ -199,7 +200,9 @@ def _read_parquet(block: Block, source: str, options: StorageOptions) -> Iterato
                 yield from _table_rows(batch, source, block.file.url, row)
                 row += batch.num_rows
             if row != end:
-                raise UserError(_torn(block.file, f"row group {group} has {counts[group] + row - end} rows of {end}"))
+                raise UserError(
+                    _format_damage(block.file, f"row group {group} has {counts[group] + row - end} rows of {end}")
+                )
 
 
 def _table_rows(batch: pa.RecordBatch, source: str, url: str, row: int) -> Iterator[Row]:
@@ -258,9 +261,9 @@ def _read_records(block: Block, source: str, options: StorageOptions) -> Iterato
             end = min(begin + RECORDS, stop)
             records = reader.read(begin, end)
             if len(records) != end - begin:
-                raise UserError(_torn(block.file, f"{len(records)} of records {begin + 1} to {end}"))
+                raise UserError(_format_damage(block.file, f"{len(records)} of records {begin + 1} to {end}"))
             for number, record in enumerate(records, begin + 1):
-                yield _decoded(record, RowRef(source, block.file.url, number))
+                yield _decode(record, RowRef(source, block.file.url, number))
         reader.close()
 
 

@@ -1,4 +1,16 @@
-"""Requests to a storage that fails or hangs now and then: made again after a wait, and named in the end."""
+"""Retries of requests to a storage that sometimes fails or hangs, and one error that names the file in the end.
+
+These retries and ``postrain.data.files.cache`` are our own because no library passes tests/data/test_storage_remote.py
+and test_cache.py in their place (tried: obstore 0.12.1; s3fs, aiohttp and fsspec 2026.9 with retries of their own):
+
+* obstore resumes a truncated body where it ended. But ``get_range`` returns a complete answer of too few bytes ("lie")
+  as the data, without an error. It has no cache on the disk, and reads neither ``hf://`` nor ``zip://`` nor a user's
+  own file system, so that all of this would stay beside it.
+* s3fs stops at an answer of too few bytes without another try, and a request that hangs ("stall") is repeated together
+  with pieces that were read before. For ``http://`` fsspec has no retries (test_http).
+* The block cache of fsspec raises TypeError after a failed request. It has no limit of bytes and no checksums, and
+  several processes may not share it.
+"""
 
 import dataclasses
 import itertools
@@ -25,18 +37,18 @@ _PERMANENT = (
     ImportError,
     NotImplementedError,
 )
-_RANDOM = random.Random()  # of its own: the waits must not move the seeds of the data
+_RANDOM = random.Random()  # a generator of its own: waiting must not change the random numbers of the data
 _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class StorageOptions:
-    """How remote files are read; local files need none of it.
+    """How remote files are read; local files ignore them.
 
     Attributes:
-      tries: of one request, before the run is stopped. The waits between them double from ``first_wait`` seconds to 30.
-      timeout: seconds within which a request (at most 8 MiB) must be answered, or it has failed.
-      cache_folder, cache_bytes: pieces of remote files are kept here, up to so many bytes; not where one is empty or 0.
+      tries: attempts at one request before the run stops. Waits between them double from ``first_wait`` seconds to 30.
+      timeout: seconds after which an unanswered request (at most 8 MiB) has failed.
+      cache_folder, cache_bytes: where pieces of remote files are kept, and the limit of their size; "" or 0: not kept.
     """
 
     tries: int = 8
@@ -46,11 +58,12 @@ class StorageOptions:
     cache_bytes: int = 0
 
 
-def retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns, sooner or later.
+def retry(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
+    """Calls ``call`` until it succeeds, and returns its result.
 
     Raises:
-      UserError: naming ``where`` (``url`` or ``url@byte``): it would fail again, or has failed ``options.tries`` times.
+      UserError: naming ``where`` (``url`` or ``url@byte``), for an error that would come again, or after
+        ``options.tries`` failures.
     """
     begin = time.monotonic()
     for attempt in itertools.count(1):
@@ -75,7 +88,7 @@ def retried(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What ``call`` returns; TimeoutError where it does not in time, and then its thread is left to itself."""
+    """Calls ``call`` in a thread. Raises TimeoutError if it takes longer; the thread then ends by itself."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def run():
@@ -95,7 +108,7 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 
 def real_error(error: Exception) -> Exception:
-    """The failure behind a file that is "not found": fsspec's http calls every failure so, and the hub a repository."""
+    """The cause of a FileNotFoundError that means something else: any failure of http, a repository of the hub."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and _is_of_hub(cause) and "Entry" not in type(cause).__name__:
         return cause
@@ -108,7 +121,7 @@ def _is_of_hub(error: BaseException | None) -> bool:
 
 
 def _is_permanent(error: Exception) -> bool:
-    """Whether the same request would fail again: no such file, not allowed, not understood."""
+    """Whether the same request would fail again: no such file, no access, an invalid request."""
     response = getattr(error, "response", None)
     statuses = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
     refused = any(isinstance(s, int) and 400 <= s < 500 and s not in (408, 425, 429) for s in statuses)

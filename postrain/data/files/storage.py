@@ -1,10 +1,10 @@
-"""Files of data wherever they are: local, ``s3://``, ``gs://``, ``hf://``, any path that fsspec knows.
+"""Lists and opens files of data: local, ``s3://``, ``gs://``, ``hf://``, any path that fsspec knows.
 
-A remote file is read in pieces, each by a request of its own that says which bytes it wants. A request that fails or
-hangs is made again for the same bytes, so that what has been read is never read twice and a body that ends too early is
-never taken for the end of the file. Pieces may be kept in a folder of limited size (``postrain.data.files.cache``).
+A remote file is read in pieces, each by its own request for a range of bytes. A request that fails or hangs is repeated
+for the same range (``postrain.data.files.retry``): no byte is read twice, and a body that ends too early is never
+mistaken for the end of the file. Pieces may be kept in a folder of limited size (``postrain.data.files.cache``).
 
-Credentials are found by the libraries below (environment, their own files, the machine's role), never here.
+The libraries below find the credentials (environment, their own files, the machine's role).
 """
 
 import concurrent.futures
@@ -26,12 +26,12 @@ from fsspec.implementations.local import LocalFileSystem
 
 from postrain.data.files import hub
 from postrain.data.files.cache import PieceCache
-from postrain.data.files.retry import StorageOptions, real_error, retried
+from postrain.data.files.retry import StorageOptions, real_error, retry
 from postrain.errors import UserError
 
 PIECE = 8 << 20  # bytes of one request
 TAIL = 256 << 10  # bytes of a request where less than a piece is known to be needed
-LISTING = 10  # times the time-out of a request: a listing is made of many
+LISTING = 10  # a listing may take so many times the time-out of a request: it consists of many requests
 FORMATS = {  # by the suffix
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -79,13 +79,13 @@ def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -
     seen = set()
     for file in files:
         if file.url in seen:
-            raise UserError(f"{file.url} is given twice by {', '.join(paths)}: its rows would be read twice")
+            raise UserError(f"{file.url} is listed twice by {', '.join(paths)}: its rows would be read twice")
         seen.add(file.url)
     return files
 
 
 def source_name(path: str) -> str:
-    """What a source of the files at ``path`` is called where the config does not say: its last part, less a suffix."""
+    """The default name of a source: the last part of its path, without the suffix of its format."""
     last = path.rstrip("/").rpartition("/")[2]
     suffix = max((s for s in FORMATS if last.endswith(s)), key=len, default="")
     return last.removesuffix(suffix) if suffix else pathlib.PurePath(last).stem
@@ -94,26 +94,27 @@ def source_name(path: str) -> str:
 def open_file(
     file: StoredFile, options: StorageOptions = DEFAULTS, start: int = 0, stop: int | None = None
 ) -> io.BufferedReader:
-    """A seekable binary file that stands at byte ``start``.
+    """A seekable binary file at position ``start``.
 
-    ``stop`` is a hint: up to it all bytes will be read, from it on few. None: single ranges will be read.
+    ``stop`` is a hint for the size of requests: all bytes up to it will be read, and few after it. None: single ranges
+    will be read.
 
     Raises:
-      UserError: here or in any read, where the storage refuses or ``options.tries`` requests for the same bytes have
-        failed; here, where the file is no longer the one that was listed.
+      UserError: here or in any read, if the storage refuses access or ``options.tries`` requests for the same bytes
+        have failed; here, if the file has changed since it was listed.
     """
     fs, path = _filesystem(file.url)
     if isinstance(fs, LocalFileSystem):
         return _open_local(file, start)
     check_unchanged(file, options)
-    path = retried(options, file.url, lambda: _pin(fs, path)[0])
+    path = retry(options, file.url, lambda: _pin(fs, path)[0])
     reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
     reader.seek(start)
     return reader
 
 
 def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> None:
-    """Raises UserError where what is stored is not what was listed."""
+    """Raises UserError if the stored file has changed since it was listed."""
     fs, path = _filesystem(file.url)
     if isinstance(fs, LocalFileSystem):
         try:
@@ -121,11 +122,11 @@ def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> Non
         except OSError as e:
             raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
     else:
-        found = _stored_file(file.url, retried(options, file.url, lambda: _info(fs, path)))
+        found = _stored_file(file.url, retry(options, file.url, lambda: _info(fs, path)))
     if found != file:
         raise UserError(
             f"{file.url} has changed since it was listed ({file.bytes} bytes, version {file.version}; now "
-            f"{found.bytes} bytes, version {found.version}): put it back, or start again with the data as they are now"
+            f"{found.bytes} bytes, version {found.version}): restore it, or start again with the data as they are now"
         )
 
 
@@ -134,17 +135,17 @@ def is_local(url: str) -> bool:
 
 
 def parallel(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """``function`` of each item, in order; 16 at once, as each of them waits for an answer."""
+    """``function`` of each item, in order; in 16 threads, since each call mostly waits for an answer."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(function, items))
 
 
 @contextlib.contextmanager
 def local_copy(file: StoredFile, options: StorageOptions = DEFAULTS) -> Iterator[str]:
-    """A path for readers that need a file on the disk; a copy has no name there, and is gone however the process ends.
+    """A path on the disk for readers that need one. The copy of a remote file is anonymous: it ends with the process.
 
     Raises:
-      UserError: as ``open_file``; the disk does not take the copy.
+      UserError: as ``open_file``; the copy cannot be written.
     """
     if is_local(file.url):
         check_unchanged(file)
@@ -233,7 +234,7 @@ class _RemoteReader(io.RawIOBase):
         if keep and (piece := self._cache.get(key)) is not None:
             return piece
         where = f"{self._file.url}@{start}"
-        piece = retried(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
+        piece = retry(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
         if keep:
             self._cache.put(key, piece)
         return piece
@@ -247,7 +248,7 @@ def _fetch(fs, path: str, start: int, stop: int) -> bytes:
             f.seek(start)
             piece = f.read(stop - start)
     if len(piece) != stop - start:
-        raise OSError(f"{stop - start} bytes were asked for and {len(piece)} came")
+        raise OSError(f"expected {stop - start} bytes, received {len(piece)}")
     return piece
 
 
@@ -259,10 +260,10 @@ def _info(fs, path: str) -> dict:
 
 
 def _pin(fs, path: str) -> tuple[str, bool]:
-    """(path, whether what is there can never change): on the Hugging Face hub, the path at a commit.
+    """(path, whether its content can never change): on the Hugging Face hub, the path at a commit.
 
-    It is the commit at which the branch stood when this process first asked. The listing is asked for once, then,
-    where others are asked about each file that is opened.
+    The commit is that of the branch when this process first asked. Listings of a commit are cached, those of other
+    storages are requested again for each file that is opened.
     """
     if fs.protocol != "hf":
         return path, False
@@ -274,7 +275,7 @@ def _pin(fs, path: str) -> tuple[str, bool]:
 
 
 def _local_file(path: str) -> StoredFile:
-    status = os.stat(path)  # of the file, where fsspec tells the time of a link
+    status = os.stat(path)  # fsspec would give the time of a link
     return StoredFile(path, status.st_size, str(status.st_mtime_ns))
 
 
@@ -285,7 +286,7 @@ def _stored_file(url: str, info: dict) -> StoredFile:
 
 def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
     if not path:
-        raise UserError("a path is empty; expected a file, a glob or a folder of data")
+        raise UserError("a path is empty: expected a file, a glob or a folder of data")
     fs, inner = _filesystem(path)
     if files := _list_one(fs, inner, path, options):
         return files
@@ -316,7 +317,7 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
         entries, state = fs.find(inner, detail=True), f"{info['name'].rstrip('/')}/state.json"
         return info, entries, fs.cat_file(state) if state in entries else b""
 
-    info, entries, state = retried(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
+    info, entries, state = retry(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
     if info and info["type"] == "directory":
         inside = {n.removeprefix(info["name"]).strip("/"): n for n in entries}
         wanted = _saved_by_datasets(path, inside, state) or [n for n in inside if _is_data(n)]
@@ -362,7 +363,7 @@ def _is_data(name: str) -> bool:
 
 
 def _check_shards(path: str, files: list[StoredFile]) -> None:
-    """Raises UserError where files that number themselves ``-00000-of-00032`` are not all there."""
+    """Raises UserError if files named ``-00000-of-00032`` are not complete."""
     there: dict[tuple[str, str, str], set[int]] = {}
     for file in files:
         if match := re.fullmatch(r"(.*)-(\d{4,})-of-(\d{4,})(.*)", file.url):
@@ -372,13 +373,13 @@ def _check_shards(path: str, files: list[StoredFile]) -> None:
         if missing := sorted(set(range(int(total))) - numbers):
             first = f"{before}-{missing[0]:0{len(total)}}-of-{total}{after}"
             raise UserError(
-                f"{path}: {len(missing)} of {int(total)} shards are missing, the first is {first}: bring them, or name "
-                "those that you mean with braces, as {00000..00003}"
+                f"{path}: {len(missing)} of {int(total)} shards are missing, the first is {first}: add them, or select "
+                "some with braces, as {00000..00003}"
             )
 
 
 def _expand(path: str) -> list[str]:
-    """The paths that braces stand for: ``{a,b}``, ``{00..31}``. Raises UserError where such numbers go down."""
+    """The paths that braces stand for: ``{a,b}``, ``{00..31}``. Raises UserError if the numbers of a range go down."""
     for match in re.finditer(r"\{([^{}]*)\}", path):
         inside = match[1]
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):

@@ -1,6 +1,6 @@
-"""Kind preference: answers to one prompt, and which is better.
+"""Kind preference: answers to one prompt, and their scores.
 
-Rows are ``{"prompt", "chosen", "rejected"}``; ``{"chosen", "rejected"}``, two conversations, whose common beginning is
+Rows are ``{"prompt", "chosen", "rejected"}``; ``{"chosen", "rejected"}``, two conversations whose common beginning is
 the prompt; or ``{"prompt", "completions": [...], "scores": [...]}``, two answers or more. Text is plain text, without
 any template; a list of messages is rendered. Only the answers are trained (``loss_mask``). They stay together in
 packing: a ``Group``, each with its score in the array ``scores``, chosen 1 and rejected 0.
@@ -40,7 +40,7 @@ LAYOUT = Layout({"scores": (np.dtype(np.float32), ()), "group_ids": (np.dtype(np
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """``answers`` to one prompt, each whole with it as a row of kind sft, and their ``scores``."""
+    """Answers to one prompt, each with the prompt as a row of kind sft, and their scores."""
 
     answers: tuple[Conversation | PromptCompletion, ...]
     scores: tuple[float, ...]
@@ -49,7 +49,7 @@ class Preference:
 
 
 def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
-    """Checks one row; ``form`` is one of FORMS. Raises BadRow."""
+    """One row, checked; ``form`` is one of FORMS. Raises BadRow."""
     check_keys(raw, _READ_KEYS.get(form, _ANY_KEYS), ref)
     missing = [name for name in FORMS.get(form, ()) if raw.get(name) is None]
     if missing:
@@ -75,8 +75,13 @@ def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
         prompt = parse_messages(prompt, ref)
         answers = [_without_prompt(prompt, answer, name, ref) for answer, name in zip(answers, names, strict=True)]
     rows = [{"prompt": prompt, "completion": answer, "tools": raw.get("tools")} for answer in answers]
-    parsed = tuple(_parse_answer(row, name, ref) for row, name in zip(rows, names, strict=True))
-    return Preference(parsed, scores, names, ref)
+    parsed = []
+    for row, name in zip(rows, names, strict=True):
+        try:
+            parsed.append(parse_row(row, "prompt_completion", ref))
+        except BadRow as e:
+            raise BadRow(ref, f"{name}: {e.reason}") from None
+    return Preference(tuple(parsed), scores, names, ref)
 
 
 def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
@@ -96,7 +101,7 @@ def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
 
 
 def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef) -> tuple[list, list]:
-    """The common beginning of whole conversations, and what each has after it."""
+    """The common beginning of whole conversations, and the rest of each."""
     if isinstance(answers[0], str):
         raise BadRow(ref, "the row has no 'prompt', and answers that are text have no prompt in common")
     answers = [_parse_list(answer, name, ref) for answer, name in zip(answers, names, strict=True)]
@@ -121,7 +126,7 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef) -> tuple[l
 
 
 def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef) -> list[dict]:
-    """The messages of an answer, which may be given with the prompt's before them."""
+    """The messages of an answer; where it repeats the prompt, those after the prompt."""
     answer = _parse_list(answer, name, ref)
     answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
     if not answer or answer[0]["role"] != "assistant":
@@ -137,17 +142,10 @@ def _parse_list(messages: Any, name: str, ref: RowRef) -> list[dict]:
         raise BadRow(ref, f"{name}: {e.reason}") from None
 
 
-def _parse_answer(row: dict, name: str, ref: RowRef) -> Conversation | PromptCompletion:
-    try:
-        return parse_row(row, "prompt_completion", ref)
-    except BadRow as e:
-        raise BadRow(ref, f"{name}: {e.reason}") from None
-
-
 def render_preferences(
     examples: Iterable[Preference], tokenizer: Tokenizer, *, template_date: str, default_system: str
 ) -> Iterator[list[Group] | BadRow]:
-    """One group of each example, or why there is none; their sequences begin with the same ids, those of the prompt."""
+    """One group of each example, or its BadRow. The sequences of a group begin with the ids of the prompt."""
     pending: collections.deque[Preference] = collections.deque()
 
     def answers() -> Iterator[Conversation | PromptCompletion]:
@@ -175,7 +173,7 @@ def _make_group(example: Preference, results: list[list[Rendered] | BadRow]) -> 
             raise BadRow(
                 example.ref,
                 f"{name}: the chat template renders earlier turns of an answer in another way than its last, so that "
-                f"it is no single sequence but {len(result)}",
+                f"it becomes {len(result)} sequences; expected one",
                 "let the prompt hold all but the last turn",
             )
         sequences += result

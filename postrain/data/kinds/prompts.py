@@ -1,8 +1,8 @@
-"""Kind prompts: what to generate answers to, and what rewards need to know of it.
+"""Kind prompts: prompts to generate answers to, with metadata for the functions that score the answers.
 
-Rows are ``{"prompt": ..., "tools": [...]}``, the prompt text or messages that do not end with the assistant's; every
-other key is metadata and travels with the batch. The tokens are those that serving feeds (``render_prompt``; text is
-fed as it is, without any template), and none is trained.
+Rows are ``{"prompt": ..., "tools": [...]}``. The prompt is text, or messages of which the last is not the assistant's.
+Every other key is metadata and travels with the batch. The tokens are those that serving feeds (``render_prompt``;
+text without any template), and none is trained.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _READ_KEYS = ("prompt", "tools")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """``prompt`` is text or normalised messages."""
+    """A prompt, text or normalised messages, and the metadata of its row."""
 
     prompt: str | list[dict]
     tools: tuple[dict, ...] | None
@@ -41,7 +41,7 @@ class Prompt:
 
 
 def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
-    """Checks one row. Raises BadRow."""
+    """One row, checked. Raises BadRow."""
     check_keys(raw, _READ_KEYS, ref)
     prompt, tools = raw.get("prompt"), parse_tools(raw.get("tools"), ref)
     if is_empty(prompt):
@@ -53,14 +53,14 @@ def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
     else:
         prompt = parse_messages(prompt, ref)
         if prompt[-1]["role"] == "assistant":
-            raise BadRow(ref, "the prompt must not end with an assistant message: that is what is to be generated")
+            raise BadRow(ref, "the prompt must not end with an assistant message, which is to be generated")
     metadata = {key: value for key, value in raw.items() if key not in _READ_KEYS}
     _check_json(metadata, "", ref)
     return Prompt(prompt, tools, metadata, ref)
 
 
 def _check_json(value: Any, where: str, ref: RowRef) -> None:
-    """Raises BadRow for what JSON has not: it travels, and is part of the data's fingerprint, by its JSON."""
+    """Raises BadRow for values that JSON does not have: metadata is saved and fingerprinted as JSON."""
     if isinstance(value, dict):
         for key, inside in value.items():
             name = f"{where}.{key}" if where else f"{key}"
@@ -80,7 +80,7 @@ def _check_json(value: Any, where: str, ref: RowRef) -> None:
 def render_prompts(
     examples: Iterable[Prompt], tokenizer: Tokenizer, *, template_date: str, default_system: str
 ) -> Iterator[list[Rendered] | BadRow]:
-    """One sequence of each example, or why there is none."""
+    """One sequence of each example, or its BadRow."""
     options = {"template_date": template_date, "default_system": default_system}
     examples = iter(examples)
     while batch := list(itertools.islice(examples, BATCH)):

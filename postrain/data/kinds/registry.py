@@ -1,10 +1,11 @@
-"""The kinds of data, by name: how a row of each is read, rendered and cut.
+"""Registry of the kinds of data: how a row of each is parsed, rendered and cut.
 
 To add one: a pure function from row to example, one from examples to documents (``postrain.data.documents``), and a
-line in KINDS. All sources of a data set are of one kind. Some kinds have several forms of row; the first row that has
-the keys of one decides the form of its source.
+line in KINDS. All sources of a data set are of one kind. Some kinds have several forms of row: the first row with the
+keys of a form decides the form of its source.
 
-A function of the user's in place of a kind gives rows of any registered form, or None to leave a row out.
+In place of a kind a source may have a function of the user's, which returns rows of any registered form, or None to
+leave a row out.
 """
 
 import dataclasses
@@ -14,16 +15,16 @@ from typing import Any
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import PREFIX, identify_function
 from postrain.data.documents import Document, Rendered, cut_end
-from postrain.data.kinds import id_rows, preference, prompts
+from postrain.data.kinds import events, preference, prompts, teacher
 from postrain.data.messages import SFT_FORMS, BadRow, RowRef, check_object, find_form, name_keys, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 
-# Part of the data fingerprint: to be counted up whenever rows that are not of kind sft would give other documents.
+# Part of the data fingerprint: bump when a code change would make other documents of rows that are not of kind sft.
 KINDS_VERSION = 1
 
-_ENOUGH = 1000  # rows that do not tell the form: a source is not read further for one
+_ENOUGH = 1000  # rows without a known form, after which ``decide`` gives up on a source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Kind:
     """How rows become documents.
 
     Attributes:
-      forms: form of row -> the keys that tell it.
-      parse: (row, form or "" where it has none, ref) -> example; raises BadRow.
-      render: (examples, tokenizer, template_date=, default_system=) -> the documents of each, or why there are none.
-      cut: (document, slots) -> what is left of it; None where part of a document is of no use.
-      is_trained: whether a document without a trained token is left out.
-      is_text: whether its tokens are a tokenizer's.
+      forms: form of row -> the keys by which it is recognised.
+      parse: (row, form or "" where it is unknown, ref) -> example; raises BadRow.
+      render: (examples, tokenizer, template_date=, default_system=) -> the documents of each example, or its BadRow.
+      cut: (document, slots) -> the document cut to length; None where part of a document cannot be used.
+      is_trained: whether documents without a trained token are left out.
+      is_text: whether its tokens are those of a tokenizer.
     """
 
     name: str
@@ -52,21 +53,23 @@ def _parse_sft(raw: dict, form: str, ref: RowRef) -> Any:
     return parse_row(raw, form or "sft", ref)
 
 
+def _render_parsed(examples: Iterable[Rendered], tokenizer: Any, **_: Any) -> Iterator[list[Document] | BadRow]:
+    """For rows of ids, which are documents as soon as they are parsed."""
+    return ([example] for example in examples)
+
+
 SFT = Kind("sft", SFT_FORMS, _parse_sft, render_many, cut_end)
 KINDS = {
     kind.name: kind
     for kind in (
         SFT,
         Kind("preference", preference.FORMS, preference.parse_preference, preference.render_preferences, None),
-        Kind("kd", id_rows.KD_FORMS, id_rows.parse_teacher_row, id_rows.render_as_is, cut_end),
-        Kind(
-            "events", id_rows.EVENT_FORMS, id_rows.parse_events, id_rows.render_as_is, id_rows.keep_latest,
-            is_text=False,
-        ),
+        Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
+        Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),
     )
 }  # fmt: skip
-# Every form and its kind. Rows of several have a prompt: that alone is looked for last.
+# Every form and its kind. Rows of several kinds have a prompt, so kind prompts is tried last.
 _FORMS = {form: keys for kind in KINDS.values() for form, keys in kind.forms.items()}
 _KIND_OF = {form: kind for kind in KINDS.values() for form in kind.forms}
 
@@ -75,43 +78,45 @@ class RowParser:
     """Rows of one source -> examples.
 
     Attributes:
-      kind: of the data; where a function decides, known once ``decide`` has met a row.
-      form: of the rows; "" where none has told it, and then ``advice`` says what to do.
+      kind: the kind of the data; with a function, known once ``decide`` has met a row.
+      form: the form of the rows; "" where it is unknown, and then ``advice`` says what to do.
       expected: the kind in words.
       looked_at: how much of the source ``decide`` has read, in words.
-      left_out: what to call the rows that the function leaves out; "" without a function.
-      identity: what a data fingerprint says of it besides; {} for kind sft.
+      left_out: the name of the user's function, which may leave rows out; "" without a function.
+      identity: the kind's and function's part of a data fingerprint; {} for kind sft.
     """
 
     def __init__(self, config: SourceConfig):
-        given = config.kind
+        declared = config.kind
         self.left_out, self._function, self._decided_by = "", None, None
         self.advice = "see docs/data.md for the kinds of rows"
         self.looked_at = "it"
-        self.form = given if given in SFT_FORMS else ""
-        self._told = bool(self.form)
-        if callable(given):
-            self._function, self.left_out = given, given.__qualname__
+        self.form = declared if declared in SFT_FORMS else ""
+        self._is_declared = bool(self.form)
+        if callable(declared):
+            self._function, self.left_out = declared, declared.__qualname__
             self._allowed, self.kind, self.expected = _FORMS, SFT, "a known kind"
-        elif given in KINDS or self.form:
-            self.kind = _KIND_OF[given] if self.form else KINDS[given]
-            self._allowed, self.expected = self.kind.forms, f"kind {given}"
+        elif declared in KINDS or self.form:
+            self.kind = _KIND_OF[declared] if self.form else KINDS[declared]
+            self._allowed, self.expected = self.kind.forms, f"kind {declared}"
         else:
             known = ", ".join([*KINDS, *SFT_FORMS])
-            hint = ": config.json only names it; run with the config file" if given.startswith(PREFIX) else ""
-            raise UserError(f"kind of source {config.path} must be one of {known}; found {given!r}{hint}")
+            hint = ": config.json only names it; run with the config file" if declared.startswith(PREFIX) else ""
+            raise UserError(f"kind of source {config.path} must be one of {known}; found {declared!r}{hint}")
 
     @property
     def identity(self) -> dict[str, Any]:
-        told = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": KINDS_VERSION}
-        return told | ({"function": identify_function(self._function, "kind")} if self._function else {})
+        kind = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": KINDS_VERSION}
+        return kind | ({"function": identify_function(self._function, "kind")} if self._function else {})
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
-        """Finds the form in the first of the rows that has one, unless it is known; a BadRow stands for a bad one."""
-        others, bad, untold = [], [], 0
-        for ref, raw in () if self._told else rows:
+        """Finds the form, unless the config declares it, by the first row that has one. A bad row may be its BadRow."""
+        other_kinds, bad, undecided = [], [], 0
+        for ref, raw in () if self._is_declared else rows:
             try:
                 row = self._apply(ref, raw)
+                if row is not None:
+                    check_object(row, ref)
             except BadRow as e:
                 bad = bad or [str(e)]
                 row = e
@@ -120,15 +125,15 @@ class RowParser:
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
             if other := find_form(found, _FORMS):
-                others = others or [f"{ref} {_describe_other(_KIND_OF[other])}"]
-            untold += row is not None
-            if untold == _ENOUGH:
+                other_kinds = other_kinds or [f"{ref} {_format_kind(_KIND_OF[other])}"]
+            undecided += row is not None
+            if undecided == _ENOUGH:
                 self.looked_at = f"its first {_ENOUGH:,}"
                 break
-        self.advice = next(iter([*others, *bad, self.advice]))
+        self.advice = next(iter([*other_kinds, *bad, self.advice]))
 
     def parse(self, ref: RowRef, raw: Any) -> Any:
-        """The row's example, None where the function leaves it out. Raises BadRow."""
+        """The example of a row; None where the function leaves it out. Raises BadRow."""
         row = self._apply(ref, raw)
         if row is None and self._function:
             return None
@@ -152,22 +157,22 @@ class RowParser:
             return self._function(check_object(raw, ref))
         except BadRow:
             raise
-        except (Exception, SystemExit) as e:  # whatever the user's own function makes of a row is told with the row
+        except (Exception, SystemExit) as e:  # any error of the user's function names its row
             raise BadRow(ref, f"{self.left_out}: {type(e).__name__}: {e}") from e
 
     def _refuse_other(self, row: dict, ref: RowRef) -> None:
-        """Raises BadRow for a row of another form than the source's; a row of none is the kind's to refuse."""
+        """Raises BadRow for a row of another form than the source's; a row of no form is refused by ``Kind.parse``."""
         other = find_form(row, _FORMS)
         if not other or (self.form and other in prompts.FORMS):  # rows of many kinds have a prompt
             return
         kind, same = _KIND_OF[other], _KIND_OF[other] is self.kind
         expected, found = (self.form, other) if same else (self.kind.name, kind.name)
-        if self._told:
+        if self._is_declared:
             raise BadRow(ref, f"expected a row of the source's kind, {self.form}; found one of kind {found}")
         if self._decided_by is None:
             keys = ", or ".join(" and ".join(map(repr, keys)) for keys in self.kind.forms.values())
             reason = f"expected a row of {self.expected}, with the keys {keys}; found {name_keys(row)}"
-            raise BadRow(ref, f"{reason}; it {_describe_other(kind)}")
+            raise BadRow(ref, f"{reason}; it {_format_kind(kind)}")
         raise BadRow(
             ref,
             f"expected a row of kind {expected}, as the first at {self._decided_by}; found one of kind {found}",
@@ -175,32 +180,32 @@ class RowParser:
         )
 
 
-def _describe_other(kind: Kind) -> str:
+def _format_kind(kind: Kind) -> str:
     return f"is a row of kind {kind.name}: set kind='{kind.name}' for the source"
 
 
 def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expected: str | None = None) -> Kind:
-    """The one kind of all sources, (name, parser) each. ``expected``: the only one that the caller can use.
+    """The one kind of all sources, each (name, parser). ``expected``: the only kind that the recipe reads.
 
     Raises:
-      UserError: two kinds, another than expected, or one that cannot be cut where the config says so.
+      UserError: two kinds, a kind other than ``expected``, or one that cannot be cut where the config says so.
     """
     (name, parser), *others = sources
     kind = parser.kind
-    for other, another in others:
-        if another.kind is not kind:
+    for other, other_parser in others:
+        if other_parser.kind is not kind:
             raise UserError(
-                f"source {name!r} is of kind {kind.name} and source {other!r} of kind {another.kind.name}: the sources "
-                "of a data set are of one kind"
+                f"source {name!r} is of kind {kind.name} and source {other!r} of kind {other_parser.kind.name}: the "
+                "sources of a data set are of one kind"
             )
     if expected is not None and kind.name != expected:
         raise UserError(
-            f"source {name!r} has rows of kind {kind.name}, and the recipe reads rows of kind {expected}: give it such "
-            "rows, or another recipe that kind"
+            f"source {name!r} has rows of kind {kind.name}, and the recipe reads rows of kind {expected}: give it "
+            "rows of that kind, or use another recipe"
         )
     if kind.cut is None and config.too_long == "truncate":
         raise UserError(
-            f"config key 'data.too_long' = 'truncate': part of a row of kind {kind.name} is of no use (source "
+            f"config key 'data.too_long' = 'truncate': part of a row of kind {kind.name} cannot be used (source "
             f"{name!r}): set it to 'drop' or 'error'"
         )
     return kind
@@ -209,11 +214,11 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
 def render_rows(
     kind: Kind, examples: Iterable[Any], tokenizer: Tokenizer | None, config: DataConfig
 ) -> Iterator[list[Document] | BadRow]:
-    """The documents of each example, or why there are none."""
+    """The documents of each example, or its BadRow."""
     options = {"template_date": config.template_date, "default_system": config.default_system}
     return kind.render(examples, tokenizer, **options)
 
 
 def needs_tokenizer(sources: Sequence[SourceConfig]) -> bool:
-    """Whether rows of these sources are text, as far as the config tells."""
+    """Whether rows of these sources may be text, by the config alone."""
     return any(not isinstance(s.kind, str) or s.kind not in KINDS or KINDS[s.kind].is_text for s in sources)

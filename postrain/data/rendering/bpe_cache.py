@@ -1,15 +1,15 @@
-"""Token ids of text by way of its words, each of which is encoded once and then remembered.
+"""BPE cache: token ids of text, word by word, each distinct word encoded once.
 
 Byte-level BPE tokenizers cut text into words with a regular expression and encode each word by itself. The library
-goes through all of that for every text; where words are known to end, looking them up gives the same ids several times
-faster. Which places those are is decided carefully rather than completely (``_UNIT``): what is not cut stays one unit.
+does so anew for every text; a look-up of the words gives the same ids several times faster. ``_UNIT`` cuts text only
+where a word is known to end: the units between its cuts are one word or several.
 
-For the tokenizers whose expression is in ``_SPLITS`` a word begins, whatever stands around it,
+For the tokenizers whose expression is in ``_SPLITS`` a word begins, in any context,
 
 * after an ASCII letter, at any ASCII character that is neither a letter nor an apostrophe
-* after an ASCII digit, at any that is no digit
+* after an ASCII digit, at any that is not a digit
 * after ASCII punctuation, at a space or tab
-* at a single space between two characters that are none
+* at a single space between two characters that are not spaces
 * at the last space of white space, if ASCII punctuation or an ASCII letter follows
 * after a single line break between two other characters, but between punctuation and a slash
 
@@ -53,17 +53,17 @@ _UNIT = re.compile(
     rf"(?:(?= {_OTHER})|\n(?=[^\s\u180e/])|{_SPACE}+{_LAST_SPACE}|{_SPACE}*+\Z)"
     rf"|{_SPACE}++\Z"
 )
-_KNOWN = 1 << 17  # units that are remembered, some 30 MiB, before all are forgotten
-_LONGEST = 48  # characters of such a unit: longer ones hardly ever come again
+_KNOWN = 1 << 17  # units in the cache, some 30 MiB; a full cache is emptied
+_LONGEST = 48  # characters of a cached unit: longer ones hardly ever occur twice
 
 
 class Ids(NamedTuple):
     """One encoded text.
 
     Attributes:
-      ids: int32 [L], of its tokens; not to be written to.
+      ids: int32 [L], of its tokens; read-only.
       starts: characters, ascending, at which a token is known to start: of every added token, and of what follows it.
-      places: the number of the token that starts there, for each of ``starts``.
+      places: the index of the token at each of ``starts``.
     """
 
     ids: np.ndarray
@@ -72,7 +72,7 @@ class Ids(NamedTuple):
 
 
 def encode_texts(fast: tokenizers.Tokenizer, texts: list[str]) -> list[Ids]:
-    """Ids of each text, those of ``fast.encode(text, add_special_tokens=False)``."""
+    """Ids of each text, equal to ``fast.encode(text, add_special_tokens=False)``."""
     words = _find_words(fast)
     if words:
         return words.encode(texts)
@@ -81,7 +81,7 @@ def encode_texts(fast: tokenizers.Tokenizer, texts: list[str]) -> list[Ids]:
 
 
 class Words:
-    """``encode_texts`` for a tokenizer that ends its words where ``_UNIT`` does. For any number of threads."""
+    """``encode_texts`` for a tokenizer that ends its words where ``_UNIT`` does. Thread-safe."""
 
     def __init__(self, fast: tokenizers.Tokenizer, added: dict[str, int]):
         self._fast, self._known = fast, {}  # unit -> its ids, the bytes of int32s, which are quickly joined
@@ -99,7 +99,7 @@ class Words:
     def _look_up(self, text: str) -> tuple[list[bytes | None], dict[int, str]]:
         """The ids of each unit, and the units that are not known, by their number.
 
-        The others are not kept: strings by the thousand, of many texts, would not fit into the processor's cache.
+        The strings of known units are dropped: thousands of them would not fit into the processor's cache.
         """
         units = _UNIT.findall(text)
         found = list(map(self._known.get, units))
@@ -136,7 +136,7 @@ class Words:
 
 
 def _find_all(value, values: list) -> Iterator[int]:
-    """The indices of a value; where it is rare, quicker than a look at each."""
+    """The indices of a value; for a rare value faster than a Python loop over all."""
     at = -1
     for _ in range(values.count(value)):
         at = values.index(value, at + 1)
@@ -145,36 +145,32 @@ def _find_all(value, values: list) -> Iterator[int]:
 
 def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
     """None where the tokenizer is not known to end its words at the ends of units."""
-    added = fast.get_added_tokens_decoder()  # tokens may be added to one that was used before
-    return _make_words(fast, repr(added))
+    return _make_words(fast, repr(fast.get_added_tokens_decoder()))  # tokens may be added after the first use
 
 
 @functools.lru_cache(maxsize=8)
 def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
     added = fast.get_added_tokens_decoder()
-    model, normalizer, before = fast.model, _describe(fast.normalizer), _describe(fast.pre_tokenizer)
+    model, normalizer, before = fast.model, _part_facts(fast.normalizer), _part_facts(fast.pre_tokenizer)
     if not isinstance(model, tokenizers.models.BPE) or model.dropout or fast.truncation or fast.padding:
         return None
     if normalizer not in ({}, {"type": "NFC"}):
         return None
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
-    if not (all(map(_keeps_units, steps)) and any(map(_cuts_words, steps))):
+    cuts_words = any(step.get("type") == "Split" or step.get("use_regex") for step in steps)
+    if not (cuts_words and all(map(_keeps_units, steps))):
         return None
-    takes_more = any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added.values())
-    if normalizer and any(t.normalized for t in added.values()):  # they are searched in the normalized text
+    takes_space = any(t.lstrip or t.rstrip or t.single_word or re.search(r"\s", t.content) for t in added.values())
+    if normalizer and any(t.normalized for t in added.values()):  # these are searched in the normalized text
         return None
-    if takes_more or len({t.normalized for t in added.values()}) > 1:  # of two sorts one is searched before the other
+    if takes_space or len({t.normalized for t in added.values()}) > 1:  # one sort is searched before the other
         return None
     return Words(fast, {token.content: i for i, token in added.items()})
 
 
-def _describe(part) -> dict:
-    """A part of a tokenizer as tokenizer.json has it; {} for none."""
+def _part_facts(part) -> dict:
+    """A part of a tokenizer, as in tokenizer.json; {} for None."""
     return json.loads(part.__getstate__()) if part is not None else {}
-
-
-def _cuts_words(step: dict) -> bool:
-    return step.get("type") == "Split" or bool(step.get("use_regex"))
 
 
 def _keeps_units(step: dict) -> bool:

@@ -1,15 +1,14 @@
-"""Text with marks and spans -> token ids and loss mask.
+"""Loss masks: text with marks and trained spans -> token ids and mask.
 
-The text is encoded once, as a whole, and the spans' places are found in the result. Two things are put
-right on the way:
+The text is encoded once, as a whole, and the spans are found in its tokens. Two cases need more:
 
 * A token that lies over the beginning of a span (a prompt ending in a newline, an answer beginning with one,
   merged into a single token) could never be produced when served, where the prompt is encoded by itself.
-  There the two sides are encoded apart, so that the ids before a span are always the ids of the prompt; later
+  There the two sides are encoded separately, so that the ids before a span are always the ids of the prompt; later
   turns, whose prompts serving encodes as a whole, then go into a sequence of their own.
-* Between marks stands text of a row that spells a token which only templates may write. It is encoded as
+* Text of a row that spells a token which only templates may write stands between marks. It is encoded as
   ordinary text by a second tokenizer, whose control tokens have other names: the template's own tokens are
-  renamed in the text, the row's are left as they are. All else is split as the first tokenizer would.
+  renamed in the text, the row's are not. The rest is split as by the first tokenizer.
 """
 
 import bisect
@@ -45,26 +44,26 @@ class Encoded:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
         self.text, self.spans = sequence.text, sequence.spans
-        self.asked = sequence.asked or ("",) * len(sequence.spans)
+        self.template_switches = sequence.template_switches or ("",) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
         self._ids, self._starts, self._places = encoded
 
     def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
-        The third is ``Sequence.asked`` of its spans, or nothing where all of them are empty.
+        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty.
 
         One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
         the ids are no longer those that serving would encode for a later prompt.
 
         Raises:
-          Refusal: a span's beginning cannot be told in tokens, the last trained token would not stop serving, or
+          Refusal: no token boundary fits a span's beginning, the last trained token would not stop serving, or
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span, asked in zip(self.spans, self.asked, strict=True):
+        for span, switch in zip(self.spans, self.template_switches, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
-            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, asked))
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, switch))
         groups = [[cut] for cut in apart]
         groups += [whole] if whole else []
         groups.sort(key=lambda group: group[0][1])
@@ -78,13 +77,13 @@ class Encoded:
             mask[first + len(prefix) : last + len(prefix)] = True
             stop = int(ids[last + len(prefix) - 1])
             if not suffix and stop not in self.tokenizer.stop_ids:
-                raise Refusal(f"the last trained token is {self.tokenizer.decode([stop])!r}, which is no stop token")
+                raise Refusal(f"the last trained token is {self.tokenizer.decode([stop])!r}, which is not a stop token")
         mask[len(ids) - len(suffix) :] = True
         mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
         if not mask.any():
             raise Refusal("it has no token to train on")
-        asked = tuple(asked for *_, asked in group)
-        return ids, mask, asked if any(asked) else ()
+        switches = tuple(switch for *_, switch in group)
+        return ids, mask, switches if any(switches) else ()
 
     def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
         """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
@@ -109,7 +108,9 @@ class Encoded:
         # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
         rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
         if self._decode([*head, *rest]) != self._decode(ids[anchor:after].tolist()):
-            raise Refusal("a token lies over the end of the generation prompt, and its two sides do not encode apart")
+            raise Refusal(
+                "a token lies over the end of the generation prompt, and its sides cannot be encoded separately"
+            )
         cut = np.concatenate([ids[:anchor], np.array([*head, *rest], np.int32), ids[after:]])
         return cut, first, last + len(cut) - len(ids)
 
@@ -117,7 +118,7 @@ class Encoded:
         return self.fast.decode(ids, skip_special_tokens=False)
 
     def true_ids(self, ids: np.ndarray | None = None) -> np.ndarray:
-        """Ids, by default all, as those of ``tokenizer``.
+        """Ids (default: all) in the vocabulary of ``tokenizer``.
 
         Raises:
           Refusal: special tokens of the row cannot be kept as text.
@@ -133,7 +134,7 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class SecondTokenizer:
-    """``fast`` knows control tokens only by ``names``.
+    """A tokenizer whose control tokens have other names: ``fast`` knows them by ``names`` alone.
 
     Attributes:
       true_ids: its ids of added tokens -> the tokenizer's own.
@@ -176,15 +177,15 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
     out, length, done = [], 0, 0
     begins, shifts = [0], [0]  # from character begins[i] of the marked text on, positions move by shifts[i]
     for match in pattern.finditer(sequence.text):
-        kept = match.group(1) if match.group(1) is not None else names[match.group(0)]
-        out += [sequence.text[done : match.start()], kept]
-        length += match.start() - done + len(kept)
+        text = match.group(1) if match.group(1) is not None else names[match.group(0)]
+        out += [sequence.text[done : match.start()], text]
+        length += match.start() - done + len(text)
         done = match.end()
         begins.append(done)
         shifts.append(length - done)
     out.append(sequence.text[done:])
     move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
-    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.asked)
+    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.template_switches)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Tokens that a run adds to a vocabulary: read from the config, checked, added to the tokenizer.
+"""New tokens: read from the config, checked, and added to the tokenizer's vocabulary.
 
 Their ids are the tokenizer's next free ones: the format of tokenizer.json has no gaps. Many models have more rows than
 their tokenizer has ids (Qwen: 151,936 for 151,669), so the first new tokens may take rows that the model has and never
@@ -18,7 +18,7 @@ _SHOWN = 8  # wrong tokens in one message
 
 
 class NewToken(NamedTuple):
-    """A token as the user wrote it."""
+    """A new token, from the config or its file."""
 
     text: str
     start: str  # its rows start as the mean of the rows of this text's tokens; "": of all old rows
@@ -26,7 +26,7 @@ class NewToken(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """The new end of a tokenizer's vocabulary: token i has id ``first + i``."""
+    """The new tokens of a vocabulary, at its end: token i has id ``first + i``."""
 
     first: int
     texts: tuple[str, ...]
@@ -40,18 +40,18 @@ class NewTokens(NamedTuple):
 
 
 def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
-    """The tokens of a config, in order, () for none. Raises UserError naming those that are empty or come twice."""
+    """The tokens of a config, in order, () for none. Raises UserError naming those that are empty or repeated."""
     if section.file:
         path = pathlib.Path(section.file)
         try:
-            text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+            text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"model.new_tokens.file: {path} cannot be read: {error}") from None
-        # Not `splitlines`, which also cuts where Unicode has other separators.
+        # Not `splitlines`, which also cuts at Unicode's other separators.
         lines = text.removesuffix("\n").split("\n") if text else []
         places = [(line.removesuffix("\r"), f"{path}:{number}") for number, line in enumerate(lines, 1)]
         if not places:
-            raise UserError(f"model.new_tokens.file: {path} is empty: expected a token a line")
+            raise UserError(f"model.new_tokens.file: {path} is empty: expected one token on each line")
     else:
         places = [(token, f"model.new_tokens.tokens[{i}]") for i, token in enumerate(section.tokens)]
     tokens, wrong, seen = [], [], {}
@@ -61,18 +61,18 @@ def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
         if not text.strip():
             wrong.append(f"{where} is empty")
         elif text != text.strip():
-            wrong.append(f"{where}: {text!r} starts or ends with a space, so that text rarely has it")
+            wrong.append(f"{where}: {text!r} starts or ends with a space: it would rarely be found in text")
         elif text in seen:
             wrong.append(f"{where}: {text!r} comes twice, first in {seen[text]}")
         elif tab and not start.strip():
             wrong.append(f"{where}: {text!r} has a tab and no text after it")
         seen.setdefault(text, where)
-    _refuse(wrong)
+    _check_no_errors(wrong)
     return tuple(tokens)
 
 
 def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], special: bool) -> NewTokens:
-    """Adds ``tokens`` to ``fast``. Raises UserError naming those that it has already, or cannot tell apart."""
+    """Adds ``tokens`` to ``fast``. Raises UserError naming those that it has, or cannot use as one token."""
     unknown = getattr(fast.model, "unk_token", None)
     unknown_id = None if unknown is None else fast.token_to_id(unknown)
     wrong, start_ids = [], []
@@ -84,7 +84,7 @@ def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], speci
         start_ids.append(tuple(fast.encode(token.start, add_special_tokens=False).ids if token.start else ()))
         if token.start and not start_ids[-1]:
             wrong.append(f"{token.where}: the text {token.start!r} has no tokens")
-    _refuse(wrong)
+    _check_no_errors(wrong)
     first = 1 + max(fast.get_vocab(with_added_tokens=True).values())
     options = {"normalized": False, "special": special}
     fast.add_tokens([tokenizers.AddedToken(token.text, **options) for token in tokens])
@@ -96,10 +96,10 @@ def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], speci
         back = fast.decode([first + i], skip_special_tokens=False)
         if back.strip() != token.text.strip():
             wrong.append(f"{token.where}: {token.text!r} is decoded as {back!r}: write it in ASCII")
-    _refuse(wrong)
+    _check_no_errors(wrong)
     return NewTokens(first, tuple(token.text for token in tokens), tuple(start_ids), special)
 
 
-def _refuse(wrong: list[str]) -> None:
+def _check_no_errors(wrong: list[str]) -> None:
     if wrong:
         raise UserError(f"new tokens: {shorten(wrong, _SHOWN, '; ')}: leave these out or write them differently")

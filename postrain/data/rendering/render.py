@@ -1,12 +1,12 @@
-"""Examples -> tokens and loss mask, through the tokenizer's own chat template.
+"""Rendering: examples -> tokens and loss mask, by the tokenizer's own chat template.
 
 ``render`` (training), ``render_prompt`` (sampling and serving) and the evaluation of held-out rows all go through
-the same two steps: turns.py says which text the model is given and which it must produce, encoding.py turns that
-into ids. What is trained, and what is refused, is described in turns.py.
+the same two steps: turns.py decides which text is prompt and which is trained, masking.py turns that into ids. What
+is trained, and what is refused, is described in turns.py.
 
 Plain text gets the tokenizer's BOS, where it adds one, and its EOS at the end. A prompt/completion row of two
 strings is plain text of which the completion and the EOS are trained. Special tokens spelt in rows are encoded as
-ordinary text, everywhere; an EOS already spelt at the end of plain text is taken as the end.
+ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end.
 """
 
 from collections.abc import Iterable, Iterator
@@ -79,7 +79,7 @@ def render_prompt(
     default_system: str = "",
     thinking: bool | None = None,
 ) -> np.ndarray:
-    """int32 [P]: what serving feeds before generating a reply to ``messages``.
+    """The prompt, int32 [P], that serving feeds before it generates a reply to ``messages``.
 
     Args:
       messages: OpenAI-style messages, ending with the one to reply to; or a string, for plain completion.
@@ -157,12 +157,9 @@ def _plan(example: Example, tokenizer: Tokenizer, template_date: str, default_sy
         head, body = example.prompt, example.completion
     else:
         head, body = "", example.text
-    head, body = (mark(text, tokenizer.control_pattern) for text in (head, _without_eos(body, tokenizer)))
+    body = body.removesuffix(tokenizer.special_tokens["eos_token"])
+    head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
     return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
-
-
-def _without_eos(text: str, tokenizer: Tokenizer) -> str:
-    return text.removesuffix(tokenizer.special_tokens["eos_token"])
 
 
 def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadRow]:
@@ -172,12 +169,12 @@ def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadR
         if isinstance(plan, BadRow):
             yield plan
             continue
-        mine = [next(encoded) for _ in plan]
+        parts = [next(encoded) for _ in plan]
         try:
             yield [
-                Rendered(tokens, mask, ref, asked=asked)
-                for e in mine
-                for tokens, mask, asked in e.sequences(prefix, suffix)
+                Rendered(tokens, mask, ref, template_switches=switches)
+                for e in parts
+                for tokens, mask, switches in e.sequences(prefix, suffix)
             ]
         except Refusal as e:
             yield BadRow(ref, str(e), e.advice)

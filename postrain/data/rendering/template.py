@@ -1,9 +1,9 @@
-"""A chat template: the Jinja program of a tokenizer that writes a conversation out as text.
+"""Chat templates: the Jinja program of a tokenizer, which writes a conversation as text.
 
 The environment is the one that `transformers` and the serving engines built on it use (sandboxed,
 ``trim_blocks``, ``lstrip_blocks``, ``raise_exception``, ``tojson``, ``strftime_now``), with one difference:
-today's date is the one given, so that the same row gives the same tokens tomorrow. A test holds the two
-equal over all templates at hand.
+today's date is ``template_date``, so that the same row gives the same tokens tomorrow. A test compares
+the two over all templates in the test data.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from postrain.errors import UserError
 # Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
-_TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates know otherwise
+_TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates read in another form
 _PROBE_TOOLS = [
     {
         "type": "function",
@@ -30,11 +30,11 @@ _PROBE_TOOLS = [
 
 
 class TemplateRefusal(Exception):
-    """The template raised for this conversation; the message is what it said."""
+    """The template raised for this conversation, with this message."""
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks what a library should train on. It is not used: the tag only prints its body."""
+    """The tag ``{% generation %}``, which marks trained text for other libraries. Here it only prints its body."""
 
     tags = {"generation"}
 
@@ -53,7 +53,7 @@ def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """``loop.first`` and its like need no look at whether they are safe, which takes longer than the loop does."""
+    """Skips the sandbox's check of ``loop.first`` and its like, which takes longer than the loop itself."""
 
     def getattr(self, obj, attribute):
         if type(obj) is jinja2.runtime.LoopContext and attribute in ("first", "last", "index", "index0", "length"):
@@ -70,7 +70,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """``render`` writes messages as text; the rest is what can be learnt about the template by using it.
+    """A compiled template: ``render`` writes messages as text; the rest is found by probing the template.
 
     Attributes:
       source: the Jinja text.
@@ -105,7 +105,7 @@ class ChatTemplate:
         """The conversation as text.
 
         Raises:
-          TemplateRefusal: the template raised; the message is what it said.
+          TemplateRefusal: the template raised, with its message.
         """
         date = parse_date(template_date)
         messages = [self._for_template(m) for m in messages]
@@ -135,14 +135,19 @@ class ChatTemplate:
         return {**message, "reasoning_content": reasoning, "content": answer.lstrip("\n")} if reasoning else message
 
     def _for_template(self, message: dict) -> dict:
-        """The message with the keys that templates know: not ours, and reasoning under its other name too."""
+        """The message with the keys that templates read: without ``train``, reasoning also as ``thinking``."""
         if not _TRANSLATED & message.keys():
             return message
         out = {k: v for k, v in message.items() if k != "train"}
         if "reasoning_content" in out:
             out["thinking"] = out["reasoning_content"]
         if "tool_calls" in out and self.arguments_as_text:
-            out["tool_calls"] = [_with_text_arguments(call) for call in out["tool_calls"]]
+            functions = [call["function"] for call in out["tool_calls"]]
+            texts = [json.dumps(function["arguments"], ensure_ascii=False) for function in functions]
+            out["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": text}}
+                for call, text in zip(out["tool_calls"], texts, strict=True)
+            ]
         return out
 
     @functools.cached_property
@@ -183,11 +188,6 @@ def split_inline(content: str) -> tuple[str, str]:
         return "", content
     head, _, answer = content.rpartition("</think>")
     return head.rpartition("<think>")[2].strip(), answer
-
-
-def _with_text_arguments(call: dict) -> dict:
-    function = call["function"]
-    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 @functools.cache

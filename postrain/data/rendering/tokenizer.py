@@ -1,8 +1,7 @@
 """Tokenizers: a Hugging Face folder's tokenizer.json, run as written.
 
-What the folder's files say is read once and kept plain: the ids that begin and end a sequence, the chat
-template, and the set of tokens at which serving stops. ``transformers`` itself is loaded only when ``.hf``
-is asked for.
+The folder's files are read once: the ids that begin and end a sequence, the chat template, and the tokens
+at which serving stops. ``transformers`` itself is loaded only by ``.hf``.
 """
 
 import functools
@@ -19,7 +18,7 @@ from postrain.data.rendering.new_tokens import NewTokens, add_new_tokens, read_n
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.errors import UserError
 
-# Raise it whenever the same row with the same tokenizer would give other tokens or another mask.
+# Bump when a code change would give other tokens or another mask for the same row and tokenizer.
 RENDERING_VERSION = 1
 PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -34,7 +33,7 @@ class Tokenizer:
       template: ChatTemplate or None; ``chat_template`` is its Jinja text or "".
       bos_id, eos_id, pad_id: ids or None. ``pad_id`` is the end token's where none is named; nothing depends
         on its value, masks are by position.
-      prefix_ids: what stands before plain text: the BOS where this tokenizer adds one, else nothing.
+      prefix_ids: ids before plain text: the BOS where this tokenizer adds one, else none.
       stop_ids: the tokens at which serving stops, see ``_stop_ids``.
       control_tokens: text -> id of the tokens that only a template may write, see ``_control_tokens``.
       vocab_size: one more than the largest id.
@@ -77,7 +76,7 @@ class Tokenizer:
         """The chat template.
 
         Raises:
-          UserError: there is none, or it writes no generation prompt, so that nothing says where an answer begins.
+          UserError: there is none, or it writes no generation prompt, so that the beginning of an answer is unknown.
         """
         if self.template is None:
             raise UserError(
@@ -85,15 +84,17 @@ class Tokenizer:
             )
         if self._header_would_be_trained:
             raise UserError(
-                f"{self.template.origin}: the chat template ignores add_generation_prompt, so that nothing tells its "
-                "header from the answer; give one that writes a generation prompt as data.chat_template"
+                f"{self.template.origin}: the chat template ignores add_generation_prompt, so that its header "
+                "cannot be told from the answer; give one that writes a generation prompt as data.chat_template"
             )
         return self.template
 
     @functools.cached_property
     def _header_would_be_trained(self) -> bool:
-        """An empty generation prompt may be right ("[/INST]" has ended the user's turn already); it is not where
-        the template then writes special tokens before the answer."""
+        """Whether the template writes special tokens before an answer that are not in its generation prompt.
+
+        An empty generation prompt alone may be right: "[/INST]" has ended the user's turn already.
+        """
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
         options = {"template_date": PROBE_DATE}
         try:
@@ -123,7 +124,7 @@ class Tokenizer:
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def fingerprint(self) -> str:
-        """Hash of all that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
+        """Hash of everything that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
         parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
         return hashlib.sha256(json.dumps([*parts, RENDERING_VERSION]).encode()).hexdigest()
 
@@ -150,8 +151,8 @@ class Tokenizer:
     def _stop_ids(self, generation: dict | None) -> frozenset[int]:
         """The tokenizer's eos and the ``eos_token_id`` (one or a list) of generation_config.json.
 
-        A folder without generation_config.json (a bare tokenizer) leaves open how its turns end. Then the
-        template is asked: the last added token that it writes after the answer of a two-message
+        A folder without generation_config.json (a bare tokenizer) does not say how its turns end. Then the
+        template is probed: the last added token that it writes after the answer of a two-message
         conversation, and after a tool call, ends a turn (``<|eot_id|>``, ``<end_of_turn>``, ``<|call|>``).
         """
         stops = set() if self.eos_id is None else {self.eos_id}
@@ -161,11 +162,13 @@ class Tokenizer:
         return frozenset(stops | self._turn_ends())
 
     def _turn_ends(self) -> set[int]:
+        """Of the text after an answer, the last added token that is neither whitespace nor a tag."""
         if self.template is None or not self.added:
             return set()
         call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"a": PROBE}}}
         schema = {"type": "object", "properties": {"a": {"type": "string"}}}
         tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": schema}}
+        candidates = any_of(t for t in self.added if t.strip() and not self._is_markup(t))
         ends = set()
         for reply, tools in (({"content": PROBE}, None), ({"content": "", "tool_calls": [call]}, [tool])):
             messages = [{"role": "user", "content": "x"}, {"role": "assistant", **reply}]
@@ -174,18 +177,12 @@ class Tokenizer:
             except TemplateRefusal:
                 continue
             _, found, tail = text.rpartition(PROBE)
-            end = self._end_of_turn(tail) if found else None
-            if end is not None:
-                ends.add(end)
+            if found and (written := candidates.findall(tail)):
+                ends.add(self.added[written[-1]])
         return ends
 
-    def _end_of_turn(self, tail: str) -> int | None:
-        """Of what follows an answer, the last added token that is neither whitespace nor a tag."""
-        found = any_of(t for t in self.added if t.strip() and not self._is_markup(t)).findall(tail)
-        return self.added[found[-1]] if found else None
-
     def _is_markup(self, token: str) -> bool:
-        """A tag of which the vocabulary has both ends, as <think> and </think>: text with structure, not turns."""
+        """Whether the vocabulary has both tags, as <think> and </think>: markup inside a turn."""
         if token.startswith("</"):
             return "<" + token[2:] in self.added
         return token.startswith("<") and "</" + token[1:] in self.added
@@ -208,7 +205,7 @@ class Tokenizer:
 
 
 def any_of(tokens) -> re.Pattern:
-    """Matches any of the strings, the longest first, as the tokenizer does; of no strings, nothing."""
+    """A pattern for any of the strings, the longest first, as in the tokenizer; without strings it never matches."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 

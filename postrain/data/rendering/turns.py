@@ -1,4 +1,4 @@
-"""Which text the model is given and which it must produce, for every trained turn of a conversation.
+"""Trained turns: for each, the prompt that the model is given and the text that it must produce.
 
 For the assistant message k the template is run twice, as serving would: ``prompt`` is the rendering of the
 messages before k with the generation prompt, ``whole`` that of the messages up to k. The model must produce
@@ -8,7 +8,7 @@ what ``whole`` has after ``prompt``, up to and including the first stop token: t
 Turns share one training sequence where the template lets them: turn j continues the sequence of turn k if its
 prompt starts with k's prompt and continuation. Templates that render earlier turns in another way than the
 last (Qwen3 drops their reasoning, gpt-oss ends them with another token) break that, and such a conversation
-becomes one sequence per turn: each is exactly what serving would see.
+becomes one sequence per turn, each exactly as in serving.
 
 Two kinds of reasoning templates need more than that:
 
@@ -17,16 +17,16 @@ Two kinds of reasoning templates need more than that:
   something to learn), a turn with reasoning after the default one.
 * a template whose generation prompt opens the reasoning (``...<think>\\n``) while its rendering of an answer
   leaves reasoning out (DeepSeek): what the model must produce is the reasoning, the closing tag and the
-  answer, and that is put together here. Without reasoning in the message there is nothing right to train,
-  and the row is refused.
+  answer, which is put together here. A message without reasoning cannot be trained rightly, and its row is
+  refused.
 
 Everything that a trained message holds (reasoning, content, each call's name and arguments) must be found in
-its continuation, and every other message and tool in its prompt; what the template silently drops makes the
-row refused, by name.
+its continuation, and every other message and tool in its prompt. A row of which the template silently drops
+a part is refused, and the message names the part.
 
 Strings of a row that spell a token which only templates may write (``<|im_end|>`` in a user's message) are
 wrapped in two noncharacters while the template runs, so that afterwards they can be told from the template's
-own and encoded as ordinary text (see encoding.py).
+own and encoded as ordinary text (see masking.py).
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ from postrain.data.messages import BadRow, Conversation
 from postrain.data.rendering.template import TemplateRefusal, split_inline
 from postrain.data.rendering.tokenizer import Tokenizer
 
-MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # schema.py lets no row hold them
+MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # messages.py refuses rows that hold them
 _PYTHON = {"true": "True", "false": "False", "null": "None"}
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
 class Refusal(Exception):
-    """Why a turn cannot be trained as it would be served; ``advice``, where more than this row is at fault."""
+    """A turn cannot be trained as it would be served; ``advice`` where the cause is not this row alone."""
 
     def __init__(self, reason: str, advice: str = ""):
         super().__init__(reason)
@@ -57,13 +57,13 @@ class Sequence:
 
     Attributes:
       spans: character ranges that the model must produce.
-      asked: for each span how its prompt differs from the template's default, as "enable_thinking=False"; empty
-        where it does not. Or nothing at all, where none does.
+      template_switches: for each span how its prompt differs from the template's default, as "enable_thinking=False",
+        else ""; empty where none does.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    asked: tuple[str, ...] = ()
+    template_switches: tuple[str, ...] = ()
 
 
 def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
@@ -75,21 +75,22 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
     ref = conversation.ref
     renderer = Renderer(tokenizer, conversation.messages, conversation.tools, template_date, default_system, ref)
     sequences: list[Sequence] = []
-    reached = ""  # prompt and continuation of the turn before
+    reached = ""  # prompt and continuation of the previous turn
     for k, message in enumerate(renderer.messages):
         if message["role"] != "assistant" or message.get("train") is False:
             continue
         try:
-            prompt, continuation, asked = renderer.turn(k)
+            prompt, continuation, switch = renderer.turn(k)
         except Refusal as e:
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
         if sequences and prompt.startswith(reached):
             before = sequences.pop()
-            sequences.append(Sequence(prompt + continuation, (*before.spans, span), (*before.asked, asked)))
+            switches = (*before.template_switches, switch)
+            sequences.append(Sequence(prompt + continuation, (*before.spans, span), switches))
         else:
-            sequences.append(Sequence(prompt + continuation, (span,), (asked,)))
+            sequences.append(Sequence(prompt + continuation, (span,), (switch,)))
         reached = prompt + continuation
     return sequences
 
@@ -130,7 +131,7 @@ class Renderer:
         return text
 
     def turn(self, k: int) -> tuple[str, str, str]:
-        """Prompt and continuation of assistant message k, with marks, and how the prompt was asked for (Sequence).
+        """Prompt and continuation of assistant message k, with marks, and the switches of its prompt (see Sequence).
 
         Raises:
           Refusal: no generation prompt of the template leads to a faithful continuation.
@@ -138,19 +139,18 @@ class Renderer:
         refusal = None
         for variables in self.generation_prompts(k):
             try:
-                return *self._turn(k, variables), self._describe_asking(variables)
+                prompt, continuation = self._turn(k, variables)
             except Refusal as e:
                 # The default prompt's reason is the one to show; it is among those tried.
                 refusal = e if refusal is None or not variables else refusal
+                continue
+            changed = variables and self.template.changes_prompt(**variables)
+            switches = ", ".join(f"{name}={value}" for name, value in variables.items()) if changed else ""
+            return prompt, continuation, switches
         raise refusal
 
-    def _describe_asking(self, variables: dict) -> str:
-        if not variables or not self.template.changes_prompt(**variables):
-            return ""
-        return ", ".join(f"{name}={value}" for name, value in variables.items())
-
     def generation_prompts(self, k: int) -> list[dict]:
-        """Template variables to try, best first, by whether the message reasons."""
+        """Template variables to try, best first, depending on whether the message has reasoning."""
         switches = self.template.switches
         if reasoning_of(self.messages[k]):
             return [{}, *({name: True} for name in switches)]
@@ -172,17 +172,17 @@ class Renderer:
         return prompt, continuation
 
     def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
-        """What prompt and whole have after the content of message k - 1.
+        """The ends of prompt and whole after the content of message k - 1.
 
-        Where a template renders the turns before in another way once there is an answer (gpt-oss drops the reasoning
-        before a call), the two differ early, and yet write the turn itself alike. The place is found by a tag at the
-        end of that content; where the tag is lost or changes more than itself, the whole texts are given back.
+        A template may render earlier turns in another way once there is an answer (gpt-oss drops the reasoning before
+        a call): the two texts then differ early, and yet write the turn itself alike. The place is found by a tag at
+        the end of that content. Where the tag is lost or changes more than itself, the whole texts are returned.
         """
         if k == 0:
             return prompt, whole
         before, messages, tools = self.messages[k - 1], self.messages, self.tools
-        kept = before["content"].rstrip()
-        tagged = {**before, "content": kept + TAG + before["content"][len(kept) :]}
+        stripped = before["content"].rstrip()
+        tagged = {**before, "content": stripped + TAG + before["content"][len(stripped) :]}
         options = {"template_date": self.date, **variables}
         texts = []
         for stop, expected in ((k, prompt), (k + 1, whole)):
@@ -198,10 +198,10 @@ class Renderer:
         return texts[0], texts[1]
 
     def _stop_end(self, tail: str) -> int:
-        """Where the first stop token that the template wrote ends.
+        """The end of the first stop token that the template wrote.
 
         Raises:
-          Refusal: there is none: the model would never stop.
+          Refusal: without a stop token the model would never stop.
         """
         text, ranges = unmark(tail)
         pattern = self.tokenizer.stop_pattern
@@ -220,7 +220,7 @@ class Renderer:
         )
 
     def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
-        """Messages that are not the assistant's, and tools, must be in the prompt.
+        """Checks that the prompt holds the tools and every message that is not the assistant's.
 
         Raises:
           Refusal: the template dropped one.
@@ -239,13 +239,13 @@ class Renderer:
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
 
     def advise_on_tools(self) -> str:
-        """What to do about a refusal, where the conversation has tools and the template has none; else empty."""
+        """Advice for a refusal where the conversation has tools and the template does not render them; else empty."""
         has_tools = self.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in self.messages)
         if not has_tools or self.template.renders_tools:
             return ""
         return (
             f"the chat template of {self.template.origin} does not render tools: name one that does as "
-            "data.chat_template=FILE, or take tools, tool_calls and tool messages out of the rows"
+            "data.chat_template=FILE, or remove tools, tool_calls and tool messages from the rows"
         )
 
 
@@ -255,15 +255,15 @@ def reasoning_of(message: dict) -> str:
 
 
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
-    """What the model must produce after a prompt that opens the reasoning, which ``whole`` leaves out."""
+    """The text to produce after a prompt that opens the reasoning, where ``whole`` leaves the reasoning out."""
     opened = OPENED_REASONING.search(prompt)
     base = prompt[: opened.start()] if opened else None
     if base is None or not whole.startswith(base):
         pairs = enumerate(zip(prompt, whole, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
         raise Refusal(
-            "the chat template renders the answer otherwise than its generation prompt begins it: the prompt goes on "
-            f"{prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
+            "the chat template renders the answer differently from how its generation prompt begins it: the prompt "
+            f"goes on {prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
         )
     if not reasoning:
         raise Refusal(
@@ -275,7 +275,9 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
 
 
 def check_nothing_dropped(message: dict, continuation: str) -> None:
-    """Reasoning, content, and every call's name and arguments must each have a place of their own in it.
+    """Checks that the continuation holds the reasoning, the content, and every call's name and arguments.
+
+    Each must have a place of its own.
 
     Raises:
       Refusal: naming what the template dropped.
@@ -309,7 +311,7 @@ def _leaves(value) -> list[str]:
 
 
 def _forms(piece: str) -> Iterator[str]:
-    """How a piece may be written: as it is, inside a JSON string, or as Python writes true, false and null."""
+    """The ways to write a piece: as it is, inside a JSON string, or as Python's True, False and None."""
     yield piece
     yield json.dumps(piece, ensure_ascii=False)[1:-1]
     yield json.dumps(piece)[1:-1]
@@ -323,7 +325,7 @@ def _contains(text: str, piece: str) -> bool:
 
 
 def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Takes the marks out; the character ranges, in what is left, that had stood between them."""
+    """The text without marks, and the character ranges in it that stood between marks."""
     if MARK_OPEN not in text:
         return text, []
     out, ranges, length = [], [], 0

@@ -1,7 +1,7 @@
 """A GGUF file -> a Hugging Face folder, without torch.
 
-The `gguf` package reads the file and undoes the quantisation with numpy; here are the names, the config,
-and what llama.cpp's converter changed on the way in: rows of Llama's query and key projections permuted for
+The `gguf` package reads the file and dequantises it with numpy; here are the names, the config, and the reverse of
+what llama.cpp's converter changes: rows of Llama's query and key projections permuted for
 interleaved rotary embeddings, one added to Gemma's norms, rope scaling turned into a tensor of factors.
 """
 
@@ -49,12 +49,12 @@ GEMMA_NAMES = LAYER_NAMES | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
-LLAMA3_ORIGINAL_POSITIONS = 8192  # Llama 3.1 to 3.3; the file has the factors and not what they were made of
+LLAMA3_ORIGINAL_POSITIONS = 8192  # of Llama 3.1 to 3.3; the file has only the factors that follow from it
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What ``general.architecture`` means: names and values of config.json, and what to undo in the tensors."""
+    """What ``general.architecture`` means: names and values of config.json, and changes to reverse in the tensors."""
 
     name: str
     model_type: str
@@ -62,7 +62,7 @@ class Architecture:
     layer_names: dict[str, str] = dataclasses.field(default_factory=lambda: LAYER_NAMES)
     permuted: bool = False
     norm_offset: float = 0.0
-    required: tuple[str, ...] = ()  # metadata that ``extra`` reads, besides what every architecture has
+    required: tuple[str, ...] = ()  # metadata that ``extra`` reads, in addition to those of every architecture
     # Numbers of layers of the sizes that scale queries by (hidden_size / heads)^-1/2, not head_dim^-1/2.
     wide_query_scale: tuple[int, ...] = ()
     sentencepiece: SentencePieceRule = SentencePieceRule()
@@ -124,7 +124,7 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
     """Writes ``out_folder`` with config.json, model.safetensors, tokenizer and generation config; returns it.
 
     ``dtype`` of the weights: "bfloat16", "float16", "float32". The folder appears whole or not at all. Raises
-    UserError when the file is no whole GGUF, or has an architecture, field or tensor that is not known here.
+    UserError when the file is not a whole GGUF, or has an architecture, field or tensor that is not known here.
     """
     file, target = pathlib.Path(file), parse_dtype(dtype, "dtype")
     tensors, fields = read_gguf(file)
@@ -192,11 +192,12 @@ def _make_config(architecture: Architecture, name: str, fields: dict, tensors: d
 
 
 def _rope(field: Callable, tensors: dict, file: pathlib.Path) -> dict:
+    head_dim = field("attention.key_length", 0) or field("embedding_length") // field("attention.head_count")
     theta = float(f"{field('rope.freq_base', 10_000.0):.8g}")
     kind = field("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise UserError(f"{file}: rope.scaling.type is {kind!r}, supported are none and linear")
-    if field("rope.dimension_count", 0) not in (0, field("attention.key_length", 0) or _head_dim(field)):
+    if field("rope.dimension_count", 0) not in (0, head_dim):
         raise UserError(f"{file}: rope.dimension_count {field('rope.dimension_count')} is not the size of a head")
     factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
     if ROPE_FACTORS in tensors:
@@ -204,10 +205,6 @@ def _rope(field: Callable, tensors: dict, file: pathlib.Path) -> dict:
     if factor not in (0.0, 1.0):
         return {"rope_type": "linear", "rope_theta": theta, "factor": float(factor)}
     return {"rope_type": "default", "rope_theta": theta}
-
-
-def _head_dim(field: Callable) -> int:
-    return field("embedding_length") // field("attention.head_count")
 
 
 def _llama3_rope(tensor, theta: float, file: pathlib.Path) -> dict:
@@ -268,7 +265,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], config: dict, file: pathli
 
 
 def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, file: pathlib.Path) -> np.ndarray:
-    """float32 values as Hugging Face has them: dequantised, with the converter's changes undone."""
+    """float32 values as Hugging Face has them: dequantised, with the converter's changes reversed."""
     try:
         values = dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:

@@ -1,7 +1,7 @@
 """Opening a GGUF file: whether it is whole, its metadata, its tensors.
 
-The `gguf` package trusts the header: of a file cut short it complains in numpy's words, and a count that damage has
-made huge it follows for hours. So the header is walked here first, and every length in it held against the file's.
+The `gguf` package trusts the header: a file cut short gives an error of numpy, and a damaged, huge count keeps it busy
+for hours. So the header is walked here first, and every length in it is compared with the length of the file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -37,10 +37,10 @@ NUMBERS = frozenset(
 def read_gguf(file: pathlib.Path) -> tuple[dict[str, gguf.ReaderTensor], dict[str, Any]]:
     """Tensors by name, mapped from the file, and metadata by name.
 
-    Raises UserError when there is no such file, or it is no GGUF, cut short or damaged.
+    Raises UserError when the file does not exist, is not a GGUF, is cut short or damaged.
     """
     if not file.is_file():
-        raise UserError(f"{file}: expected a GGUF file, found none")
+        raise UserError(f"{file}: expected a GGUF file, found nothing of that name")
     try:
         with open(file, "rb") as stream:
             if stream.read(4) != b"GGUF":
@@ -64,7 +64,7 @@ class _Header:
         self.file, self.data, self.at, self.order = file, data, 4, "<"
 
     def check(self) -> None:
-        """Raises UserError unless the file has all that its header speaks of."""
+        """Raises UserError unless the file has all the bytes that its header describes."""
         version = self._number("I")
         if version & 0xFFFF == 0:  # written on a machine of the other byte order
             self.at, self.order = 4, ">"

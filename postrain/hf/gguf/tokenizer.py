@@ -48,7 +48,7 @@ BYTE_LEVEL_RULES = {
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceRule:
-    """What a SentencePiece BPE does that the file does not say."""
+    """How an architecture's SentencePiece BPE works, where the file does not say."""
 
     plain_spaces: bool = False  # the file spells tokens of several spaces with plain spaces
     merge_by_id: bool = False  # merges follow the order of the vocabulary, not the scores

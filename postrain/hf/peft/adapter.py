@@ -48,7 +48,7 @@ from postrain.trees import flatten, unflatten
 PREFIX = "base_model.model."  # PeftModel's own two levels
 LAYER = "model.layers.{}."
 LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# Change what the adapter computes unless they have one of these values.
+# Keys that change the computation unless they have one of these values.
 NEUTRAL_VALUES: dict[str, tuple] = {
     "bias": (None, "none"),
     "fan_in_fan_out": (None, False),
@@ -91,8 +91,8 @@ def save_adapter(
     """Writes the adapters (tree of models.lora.adapter_specs, float32 in the file) as a PEFT folder.
 
     ``base_folder`` is named in adapter_config.json as the model that the adapter belongs to, by ``base_name`` where
-    that is given (what the user calls it; the folder may be a cache's). Its tokenizer is copied along, or
-    ``tokenizer``, what the adapter was trained with. Raises UserError when the folder cannot be written.
+    that is not empty (the user's name for the model; the folder may be a cache's). Its tokenizer is copied along, or
+    ``tokenizer``, which the adapter was trained with. Raises UserError when the folder cannot be written.
     """
     _check_adapter(adapter_params, config)
     check_base(base_folder)
@@ -127,10 +127,10 @@ def load_adapter(
     mesh: Mesh | None = None,
     dtype: str = "float32",
 ) -> tuple[ModelConfig, dict]:
-    """``config`` with the adapter's ranks, alpha and targets, and its tree, laid out over ``mesh`` if given.
+    """``config`` with the adapter's ranks, alpha and targets, and its tree, laid out over ``mesh`` where there is one.
 
     ``base_folder``: of the model that ``config`` was read from; a model with experts needs it. Raises UserError when
-    the folder is no LoRA adapter, uses a variant that is not supported, or does not fit the model.
+    the folder is not a LoRA adapter, uses a variant that is not supported, or does not fit the model.
     """
     raw = read_json(pathlib.Path(folder) / ADAPTER_FILE)
     files = TensorFiles(folder, one_file=ADAPTER_WEIGHTS)
@@ -190,7 +190,7 @@ def load_model(model: ModelFolder, *, mesh: Mesh | None = None, dtype: str = "fl
 
 
 def check_base(folder: str | os.PathLike) -> None:
-    """Raises UserError where `peft` would look for the adapters' layers under other names than they are written."""
+    """Raises UserError where `peft` would look for the adapters' layers under names other than those in the file."""
     if find_text_part(read_json(config_file(folder))) is not None:
         raise UserError(
             f"config key 'export.format' = 'adapter': {folder} holds more than a language model, whose layers `peft` "
@@ -209,7 +209,7 @@ def _check_adapter(adapter_params: dict, config: ModelConfig) -> None:
 
 
 def _modules(table: tuple[TensorName, ...]) -> dict[str, str]:
-    """Target -> the linear layer's module in a decoder layer, ``self_attn.q_proj``; experts are none."""
+    """Target -> the linear layer's module in a decoder layer, ``self_attn.q_proj``; without experts."""
     linears = [entry for entry in table if entry.transpose and not entry.per_expert]
     named = {entry.param.split(".")[-2]: entry.name.removeprefix(LAYER).removesuffix(".weight") for entry in linears}
     return {target: module for target, module in named.items() if target in LINEARS}
@@ -259,7 +259,7 @@ def _interleaved(table: tuple[TensorName, ...]) -> bool:
 
 
 def _split_targets(lora: LoraConfig, table, config: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the targets: module of each linear layer, and fused parameter of each expert's."""
+    """Of the targets: the module of each linear layer, and the fused parameter of each linear layer of experts."""
     modules = {target: module for target, module in _modules(table).items() if target in lora.targets}
     parameters = {target: name for name, members in PARAMETERS.items() for target in members}
     experts = {t: f"{MODULE}.{parameters[t]}" for t in lora.targets if t in parameters} if config.moe else {}
@@ -267,9 +267,9 @@ def _split_targets(lora: LoraConfig, table, config: ModelConfig) -> tuple[dict[s
 
 
 def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_name: str) -> dict:
-    """What `peft.LoraConfig` needs; every key that is left out has its default there."""
+    """The keys of `peft.LoraConfig` that differ from its defaults, or say what the adapter is."""
     lora = config.lora
-    base_name, revision = base_name.split("@") if is_hub_name(base_name) and "@" in base_name else (base_name, None)
+    base_name, _, revision = base_name.partition("@") if is_hub_name(base_name) else (base_name, "", "")
     modules, experts = _split_targets(lora, table, config)
     ranks = {module.split(".")[-1]: lora.rank_of(target) for target, module in modules.items()}
     for target, parameter in experts.items():
@@ -283,7 +283,7 @@ def _adapter_config(config: ModelConfig, table: tuple[TensorName, ...], base_nam
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": lora.rank,
-        "revision": revision,
+        "revision": revision or None,
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
         "target_modules": sorted(module.split(".")[-1] for module in modules.values()),
         "target_parameters": sorted(set(experts.values())) or None,
@@ -318,7 +318,7 @@ def _find_targets(names: set[str], raw: dict, table, config: ModelConfig, folder
 
 
 def _parse_config(raw: dict, targets, table, config: ModelConfig, folder) -> tuple[LoraConfig, dict[str, float]]:
-    """The adapters' config, and by target what B is to be multiplied with where `peft` scales it in another way."""
+    """The adapters' config, and by target the factor of B that makes up for `peft`'s own way of scaling."""
     where = pathlib.Path(folder) / ADAPTER_FILE
     if raw.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type is {raw.get('peft_type')!r}, supported is LORA")

@@ -13,7 +13,7 @@ import numpy as np
 from postrain.models.config import LoraConfig
 
 MODULE = "mlp.experts"
-PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # in transformers' order, and what is in them
+PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # in transformers' order, with the layers in each
 
 
 def list_parameters(lora: LoraConfig) -> list[str]:
@@ -34,7 +34,7 @@ def pack_a(a_EIr: list[np.ndarray]) -> np.ndarray:
 
 
 def pack_b(b_ErO: dict[str, np.ndarray], members: tuple[str, ...], interleaved: bool) -> np.ndarray:
-    """B of a fused parameter, [sum of O, R * E], of those of its linear layers by name; what is missing is zero.
+    """B of a fused parameter, [sum of O, R * E], of those of its linear layers by name; a missing layer's part is zero.
 
     ``members``: all linear layers of the parameter, whose output channels take turns where ``interleaved``, or follow
     on each other. `peft` scales by alpha / R where the layers had alpha / r, which goes into the numbers.

@@ -39,7 +39,7 @@ def describe_rows(config: ModelConfig) -> dict[str, Any]:
 def read_rows(raw: dict, config: ModelConfig, where: str | os.PathLike) -> NewRows | None:
     """The rows that the content ``raw`` of adapter_config.json names; None where it names none.
 
-    Raises UserError unless they are one run of ids, for all tables of ``config``.
+    Raises UserError unless they are consecutive, and the same for all tables of ``config``.
     """
     by_module = _read_ids(raw, where)
     if by_module is None:
@@ -50,7 +50,7 @@ def read_rows(raw: dict, config: ModelConfig, where: str | os.PathLike) -> NewRo
     whole = ids and all(other == ids for other in lists) and ids == list(range(ids[0], ids[0] + len(ids)))
     if set(by_module) != expected or not whole:
         raise UserError(
-            f"{where}: {KEY} names {', '.join(map(str, by_module)) or 'nothing'}, expected one run of ids for each of "
+            f"{where}: {KEY} names {', '.join(map(str, by_module)) or 'nothing'}, expected consecutive ids for each of "
             f"{', '.join(sorted(expected))}: other rows are not supported"
         )
     return NewRows(ids[0], len(ids))
@@ -63,7 +63,7 @@ def needed_vocabulary(adapter: pathlib.Path | None) -> int:
 
 
 def _read_ids(raw: dict, where: str | os.PathLike) -> dict[str, list[int]] | None:
-    """The ids that are named, by module; None where the key is not there. Raises UserError for what are no ids."""
+    """The token ids of each module; None where the key is absent. Raises UserError for values that are not ids."""
     stated = raw.get(KEY)
     if stated is None:
         return None

@@ -1,0 +1,54 @@
+"""Kind kd: token ids with the teacher's most probable next tokens, for knowledge distillation.
+
+Rows are ``{"tokens": [L ids], "loss_mask": [L of 0 and 1], "top_ids": [L][K], "top_logprobs": [L][K]}``. Entry t of the
+last two holds the K most probable ids of the teacher's distribution of token t, given the tokens before it, and their
+log-probabilities. It is read where ``loss_mask`` is 1; without a mask, everywhere but at the first token. The arrays of
+a batch are ``teacher_ids`` and ``teacher_logprobs``.
+"""
+
+import numpy as np
+
+from postrain.data.documents import Field, Rendered
+from postrain.data.kinds.ids import MAX_ID, parse_ids, parse_table
+from postrain.data.messages import BadRow, RowRef, check_keys
+
+FORMS = {"kd": ("tokens", "top_ids", "top_logprobs")}
+_KEYS = ("tokens", "loss_mask", "top_ids", "top_logprobs")
+_ROUNDING = 1e-3  # by which a rounded logprob may exceed 0, and the sum of the probabilities 1
+
+
+def parse_teacher_row(raw: dict, form: str, ref: RowRef) -> Rendered:
+    """One row of kind kd, checked, as a document. Raises BadRow."""
+    check_keys(raw, _KEYS, ref, is_text=True)
+    tokens = parse_ids(raw.get("tokens"), "tokens", ref, least=2)
+    mask = np.ones(len(tokens), bool)
+    if raw.get("loss_mask") is not None:
+        mask = parse_ids(raw["loss_mask"], "loss_mask", ref, length=len(tokens), largest=1).astype(bool)
+    mask[0] = False  # nothing predicts it
+    if not mask.any():
+        raise BadRow(ref, "it has no token to train on: 'loss_mask' is 0 after the first")
+    ids = parse_table(raw.get("top_ids"), "top_ids", len(tokens), ref)
+    logprobs = parse_table(raw.get("top_logprobs"), "top_logprobs", len(tokens), ref).astype(np.float32)
+    if ids.shape != logprobs.shape:
+        raise BadRow(ref, f"top_ids has {ids.shape[1]} entries a token and top_logprobs {logprobs.shape[1]}")
+    if ids.dtype.kind not in "iu" or ids[mask].min() < 0 or ids[mask].max() > MAX_ID:
+        raise BadRow(ref, "top_ids must be ids of the vocabulary, whole numbers from 0")
+    logprobs[~mask], ids[~mask] = 0, 0
+    _check_logprobs(logprobs, mask, ref)
+    repeated = mask & (np.diff(np.sort(ids, 1), axis=1) == 0).any(1)
+    if repeated.any():
+        at = int(repeated.argmax())
+        raise BadRow(ref, f"top_ids[{at}] must be K different ids; found {ids[at].tolist()}")
+    logprobs[logprobs > 0] = 0  # above 0 by rounding only
+    fields = Field("teacher_ids", ids.astype(np.int32), True), Field("teacher_logprobs", logprobs, True)
+    return Rendered(tokens, mask, ref, fields=fields)
+
+
+def _check_logprobs(logprobs: np.ndarray, mask: np.ndarray, ref: RowRef) -> None:
+    wrong = np.flatnonzero(~(np.isfinite(logprobs) & (logprobs <= _ROUNDING)).all(1))
+    if len(wrong):
+        raise BadRow(ref, f"top_logprobs[{wrong[0]}] must be finite and at most 0; found {logprobs[wrong[0]].tolist()}")
+    total = np.where(mask, np.exp(logprobs.astype(np.float64)).sum(1), 0)
+    if total.max() > 1 + _ROUNDING:
+        at = int(total.argmax())
+        raise BadRow(ref, f"top_logprobs[{at}]: the probabilities of the K ids sum to {total[at]:.4f}, above 1")
