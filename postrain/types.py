@@ -4,7 +4,7 @@ Legend: B rows of a batch, T positions of a row, L layers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import flax.struct
@@ -69,7 +69,7 @@ class TrainState(flax.struct.PyTreeNode):
     disjoint leaves that ``postrain.models.params.merge_params`` puts together.
     """
 
-    step: jax.Array  # int32 []; number of finished updates
+    step: jax.Array  # int32 []; calls of the train step, those whose update was skipped included
     params: Any  # nested dict of float32 arrays
     frozen: Any  # nested dict of arrays, {} when everything trains
     opt_state: Any  # optax state over params
@@ -81,7 +81,7 @@ class TrainState(flax.struct.PyTreeNode):
 class BatchFacts(NamedTuple):
     """What the loop says of an item of a source, and counts of it."""
 
-    rows: str  # "file:line, file:line, ...": where its documents come from, for errors
+    name_rows: Callable[[], str]  # "file:line, file:line, ...": where its documents come from, for errors
     arrays: Mapping[str, np.ndarray]  # on the host, this process's rows
 
 
@@ -98,10 +98,13 @@ class Source(Protocol[Item]):
     def __next__(self) -> Item: ...
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last item, JSON; those of all processes together are that of the run."""
+        """The position of this process after the last item, JSON."""
+
+    def join_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The position of the run out of those of its processes, in their order."""
 
     def set_state(self, state: dict[str, Any] | None, step: int) -> None:
-        """Continues after the item of ``step``, which the run was saved after; None: begins anew there."""
+        """Continues after the item of ``step`` from the run's ``state``; None: begins anew there."""
 
     def describe_last(self) -> BatchFacts: ...
 

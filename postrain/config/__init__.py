@@ -1,6 +1,14 @@
 """The config of a run: its keys (``schema``), checked and made immutable (``check``), from files (``load``)."""
 
-from postrain.config.check import check_model_path, check_paths, format_config, is_hub_name, resolve, to_dict
+from postrain.config.check import (
+    check_config,
+    check_model_path,
+    check_paths,
+    format_config,
+    is_hub_name,
+    resolve,
+    to_dict,
+)
 from postrain.config.load import load_config
 from postrain.config.schema import (
     CheckpointConfig,
@@ -36,6 +44,7 @@ __all__ = [
     "SpikeSection",
     "StreamSection",
     "TrackersConfig",
+    "check_config",
     "check_model_path",
     "check_paths",
     "format_config",

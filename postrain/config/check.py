@@ -31,13 +31,18 @@ def resolve(values: Any) -> Config:
         or contradicts another one.
     """
     config = _read_section(_fill_kinds(plain_dict(values)), Config, "")
+    check_config(config)
+    return config
+
+
+def check_config(config: Config) -> None:
+    """Raises UserError where a Config, perhaps changed by hand, lacks a key or has keys that contradict each other."""
     _check_choice(config.recipe, list_recipes(), "recipe")
     if not config.data.train:
         raise UserError("config key 'data.train' is empty: give at least one source of training rows")
     if not config.model.path:
         raise UserError(f"config key 'model.path' is empty: {HOW_TO_GET_A_MODEL}")
     check_rules(config)
-    return config
 
 
 def _fill_kinds(values: dict) -> dict:

@@ -26,7 +26,12 @@ from postrain.types import Batch, LossSums, WeightedSum
 
 
 def make_dpo_loss(
-    logprobs: Callable, reference_logprobs: Callable, *, beta: float, label_smoothing: float = 0.0
+    logprobs: Callable,
+    reference_logprobs: Callable,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    router_losses: bool = True,
 ) -> Callable:
     """``loss_fn(params, batch, rng) -> LossSums``; the loss ``dpo`` is a mean over pairs.
 
@@ -37,6 +42,7 @@ def make_dpo_loss(
         its adapters: ``lambda params, batch: forward.logprobs(drop_adapters(params), batch)``.
       beta: of the margin; above 0. The larger, the nearer to the reference.
       label_smoothing: e, from 0 to below 1/2.
+      router_losses: whether the losses of routers count, which only training adds.
 
     ``batch.fields`` has ``group_ids`` int32 [B, T] (0 = padding) and ``scores`` float32 [B, T] (kind preference); the
     answer of the higher score is the chosen one. Metrics, means over pairs: ``rewards/chosen`` and
@@ -71,7 +77,8 @@ def make_dpo_loss(
         add = lambda values_BG: jnp.where(pairs.is_pair_BG, values_BG, 0).sum(dtype=jnp.float32)
         mean = lambda values_BG: WeightedSum(add(values_BG), add(1))
         metrics = {name: mean(values_BG) for name, values_BG in jax.lax.stop_gradient(values).items()}
-        return add_router_loss(LossSums({"dpo": mean(losses_BG)}, metrics), terms, batch.loss_mask.sum(1))
+        sums = LossSums({"dpo": mean(losses_BG)}, metrics)
+        return add_router_loss(sums, terms, batch.loss_mask.sum(1)) if router_losses else sums
 
     return loss_fn
 
@@ -110,10 +117,11 @@ def check_pairs(arrays: Mapping[str, np.ndarray]) -> None:
 
     ``arrays``: ``group_ids`` and ``segment_ids``, int32 [B, T].
     """
-    groups = np.asarray(arrays["group_ids"])
-    rows = np.broadcast_to(np.arange(groups.shape[0])[:, None], groups.shape)
-    sequences = np.unique(np.stack([rows, groups, arrays["segment_ids"]])[:, groups > 0], axis=1)
-    _, sizes = np.unique(sequences[:2], axis=1, return_counts=True)
+    groups = np.asarray(arrays["group_ids"], np.int64)
+    size = groups.shape[1] + 1
+    in_rows = groups + size * np.arange(groups.shape[0])[:, None]
+    sequences = np.unique((in_rows * size + np.asarray(arrays["segment_ids"]))[groups > 0])
+    _, sizes = np.unique(sequences // size, return_counts=True)
     if (sizes != 2).any():
         raise UserError(
             f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "

@@ -5,7 +5,7 @@ import importlib
 import os
 from typing import Any
 
-from postrain.config import Config, check_model_path, resolve
+from postrain.config import Config, check_config, check_model_path, resolve
 from postrain.config.load import load_config
 from postrain.plan.plan import PlanReport, make_plan
 
@@ -25,7 +25,9 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     """
     if isinstance(config, str):
         config = load_config(config)
-    elif not isinstance(config, Config):
+    elif isinstance(config, Config):
+        check_config(config)  # it may have been changed by hand
+    else:
         config = resolve(config)
     return importlib.import_module(f"postrain.recipes.{config.recipe}").train(config, workdir)
 

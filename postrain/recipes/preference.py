@@ -10,6 +10,7 @@ The two answers of a pair are segments of one packed row. The loss of an update 
 once by their number. Left out: training every parameter, which needs the reference's logprobs from elsewhere.
 """
 
+import functools
 import os
 
 from jax.sharding import Mesh
@@ -64,10 +65,19 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
     forward, section = Forward(model.config, chunk=config.model.loss_chunk), config.preference
-    loss_fn = make_dpo_loss(
+    make_loss = functools.partial(
+        make_dpo_loss,
         forward.logprobs,
         lambda params, batch: forward.logprobs(drop_adapters(params), batch),
         beta=section.beta,
         label_smoothing=section.label_smoothing,
     )
-    return build_program(config, model, mesh, total_steps, loss_fn=loss_fn, layout=LAYOUT)
+    return build_program(
+        config,
+        model,
+        mesh,
+        total_steps,
+        loss_fn=make_loss(),
+        eval_loss_fn=make_loss(router_losses=False),
+        layout=LAYOUT,
+    )

@@ -132,7 +132,8 @@ def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict
     The documents are not known yet, nor the parts that a recipe's own source adds.
     """
     known = {"documents": saved.get("documents")} if not config.data.streaming else {}
-    return saved | fingerprint_config(tokenizer, config.data) | known
+    now = fingerprint_config(tokenizer, config.data) | known
+    return saved | {key: value for key, value in now.items() if key in saved}
 
 
 def _compare_models(saved: dict | None, now: dict | None) -> list[str]:

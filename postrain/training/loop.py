@@ -5,14 +5,14 @@
             loop.state, metrics = program.train_step(loop.state, batch)
             loop.finish_step(metrics)
 
-A step of the loop is one item of the source; ``state.step`` counts updates, of which a recipe may make several in a
-step. Every process of a run makes these calls in the same order: some of them wait for the others.
+A step of the loop is one item of the source; ``state.step`` counts calls of the train step, of which a recipe may make
+several in a step. Every process of a run makes these calls in the same order: some of them wait for the others.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,6 @@ from postrain.cluster.signals import Interrupted, StopRequest, catch_stop_signal
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.data.batches.streamed import join_positions
 from postrain.models.flops import BatchStats, count_batch
 from postrain.report.metrics import MetricsWriter
 from postrain.report.progress import ProgressLine
@@ -50,7 +49,7 @@ class _UncheckedStep(NamedTuple):
 
     step: int
     updates: list[Metrics]
-    rows: str
+    name_rows: Callable[[], str]
 
 
 @contextlib.contextmanager
@@ -141,7 +140,7 @@ class Loop:
         """Checks the step, then logs, evaluates and saves what is due.
 
         Args:
-          metrics: of the step's update; a list of them where it made several.
+          metrics: of the step's update; a list of them where it made several, which are averaged.
           further: numbers for the step's line besides those of its updates.
 
         Raises UserError where a loss or gradient is not finite, or not usual and ``train.spike`` has that stop the run;
@@ -151,14 +150,18 @@ class Loop:
         updates = [metrics] if isinstance(metrics, Mapping) else list(metrics)
         config = self._config
         self._stats += count_batch(self._facts.arrays, self._model.config)
-        self._unchecked.append(_UncheckedStep(self.step, updates, self._facts.rows))
+        self._unchecked.append(_UncheckedStep(self.step, updates, self._facts.name_rows))
         intervals = config.train.log_every, config.eval.every, config.checkpoint.every
         self._stop.agree()
         stopping = self._stop.number is not None
         # A bad step changes no parameter, so it may be found a step late: the device is waited for only where something
         # is written.
         self._check_steps(leave=0 if stopping or any(map(self._is_due, intervals)) else 1)
-        line, pending = {}, None
+        with self._watchdog.phase("run"):
+            self._finish_checked_step(updates, further, stopping)
+
+    def _finish_checked_step(self, updates: list[Metrics], further: dict[str, float], stopping: bool) -> None:
+        config, line, pending = self._config, {}, None
         if self._is_due(config.train.log_every):
             line = self._make_line(updates) | further
         if self._evaluators and self._is_due(config.eval.every):
@@ -166,7 +169,7 @@ class Loop:
             if scores is None:
                 pending, stopping = line, True
             else:
-                self._progress.print(format_metrics(self.step, scores))
+                self._print_scores(scores)
                 line |= scores
         if line and pending is None:
             self._writer.write(self.step, line)
@@ -186,6 +189,8 @@ class Loop:
         def check(where, record: RunRecord) -> None:
             check_record(where, record, self._config, source.fingerprint, model.fingerprint)
 
+        if gather(self._checkpointer.steps())[0]:
+            model.params = None  # makes room for those of the checkpoint
         with self._watchdog.phase("checkpoint"):
             restored = self._checkpointer.restore(program.abstract_state, check)
         if restored is None:
@@ -197,7 +202,6 @@ class Loop:
                 save_config(session.workdir, self._config)
             return
         record, state = restored
-        model.params = None
         self.state = state.replace(frozen=model.frozen)
         self.step = self._saved_step = record.step
         self._pending = record.pending_metrics
@@ -230,7 +234,7 @@ class Loop:
             line |= scores
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
-            self._say(format_metrics(self.step, scores))
+            self._print_scores(scores)
         if line:
             self._writer.write(self.step, line)
 
@@ -261,9 +265,9 @@ class Loop:
     def _check_steps(self, leave: int) -> None:
         """Raises UserError where the run must stop because of a step, of all but the last ``leave``."""
         while len(self._unchecked) > leave:
-            step, updates, rows = self._unchecked.pop(0)
+            step, updates, name_own = self._unchecked.pop(0)
             # Found by all processes alike, each of which has rows of its own.
-            name_rows = lambda rows=rows: ", ".join(dict.fromkeys(gather(rows)))
+            name_rows = lambda name_own=name_own: ", ".join(dict.fromkeys(gather(name_own())))
             for metrics in updates:
                 self._guard.check(step, metrics, name_rows)
 
@@ -277,16 +281,25 @@ class Loop:
     def _make_line(self, updates: Sequence[Metrics]) -> dict[str, float]:
         seconds = time.perf_counter() - self._clock
         _, row_groups = data_process(self._session.mesh)
-        names = [name for name in updates[-1] if name.startswith("train/")]
-        line = {name: sum(float(to_host(metrics[name])) for metrics in updates) / len(updates) for name in names}
-        line |= self._guard.count(updates[-1])
-        if len(updates) > 1:
+        values: dict[str, list[float]] = {}
+        for metrics in updates:
+            for name in metrics:
+                if name.startswith("train/"):
+                    values.setdefault(name, []).append(float(to_host(metrics[name])))
+        line = {name: sum(own) / len(own) for name, own in values.items()}
+        if updates:
+            line |= self._guard.count(updates[-1])
+        if len(updates) != 1:
             line["train/updates"] = float(to_host(self.state.step))
         devices = self._session.mesh.local_devices
         line |= compute_perf(self._model.config, self._stats, seconds, devices, row_groups)
         line["perf/input_wait_fraction"] = self._waited / seconds
         self._progress.update(self.step, line)
         return line
+
+    def _print_scores(self, scores: dict[str, float]) -> None:
+        if scores:
+            self._say(format_metrics(self.step, scores))
 
     def _evaluate(self) -> dict[str, float] | None:
         """The scores of the state, None when a signal to stop the run came before they were there."""
@@ -311,7 +324,7 @@ class Loop:
         self._saved_step = self.step
         record = RunRecord(
             step=self.step,
-            data_position=join_positions(gather(position)),
+            data_position=self._source.join_states(gather(position)),
             config=to_dict(self._config),
             data_fingerprint=self._source.fingerprint,
             model_fingerprint=self._model.fingerprint,
@@ -332,7 +345,7 @@ class Loop:
         raise SystemExit(128 + (self._stop.number or 0))
 
     def _print_consumption(self) -> None:
-        for line in self._source.format_consumption(join_positions(gather(self._source.get_state()))):
+        for line in self._source.format_consumption(self._source.join_states(gather(self._source.get_state()))):
             self._say(f"consumed    {line}")
 
     def _say(self, text: str) -> None:

@@ -1,17 +1,18 @@
 """Rows of a config: those that a loop trains on, as a source of batches, and those that are held out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.cluster.processes import gather
-from postrain.data.batches.in_memory import ExampleSet, load_examples, make_eval_batches
+from postrain.data.batches.collate import assemble_row
+from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import TrainRows
 from postrain.data.batches.open import open_train_rows as open_batches
 from postrain.data.batches.streamed import join_positions
-from postrain.data.documents import check_token_ids
+from postrain.data.documents import Document, check_token_ids, layout_of
+from postrain.errors import UserError
 from postrain.sharding import data_process, make_global_batch
 from postrain.training.agreement import check_rows
 from postrain.training.compatibility import check_total_steps
@@ -42,11 +43,15 @@ class Rows:
     def __next__(self) -> Batch:
         self._last = next(self._batches)
         if self._check is not None:
-            self._check(self._last)
+            try:
+                self._check(self._last)
+            except UserError as error:
+                raise UserError(f"{error}; the batch is of rows {self.describe_last().name_rows()}") from None
         return place_batch(self._last, self._mesh)
 
     def describe_last(self) -> BatchFacts:
-        return BatchFacts(self._batches.describe_rows(self._last["row_ids"]), self._last)
+        last = self._last
+        return BatchFacts(lambda: self._batches.describe_rows(last["row_ids"]), last)
 
     def get_state(self) -> dict[str, Any]:
         return self._batches.get_state()
@@ -57,9 +62,8 @@ class Rows:
         else:
             self._batches.set_state(state)
 
-    def gather_state(self) -> dict[str, Any]:
-        """The position of the run, out of those of its processes; all must call it."""
-        return join_positions(gather(self.get_state()))
+    def join_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return join_positions(states)
 
     def format_consumption(self, state: dict[str, Any]) -> list[str]:
         return self._batches.format_consumption(state)
@@ -75,8 +79,8 @@ class Rows:
 def open_train_rows(session: Session, kind: str, check: Check | None = None) -> Rows:
     """``data.train``, all of it of one kind. Rows in memory are read, rendered, checked and counted here.
 
-    ``check``: what the recipe refuses besides; called with every batch. Raises UserError: a bad row, a token that the
-    model has no row for, processes that found other rows.
+    ``check``: what the recipe refuses besides; called with the arrays of each document in memory, and of each batch.
+    Raises UserError: a bad row, a token that the model has no row for, processes that found other rows.
     """
     config, rejected = session.config, session.workdir / "rejected.jsonl"
     process, processes = data_process(session.mesh)
@@ -86,6 +90,7 @@ def open_train_rows(session: Session, kind: str, check: Check | None = None) -> 
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
+    _check_documents(rows.documents, check)
     return Rows(rows, session.mesh, check)
 
 
@@ -99,10 +104,17 @@ def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> E
         rows = load_examples(config.data.eval, session.tokenizer, config.data, rejected, kind=kind)
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
-    if check is not None:
-        for batch in make_eval_batches(rows, config.data):
-            check(batch)
+    _check_documents(rows.examples, check)
     return rows
+
+
+def _check_documents(documents: Sequence[Document], check: Check | None) -> None:
+    for document in documents if check else ():
+        arrays = assemble_row([document], document.slots, layout_of(document))
+        try:
+            check({name: array[None] for name, array in arrays.items()})
+        except UserError as error:
+            raise UserError(f"{document.ref}: {error}") from None
 
 
 def count_steps(session: Session, rows: Rows) -> int:

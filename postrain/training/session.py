@@ -89,7 +89,7 @@ class Session:
     def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
         """Writes report.html with these charts and says where it is; returns the last value of every metric."""
         metrics = last_values(self.workdir)
-        consumed = rows.format_consumption(rows.gather_state())
+        consumed = rows.format_consumption(rows.join_states(processes.gather(rows.get_state())))
         if self.is_lead:
             write_report(
                 self.workdir,

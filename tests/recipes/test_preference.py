@@ -162,5 +162,5 @@ def test_lists_of_three_answers_are_refused(inputs, tmp_path):
     row = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 2, 3]}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     values = values_of(inputs, tmp_path, data={"eval": []})
-    with pytest.raises(UserError, match="3 answers; expected 2"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: a row of preferences has 3 answers; expected 2"):
         postrain.train(values, tmp_path / "run")

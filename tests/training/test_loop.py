@@ -46,12 +46,16 @@ class Pairs:
         return batches
 
     def describe_last(self):
-        names = ", ".join(facts.rows for facts in self._facts)
-        joined = {name: [facts.arrays[name] for facts in self._facts] for name in ("segment_ids", "loss_mask")}
-        return BatchFacts(names, {name: np.concatenate(arrays) for name, arrays in joined.items()})
+        facts = self._facts
+        name_rows = lambda: ", ".join(one.name_rows() for one in facts)
+        joined = {name: [one.arrays[name] for one in facts] for name in ("segment_ids", "loss_mask")}
+        return BatchFacts(name_rows, {name: np.concatenate(arrays) for name, arrays in joined.items()})
 
     def get_state(self):
         return {"rows": self._rows.get_state(), "items": self._items}
+
+    def join_states(self, states):
+        return states[0] | {"rows": self._rows.join_states([state["rows"] for state in states])}
 
     def set_state(self, state, step):
         self._items = state["items"] if state else step

@@ -125,9 +125,11 @@ def hash_documents(examples: Iterable[Document]) -> str:
 def digest_change(old: dict, new: dict) -> str:
     """Stands for the change from one fingerprint to another, for ``data.accept_change``.
 
-    The documents count where nothing else tells the change: they are known only when all rows have been rendered.
+    The documents, and what a recipe's own source adds, count where nothing else tells the change: they are known only
+    when all rows have been rendered.
     """
-    pair = [{key: value for key, value in print_.items() if key != "documents"} for print_ in (old, new)]
+    known = ("data", "sources", "tokenizer", "chat_template", "versions")
+    pair = [{key: value for key, value in print_.items() if key in known} for print_ in (old, new)]
     if pair[0] == pair[1]:
         pair = [old, new]
     return hashlib.sha256(json.dumps(pair, sort_keys=True).encode()).hexdigest()[:12]

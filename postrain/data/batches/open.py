@@ -65,6 +65,7 @@ class TrainRows:
       lengths: slots of each document where all were rendered before training, else empty.
       sample: a document to show.
       layout: the arrays that batches have besides those that all have.
+      documents: all of them where they were rendered before training, else empty.
     """
 
     batches: Batches
@@ -73,6 +74,7 @@ class TrainRows:
     lengths: np.ndarray
     sample: Document
     layout: Layout
+    documents: Sequence[Document] = ()
 
 
 def open_train_rows(
@@ -98,7 +100,9 @@ def open_train_rows(
     make = mix_examples if has_mixture(config) else make_train_iterator
     batches = make(example_set, config, **process)
     summary, sample, layout = str(example_set.report), example_set.examples[0], example_set.layout
-    return TrainRows(batches, example_set.fingerprint, summary, example_set.lengths, sample, layout)
+    return TrainRows(
+        batches, example_set.fingerprint, summary, example_set.lengths, sample, layout, example_set.examples
+    )
 
 
 def read_documents(
