@@ -11,7 +11,8 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig
 from postrain.models.config import LoraConfig
-from postrain.models.params import axes_of, drop_adapters, init_lora, init_params, logical_axes, lora_specs, shapes_of
+from postrain.models.lora import drop_adapters, init_lora, lora_specs
+from postrain.models.params import axes_of, init_params, logical_axes, shapes_of
 from postrain.objectives.preference import make_dpo_loss
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import make_global_batch, make_mesh, named_shardings

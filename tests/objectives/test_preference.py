@@ -24,7 +24,8 @@ from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import save_adapter
 from postrain.models.config import LoraConfig
-from postrain.models.params import drop_adapters, init_lora, merge_params
+from postrain.models.lora import drop_adapters, init_lora
+from postrain.models.params import merge_params
 from postrain.objectives.preference import check_pairs, make_dpo_loss
 from postrain.training.forward import Forward
 from postrain.training.step import init_train_state, make_train_step
