@@ -277,7 +277,7 @@ def with_local_model(config):
     """The config with ``model.path`` as a folder on this machine, unless its tokenizer is in another folder."""
     if config.model.tokenizer:
         return config
-    from postrain.hf.hub import locate_model
+    from postrain.hf.find_model import locate_model
 
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path, weights=False)))

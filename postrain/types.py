@@ -109,18 +109,3 @@ class Source(Protocol[Item]):
         """A line for each part of the data that says how much of it was consumed up to the run's ``state``."""
 
     def close(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a checkpoint holds beside the train state; all of it JSON."""
-
-    step: int  # of the loop, which may have made more updates or fewer
-    data_position: dict[str, Any]
-    config: dict[str, Any]  # resolved
-    data_fingerprint: dict[str, Any]
-    model_fingerprint: dict[str, Any] | None
-    held_out_fingerprint: dict[str, Any] | None = None  # None: no held-out rows
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of this step
-    pending_metrics: dict[str, float] | None = None  # a line not yet written, since its evaluation was interrupted
-    reports: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the files that a run appends to

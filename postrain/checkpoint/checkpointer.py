@@ -31,11 +31,12 @@ from postrain.checkpoint.integrity import (
     verify_checksums,
     write_checksums,
 )
+from postrain.checkpoint.record import RunRecord, parse_record
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
 from postrain.errors import UserError, shorten
 from postrain.files import write_whole
-from postrain.types import RunRecord, TrainState
+from postrain.types import TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
 DELETED_SUFFIX = ".deleting"
@@ -375,14 +376,3 @@ def _check_shapes(where: pathlib.Path, saved: dict[str, str], now: dict[str, str
             f"{where}: the train state differs from the checkpoint's ({changes}): resume with the same model and "
             "optimizer"
         )
-
-
-def parse_record(folder: pathlib.Path, values: Any) -> RunRecord:
-    """The record that a checkpoint's run/data.json holds. Raises UserError where another version wrote it."""
-    names = {field.name for field in dataclasses.fields(RunRecord)}
-    if not isinstance(values, dict) or values.keys() != names:
-        raise UserError(
-            f"{folder}: another version of postrain wrote this checkpoint: resume with that version, or use another "
-            "workdir"
-        )
-    return RunRecord(**values)

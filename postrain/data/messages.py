@@ -39,7 +39,7 @@ FOREIGN_KEYS = {
 MESSAGE_KEYS = frozenset(
     "role content name tool_calls tool_call_id reasoning_content reasoning thinking train weight".split()
 )
-# They mark places in rendered text (turns.py): Unicode reserves them for internal use, and no text holds them.
+# They mark places in rendered text (trained_spans.py): Unicode reserves them for internal use, and no text holds them.
 NONCHARACTERS = frozenset("\ufdd0\ufdd1\ufdd2")
 IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split())
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from postrain.config import Config
 from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
-from postrain.data.batches.row_counts import count
+from postrain.data.batches.row_filter import count
 from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer

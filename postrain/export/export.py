@@ -25,8 +25,8 @@ from postrain.export.check import (
     round_params,
 )
 from postrain.files import check_local
+from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, staged_folder
-from postrain.hf.hub import locate_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_config, read_family
 from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
-from postrain.hf.hub import locate_model
+from postrain.hf.find_model import locate_model
 from postrain.hf.tensors import TensorFiles
 from postrain.hf.text_part import open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors

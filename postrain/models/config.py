@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
+
 VOCAB_MULTIPLE = 64
 
 
@@ -47,10 +49,6 @@ class LoraConfig:
 
     def rank_of(self, target: str) -> int:
         return dict(self.ranks).get(target, self.rank)
-
-    def scale_of(self, lora_a) -> float:
-        """What the product of a matrix A [..., in, rank] with its B counts."""
-        return self.alpha / lora_a.shape[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,3 +132,12 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows that the embedding really has here: cut back at export, never predicted."""
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+    """Of norms, rotations, softmaxes, routers, logits and sums of products: float32, or float64 where ``dtype`` is.
+
+    Never a cast to float32 itself: a float64 run is the yardstick of the others (postrain.hf.verify), and must be
+    float64 throughout.
+    """
+    return jnp.promote_types(dtype, jnp.float32)

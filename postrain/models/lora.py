@@ -68,6 +68,11 @@ def _init_magnitudes(adapters: dict, params: dict) -> dict:
     return {key: _init_magnitudes(value, params[key]) for key, value in adapters.items()}
 
 
+def adapter_scale(alpha: float, lora_a: jax.Array) -> float:
+    """alpha / rank, the factor of an adapter's product; ``lora_a``: [..., D, rank]."""
+    return alpha / lora_a.shape[-1]
+
+
 def column_norms(p: dict, scale: float = 1.0, dtype=jnp.float32) -> jax.Array:
     """Norm of each output channel of kernel + ``scale`` A B over its inputs, [..., O] in ``dtype``.
 
@@ -103,7 +108,7 @@ def merge_lora(params: dict, config: ModelConfig, dtype: str | None = None) -> d
     if "lora_a" not in params:
         return {key: merge_lora(value, config, dtype) for key, value in params.items()}
     assert config.lora is not None
-    kernel, scale = params["kernel"], config.lora.scale_of(params["lora_a"])
+    kernel, scale = params["kernel"], adapter_scale(config.lora.alpha, params["lora_a"])
     dtype = dtype or (config.compute_dtype if is_quantized(kernel) else kernel.dtype)
     merged = as_array(kernel, jnp.float32) + scale * _product(params)
     if "magnitude" in params:

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from postrain.models.config import MoeConfig
+from postrain.models.config import MoeConfig, accumulation_dtype
 from postrain.models.grouped_dot import grouped_dot, select_backend
-from postrain.models.precision import accumulation_dtype
+from postrain.models.lora import adapter_scale
 from postrain.models.quantized import is_quantized, shape_of
 from postrain.sharding import BATCH_AXES, named_shardings
 from postrain.types import RowTerms
@@ -337,7 +337,7 @@ def _cast_expert(p: dict, dtype, lora_alpha: float) -> dict:
     scaled = dict(p)
     if "lora_b" in p:
         b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, dtype))
-        scaled["lora_b"] = b * (lora_alpha / p["lora_a"].shape[-1])
+        scaled["lora_b"] = b * adapter_scale(lora_alpha, p["lora_a"])
     dtypes = {name: accumulation_dtype(dtype) if name == "bias" else dtype for name in scaled}
     return {name: w if is_quantized(w) else w.astype(dtypes[name]) for name, w in scaled.items()}
 

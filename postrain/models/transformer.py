@@ -13,11 +13,10 @@ import numpy as np
 from postrain.models.attention.blocks import soft_cap
 from postrain.models.attention.dispatch import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, accumulation_dtype
 from postrain.models.fp8 import fp8_dot
-from postrain.models.lora import column_norms, merge_lora
+from postrain.models.lora import adapter_scale, column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
 from postrain.sharding import constrain, splits_positions
@@ -44,7 +43,7 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     rows = x if splits_positions() else x.reshape(-1, x.shape[-1])
     y = fp8_dot(rows, p["kernel"].astype(x.dtype)) if config.fp8 else dot(rows, p["kernel"])
     if "lora_a" in p:
-        scale = config.lora.scale_of(p["lora_a"])
+        scale = adapter_scale(config.lora.alpha, p["lora_a"])
         wide = jnp.promote_types(p["lora_b"].dtype, x.dtype)
         y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
         if "magnitude" in p:

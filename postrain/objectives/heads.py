@@ -24,7 +24,7 @@ def make_head_loss(compute_outputs: Callable, losses: dict[str, Callable]) -> Ca
 
     Args:
       compute_outputs: ``(params, batch) -> (outputs, present, RowTerms | None)``, the first two by head: [..., K] and
-        bool [...] (``postrain.training.forward.Forward.heads``, or a function around
+        bool [...] (``postrain.training.model.Forward.heads``, or a function around
         ``postrain.models.heads.apply_heads``).
       losses: head -> ``cross_entropy`` or ``squared_error``, of its outputs and ``batch.fields[head]`` [...].
 

@@ -32,7 +32,7 @@ def make_dpo_loss(
 
     Args:
       logprobs: ``(params, batch) -> (TokenLogprobs [B, T], RowTerms | None)``, the model that is trained
-        (``postrain.training.forward.Forward.logprobs``).
+        (``postrain.training.model.Forward.logprobs``).
       reference_logprobs: likewise, the model to stay near; it gets ``params`` as constants. With LoRA the model without
         its adapters: ``lambda params, batch: forward.logprobs(drop_adapters(params), batch)``.
       beta: of the margin; above 0. The larger, the nearer to the reference.

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from postrain.config import Config
 from postrain.errors import UserError
-from postrain.hf.hub import locate_model
+from postrain.hf.find_model import locate_model
 from postrain.models.config import LoraConfig
 from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives

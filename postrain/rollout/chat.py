@@ -17,7 +17,7 @@ from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
-from postrain.hf.hub import find_model
+from postrain.hf.find_model import find_model
 from postrain.hf.peft.adapter import load_model
 from postrain.models.config import ModelConfig
 from postrain.rollout import sampler

@@ -10,9 +10,9 @@ import json
 import os
 import pathlib
 
-from postrain.checkpoint.checkpointer import parse_record
 from postrain.checkpoint.integrity import verify_checksums
 from postrain.checkpoint.model_fingerprint import fingerprint_model
+from postrain.checkpoint.record import RunRecord, parse_record
 from postrain.config import Config, OptimizerConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -20,7 +20,6 @@ from postrain.errors import UserError, shorten
 from postrain.training.model import make_lora_config
 from postrain.training.optimizer import state_structure
 from postrain.trees import flatten
-from postrain.types import RunRecord
 
 _SHOWN = 8  # changes in one message
 # Keys whose change a resume does not mention: they decide how the work is done or what is shown of it, not its result.

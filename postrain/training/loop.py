@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 
 from postrain.checkpoint.checkpointer import Checkpointer
+from postrain.checkpoint.record import RunRecord
 from postrain.cluster.processes import gather, stop_all_on_error
 from postrain.cluster.signals import Interrupted, StopRequest, catch_stop_signals
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.batches.streamed import join_positions
-from postrain.models.flops import BatchStats, compute_perf, count_batch
+from postrain.models.flops import BatchStats, count_batch
 from postrain.report.metrics import MetricsWriter
 from postrain.report.progress import ProgressLine
 from postrain.report.workdir import find_changed_reports, report_facts, save_config
@@ -37,7 +38,8 @@ from postrain.training.session import Session
 from postrain.training.spikes import SpikeGuard
 from postrain.training.step import init_train_state
 from postrain.training.summary import format_metrics
-from postrain.types import RunRecord, Source, TrainState
+from postrain.training.throughput import compute_perf
+from postrain.types import Source, TrainState
 
 _SECONDS_TO_CLOSE = 1.0  # for the thread that prepares batches
 Metrics = Mapping[str, Any]  # name -> scalar, on the device or the host

@@ -17,8 +17,8 @@ from postrain.config import Config, check_paths
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
+from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
-from postrain.hf.hub import locate_model
 from postrain.hf.peft.adapter import check_base
 from postrain.models.attention.check import check_backend
 from postrain.report.charts import CHARTS, Chart

@@ -20,7 +20,7 @@ batches consumed, goes on. The loop hands ``metrics`` to a ``SpikeGuard``, which
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def make_train_step(
             scales = compute_scales(sums.losses, loss_coefs)
             # The gradient of one loss is not divided yet, that of several is.
             scale = next(iter(scales.values())) if len(scales) == 1 else 1.0
-            loss = cast(jax.Array, sum(term.total * scales[name] for name, term in sums.losses.items()))
+            loss = functools.reduce(jnp.add, (term.total * scales[name] for name, term in sums.losses.items()))
             norm = optax.global_norm(grads) * scale
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -241,8 +241,10 @@ def _average(ema, params, decay: float):
 def _share_moved(old, new, dtype: str) -> jax.Array:
     """Share of the scalars that differ between two trees after rounding to ``dtype``."""
     pairs = list(zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True))
-    moved = sum(jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
-    return cast(jax.Array, moved) / float(sum(a.size for a, _ in pairs))
+    moved = functools.reduce(
+        jnp.add, (jnp.mean(a.astype(dtype) != b.astype(dtype), dtype=jnp.float32) * float(a.size) for a, b in pairs)
+    )
+    return moved / float(sum(a.size for a, _ in pairs))
 
 
 def make_eval_step(loss_fn: LossFn, mesh: Mesh | None = None):

@@ -20,7 +20,7 @@ from postrain.models.config import ModelConfig, RopeConfig
 from postrain.models.params import abstract_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, make_train_step
 from postrain.types import Batch

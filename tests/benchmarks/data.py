@@ -110,7 +110,7 @@ def prepare_all(side: str, folder: str) -> dict:
 
 def _prepare_here(folder: str, clock) -> dict:
     from postrain.data.rendering.tokenizer import load_tokenizer
-    from postrain.hf.hub import fetch_smollm2
+    from postrain.hf.find_model import fetch_smollm2
 
     template = str(pathlib.Path(folder, "template.jinja"))
     figures = {}
@@ -165,7 +165,7 @@ def _prepare_trl(folder: str, processes: int, clock) -> dict:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    from postrain.hf.hub import fetch_smollm2
+    from postrain.hf.find_model import fetch_smollm2
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -295,7 +295,7 @@ def stream_rows(folder: str, rows: int) -> dict:
     from postrain.config import DataConfig, SourceConfig
     from postrain.data.batches.open import open_train_rows
     from postrain.data.rendering.tokenizer import load_tokenizer
-    from postrain.hf.hub import fetch_smollm2
+    from postrain.hf.find_model import fetch_smollm2
 
     source = SourceConfig(path=str(pathlib.Path(folder, "rows-*.jsonl")))
     config = DataConfig(train=(source,), sequence_length=1024, batch_size=32, streaming=True)

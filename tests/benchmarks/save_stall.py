@@ -17,7 +17,7 @@ import time
 import runner
 import workloads
 
-from postrain.hf.hub import fetch_smollm2
+from postrain.hf.find_model import fetch_smollm2
 
 STEPS, ROWS, LENGTH = 4, 1, 128
 SIDES = {"full": 0, "lora": 16}  # rank of the adapters

@@ -28,7 +28,7 @@ def make_step(folder: str, steps: int, micro_batches: int):
     from postrain.config import OptimizerConfig
     from postrain.hf.load import load_pretrained
     from postrain.objectives.sft import make_sft_loss
-    from postrain.training.forward import Forward
+    from postrain.training.model import Forward
     from postrain.training.optimizer import make_optimizer
     from postrain.training.step import init_train_state, make_train_step
 
@@ -43,7 +43,7 @@ def make_batches(documents, length: int, rows: int, packing: str = "best_fit"):
     """The endless batches of pairs of tokens and masks, and the documents."""
     from postrain.config import DataConfig
     from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
-    from postrain.data.batches.row_counts import DataReport
+    from postrain.data.batches.row_filter import DataReport
     from postrain.data.messages import RowRef
     from postrain.data.rendering.render import Rendered
 

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from postrain.checkpoint.checkpointer import Checkpointer
+from postrain.checkpoint.record import RunRecord
 from postrain.config import CheckpointConfig, MeshConfig
 from postrain.errors import UserError
 from postrain.sharding import make_global_batch, make_mesh, named_shardings
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
-from postrain.types import RunRecord
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from toy_network import LOGICAL_AXES, compute_loss, make_batch, make_params  # noqa: E402

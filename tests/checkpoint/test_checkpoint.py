@@ -16,11 +16,11 @@ from toy_network import compute_loss, make_batch, make_params
 
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.integrity import MANIFEST, write_checksums
+from postrain.checkpoint.record import RunRecord
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step
-from postrain.types import RunRecord
 
 HERE = pathlib.Path(__file__).parent
 OPTIMIZER, _ = make_optimizer(OptimizerConfig(learning_rate=1e-2, ema_decay=0.9), 10)

@@ -10,7 +10,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from postrain.config import DataConfig
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.data.batches.row_counts import DataReport
+from postrain.data.batches.row_filter import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 

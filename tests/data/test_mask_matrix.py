@@ -189,7 +189,7 @@ def test_a_template_without_tools_is_said_to_have_none(name, template):
         if expected in (NO_TOOLS, NO_CALL):
             with pytest.raises(BadRow) as error:
                 render_row(ROWS[row], tokenizer)
-            said = "of template.jinja does not render tools: name one that does as data.chat_template=FILE, or take"
+            said = "of template.jinja does not render tools: name one that does as data.chat_template=FILE, or remove"
             assert (said in str(error.value)) != tokenizer.template.renders_tools, row
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.integrity import MANIFEST, Damaged, verify_checksums
+from postrain.checkpoint.record import RunRecord
 from postrain.config import CheckpointConfig, OptimizerConfig
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state
-from postrain.types import RunRecord
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from toy_network import make_params  # noqa: E402

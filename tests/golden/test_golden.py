@@ -13,14 +13,14 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import DataConfig, OptimizerConfig
 from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
-from postrain.data.batches.row_counts import DataReport
+from postrain.data.batches.row_filter import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.models.config import LoraConfig
 from postrain.models.lora import lora_specs
 from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch

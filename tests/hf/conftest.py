@@ -2,7 +2,7 @@
 
 import pytest
 
-from postrain.hf import hub as fetch
+from postrain.hf import find_model as fetch
 from postrain.hf.gguf.convert import import_gguf
 
 

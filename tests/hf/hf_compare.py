@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from postrain.hf.hub import find_model
+from postrain.hf.find_model import find_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.verify.compare import MOST_TIMES, TOLERANCE
 from postrain.hf.verify.reference import Reference

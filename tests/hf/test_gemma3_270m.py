@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from postrain.hf import hub as fetch
+from postrain.hf import find_model as fetch
 from postrain.hf.gguf.convert import import_gguf
 from postrain.hf.load import load_pretrained
 from postrain.hf.verify.compare import verify

@@ -15,7 +15,7 @@ from postrain.hf.load import load_pretrained
 from postrain.hf.save import fetch_tensor
 from postrain.hf.tree import list_tensors
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.trees import flatten
 from postrain.types import Batch
 

@@ -17,7 +17,7 @@ import postrain
 from postrain.cli import main
 from postrain.config import resolve
 from postrain.errors import UserError
-from postrain.hf.hub import ModelFolder, find_model, locate_model
+from postrain.hf.find_model import ModelFolder, find_model, locate_model
 from postrain.hf.save import save_pretrained
 from postrain.training.agreement import file_facts
 
@@ -246,7 +246,7 @@ def test_commands_take_names(hub, tmp_path, capsys):
     assert revisions == {f"GET /api/models/{NAME}/revision/main"}
 
 
-FETCH = "from postrain.hf.hub import locate_model; print(locate_model('someone/tiny-model'))"
+FETCH = "from postrain.hf.find_model import locate_model; print(locate_model('someone/tiny-model'))"
 
 
 def test_processes_that_begin_at_once_fetch_each_file_once(hub, tmp_path, model):

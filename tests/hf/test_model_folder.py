@@ -12,7 +12,7 @@ from tiny_models import make_tiny_model
 from postrain.config import Config
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.hf.hub import ModelFolder, find_model, locate_model
+from postrain.hf.find_model import ModelFolder, find_model, locate_model
 from postrain.hf.load import load_pretrained
 from postrain.hf.peft.adapter import load_model, save_adapter
 from postrain.models.config import LoraConfig

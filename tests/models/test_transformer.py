@@ -15,7 +15,7 @@ from postrain.models.config import LoraConfig, MoeConfig, RopeConfig
 from postrain.models.lora import init_lora, merge_lora
 from postrain.models.params import init_params, merge_params, num_params, param_specs, shapes_of
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(

@@ -25,7 +25,7 @@ from postrain.models.params import (
 )
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import batch_sharding, make_mesh, named_shardings
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.types import Batch
 
 CONFIG = dataclasses.replace(ODD_CONFIG, qkv_bias=True, tie_embeddings=False, init_std=0.2, lora=LoraConfig(rank=4))

@@ -1,6 +1,6 @@
 """Direct preference optimisation from config to export: what it learns, logs, resumes and refuses.
 
-Its loss and gradients are held to trl's in tests/objectives/test_preference.py.
+Its loss and gradients are held to trl's in tests/objectives/test_dpo.py.
 """
 
 import json

@@ -15,6 +15,7 @@ from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf
 
 import postrain
 from postrain.checkpoint.checkpointer import Checkpointer
+from postrain.checkpoint.record import RunRecord
 from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
 from postrain.export.export import export_workdir
@@ -24,7 +25,6 @@ from postrain.training.compatibility import format_config_changes
 from postrain.training.model import load_model
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state
-from postrain.types import RunRecord
 
 STEPS = 40
 

@@ -15,7 +15,7 @@ from postrain.models.lora import init_lora, lora_specs
 from postrain.models.params import abstract_params, axes_of, init_params, logical_axes, shapes_of
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import constrain, make_global_batch, make_mesh, named_shardings
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
 from postrain.types import Batch

@@ -11,7 +11,7 @@ from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.step import init_train_state, make_train_step, sum_gradients
 from postrain.types import Batch
 

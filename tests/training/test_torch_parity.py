@@ -14,7 +14,7 @@ from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch

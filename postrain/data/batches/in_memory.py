@@ -24,7 +24,7 @@ from postrain.data.batches.collate import assemble_batch
 from postrain.data.batches.epoch_order import EpochOrder, permutation
 from postrain.data.batches.fingerprint import fingerprint_rows
 from postrain.data.batches.packing import pack
-from postrain.data.batches.row_counts import DataReport, RowCounts, RowFilter, count
+from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
 from postrain.data.batches.shard_reader import Epochs, parse_row, render_examples
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches

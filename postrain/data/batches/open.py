@@ -29,7 +29,7 @@ from postrain.config.rules import has_mixture
 from postrain.data.batches.fingerprint import fingerprint_stream
 from postrain.data.batches.in_memory import ExampleSet, load_examples, make_train_iterator, mix_examples
 from postrain.data.batches.packing import pack
-from postrain.data.batches.row_counts import DataReport, RejectedLog, RowCounts, RowFilter, count
+from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
 from postrain.data.batches.shard_reader import Epochs, RenderedRows, parse_row, render_examples
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches

@@ -24,7 +24,7 @@ from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.mixture import Phase, choose, phase_at
 from postrain.data.batches.packing import pack_window
 from postrain.data.batches.resumable import ResumableDataset
-from postrain.data.batches.row_counts import RowCounts
+from postrain.data.batches.row_filter import RowCounts
 from postrain.data.documents import Document
 from postrain.errors import UserError
 

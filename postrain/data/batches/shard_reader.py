@@ -8,7 +8,7 @@ import grain
 
 from postrain.config import DataConfig
 from postrain.data.batches.resumable import ResumableDataset
-from postrain.data.batches.row_counts import RowFilter
+from postrain.data.batches.row_filter import RowFilter
 from postrain.data.documents import Document
 from postrain.data.kinds.registry import RowParser, render_rows
 from postrain.data.messages import BadRow

@@ -27,7 +27,7 @@ from postrain.config.functions import identify_dataset
 from postrain.config.schema import StreamSection
 from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.resumable import ResumableDataset
-from postrain.data.batches.row_counts import count
+from postrain.data.batches.row_filter import count
 from postrain.data.files.formats import Block, list_blocks, read_block
 from postrain.data.files.storage import StorageOptions, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser

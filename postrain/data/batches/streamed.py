@@ -21,7 +21,7 @@ from postrain.config import DataConfig
 from postrain.data.batches.collate import assemble_batch
 from postrain.data.batches.mixture import make_phases
 from postrain.data.batches.resumable import ResumableDataset
-from postrain.data.batches.row_counts import RowCounts, add_up
+from postrain.data.batches.row_filter import RowCounts, add_up
 from postrain.data.batches.shard import Shard
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.errors import UserError, shorten

@@ -1,8 +1,8 @@
 """Rendering: examples -> tokens and loss mask, by the tokenizer's own chat template.
 
 ``render`` (training), ``render_prompt`` (sampling and serving) and the evaluation of held-out rows all go through
-the same two steps: turns.py decides which text is prompt and which is trained, masking.py turns that into ids. What
-is trained, and what is refused, is described in turns.py.
+the same two steps: trained_spans.py decides which text is prompt and which is trained, and describes what is refused;
+encoding.py turns that text into ids.
 
 Plain text gets the tokenizer's BOS, where it adds one, and its EOS at the end. A prompt/completion row of two
 strings is plain text of which the completion and the EOS are trained. Special tokens spelt in rows are encoded as
@@ -24,9 +24,9 @@ from postrain.data.messages import (
     parse_messages,
     parse_tools,
 )
-from postrain.data.rendering.masking import encode_sequences
+from postrain.data.rendering.encoding import encode_sequences
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.data.rendering.turns import Refusal, Renderer, Sequence, mark, plan_sequences
+from postrain.data.rendering.trained_spans import Refusal, Renderer, Sequence, mark, plan_sequences
 from postrain.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"  # as data.template_date

@@ -22,7 +22,7 @@ from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, config_file, parse_dtype, read_family
 from postrain.hf.families import TENSORS, TensorName
-from postrain.hf.hub import ModelFolder
+from postrain.hf.find_model import ModelFolder
 from postrain.hf.load import load_pretrained, place
 from postrain.hf.peft.experts import (
     MODULE,

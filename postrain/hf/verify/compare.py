@@ -26,7 +26,7 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.config import read_config
-from postrain.hf.hub import ModelFolder, find_model
+from postrain.hf.find_model import ModelFolder, find_model
 from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.reference import Reference, require_torch, write_random_model
 from postrain.models.config import ModelConfig

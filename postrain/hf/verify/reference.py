@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.hub import ModelFolder
+from postrain.hf.find_model import ModelFolder
 from postrain.hf.peft.rows import needed_vocabulary
 from postrain.hf.side_files import copy_side_files
 

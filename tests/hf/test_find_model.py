@@ -9,7 +9,7 @@ from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
 from postrain.hf.config import read_config
-from postrain.hf.hub import SMOLLM2, fetch_smollm2, locate_model
+from postrain.hf.find_model import SMOLLM2, fetch_smollm2, locate_model
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora
 from postrain.models.params import merge_params
 from postrain.objectives.preference import check_pairs, make_dpo_loss
-from postrain.training.forward import Forward
+from postrain.training.model import Forward
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
 

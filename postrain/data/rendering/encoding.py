@@ -22,7 +22,7 @@ import tokenizers
 
 from postrain.data.rendering.bpe_cache import Ids, encode_texts
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.data.rendering.turns import MARK_CLOSE, MARK_OPEN, Refusal, Sequence
+from postrain.data.rendering.trained_spans import MARK_CLOSE, MARK_OPEN, Refusal, Sequence
 
 
 def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["Encoded"]:
