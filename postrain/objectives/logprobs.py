@@ -269,7 +269,7 @@ def compute_token_logprobs(
 def compute_weighted_nll(
     hidden, unembed_VD, targets, weights, *, vocab_size: int, chunk: int = 1024, softcap: float = 0.0
 ):
-    """Sum of -weight * log p(target), and the weight of targets that are the likeliest token: scalars in ``_sum_dtype``.
+    """Sum of -weight * log p(target), and the weight of targets that are the likeliest token; in ``_sum_dtype``.
 
     Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
     """
