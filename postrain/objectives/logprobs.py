@@ -23,11 +23,16 @@ from postrain.sharding import BATCH_AXES
 
 @flax.struct.dataclass
 class TokenLogprobs:
-    """Per position, float32, 0 where the mask is 0. In nats."""
+    """Per position, float32 (float64 of float64 hidden states), 0 where the mask is 0. In nats."""
 
     logprobs: jax.Array  # log p(target)
     entropy: jax.Array  # -sum_v p log p
     logsumexp: jax.Array  # log of the softmax's denominator (for z-loss, and to compare samplers)
+
+
+def _sum_dtype(hidden) -> jnp.dtype:
+    """Of logits and sums: float32, or float64 where the hidden states are."""
+    return jnp.promote_types(hidden.dtype, jnp.float32)
 
 
 class _Static(NamedTuple):
@@ -61,9 +66,9 @@ def _take(x, rows, fill=0):
 
 
 def _chunk_logits(hidden_ND, unembed_VD, rows, static: _Static):
-    """float32 [C, V'] and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
+    """[C, V'] in ``_sum_dtype`` and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
     hidden = _take(hidden_ND, rows)
-    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=_sum_dtype(hidden))
     if static.softcap:
         logits = static.softcap * jnp.tanh(logits / static.softcap)
     if static.vocab_size < unembed_VD.shape[0]:
@@ -90,9 +95,9 @@ def _gradients(dlogits, logits, hidden, unembed_VD, softcap: float):
     """Gradients of the chunk's projection, to the hidden states [C, D] and to the unembedding [V', D]."""
     if softcap:  # d(c tanh(x / c)) = 1 - tanh^2
         dlogits = dlogits * jnp.where(jnp.isneginf(logits), 0.0, 1 - jnp.square(logits / softcap))
-    dlogits = dlogits.astype(hidden.dtype)
-    to_hidden = jnp.einsum("cv,vd->cd", dlogits, unembed_VD, preferred_element_type=jnp.float32)
-    to_unembed = functools.partial(jnp.einsum, "cv,cd->vd", dlogits, hidden, preferred_element_type=jnp.float32)
+    dtype, dlogits = _sum_dtype(hidden), dlogits.astype(hidden.dtype)
+    to_hidden = jnp.einsum("cv,vd->cd", dlogits, unembed_VD, preferred_element_type=dtype)
+    to_unembed = functools.partial(jnp.einsum, "cv,cd->vd", dlogits, hidden, preferred_element_type=dtype)
     return to_hidden, to_unembed
 
 
@@ -108,7 +113,7 @@ def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static):
         values = _pick(logits, _take(targets_N, rows)) - logsumexp, _entropy(logits, logsumexp), logsumexp
         return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
 
-    start = (jnp.zeros(targets_N.shape, jnp.float32),) * 3
+    start = (jnp.zeros(targets_N.shape, _sum_dtype(hidden_ND)),) * 3
     return TokenLogprobs(*jax.lax.fori_loop(0, compacted.num_chunks, body, start))
 
 
@@ -124,7 +129,8 @@ def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
     hidden_ND, unembed_VD, targets_N, mask_N, out, needs_unembed = residuals
     compacted = _compact(mask_N, static.chunk)
     dtype, unembed_VD = unembed_VD.dtype, unembed_VD.astype(hidden_ND.dtype)
-    dense = lambda g: jnp.zeros(g.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+    wide = _sum_dtype(hidden_ND)
+    dense = lambda g: jnp.zeros(g.shape, wide) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     needs_entropy = not isinstance(grads.entropy, jax.custom_derivatives.SymbolicZero)
     dlogprob_N, dentropy_N, dlogsumexp_N = dense(grads.logprobs), dense(grads.entropy), dense(grads.logsumexp)
 
@@ -145,7 +151,7 @@ def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
         dhidden = dhidden.at[rows].set(to_hidden.astype(dhidden.dtype), mode="drop")
         return dhidden, (None if dunembed is None else dunembed + to_unembed())
 
-    start = jnp.zeros_like(hidden_ND), (None if needs_unembed is None else jnp.zeros(unembed_VD.shape, jnp.float32))
+    start = jnp.zeros_like(hidden_ND), (None if needs_unembed is None else jnp.zeros(unembed_VD.shape, wide))
     dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
     return dhidden, (None if dunembed is None else dunembed.astype(dtype)), None, None
 
@@ -183,11 +189,12 @@ def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, static, to_h
                 dunembed = dunembed + dunembed_rows()
         return loss, correct, dhidden, dunembed
 
+    wide = _sum_dtype(hidden_ND)
     start = (
-        jnp.zeros(()),
-        jnp.zeros(()),
+        jnp.zeros((), wide),
+        jnp.zeros((), wide),
         jnp.zeros_like(hidden_ND) if to_hidden else None,
-        jnp.zeros(unembed_VD.shape, jnp.float32) if to_unembed else None,
+        jnp.zeros(unembed_VD.shape, wide) if to_unembed else None,
     )
     loss, correct, dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
     return (loss, correct), dhidden, dunembed
@@ -262,9 +269,9 @@ def compute_token_logprobs(
 def compute_weighted_nll(
     hidden, unembed_VD, targets, weights, *, vocab_size: int, chunk: int = 1024, softcap: float = 0.0
 ):
-    """Two float32 scalars: sum of -weight * log p(target), and the weight of targets that are the likeliest token.
+    """Sum of -weight * log p(target), and the weight of targets that are the likeliest token; in ``_sum_dtype``.
 
     Shapes as ``compute_token_logprobs``; positions of weight 0 are skipped. Only the first has a gradient.
     """
     fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, _Static(vocab_size, min(chunk, t.shape[0]), softcap))
-    return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(jnp.float32), sums=True)
+    return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(_sum_dtype(hidden)), sums=True)

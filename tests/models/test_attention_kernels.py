@@ -63,7 +63,9 @@ def test_equals_dense_attention_forward_and_backward(name, mechanism, heads):
         return jnp.where(real, dense_attention(q, k, v, segment_ids, window, sinks, **options), 0)
 
     out, grads = value_and_gradients(ours, target, q, k, v, sinks)
-    expected, expected_grads = value_and_gradients(reference, target, q, k, v, sinks)
+    with jax.enable_x64(True):  # so that the reference adds no rounding of its own
+        wide = (None if x is None else np.asarray(x, np.float64) for x in (target, q, k, v, sinks))
+        expected, expected_grads = value_and_gradients(reference, *wide)
     np.testing.assert_allclose(out * real, expected, atol=2e-6)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, expected_grad, atol=2e-5)

@@ -80,6 +80,8 @@ def test_ten_steps_of_a_classifier_and_a_reward_follow_torch():
     optimizer, _ = make_optimizer(config, 10)
     params = init_heads(heads, CONFIG, jax.random.key(0))
     linears = {h.name: torch.nn.Linear(CONFIG.embed_size, h.outputs, bias=h.bias) for h in heads}
+    for linear in linears.values():  # so that the reference adds no rounding of its own
+        linear.double()
     with torch.no_grad():
         for name, linear in linears.items():
             linear.weight.copy_(torch.from_numpy(np.array(params["heads"][name]["kernel"]).T))
@@ -96,9 +98,11 @@ def test_ten_steps_of_a_classifier_and_a_reward_follow_torch():
     step = make_train_step(loss_fn, optimizer, micro_batches=2)
     for _ in range(10):
         state, metrics = step(state, batch)
-        x = torch.from_numpy(hidden[rows, at])
+        x = torch.from_numpy(hidden[rows, at]).double()
         nll = torch.nn.functional.cross_entropy(linears["kind"](x), torch.from_numpy(kinds[rows, documents]).long())
-        error = torch.nn.functional.mse_loss(linears["score"](x)[:, 0], torch.from_numpy(scores[rows, documents]))
+        error = torch.nn.functional.mse_loss(
+            linears["score"](x)[:, 0], torch.from_numpy(scores[rows, documents]).double()
+        )
         loss = nll + error
         reference.zero_grad()
         loss.backward()

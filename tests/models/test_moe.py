@@ -431,13 +431,14 @@ def test_router_loss_is_the_mean_loss_times_the_tokens():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_are_what_their_merged_kernels_are(family):
     config, activation = FAMILIES[family]
-    x, p = make_inputs(), make_params(config, rank=3)
-    loss = lambda p: (moe_mlp(x, p, config, activation=activation, lora_alpha=2.1)[0] * x).sum()
-    found, grads = jax.jit(jax.value_and_grad(loss))(p)
-    loss = lambda p: (dense_moe(x, p, config, activation, 0.7) * x).sum()
-    expected, expected_grads = jax.jit(jax.value_and_grad(loss))(p)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert_trees_close(grads, expected_grads, 1e-5)
+    with jax.enable_x64(True):
+        x, p = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (make_inputs(), make_params(config, rank=3)))
+        loss = lambda p: (moe_mlp(x, p, config, activation=activation, lora_alpha=2.1)[0] * x).sum()
+        found, grads = jax.jit(jax.value_and_grad(loss))(p)
+        loss = lambda p: (dense_moe(x, p, config, activation, 0.7) * x).sum()
+        expected, expected_grads = jax.jit(jax.value_and_grad(loss))(p)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        assert_trees_close(grads, expected_grads, 1e-12)
 
 
 def test_settings_that_do_not_exist_are_refused_by_name():

@@ -47,10 +47,16 @@ def test_logprobs_entropy_and_logsumexp_with_gradients(inputs, chunk):
         values = dense(hidden, unembed, targets, mask)
         return sum((v * c).sum() for v, c in zip(values, cotangents, strict=True)), values
 
-    (_, values), grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, unembed)
-    (_, expected), expected_grads = jax.value_and_grad(reference, (0, 1), has_aux=True)(hidden, unembed)
-    for x, y in zip((*values, *grads), (*expected, *expected_grads), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-5)
+    run = lambda fn, *inputs: jax.jit(jax.value_and_grad(fn, (0, 1), has_aux=True))(*inputs)
+    (_, values), grads = run(ours, hidden, unembed)
+    with jax.enable_x64(True):
+        wide = hidden.astype(np.float64), unembed.astype(np.float64)
+        (_, wide_values), wide_grads = run(ours, *wide)
+        (_, expected), expected_grads = run(reference, *wide)
+    for x, y, exact in zip((*values, *grads), (*wide_values, *wide_grads), (*expected, *expected_grads), strict=True):
+        np.testing.assert_allclose(y, exact, rtol=1e-12, atol=1e-13)
+        assert x.dtype == np.float32 and y.dtype == exact.dtype == np.float64
+        np.testing.assert_allclose(x, exact, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [8, 1024])
