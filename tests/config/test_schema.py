@@ -5,6 +5,7 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import types
 import typing
 from typing import Annotated, Literal
 
@@ -178,8 +179,8 @@ def test_every_section_is_a_part_of_the_config():
 
 def test_every_key_is_a_text_a_switch_a_choice_or_a_number_with_a_range():
     plain = {key: kind for key, kind in KEYS.items() if kind not in (str, bool) and key not in NUMBERS}
-    functions = {key for key, kind in plain.items() if typing.get_origin(kind) is typing.Union}
-    assert functions == {"data.train.kind", "data.eval.kind"}
+    functions = {key for key, kind in plain.items() if typing.get_origin(kind) in (typing.Union, types.UnionType)}
+    assert functions == {f"data.{rows}.{key}" for rows in ("train", "eval") for key in ("kind", "dataset")}
     assert {typing.get_origin(plain[key]) for key in plain.keys() - functions} == {Literal}
 
 
