@@ -17,7 +17,7 @@ _HOMES = {
     "load_config": "postrain.config.load",
     "load_pretrained": "postrain.hf.load",
     "load_tokenizer": "postrain.data.rendering.tokenizer",
-    "logits": "postrain.models.logits",
+    "logits": "postrain.models.transformer",
     "train": "postrain.recipes",
 }
 __all__ = list(_HOMES)

@@ -106,8 +106,13 @@ def lock(path: str | os.PathLike, *, wait: bool = True, folder: bool = False) ->
             except OSError:
                 held = False
             # Between our open and our lock the last holder may have removed it: that lock would keep nobody out.
-            if held and not (path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())):
-                continue
+            if held:
+                try:
+                    removed = not os.path.samestat(os.fstat(descriptor), path.stat())
+                except FileNotFoundError:
+                    removed = True
+                if removed:
+                    continue
             yield held
             return
         finally:

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
 VOCAB_MULTIPLE = 64
 
 
@@ -132,12 +130,3 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows that the embedding really has here: cut back at export, never predicted."""
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def accumulation_dtype(dtype) -> jnp.dtype:
-    """Of norms, rotations, softmaxes, routers, logits and sums of products: float32, or float64 where ``dtype`` is.
-
-    Never a cast to float32 itself: a float64 run is the yardstick of the others (postrain.hf.verify), and must be
-    float64 throughout.
-    """
-    return jnp.promote_types(dtype, jnp.float32)

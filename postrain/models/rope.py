@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from postrain.models.config import RopeConfig, accumulation_dtype
+from postrain.models.config import RopeConfig
+from postrain.models.precision import accumulation_dtype
 
 
 def compute_inverse_frequencies(rope: RopeConfig, head_dim: int, dtype=np.float32) -> np.ndarray:

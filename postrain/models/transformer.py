@@ -13,13 +13,14 @@ import numpy as np
 from postrain.models.attention.blocks import soft_cap
 from postrain.models.attention.dispatch import attention, cached_attention
 from postrain.models.cache import KVCache, write_cache
-from postrain.models.config import ModelConfig, accumulation_dtype
+from postrain.models.config import ModelConfig
 from postrain.models.fp8 import fp8_dot
 from postrain.models.lora import adapter_scale, column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
+from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
 from postrain.models.rope import apply_rotations, compute_rotations
-from postrain.sharding import constrain, splits_positions
+from postrain.sharding import constrain, find_mesh, mesh_context, splits_positions
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -284,3 +285,41 @@ def compute_logits(params: dict, config: ModelConfig, hidden: jax.Array) -> jax.
     logits = jnp.einsum("...d,vd->...v", hidden, weights, preferred_element_type=dtype)
     logits = soft_cap(logits, config.logits_softcap)
     return jnp.where(jnp.arange(logits.shape[-1]) < config.vocab_size, logits, jnp.finfo(dtype).min)
+
+
+# --- for notebooks and tests: training never makes this array ---
+
+
+def logits(params, config: ModelConfig, tokens, segment_ids=None, positions=None) -> jax.Array:
+    """What follows each token.
+
+    Args:
+        params: the whole tree of parameters.
+        config: of the model.
+        tokens: int [T] or [B, T].
+        segment_ids: like ``tokens``, documents of a row as 1, 2, ... and padding as 0; None: one document a row.
+        positions: like ``tokens``; None: counted from 0 in each document.
+
+    Returns:
+        [T, V] or [B, T, V] in ``config.compute_dtype``'s accumulation type, V = ``config.vocab_size``.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    rows = jnp.atleast_2d(tokens)
+    segments = jnp.ones_like(rows) if segment_ids is None else jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))
+    places = count_positions(segments) if positions is None else jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
+    found = _logits(params, rows, segments, places, config=config, mesh=find_mesh(params))
+    return found.reshape(*tokens.shape, config.vocab_size)
+
+
+def count_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """Positions that restart at 0 wherever the segment changes: int32 [B, T]."""
+    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    changed = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(params, tokens_BT, segment_ids_BT, positions_BT, *, config, mesh):
+    with mesh_context(mesh):
+        hidden = compute_hidden(params, config, tokens_BT, segment_ids_BT, positions_BT)
+        return compute_logits(params, config, hidden)[..., : config.vocab_size]

@@ -72,9 +72,12 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         try:
             held = stack.enter_context(lock(path, wait=False))
         except BlockingIOError as error:
-            holder = (path.read_text(encoding="utf-8").strip() if path.exists() else "") or "unknown"
+            holder = ""
+            with contextlib.suppress(FileNotFoundError):  # it ends just now
+                holder = path.read_text(encoding="utf-8").strip()
             raise UserError(
-                f"--workdir {workdir} is in use by another run (process {holder}): wait for it, stop it, or use another"
+                f"--workdir {workdir} is in use by another run (process {holder or 'unknown'}): wait for it, stop it, or "
+                "use another"
             ) from error
         if not held:  # better to run than to refuse such a file system
             print(f"workdir {workdir}: its file system has no locks: start no second run in it")

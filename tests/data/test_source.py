@@ -191,8 +191,8 @@ def test_what_cannot_be_opened(tmp_path):
         "no*.jsonl": "matches no file",
         "empty.jsonl": "empty.jsonl has no rows",
         "none.parquet": "none.parquet has no rows",
-        "broken.parquet": "broken.parquet is damaged or cut off",
-        "broken.arrow": "broken.arrow is damaged or cut off",
+        "broken.parquet": "broken.parquet is corrupt or truncated",
+        "broken.arrow": "broken.arrow is corrupt or truncated",
         "rows.csv": "rows.csv: expected a file of .jsonl, ",
         "folder": "folder matches no file; expected .jsonl, ",
     }
@@ -208,7 +208,7 @@ def test_a_truncated_parquet_file(tmp_path):
     pq.write_table(pa.table({"text": ["x" * 50] * 3000}), tmp_path / "rows.parquet", compression="none")
     data = (tmp_path / "rows.parquet").read_bytes()
     (tmp_path / "rows.parquet").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match="rows.parquet is damaged or cut off"):
+    with pytest.raises(UserError, match="rows.parquet is corrupt or truncated"):
         open_path(tmp_path / "rows.parquet")
 
 

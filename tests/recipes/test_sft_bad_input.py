@@ -59,7 +59,7 @@ MODELS = {
 CONFIGS = {
     "missing file": ({"data": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
     "missing model": ({"model": {"path": "nowhere"}}, "config key 'model.path' = 'nowhere' is a folder that does not"),
-    "name on the hub": ({"model": {"path": "Qwen/Qwen3-0.6B"}}, "`hf download Qwen/Qwen3-0.6B --local-dir DIR`"),
+    "name on the hub": ({"model": {"path": "Qwen/Qwen3-0.6B"}}, "Qwen/Qwen3-0.6B is not a folder here, and the cache"),
     "missing tokenizer": ({"model": {"tokenizer": "nowhere"}}, "config key 'model.tokenizer' = 'nowhere' is a folder"),
     "wrong key": ({"train": {"step": 3}}, "config key 'train.step' does not exist; did you mean 'train.steps'?"),
     "mesh": ({"mesh": {"tensor": 2, "fsdp": 2}}, "mesh: fsdp=2 x tensor=2 does not divide into 1 devices"),

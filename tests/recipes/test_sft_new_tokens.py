@@ -18,7 +18,7 @@ from postrain.export.export import export_workdir
 from postrain.hf.find_model import find_model
 from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.compare import verify
-from postrain.models.logits import logits
+from postrain.models.transformer import logits
 
 OLD = 260  # ids of the tiny tokenizer
 ITEMS = [f"<item_{i}_{3 * i}>" for i in range(70)]

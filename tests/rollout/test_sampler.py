@@ -9,6 +9,7 @@ import torch
 
 from postrain.errors import UserError
 from postrain.models import cache as cache_lib
+from postrain.models import lora
 from postrain.models import params as params_lib
 from postrain.models.config import LoraConfig
 from postrain.models.transformer import compute_hidden, compute_hidden_cached, compute_logits, split_layers
@@ -157,12 +158,12 @@ def test_cached_hidden_states_are_the_uncached_ones(model, split, piece):
 
 def test_adapters_beside_their_kernels(llama):
     config = dataclasses.replace(llama.config, lora=LoraConfig(rank=3))
-    adapters = params_lib.init_lora(config, jax.random.key(0))
+    adapters = lora.init_lora(config, jax.random.key(0))
     adapters = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.05, adapters)
     params = params_lib.merge_params(adapters, llama.params)
     prompts = make_prompts()
     out = generate(params, config, prompts, SamplingParams(max_new_tokens=12))
-    merged = generate(params_lib.merge_lora(params, config), config, prompts, SamplingParams(max_new_tokens=12))
+    merged = generate(lora.merge_lora(params, config), config, prompts, SamplingParams(max_new_tokens=12))
     assert [c.tokens for c in out] == [c.tokens for c in merged]
     assert [c.tokens for c in out] != [
         c.tokens for c in generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=12))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from postrain.models.attention.blocks import MASKED, pad_to_blocks, sink_gradient, soft_cap
-from postrain.models.config import accumulation_dtype
+from postrain.models.precision import accumulation_dtype
 from postrain.sharding import current_platform
 
 

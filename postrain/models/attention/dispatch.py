@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 from postrain.errors import UserError
 from postrain.models.attention.blocks import MASKED, soft_cap
 from postrain.models.attention.chunked import chunked
-from postrain.models.config import accumulation_dtype
+from postrain.models.precision import accumulation_dtype
 from postrain.sharding import BATCH_AXES, current_platform, gpu_capability
 
 TRITON_CAPABILITY = 8.0  # of NVIDIA's GPUs, the least that Triton compiles for
