@@ -76,8 +76,8 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
             with contextlib.suppress(FileNotFoundError):  # it ends just now
                 holder = path.read_text(encoding="utf-8").strip()
             raise UserError(
-                f"--workdir {workdir} is in use by another run (process {holder or 'unknown'}): wait for it, stop it, or "
-                "use another"
+                f"--workdir {workdir} is in use by another run (process {holder or 'unknown'}): wait for it, stop it, "
+                "or use another"
             ) from error
         if not held:  # better to run than to refuse such a file system
             print(f"workdir {workdir}: its file system has no locks: start no second run in it")
