@@ -72,7 +72,7 @@ ALLOWED = {
     ),
     "objectives/preference.py": (
         "a batch before it is placed, in numpy",
-        {"np.asarray(arrays['group_ids'])", "np.stack([rows, groups, arrays['segment_ids']])"},
+        {"np.asarray(arrays['group_ids'], np.int64)", "np.asarray(arrays['segment_ids'])"},
     ),
     "rollout/answers.py": (
         "a rendered row, in numpy; texts",
