@@ -69,7 +69,7 @@ class ResumableIterator(grain.DatasetIterator):
 
 
 class RenderedRows(ResumableDataset):
-    """``SourceRow`` -> the documents of each row that has any to train on (list[Document]).
+    """``Row`` -> the documents of each row that has any to train on (list[Document]).
 
     A position is that of the rows. Not Grain's own ``map``, because rows are rendered many at a time (which is several
     times as fast), and the position of each must be known all the same.
