@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from postrain.config import NewTokensSection
-from postrain.data.rendering.new_tokens import read_new_tokens
+from postrain.data.rendering.tokenizer import read_new_tokens
 from postrain.errors import UserError
 from postrain.files import digest, spread
 from postrain.hf.tensors import read_header

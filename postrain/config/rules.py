@@ -86,7 +86,7 @@ def _check_adapters(model: ModelSection) -> None:
 
 
 def _check_new_tokens(model: ModelSection) -> None:
-    """The tokens themselves are checked by ``postrain.data.rendering.new_tokens``, which reads them."""
+    """The tokens themselves are checked by ``postrain.data.rendering.tokenizer``, which reads them."""
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(

@@ -148,8 +148,7 @@ def _write_html(
     tables = []
     for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        notes = [example_set.report.format_packing(), *example_set.report.format_notes()]
-        table = {"name": name, "header": header, "lines": lines, "notes": notes}
+        table = {"name": name, "header": header, "lines": lines, "notes": example_set.report.format_notes()}
         tables.append(table | {"histogram": _histogram(example_set)})
     documents = [
         {

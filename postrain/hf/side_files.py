@@ -5,8 +5,7 @@ import os
 import pathlib
 import shutil
 
-from postrain.data.rendering.new_tokens import NewTokens
-from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.data.rendering.tokenizer import NewTokens, Tokenizer
 from postrain.hf.tensors import read_json
 
 GENERATION_FILE = "generation_config.json"

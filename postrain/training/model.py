@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 
 from postrain.checkpoint.model_fingerprint import fingerprint_model
 from postrain.config import Config, LoraSection, RouterSection
-from postrain.data.rendering.new_tokens import NewTokens
-from postrain.data.rendering.tokenizer import load_run_tokenizer
+from postrain.data.rendering.tokenizer import NewTokens, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained

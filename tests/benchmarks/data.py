@@ -123,12 +123,12 @@ def _prepare_here(folder: str, clock) -> dict:
 
 def _load(path: str, tokenizer, clock) -> dict:
     from postrain.config import DataConfig, SourceConfig
-    from postrain.data.batches.in_memory import load_examples, make_train_iterator
+    from postrain.data.batches.in_memory import MemoryBatches, load_examples
 
     config = DataConfig(train=(SourceConfig(path=path),), sequence_length=PREPARED_LENGTH)
     start = clock()
     example_set = load_examples(config.train, tokenizer, config)
-    batches = make_train_iterator(example_set, config)
+    batches = MemoryBatches(example_set, config)
     for _ in range(batches.num_steps(1)):
         next(batches)
     seconds = clock() - start

@@ -73,7 +73,7 @@ def test_ids_are_those_of_the_whole_text(load, name):
     texts += [
         "".join(three) for three in itertools.product(["a", ".", "\n", " ", "  ", "7", "\n\n", "'s", "/"], repeat=4)
     ]
-    assert (bpe_cache._find_words(fast) is not None) == (name in CUT)
+    assert (find_words(fast) is not None) == (name in CUT)
     added = fast.get_added_tokens_decoder()
     for text, found in zip(texts, encode_texts(fast, texts), strict=True):
         whole = fast.encode(text, add_special_tokens=False)
@@ -106,6 +106,10 @@ def test_what_is_remembered_is_bounded(load, monkeypatch):
         assert len(known._known) <= 100 and max(map(len, known._known)) <= bpe_cache._LONGEST
 
 
+def find_words(fast):
+    return bpe_cache.find_words(fast, repr(fast.get_added_tokens_decoder()))
+
+
 def changed(spec, **changes):
     return tokenizers.Tokenizer.from_str(json.dumps(spec | changes))
 
@@ -116,7 +120,7 @@ def test_a_tokenizer_with_another_way_to_cut_is_left_to_the_library(load):
     other = split | {"pattern": {"Regex": bpe_cache._LLAMA3.replace(r"|\s+(?!\S)", "")}}
     level = spec["pre_tokenizer"]
     token = spec["added_tokens"][0]
-    assert bpe_cache._find_words(changed(spec)) and bpe_cache._find_words(changed(spec, pre_tokenizer=split))
+    assert find_words(changed(spec)) and find_words(changed(spec, pre_tokenizer=split))
     for change in (
         {"pre_tokenizer": other},
         {"pre_tokenizer": split | {"behavior": "MergedWithPrevious"}},
@@ -130,7 +134,7 @@ def test_a_tokenizer_with_another_way_to_cut_is_left_to_the_library(load):
         {"added_tokens": [token | {"normalized": True}], "normalizer": {"type": "NFC"}},
         {"model": spec["model"] | {"dropout": 0.1}},
     ):
-        assert bpe_cache._find_words(changed(spec, **change)) is None, change
+        assert find_words(changed(spec, **change)) is None, change
 
 
 def test_tokens_added_after_its_first_use_are_found(load):

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 
-from postrain.data.files.cache import PieceCache
+from postrain.data.files.remote import PieceCache
 
 LIMIT = 600_000
 WORKER = """
 import os, random, sys
-from postrain.data.files.cache import PieceCache
+from postrain.data.files.remote import PieceCache
 
 def piece(key):
     return random.Random(key).randbytes(random.Random(key).randint(1_000, 60_000))

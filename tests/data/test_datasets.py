@@ -19,7 +19,7 @@ from postrain.config import DataConfig, SourceConfig, StreamSection, resolve, to
 from postrain.data.batches.fingerprint import compare_fingerprints, fingerprint_config
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows, read_documents
-from postrain.data.batches.shard_reader import Epochs
+from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.source import open_source, read_rows
 from postrain.data.documents import SameLayout
 from postrain.data.rendering.tokenizer import load_tokenizer

@@ -179,33 +179,24 @@ def test_lines_that_cannot_be_decoded_are_the_same_in_blocks_of_any_size(tmp_pat
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
 
-    def outcome(rows):
-        try:
-            return next(rows)[1]
-        except BadRow as e:
-            return e.reason
-
     outcomes = []
     for block_bytes in (1_000_000, 7):
-        found = []
-        for block in blocks_of(path, block_bytes):
-            rows = read_block(block)
-            while True:
-                try:
-                    found.append(outcome(rows))
-                except StopIteration:
-                    break
-        outcomes.append(found)
+        values = [value for block in blocks_of(path, block_bytes) for _, value in read_block(block)]
+        outcomes.append([value.reason if isinstance(value, BadRow) else value for value in values])
     assert outcomes[0] == outcomes[1] and len(outcomes[0]) == len(lines)
     assert [one for one in outcomes[0] if isinstance(one, dict)] == [{"text": "1"}, {"text": "2"}]
     path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     rows = read_block(blocks_of(path.with_suffix(".jsonl.gz"))[0])
     next(rows)
-    with pytest.raises(BadRow, match=r"rows.jsonl.gz:2: invalid JSON: Expecting"):
-        next(rows)
+    assert "rows.jsonl.gz:2: invalid JSON: Expecting" in str(bad_row(next(rows)))
     rows = read_block(blocks_of(path, 10)[1])
-    with pytest.raises(BadRow, match=r"rows.jsonl@14: invalid JSON: Expecting"):
-        next(rows)
+    assert "rows.jsonl@14: invalid JSON: Expecting" in str(bad_row(next(rows)))
+
+
+def bad_row(row):
+    """The error that stands in place of a row's value."""
+    assert isinstance(row.value, BadRow) and row.ref == row.value.ref
+    return row.value
 
 
 def write_stream(path, table):
@@ -222,8 +213,7 @@ def test_a_row_of_a_table_whose_text_is_not_utf8(tmp_path, suffix, write):
     write(path, pa.table({"id": [1, 2, 3], "text": text}))
     rows = read_block(blocks_of(path)[0])
     assert next(rows)[1] == {"id": 1, "text": "a"}
-    with pytest.raises(BadRow, match=f"rows.{suffix}:2: the text of text is not UTF-8"):
-        next(rows)
+    assert f"rows.{suffix}:2: the text of text is not UTF-8" in str(bad_row(next(rows)))
     assert next(rows)[1] == {"id": 3, "text": "c"}
 
 

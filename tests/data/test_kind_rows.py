@@ -12,9 +12,9 @@ from odd_config import ODD_CONFIG
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 from rendering_fixtures import load_real
 
-from postrain.data.batches.collate import assemble_row
-from postrain.data.batches.in_memory import load_examples, make_train_iterator
+from postrain.data.batches.in_memory import MemoryBatches, load_examples
 from postrain.data.batches.open import open_train_rows
+from postrain.data.batches.packing import assemble_row
 from postrain.data.kinds.preference import parse_preference
 from postrain.data.kinds.prompts import parse_prompt
 from postrain.data.kinds.teacher import parse_teacher_row
@@ -146,7 +146,7 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
     )
     config = dataclasses.replace(ODD_CONFIG, vocab_size=tokenizer.vocab_size)
     params = init_params(config, random.key(0))
-    batches = make_train_iterator(
+    batches = MemoryBatches(
         example_set, make_config(tmp_path / "rows.jsonl", kind="preference", batch_size=2, sequence_length=256)
     )
     seen = 0

@@ -18,9 +18,8 @@ from kind_fixtures import (
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, MixtureSection, ModelSection
-from postrain.data.batches.in_memory import load_examples, make_eval_batches, make_train_iterator
-from postrain.data.batches.open import open_train_rows
-from postrain.data.batches.streamed import join_positions
+from postrain.data.batches.in_memory import MemoryBatches, load_examples, make_eval_batches
+from postrain.data.batches.open import join_positions, open_train_rows
 from postrain.data.preview import preview
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
@@ -71,7 +70,7 @@ def test_a_packed_row_holds_what_its_documents_hold_alone(kind, paths, tokenizer
     config = make_config(*paths, kind=kind, packing=packing)
     example_set = load_examples(config.train, tokenizer_of(kind, tokenizer), config)
     assert len(example_set.examples) == 80 and example_set.kind.name == kind.partition("/")[0]
-    batches = make_train_iterator(example_set, config)
+    batches = MemoryBatches(example_set, config)
     shared = 0
     for batch in take(batches, batches.num_steps(1)):
         extra = {name: (a.dtype.type, a.shape[2:]) for name, a in batch.items() if name not in (*COMMON, "row_ids")

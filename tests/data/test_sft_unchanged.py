@@ -11,7 +11,7 @@ from pipeline_fixtures import CHATML, chat, make_config, make_example_set, write
 from tokenizers import models, pre_tokenizers
 
 from postrain.config import DataConfig, SourceConfig, StreamSection
-from postrain.data.batches.in_memory import make_eval_batches, make_train_iterator
+from postrain.data.batches.in_memory import MemoryBatches, make_eval_batches
 from postrain.data.batches.open import open_train_rows
 from postrain.data.rendering.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory):
 
 def test_rows_in_memory():
     example_set, config = make_example_set(150, 64), make_config()
-    batches = make_train_iterator(example_set, config)
+    batches = MemoryBatches(example_set, config)
     assert hash_batches(take(batches, 60)) == "8feb380ca70152ac"
     assert hash_batches(make_eval_batches(example_set, config)) == "1e7a7253ed061377"
     batches.close()

@@ -3,7 +3,7 @@
 import pytest
 
 from postrain.data.files.formats import list_blocks, read_block
-from postrain.data.files.retry import StorageOptions, retry
+from postrain.data.files.remote import StorageOptions, retry
 from postrain.data.files.storage import list_files, open_file
 from postrain.errors import UserError
 

@@ -11,9 +11,9 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
 from postrain.data.batches import source as source_module
-from postrain.data.batches.collate import shift
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.open import open_train_rows, read_documents
+from postrain.data.batches.packing import shift
 from postrain.data.batches.row_filter import RejectedLog
 from postrain.data.batches.source import open_source
 from postrain.data.documents import SameLayout

@@ -58,8 +58,7 @@ def read(folder: pathlib.Path, way: str, devices, position: dict | None) -> tupl
     """[[ids, checksum of the tokens on the device] of each row] of each update, and the position after SAVED."""
     from postrain.cluster.processes import gather
     from postrain.config import MeshConfig
-    from postrain.data.batches.open import open_train_rows
-    from postrain.data.batches.streamed import join_positions
+    from postrain.data.batches.open import join_positions, open_train_rows
     from postrain.data.rendering.tokenizer import load_tokenizer
     from postrain.sharding import data_process, make_global_batch, make_mesh
 

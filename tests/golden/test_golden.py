@@ -12,7 +12,7 @@ import numpy as np
 from odd_config import ODD_CONFIG
 
 from postrain.config import DataConfig, OptimizerConfig
-from postrain.data.batches.in_memory import ExampleSet, make_train_iterator
+from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
@@ -56,7 +56,7 @@ def compute_curve(lora: bool) -> dict[str, list[float]]:
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
     step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule)
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))
-    batches = make_train_iterator(make_examples(), DataConfig(sequence_length=128, batch_size=4, seed=3))
+    batches = MemoryBatches(make_examples(), DataConfig(sequence_length=128, batch_size=4, seed=3))
     curve = {"loss": [], "grad_norm": [], "weight": []}
     for _ in range(STEPS):
         arrays = next(batches)

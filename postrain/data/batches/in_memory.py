@@ -1,8 +1,8 @@
 """Rows in memory: every row is rendered, checked and counted before training, each document then comes once an epoch.
 
 ``load_examples`` reads and renders all rows, so that bad ones, too long ones and the share of trained tokens are known
-before the first update. ``make_train_iterator`` makes the batches of ``EpochOrder``'s rows; ``mix_examples`` those of a
-mixture. ``make_eval_batches`` has every document once.
+before the first update. ``MemoryBatches`` packs them anew in each epoch, ``mix_examples`` mixes sources by weights, and
+``make_eval_batches`` has every document once.
 """
 
 import collections
@@ -13,30 +13,26 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.data.batches.collate import assemble_batch
-from postrain.data.batches.epoch_order import EpochOrder, permutation
 from postrain.data.batches.fingerprint import fingerprint_rows
-from postrain.data.batches.packing import pack
+from postrain.data.batches.packing import EpochOrder, assemble_batch, pack, permutation
+from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
-from postrain.data.batches.shard_reader import Epochs, parse_row, render_examples
-from postrain.data.batches.source import Source, open_source
+from postrain.data.batches.source import open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
 from postrain.data.kinds.registry import SFT, Kind, find_kind
+from postrain.data.messages import BadRow
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.files import read_jsonl, write_whole
-
-_ENDLESS = 2**62  # Grain wants a length
-
 
 # Loading
 
@@ -95,54 +91,36 @@ def load_examples(
     in_memory = dataclasses.replace(config, streaming=False)
     opened = [open_source(source, in_memory, index) for index, source in enumerate(sources)]
     found = find_kind([(source.name, source.parser) for source in opened], config, kind) if opened else SFT
-    layout = SameLayout()
-    loaders = [_Loader(source, tokenizer, config, layout) for source in opened]
+    layout, filters = SameLayout(), []
+    for source in opened:
+        counts = RowCounts(source.name, left_out_by=source.parser.left_out)
+        # The share of bad rows is judged when all rows of a source are known.
+        filters.append(RowFilter(counts, config, source.parser.kind, layout, judged_from=math.inf))
+    examples: list[Document] = []
+    files: list[dict[str, None]] = [{} for _ in opened]  # that the rows of each source came from, in order
     try:
-        examples = [document for loader in loaders for document in loader.load()]
+        for source, row_filter, of_source in zip(opened, filters, files, strict=True):
+            rows = source.rows()
+            while batch := list(itertools.islice(rows, BATCH)):
+                of_source |= dict.fromkeys(row.ref.file for row in batch)
+                for documents in source.parser.render(batch, tokenizer, config):
+                    examples += row_filter.keep(documents)
+            if row_filter.rejected:
+                row_filter.check_share(row_filter.rejected[-1])
     finally:  # also when the run stops: the reasons are what its user needs then
         if rejected_path is not None:
-            _write_rejected(pathlib.Path(rejected_path), loaders)
-    report = DataReport([loader.counts for loader in loaders], config.sequence_length)
+            rejected = [bad for row_filter in filters for bad in row_filter.rejected]
+            _write_rejected(pathlib.Path(rejected_path), rejected, {file for of_source in files for file in of_source})
+    report = DataReport([row_filter.counts for row_filter in filters], config.sequence_length)
     if not examples:
         raise UserError(_format_empty(report, config))
     switches = (switch for example in examples for switch in example.template_switches if switch)
     report.template_switches = dict(collections.Counter(switches))
-    files = [list(loader.files) for loader in loaders]
-    fingerprint = fingerprint_rows(opened, files, tokenizer, config, examples)
-    lengths = np.array([document.slots for document in examples], np.int64)
-    order = EpochOrder(lengths, config)
-    report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(lengths.sum())
-    return ExampleSet(examples, report, fingerprint, found, order)
-
-
-class _Loader:
-    """One source's rows, rendered and filtered.
-
-    Attributes:
-      counts: of its rows.
-      rejected: bad rows left out.
-      files: the files that rows came from, in order (as a dict without values).
-    """
-
-    def __init__(self, source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout):
-        self._source, self._tokenizer, self._config = source, tokenizer, config
-        self.counts, self.files = RowCounts(source.name, left_out_by=source.parser.left_out), {}
-        # The share of bad rows is judged when all rows are known.
-        self._filter = RowFilter(self.counts, config, source.parser.kind, layout, judged_from=math.inf)
-        self.rejected = self._filter.rejected
-
-    def load(self) -> Iterator[Document]:
-        examples, parser = self._parse_rows(), self._source.parser
-        while batch := list(itertools.islice(examples, BATCH)):
-            for documents in render_examples(parser, batch, self._tokenizer, self._config):
-                yield from self._filter.keep(documents)
-        if self.rejected:
-            self._filter.check_share(self.rejected[-1])
-
-    def _parse_rows(self) -> Iterator[Any]:
-        for row in self._source.rows():
-            self.files[row.ref.file] = None
-            yield parse_row(self._source.parser, row)
+    fingerprint = fingerprint_rows(opened, [list(of_source) for of_source in files], tokenizer, config, examples)
+    order = EpochOrder(np.array([document.slots for document in examples], np.int64), config)
+    example_set = ExampleSet(examples, report, fingerprint, found, order)
+    report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
+    return example_set
 
 
 def _format_empty(report: DataReport, config: DataConfig) -> str:
@@ -159,10 +137,9 @@ def _format_empty(report: DataReport, config: DataConfig) -> str:
     return f"nothing to train on in {where}: {count(total.rows, 'row')}" + (f", {found}" if found else "")
 
 
-def _write_rejected(path: pathlib.Path, loaders: list[_Loader]) -> None:
+def _write_rejected(path: pathlib.Path, rejected: list[BadRow], files: set[str]) -> None:
     """Replaces the lines about the files that were read, so that a resume or a second call does not repeat them."""
-    files = {file for loader in loaders for file in loader.files}
-    rejected = sorted((bad for loader in loaders for bad in loader.rejected), key=lambda b: (b.ref.file, b.ref.line))
+    rejected = sorted(rejected, key=lambda bad: (bad.ref.file, bad.ref.line))
     known = [entry for _, entry in read_jsonl(path, drop_torn=True)] if path.exists() else []
     entries = [entry for entry in known if entry.get("file") not in files]
     entries += [{"file": bad.ref.file, "line": bad.ref.line, "reason": bad.reason} for bad in rejected]
@@ -173,38 +150,33 @@ def _write_rejected(path: pathlib.Path, loaders: list[_Loader]) -> None:
 # Training batches
 
 
-class PackedRows(grain.MapDataset):
-    """Row i of the endless stream of ``EpochOrder``, as the indices of its documents: int [n].
-
-    Not Grain's own ``shuffle``, ``repeat`` and packing, because every document must come once an epoch, epochs follow
-    each other within a batch, and any row must be found without those before it.
-    """
-
-    def __init__(self, order: EpochOrder):
-        super().__init__()
-        self._order = order
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self._order.rows(index, index + 1)[0]
-
-
 class MemoryBatches:
-    """Endless batches, see ``make_train_iterator``.
+    """Endless training batches: epoch after epoch, each document once in each, in an order of its own.
+
+    Each batch is a dict of numpy arrays, T = ``config.sequence_length``, B_local = ``config.batch_size`` over
+    ``process_count``: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32 [B_local, T], ``loss_mask``
+    float32 [B_local, T], and ``row_ids`` int32 [B_local, S], the indices into ``example_set.examples`` of each
+    row's documents, -1 where a row has fewer. Besides the arrays of ``example_set.layout`` and, of prompts,
+    ``metadata``, a list of dicts for each row. Processes take consecutive parts of the same global batch.
 
     ``get_state()`` is the position after the last batch that was handed out, however many were prepared ahead.
     It counts global batches, so it may be restored with another number of processes.
+
+    Raises:
+      UserError: the batch does not divide among the processes.
     """
 
-    def __init__(self, example_set: ExampleSet, config: DataConfig, process_index: int, process_count: int):
+    def __init__(self, example_set: ExampleSet, config: DataConfig, *, process_index: int = 0, process_count: int = 1):
+        if config.batch_size % process_count:
+            raise UserError(
+                f"data.batch_size must be a multiple of the {process_count} processes; found {config.batch_size}"
+            )
         self._example_set, self._config = example_set, config
         # Of its own, as its position is; what is packed already is not packed again.
         self._order = EpochOrder(example_set.lengths, config, known=example_set.order)
         local = config.batch_size // process_count
         own_rows = slice(process_index * local, (process_index + 1) * local)
-        rows = PackedRows(self._order).batch(config.batch_size, batch_fn=list)
+        rows = self._order.batch(config.batch_size, batch_fn=list)
         batches = rows.map(lambda rows: _assemble_batch(example_set, rows[own_rows], config.sequence_length))
         # One thread: assembling a batch is far quicker than a step, and more threads would contend for the GIL.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
@@ -241,8 +213,9 @@ class MemoryBatches:
         check_token_ids(self._example_set.examples, vocab_size)
 
     def describe_rows(self, row_ids: np.ndarray) -> str:
-        """``file:line, file:line, ...`` of the documents in ``row_ids``, see ``describe_rows``."""
-        return describe_rows(self._example_set, row_ids)
+        """``file:line, file:line, ...`` of the documents in ``row_ids`` (any shape, -1 is skipped), each row once."""
+        examples = self._example_set.examples
+        return shorten(list(dict.fromkeys(str(examples[i].ref) for i in np.ravel(row_ids) if i >= 0)), 16)
 
     def format_consumption(self, position: dict[str, Any]) -> list[str]:
         """Nothing: every document comes once an epoch."""
@@ -255,27 +228,6 @@ class MemoryBatches:
     def close(self) -> None:
         """Ends the background thread."""
         self._batches.close()
-
-
-def make_train_iterator(
-    example_set: ExampleSet, config: DataConfig, *, process_index: int = 0, process_count: int = 1
-) -> MemoryBatches:
-    """Endless training batches: epoch after epoch, each document once in each, in an order of its own.
-
-    Each batch is a dict of numpy arrays, T = ``config.sequence_length``, B_local = ``config.batch_size`` over
-    ``process_count``: ``tokens``, ``targets``, ``segment_ids``, ``positions`` int32 [B_local, T], ``loss_mask``
-    float32 [B_local, T], and ``row_ids`` int32 [B_local, S], the indices into ``example_set.examples`` of each
-    row's documents, -1 where a row has fewer. Besides the arrays of ``example_set.layout`` and, of prompts,
-    ``metadata``, a list of dicts for each row. Processes take consecutive parts of the same global batch.
-
-    Raises:
-      UserError: the batch does not divide among the processes.
-    """
-    if config.batch_size % process_count:
-        raise UserError(
-            f"data.batch_size must be a multiple of the {process_count} processes; found {config.batch_size}"
-        )
-    return MemoryBatches(example_set, config, process_index, process_count)
 
 
 def mix_examples(example_set: ExampleSet, config: DataConfig, *, process_index: int, process_count: int):
@@ -349,8 +301,3 @@ def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequenc
     for row, documents in zip(row_ids, rows, strict=True):
         row[: len(documents)] = documents
     return batch | {"row_ids": row_ids}
-
-
-def describe_rows(example_set: ExampleSet, row_ids: np.ndarray) -> str:
-    """``file:line, file:line, ...`` of the documents in ``row_ids`` (any shape, -1 is skipped), each row once."""
-    return shorten(list(dict.fromkeys(str(example_set.examples[i].ref) for i in np.ravel(row_ids) if i >= 0)), 16)

@@ -7,11 +7,11 @@
 Every stage is a Grain dataset, and Grain's own transformations may stand between any two:
 
     stage            element                     streamed                    in memory
-    source           SourceRow                   Source.shard_rows           Source.rows
+    source           Row                   Source.shard_rows           Source.rows
     render           documents of a row          RenderedRows                load_examples
     epochs           documents of a row          Epochs                      EpochOrder; of a mixture Epochs
-    mix, pack        documents of a packed row   Shard                       PackedRows; of a mixture Shard
-    batch            arrays                      ShardBatches                PackedRows.batch(...).map(...)
+    mix, pack        documents of a packed row   Shard                       EpochOrder; of a mixture Shard
+    batch            arrays                      ShardBatches                EpochOrder.batch(...).map(...)
     prefetch         arrays                      Grain's                     Grain's
 """
 
@@ -27,10 +27,10 @@ import numpy as np
 from postrain.config import DataConfig
 from postrain.config.rules import has_mixture
 from postrain.data.batches.fingerprint import fingerprint_stream
-from postrain.data.batches.in_memory import ExampleSet, load_examples, make_train_iterator, mix_examples
+from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_examples, mix_examples
 from postrain.data.batches.packing import pack
+from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
-from postrain.data.batches.shard_reader import Epochs, RenderedRows, parse_row, render_examples
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.documents import Document, Layout, SameLayout
@@ -42,7 +42,7 @@ _LEAST_ROWS = 1000  # data.max_bad_fraction is of so many rows at first
 
 
 class Batches(Protocol):
-    """An endless iterator with a position; see ``make_train_iterator`` and ``ShardedBatches``."""
+    """An endless iterator with a position; see ``MemoryBatches`` and ``ShardedBatches``."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -94,15 +94,25 @@ def open_train_rows(
     process = {"process_index": process_index, "process_count": process_count}
     if config.streaming:
         return _open_stream(tokenizer, config, rejected_path, kind, **process)
-    example_set = load_examples(
-        config.train, tokenizer, config, rejected_path if process_index == 0 else None, kind=kind
-    )
-    make = mix_examples if has_mixture(config) else make_train_iterator
-    batches = make(example_set, config, **process)
-    summary, sample, layout = str(example_set.report), example_set.examples[0], example_set.layout
+    # Of several processes one writes the bad rows: all read the same.
+    own_path = rejected_path if process_index == 0 else None
+    example_set = load_examples(config.train, tokenizer, config, own_path, kind=kind)
+    open_batches = mix_examples if has_mixture(config) else MemoryBatches
     return TrainRows(
-        batches, example_set.fingerprint, summary, example_set.lengths, sample, layout, example_set.examples
+        batches=open_batches(example_set, config, **process),
+        fingerprint=example_set.fingerprint,
+        summary=str(example_set.report),
+        lengths=example_set.lengths,
+        sample=example_set.examples[0],
+        layout=example_set.layout,
+        documents=example_set.examples,
     )
+
+
+def join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The position of a run out of those of its processes, which differ only by the shards that each has."""
+    shards = {number: state for position in positions for number, state in position.get("shards", {}).items()}
+    return positions[0] | ({"shards": shards} if shards else {})
 
 
 def read_documents(
@@ -131,11 +141,10 @@ def read_documents(
 def _open_stream(
     tokenizer: Tokenizer | None, config: DataConfig, rejected_path, kind: str | None, **process: int
 ) -> TrainRows:
-    sources = open_sources(config)
+    sources = [open_source(source, config, index) for index, source in enumerate(config.train)]
     find_kind([(source.name, source.parser) for source in sources], config, kind)
-    layout = SameLayout()
+    layout, log = SameLayout(), None
     sample = _first_document(sources[0], tokenizer, config, layout)
-    log = None
     if rejected_path is not None:
         path, index = pathlib.Path(rejected_path), process["process_index"]
         log = RejectedLog(path.with_stem(f"{path.stem}-{index:05}") if index else path)
@@ -147,27 +156,23 @@ def _open_stream(
         ]
 
     names, sizes = [source.name for source in sources], [source.size for source in sources]
-    batches = ShardedBatches(
-        names, sizes, open_shard, config, layout=layout.layout, shards=config.stream.shards, **process
+    shards, lines = config.stream.shards, [source.format_summary() for source in sources]
+    return TrainRows(
+        batches=ShardedBatches(names, sizes, open_shard, config, layout=layout.layout, shards=shards, **process),
+        fingerprint=fingerprint_stream(sources, tokenizer, config),
+        summary="\n".join([*lines, f"streamed in {count(shards, 'shard')}: rows are checked when they are read"]),
+        lengths=np.zeros(0, np.int64),
+        sample=sample,
+        layout=layout.layout,
     )
-    shards = count(config.stream.shards, "shard")
-    lines = [source.format_summary() for source in sources]
-    summary = "\n".join([*lines, f"streamed in {shards}: rows are checked when they are read"])
-    fingerprint = fingerprint_stream(sources, tokenizer, config)
-    return TrainRows(batches, fingerprint, summary, np.zeros(0, np.int64), sample, layout.layout)
-
-
-def open_sources(config: DataConfig) -> list[Source]:
-    """The sources of ``config.train``. Raises UserError as ``open_source`` does."""
-    return [open_source(source, config, index) for index, source in enumerate(config.train)]
 
 
 def _first_document(source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout) -> Document:
     row_filter = RowFilter(None, config, source.parser.kind, layout)
     for row in source.rows():
-        for documents in render_examples(source.parser, [parse_row(source.parser, row)], tokenizer, config):
-            if kept := row_filter.keep(documents):
-                return kept[0]
+        (documents,) = source.parser.render([row], tokenizer, config)
+        if kept := row_filter.keep(documents):
+            return kept[0]
     raise UserError(f"{source.where}: no row of it can be trained on: `postrain preview` shows why")
 
 
@@ -180,7 +185,7 @@ def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet
     # One shard, in the order of the files.
     one = dataclasses.replace(config.stream, shards=1)
     config = dataclasses.replace(config, train=once, shuffle=False, stream=one)
-    sources = open_sources(config)
+    sources = [open_source(source, config, index) for index, source in enumerate(config.train)]
     kind = find_kind([(source.name, source.parser) for source in sources], config)
     examples: list[Document] = []
     reports, layout = [], SameLayout()

@@ -77,11 +77,6 @@ class RowCounts:
         found = ", ".join(f"{number:,} {what}" for what, number in losses.items() if number)
         return f"of {count(self.rows, 'row')} {found}" if found else ""
 
-    @property
-    def trained_share(self) -> float:
-        """Trained tokens over all tokens of the kept documents; 0 when there are none."""
-        return self.trained / self.tokens if self.tokens else 0.0
-
 
 COUNTS = tuple(field.name for field in dataclasses.fields(RowCounts) if field.type is int)
 
@@ -132,10 +127,17 @@ class RowFilter:
         if documents is None:
             counts.left_out += 1
             return []
-        fitted = self._fit_row(documents)
-        if isinstance(fitted, BadRow):
+        bad = documents if isinstance(documents, BadRow) else None
+        if not isinstance(documents, BadRow):
+            fitted = [document for document in map(self._fit, documents) if document is not None]
+            try:
+                for document in fitted:
+                    self._layout.check(document)
+            except BadRow as e:
+                bad = e
+        if bad is not None:
             if self._counted:
-                self._reject(fitted)
+                self._reject(bad)
             return []
         counts.split += len(documents) > 1
         counts.truncated += sum(sequence.truncated for document in fitted for sequence in document.sequences)
@@ -167,17 +169,6 @@ class RowFilter:
             self._log.write(bad)
         self.counts.skipped += 1
         self.check_share(bad, max(self.counts.rows, self._judged_from))
-
-    def _fit_row(self, documents: list[Document] | BadRow) -> list[Document] | BadRow:
-        if isinstance(documents, BadRow):
-            return documents
-        kept = [fitted for fitted in map(self._fit, documents) if fitted is not None]
-        try:
-            for document in kept:
-                self._layout.check(document)
-        except BadRow as e:
-            return e
-        return kept
 
     def _fit(self, document: Document) -> Document | None:
         """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""
@@ -249,12 +240,6 @@ class DataReport:
         """All sources together."""
         return add_up("total", [source.to_json() for source in self.sources])
 
-    @property
-    def fill(self) -> float:
-        """Useful slots over all slots of the packed rows; 1 less this is the padding."""
-        slots = self.packed_rows * self.sequence_length
-        return self.used_slots / slots if slots else 0.0
-
     def table(self) -> list[tuple[str, ...]]:
         """The counts as text: a header, a line for each source and, of several, their total."""
         header = (
@@ -262,13 +247,15 @@ class DataReport:
             "too long", "truncated", "untrained", "split", "skipped", "longest",
         )  # fmt: skip
         lines = self.sources + ([self.total] if len(self.sources) > 1 else [])
-        return [header] + [
+        cells = [
             (
-                s.name, f"{s.rows:,}", f"{s.documents:,}", f"{s.tokens:,}", f"{s.trained:,}", f"{s.trained_share:.1%}",
+                s.name, f"{s.rows:,}", f"{s.documents:,}", f"{s.tokens:,}", f"{s.trained:,}",
+                f"{s.trained / max(s.tokens, 1):.1%}",
                 *(f"{n:,}" for n in (s.too_long, s.truncated, s.untrained, s.split, s.skipped, s.longest)),
             )
             for s in lines
         ]  # fmt: skip
+        return [header, *cells]
 
     def __str__(self) -> str:
         cells = self.table()
@@ -277,18 +264,17 @@ class DataReport:
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in cells
         ]
-        return "\n".join([*lines, self.format_packing(), *self.format_notes()])
-
-    def format_packing(self) -> str:
-        """One line: rows, their length, and how much of them is used."""
-        return (
-            f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
-            f"{self.fill:.2%} filled, {1 - self.fill:.2%} padding"
-        )
+        return "\n".join([*lines, *self.format_notes()])
 
     def format_notes(self) -> list[str]:
-        """A line for each switch of the chat template that answers were trained after, as serving must set it too, and
-        for each function of a source that left rows out."""
+        """How many rows there are and how much of them is used. Then a line for each switch of the chat template that
+        answers were trained after, as serving must set it too, and for each function of a source that left rows out."""
+        slots = self.packed_rows * self.sequence_length
+        fill = self.used_slots / slots if slots else 0.0
+        packing = (
+            f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
+            f"{fill:.2%} filled, {1 - fill:.2%} padding"
+        )
         switches = [
             f"{count(number, 'answer')} trained after {switch}: serve with it "
             f"(postrain generate --thinking {'off' if switch.endswith('False') else 'on'})"
@@ -299,4 +285,4 @@ class DataReport:
             for source in self.sources
             if source.left_out
         ]
-        return switches + functions
+        return [packing, *switches, *functions]

@@ -1,10 +1,15 @@
 """One shard of the data: documents of the sources, mixed, packed window by window, endless, from any saved position.
 
 The rows of a global batch are dealt to a fixed number of shards, whatever the number of processes; a shard is the same
-stream wherever it runs. It draws documents from its sources (``mixture`` says from which), packs a window of them, and
+stream wherever it runs. It draws documents from its sources (``choose`` says from which), packs a window of them, and
 yields the rows in a seeded order. Documents of rows that came out poorly filled begin the next window. Where the
 weights change at an update, the window ends there: the few documents that were drawn too early come first in the next
 phase and are counted to it.
+
+The next row is of the source that has the least of what is its due, drawn over weight: weighted fair queueing (Demers,
+Keshav, Shenker 1989). Nothing is drawn at random, so shares hold at every moment and not only on average: after any
+number of rows each source has its share up to one row, and a resume needs no more than the amounts. Weights may change
+at given updates (``Phase``); from there on the new shares hold.
 
 Mixing and packing are one stage, not two of Grain's: only packing knows at which document an update begins, and with it
 other weights. The position is where the window began and how many of its rows were consumed: a restore draws that
@@ -13,16 +18,14 @@ window again.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.batches.epoch_order import permutation
-from postrain.data.batches.mixture import Phase, choose, phase_at
-from postrain.data.batches.packing import pack_window
+from postrain.data.batches.packing import pack_window, permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import RowCounts
 from postrain.data.documents import Document
@@ -34,6 +37,41 @@ SHARD_VERSION = 4
 
 _FIRST_WINDOW = 64  # documents, of a phase; up to twice as many for the last of several shards
 _NEAR = 64  # rows that are read on, to get from one carried document to the next
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """``weights`` of the sources, which add up to 1, from update ``step`` (from 1) on."""
+
+    step: int
+    weights: tuple[float, ...]
+
+
+def make_phases(config: DataConfig, sizes: Sequence[float]) -> list[Phase]:
+    """The phases of ``config``, the first from update 1; ``sizes`` of the sources, of whatever is counted.
+
+    Sources without weights have those of their sizes, to the power of 1 / ``mixture.temperature``.
+    """
+    given = [source.weight for source in config.train]
+    if any(given):
+        first = given
+    else:
+        largest = max(sizes)
+        first = [(size / largest) ** (1 / config.mixture.temperature) for size in sizes]
+    phases = [Phase(1, tuple(first))]
+    phases += [Phase(phase.step, phase.weights) for phase in config.mixture.phases]
+    return [Phase(phase.step, tuple(w / sum(phase.weights) for w in phase.weights)) for phase in phases]
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> int:
+    """Index of the phase that update ``step`` belongs to."""
+    return max(i for i, phase in enumerate(phases) if phase.step <= step)
+
+
+def choose(phase: Phase, drawn: Sequence[float], available: Collection[int]) -> int:
+    """The source to draw from next; -1 where none of ``available`` has a weight. ``drawn`` so far, in this phase."""
+    due = [(drawn[i] / phase.weights[i], i) for i in available if phase.weights[i] > 0]
+    return min(due)[1] if due else -1
 
 
 @dataclasses.dataclass(frozen=True)

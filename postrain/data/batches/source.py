@@ -2,7 +2,7 @@
 
 A source is files (``postrain.data.files``) or a Grain dataset that the config gives. In memory all rows are read in
 order (``Source.rows``). Streamed, each shard of the data reads its share of every epoch (``Source.shard_rows``, a
-``grain.IterDataset``). Elements are ``SourceRow``.
+``grain.IterDataset``). Elements are ``Row``.
 
 * Files are divided into blocks. The blocks of an epoch come in a seeded order and are dealt to the shards in turn, so
   that each is read once by one shard. A source that is small, or has fewer blocks than there are shards, is shared row
@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -25,10 +25,10 @@ import numpy as np
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import identify_dataset
 from postrain.config.schema import StreamSection
-from postrain.data.batches.epoch_order import permutation
+from postrain.data.batches.packing import permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import count
-from postrain.data.files.formats import Block, list_blocks, read_block
+from postrain.data.files.formats import Block, Row, list_blocks, read_block
 from postrain.data.files.storage import StorageOptions, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser
 from postrain.data.messages import BadRow, RowRef
@@ -37,13 +37,6 @@ from postrain.errors import UserError
 _LEAST_BLOCKS = 16  # of a shard, where files can be divided: with fewer, some shards would have much more than others
 _SHARED_BYTES = 64 << 20  # of a source so small that every shard reads all of it, and keeps its share of the rows
 _ENDLESS = 2**40  # rows of a MapDataset after repeat()
-
-
-class SourceRow(NamedTuple):
-    """A row as stored: where it is, and its value, unchecked; a ``BadRow`` where it cannot be decoded."""
-
-    ref: RowRef
-    value: Any
 
 
 class DatasetRef(RowRef):
@@ -73,12 +66,12 @@ class Source(abc.ABC):
         self._data, self._index = data, index
 
     @abc.abstractmethod
-    def rows(self) -> Iterator[SourceRow]:
+    def rows(self) -> Iterator[Row]:
         """All rows once, in order."""
 
     @abc.abstractmethod
     def shard_rows(self, epoch: int, shard: int) -> grain.IterDataset:
-        """The ``SourceRow``s of one shard in one epoch, in the order in which they are trained on."""
+        """The ``Row``s of one shard in one epoch, in the order in which they are trained on."""
 
     @abc.abstractmethod
     def format_summary(self) -> str:
@@ -134,30 +127,15 @@ class FileSource(Source):
         cache = {"cache_folder": stream.cache_folder, "cache_bytes": int(stream.cache_gibibytes * 2**30)}
         self.options = StorageOptions(**(cache if data.streaming else {}))
         self.files: list[StoredFile] = list_files(config.path, self.options)
+        self.size = sum(file.bytes for file in self.files)
         size = max((file.bytes for file in self.files), default=0)
         if data.streaming:
             enough = self.size // (_LEAST_BLOCKS * stream.shards)
             size = max(min(stream.block_mebibytes << 20, enough), 1 << 16)
         self.blocks: list[Block] = list_blocks(self.files, max(size, 1), self.options)
 
-    @property
-    def size(self) -> int:
-        """Stored bytes."""
-        return sum(file.bytes for file in self.files)
-
-    def rows(self) -> Iterator[SourceRow]:
-        return (row for block in self.blocks for row in self.read_block(block))
-
-    def read_block(self, block: Block) -> Iterator[SourceRow]:
-        """The rows of a block, in the order of the file. Raises UserError where the file cannot be read."""
-        rows = read_block(block, self.name, self.options)
-        while True:
-            try:
-                yield SourceRow(*next(rows))
-            except StopIteration:
-                return
-            except BadRow as e:
-                yield SourceRow(e.ref, e)
+    def rows(self) -> Iterator[Row]:
+        return (row for block in self.blocks for row in read_block(block, self.name, self.options))
 
     def shard_rows(self, epoch: int, shard: int) -> grain.IterDataset:
         size, shards = len(self.blocks), self._data.stream.shards
@@ -169,7 +147,7 @@ class FileSource(Source):
     def list_row_files(self) -> list[str]:
         found = {}  # of each file the first row is read
         for block in self.blocks:
-            if block.file.url not in found and next(self.read_block(block), None) is not None:
+            if block.file.url not in found and next(read_block(block, self.name, self.options), None) is not None:
                 found[block.file.url] = None
         return list(found)
 
@@ -193,11 +171,11 @@ class FileRows(ResumableDataset):
     def first_position(self) -> dict[str, int]:
         return {"block": 0, "row": 0}
 
-    def read(self, position: dict[str, int]) -> Iterator[tuple[dict[str, int], SourceRow]]:
-        first_row = position["row"]
+    def read(self, position: dict[str, int]) -> Iterator[tuple[dict[str, int], Row]]:
+        source, first_row = self._source, position["row"]
         for place in range(position["block"], len(self._blocks)):
             block = self._blocks[place]
-            for i, row in enumerate(self._source.read_block(self._source.blocks[block])):
+            for i, row in enumerate(read_block(source.blocks[block], source.name, source.options)):
                 if i >= first_row and (i + block) % self._shards == self._shard:
                     yield {"block": place, "row": i + 1}, row
             first_row = 0
@@ -219,7 +197,7 @@ def read_rows(path: str, shard: int = 0, shards: int = 1) -> grain.IterDataset:
     return FileSource(SourceConfig(path=path), data, 0).shard_rows(0, shard).map(_row_value)
 
 
-def _row_value(row: SourceRow) -> Any:
+def _row_value(row: Row) -> Any:
     if isinstance(row.value, BadRow):
         raise row.value
     return row.value
@@ -244,7 +222,15 @@ class DatasetSource(Source):
         if self.length is not None and self.length >= _ENDLESS:
             raise UserError(f"{self.where} has no end: leave repeat() out: a source is repeated as often as needed")
         if data.streaming and self.length is None:
-            self._check_state(dataset)
+            try:  # its position must be saved as JSON and set again
+                rows = iter(dataset)
+                rows.set_state(json.loads(json.dumps(rows.get_state())))
+            except Exception as e:
+                raise UserError(
+                    f"{self.where}: its iterator has no state that can be saved ({type(e).__name__}: {e}), so a run "
+                    "could not go on from a checkpoint: give it get_state and set_state, or read it before training "
+                    "(data.streaming=False)"
+                ) from e
         self._facts = {"dataset": described} | ({} if self.length is None else {"length": self.length})
 
     @property
@@ -254,7 +240,7 @@ class DatasetSource(Source):
     def list_row_files(self) -> list[str]:
         return []
 
-    def rows(self) -> Iterator[SourceRow]:
+    def rows(self) -> Iterator[Row]:
         dataset = self._make(0)
         if isinstance(dataset, grain.MapDataset):
             return filter(None, (self._read_at(dataset, i) for i in range(len(dataset))))
@@ -294,29 +280,17 @@ class DatasetSource(Source):
             )
         return dataset
 
-    def _check_state(self, dataset: grain.IterDataset) -> None:
-        """Raises UserError where the position in a dataset cannot be saved as JSON and set again."""
-        try:
-            rows = iter(dataset)
-            rows.set_state(json.loads(json.dumps(rows.get_state())))
-        except Exception as e:
-            raise UserError(
-                f"{self.where}: its iterator has no state that can be saved ({type(e).__name__}: {e}), so a run could "
-                "not go on from a checkpoint: give it get_state and set_state, or read it before training "
-                "(data.streaming=False)"
-            ) from e
-
-    def _read_at(self, dataset: grain.MapDataset, index: int) -> SourceRow | None:
+    def _read_at(self, dataset: grain.MapDataset, index: int) -> Row | None:
         """A row; None where a filter of the dataset has left it out."""
         try:
             value = dataset[index]
         except (Exception, SystemExit) as e:
             ref = DatasetRef(self.name, self.name, index)
-            return SourceRow(ref, BadRow(ref, f"{type(e).__name__}: {e}"))
+            return Row(ref, BadRow(ref, f"{type(e).__name__}: {e}"))
         return None if value is None else self._row(index, value)
 
-    def _row(self, index: int, value: Any) -> SourceRow:
-        return SourceRow(DatasetRef(self.name, self.name, index), _to_plain(value))
+    def _row(self, index: int, value: Any) -> Row:
+        return Row(DatasetRef(self.name, self.name, index), _to_plain(value))
 
     def _number(self, rows: Iterator, index: int) -> Iterator[tuple[int, Any]]:
         """(index, value) of what is left of an iterator. After an error it has no position to go on from."""
@@ -346,7 +320,7 @@ class DatasetRows(ResumableDataset):
     def first_position(self) -> dict[str, Any]:
         return {"index": 0, "rows": None}
 
-    def read(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], SourceRow]]:
+    def read(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Row]]:
         rows = iter(self._dataset)
         if position["rows"] is not None:
             rows.set_state(position["rows"])

@@ -18,11 +18,10 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.batches.collate import assemble_batch
-from postrain.data.batches.mixture import make_phases
+from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import RowCounts, add_up
-from postrain.data.batches.shard import Shard
+from postrain.data.batches.shard import Shard, make_phases
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.errors import UserError, shorten
 
@@ -33,7 +32,7 @@ OpenSources = Callable[[int, Sequence[RowCounts] | None], Sequence[grain.IterDat
 
 
 class ShardedBatches:
-    """Endless batches of this process, as ``make_train_iterator`` has them; ``row_ids`` number the documents.
+    """Endless batches of this process, as ``MemoryBatches`` has them; ``row_ids`` number the documents.
 
     Args:
       names: of the sources, for reports.
@@ -138,12 +137,6 @@ class ShardedBatches:
     def close(self) -> None:
         """Ends the background thread."""
         self._batches.close()
-
-
-def join_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The position of a run out of those of its processes, which differ only by the shards that each has."""
-    shards = {number: state for position in positions for number, state in position.get("shards", {}).items()}
-    return positions[0] | ({"shards": shards} if shards else {})
 
 
 class ShardBatches(ResumableDataset):

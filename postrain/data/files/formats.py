@@ -25,8 +25,8 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,7 +42,12 @@ _READER_ERRORS = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, 
 _ARROW_FILE = b"ARROW1"  # first bytes of Arrow's random-access format; datasets writes the streaming format
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; pyarrow reads one without them as whole
 
-Row = tuple[RowRef, Any]
+
+class Row(NamedTuple):
+    """A row as stored: where it is, and its value, unchecked; a ``BadRow`` where it cannot be decoded."""
+
+    ref: RowRef
+    value: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +76,11 @@ def list_blocks(files: Sequence[StoredFile], block_bytes: int, options: StorageO
 
 
 def read_block(block: Block, source: str = "", options: StorageOptions = DEFAULTS) -> Iterator[Row]:
-    """(reference, raw row) of each row, in the order of the file; ``source`` is the name in each ``RowRef``.
+    """Each row, in the order of the file; ``source`` is the name in each ``RowRef``.
 
     Raises:
-      BadRow: from ``next``, for a row that cannot be decoded; the following ``next`` continues with the row after it.
       UserError: a file that is damaged, missing, changed or cannot be read; rows before the damage may have come.
     """
-
-    def raise_bad(row: Row) -> Row:
-        if isinstance(row[1], BadRow):
-            raise row[1]
-        return row
-
-    return map(raise_bad, _read_checked(block, source, options))
-
-
-def _read_checked(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
     try:
         yield from _READERS[block.kind](block, source, options)
     except _READER_ERRORS as e:
@@ -120,24 +114,19 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
     return [Block(file, kind)]
 
 
-def decode_line(data: bytes, ref: RowRef, *, first: bool) -> Any:
-    """The value of a line of JSON; ``first`` of its file, where a byte order mark may stand. Raises BadRow."""
+def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
+    """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand."""
+    data = line.removesuffix(b"\n")
     try:
-        return json.loads(data.decode("utf-8-sig" if first else "utf-8"))
+        return Row(ref, json.loads(data.decode("utf-8-sig" if first else "utf-8")))
     except UnicodeDecodeError as e:
-        raise BadRow(ref, f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line") from None
+        reason = f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line"
     except json.JSONDecodeError as e:
         hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
-        raise BadRow(ref, f"invalid JSON: {e.msg} at column {e.colno}{hint}") from None
+        reason = f"invalid JSON: {e.msg} at column {e.colno}{hint}"
     except (ValueError, RecursionError) as e:
-        raise BadRow(ref, f"invalid JSON: {e}") from None
-
-
-def _decode(line: bytes, ref: RowRef, first: bool = False) -> Row:
-    try:
-        return ref, decode_line(line.removesuffix(b"\n"), ref, first=first)
-    except BadRow as e:
-        return ref, e
+        reason = f"invalid JSON: {e}"
+    return Row(ref, BadRow(ref, reason))
 
 
 def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
@@ -158,21 +147,16 @@ def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[
             position += len(line)
 
 
-def _number_lines(lines, source: str, url: str) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _decode(line, RowRef(source, url, number), first=number == 1)
-
-
-def _read_gzip(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
-    with open_file(block.file, options, 0, block.file.bytes) as f, gzip.GzipFile(fileobj=f) as lines:
-        yield from _number_lines(lines, source, block.file.url)
-
-
-def _read_zstd(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+def _read_compressed(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
     with open_file(block.file, options, 0, block.file.bytes) as f:
-        stream = pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
-        yield from _number_lines(io.BufferedReader(stream, buffer_size=1 << 18), source, block.file.url)
+        if block.kind == "jsonl.gz":
+            lines: Iterable[bytes] = gzip.GzipFile(fileobj=f)
+        else:
+            stream = pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
+            lines = io.BufferedReader(stream, buffer_size=1 << 18)
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _decode(line, RowRef(source, block.file.url, number), first=number == 1)
 
 
 def _divide_parquet(file: StoredFile, block_bytes: int, options: StorageOptions) -> list[Block]:
@@ -216,7 +200,7 @@ def _table_rows(batch: pa.RecordBatch, source: str, url: str, row: int) -> Itera
     except pa.ArrowInvalid:
         rows = [_decode_row(batch.slice(i, 1), RowRef(source, url, row + i + 1)) for i in range(batch.num_rows)]
     for i, value in enumerate(rows, row + 1):
-        yield RowRef(source, url, i), value if isinstance(value, BadRow) else without_nulls(value)
+        yield Row(RowRef(source, url, i), value if isinstance(value, BadRow) else without_nulls(value))
 
 
 def _decode_row(row: pa.RecordBatch, ref: RowRef) -> dict | BadRow:
@@ -295,8 +279,8 @@ def _record_batches(file: io.BufferedReader) -> Iterator[pa.RecordBatch]:
 
 _READERS = {
     "jsonl": _read_lines,
-    "jsonl.gz": _read_gzip,
-    "jsonl.zst": _read_zstd,
+    "jsonl.gz": _read_compressed,
+    "jsonl.zst": _read_compressed,
     "parquet": _read_parquet,
     "array_record": _read_records,
     "arrow": _read_arrow,

@@ -1,8 +1,8 @@
 """Lists and opens files of data: local, ``s3://``, ``gs://``, ``hf://``, any path that fsspec knows.
 
 A remote file is read in pieces, each by its own request for a range of bytes. A request that fails or hangs is repeated
-for the same range (``postrain.data.files.retry``): no byte is read twice, and a body that ends too early is never
-mistaken for the end of the file. Pieces may be kept in a folder of limited size (``postrain.data.files.cache``).
+for the same range (``postrain.data.files.remote``): no byte is read twice, and a body that ends too early is never
+mistaken for the end of the file. Pieces may be kept in a folder of limited size.
 
 The libraries below find the credentials (environment, their own files, the machine's role).
 """
@@ -25,8 +25,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from postrain.data.files import hub
-from postrain.data.files.cache import PieceCache
-from postrain.data.files.retry import StorageOptions, real_error, retry
+from postrain.data.files.remote import PieceCache, StorageOptions, real_error, retry
 from postrain.errors import UserError
 
 PIECE = 8 << 20  # bytes of one request
@@ -75,7 +74,13 @@ def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -
         refuses or does not answer, a package that is not installed.
     """
     paths = [paths] if isinstance(paths, str) else list(paths)
-    files = [file for path in paths for file in _list_path(path, options)]
+    files: list[StoredFile] = []
+    for path in paths:
+        if not path:
+            raise UserError("a path is empty: expected a file, a glob or a folder of data")
+        fs, inner = _filesystem(path)
+        found = _list_one(fs, inner, path, options)
+        files += found or _list_braces(fs, path, options)
     seen = set()
     for file in files:
         if file.url in seen:
@@ -104,11 +109,15 @@ def open_file(
         have failed; here, if the file has changed since it was listed.
     """
     fs, path = _filesystem(file.url)
-    if isinstance(fs, LocalFileSystem):
-        return _open_local(file, start)
     check_unchanged(file, options)
-    path = retry(options, file.url, lambda: _pin(fs, path)[0])
-    reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
+    if isinstance(fs, LocalFileSystem):
+        try:
+            reader = open(file.url, "rb", buffering=1 << 20)
+        except OSError as e:
+            raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
+    else:
+        path = retry(options, file.url, lambda: _pin(fs, path)[0])
+        reader = io.BufferedReader(_RemoteReader(file, fs, path, options, stop), buffer_size=64 << 10)
     reader.seek(start)
     return reader
 
@@ -182,16 +191,6 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise UserError(f"{url} needs a package that is not installed: {e}{advice}") from e
     except ValueError as e:
         raise UserError(f"{url} cannot be read: {e}; expected a path or an fsspec URL such as s3://BUCKET/KEY") from e
-
-
-def _open_local(file: StoredFile, start: int) -> io.BufferedReader:
-    check_unchanged(file)
-    try:
-        reader = open(file.url, "rb", buffering=1 << 20)
-    except OSError as e:
-        raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
-    reader.seek(start)
-    return reader
 
 
 class _RemoteReader(io.RawIOBase):
@@ -284,21 +283,6 @@ def _stored_file(url: str, info: dict) -> StoredFile:
     return StoredFile(url, int(info.get("size") or 0), version.strip('"'))
 
 
-def _list_path(path: str, options: StorageOptions) -> list[StoredFile]:
-    if not path:
-        raise UserError("a path is empty: expected a file, a glob or a folder of data")
-    fs, inner = _filesystem(path)
-    if files := _list_one(fs, inner, path, options):
-        return files
-    patterns = _expand(path)
-    if patterns == [path]:
-        raise UserError(f"{path} matches no file; expected {', '.join(FORMATS)}, a glob of them, or a folder")
-    found = parallel(lambda p: _list_one(fs, _filesystem(p)[1], p, options), patterns)
-    if missing := [p for p, files in zip(patterns, found, strict=True) if not files]:
-        raise UserError(f"{path}: {len(missing)} of {len(patterns)} names match no file, the first is {missing[0]}")
-    return sorted(itertools.chain.from_iterable(found), key=lambda f: f.url)
-
-
 def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[StoredFile]:
     """Files at a path without braces; none where there is nothing."""
 
@@ -331,6 +315,17 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
     if not info or info["type"] == "directory":
         _check_shards(path, files)
     return sorted(files, key=lambda f: f.url)
+
+
+def _list_braces(fs, path: str, options: StorageOptions) -> list[StoredFile]:
+    """Files at each of the paths that the braces of ``path`` stand for, sorted by name. Raises UserError."""
+    patterns = _expand(path)
+    if patterns == [path]:
+        raise UserError(f"{path} matches no file; expected {', '.join(FORMATS)}, a glob of them, or a folder")
+    found = parallel(lambda p: _list_one(fs, _filesystem(p)[1], p, options), patterns)
+    if missing := [p for p, files in zip(patterns, found, strict=True) if not files]:
+        raise UserError(f"{path}: {len(missing)} of {len(patterns)} names match no file, the first is {missing[0]}")
+    return sorted(itertools.chain.from_iterable(found), key=lambda f: f.url)
 
 
 def _saved_by_datasets(path: str, names: Iterable[str], state: bytes) -> list[str]:

@@ -22,7 +22,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ class Ids(NamedTuple):
 
 def encode_texts(fast: tokenizers.Tokenizer, texts: list[str]) -> list[Ids]:
     """Ids of each text, equal to ``fast.encode(text, add_special_tokens=False)``."""
-    words = _find_words(fast)
+    words = find_words(fast, repr(fast.get_added_tokens_decoder()))  # tokens may be added after the first use
     if words:
         return words.encode(texts)
     encodings = fast.encode_batch(texts, add_special_tokens=False)
@@ -90,30 +90,33 @@ class Words:
         self._split_added = re.compile(f"({'|'.join(longest_first)})").split if added else lambda text: [text]
 
     def encode(self, texts: list[str]) -> list[Ids]:
-        split = [self._split_added(text) for text in texts]  # text, added token, text, ..., text
-        looked_up = [[self._look_up(piece) for piece in pieces[::2]] for pieces in split]
-        unknown = {unit for pieces in looked_up for _, missing in pieces for unit in missing.values()}
-        encoded = self._encode(list(unknown)) if unknown else {}
+        split, looked_up, unknown = [], [], set()
+        for text in texts:
+            pieces = self._split_added(text)  # text, added token, text, ..., text
+            split.append(pieces)
+            looked_up.append([])
+            for piece in pieces[::2]:
+                units = _UNIT.findall(piece)
+                found = list(map(self._known.get, units))
+                # Only the units that are not known are kept as strings, by their number: thousands of the others would
+                # not fit into the processor's cache. They are rare, so that this is faster than a loop over all.
+                missing, at = {}, -1
+                for _ in range(found.count(None)):
+                    at = found.index(None, at + 1)
+                    missing[at] = units[at]
+                looked_up[-1].append((found, missing))
+                unknown.update(missing.values())
+        encoded: dict[str, bytes] = {}
+        if unknown:
+            units = list(unknown)
+            encodings = self._fast.encode_batch_fast(units, add_special_tokens=False)
+            ids = [array.array("i", encoding.ids).tobytes() for encoding in encodings]
+            encoded = dict(zip(units, ids, strict=True))
+            if len(self._known) + len(encoded) > _KNOWN:
+                self._known.clear()
+            short = ((unit, ids) for unit, ids in encoded.items() if len(unit) <= _LONGEST)
+            self._known.update(itertools.islice(short, _KNOWN))
         return [self._join(*both, encoded) for both in zip(split, looked_up, strict=True)]
-
-    def _look_up(self, text: str) -> tuple[list[bytes | None], dict[int, str]]:
-        """The ids of each unit, and the units that are not known, by their number.
-
-        The strings of known units are dropped: thousands of them would not fit into the processor's cache.
-        """
-        units = _UNIT.findall(text)
-        found = list(map(self._known.get, units))
-        return found, {at: units[at] for at in _find_all(None, found)} if None in found else {}
-
-    def _encode(self, units: list[str]) -> dict[str, bytes]:
-        encodings = self._fast.encode_batch_fast(units, add_special_tokens=False)
-        ids = [array.array("i", encoding.ids).tobytes() for encoding in encodings]
-        encoded = dict(zip(units, ids, strict=True))
-        if len(self._known) + len(encoded) > _KNOWN:
-            self._known.clear()
-        short = ((unit, ids) for unit, ids in encoded.items() if len(unit) <= _LONGEST)
-        self._known.update(itertools.islice(short, _KNOWN))
-        return encoded
 
     def _join(self, split: list[str], looked_up: list, encoded: dict[str, bytes]) -> Ids:
         pieces, starts, places, start, place = [], [], [], 0, 0
@@ -135,23 +138,17 @@ class Words:
         return Ids(np.frombuffer(b"".join(pieces), np.int32), starts, places)
 
 
-def _find_all(value, values: list) -> Iterator[int]:
-    """The indices of a value; for a rare value faster than a Python loop over all."""
-    at = -1
-    for _ in range(values.count(value)):
-        at = values.index(value, at + 1)
-        yield at
-
-
-def _find_words(fast: tokenizers.Tokenizer) -> Words | None:
-    """None where the tokenizer is not known to end its words at the ends of units."""
-    return _make_words(fast, repr(fast.get_added_tokens_decoder()))  # tokens may be added after the first use
-
-
 @functools.lru_cache(maxsize=8)
-def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
-    added = fast.get_added_tokens_decoder()
-    model, normalizer, before = fast.model, _part_facts(fast.normalizer), _part_facts(fast.pre_tokenizer)
+def find_words(fast: tokenizers.Tokenizer, added_tokens: str) -> Words | None:
+    """None where the tokenizer is not known to end its words at the ends of units.
+
+    ``added_tokens``: those that it has now, as text; with others it is another tokenizer.
+    """
+    added, model = fast.get_added_tokens_decoder(), fast.model
+    # The parts of a tokenizer, as in tokenizer.json; {} for None.
+    normalizer, before = (
+        {} if part is None else json.loads(part.__getstate__()) for part in (fast.normalizer, fast.pre_tokenizer)
+    )
     if not isinstance(model, tokenizers.models.BPE) or model.dropout or fast.truncation or fast.padding:
         return None
     if normalizer not in ({}, {"type": "NFC"}):
@@ -166,11 +163,6 @@ def _make_words(fast: tokenizers.Tokenizer, _added: str) -> Words | None:
     if takes_space or len({t.normalized for t in added.values()}) > 1:  # one sort is searched before the other
         return None
     return Words(fast, {token.content: i for i, token in added.items()})
-
-
-def _part_facts(part) -> dict:
-    """A part of a tokenizer, as in tokenizer.json; {} for None."""
-    return json.loads(part.__getstate__()) if part is not None else {}
 
 
 def _keeps_units(step: dict) -> bool:

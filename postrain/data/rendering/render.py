@@ -2,16 +2,33 @@
 
 ``render`` (training), ``render_prompt`` (sampling and serving) and the evaluation of held-out rows all go through
 the same two steps: trained_spans.py decides which text is prompt and which is trained, and describes what is refused;
-encoding.py turns that text into ids.
+``encode_sequences`` turns that text into ids.
 
 Plain text gets the tokenizer's BOS, where it adds one, and its EOS at the end. A prompt/completion row of two
 strings is plain text of which the completion and the EOS are trained. Special tokens spelt in rows are encoded as
 ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end.
+
+The text is encoded once, as a whole, and the spans are found in its tokens. Two cases need more:
+
+* A token that lies over the beginning of a span (a prompt ending in a newline, an answer beginning with one,
+  merged into a single token) could never be produced when served, where the prompt is encoded by itself.
+  There the two sides are encoded separately, so that the ids before a span are always the ids of the prompt; later
+  turns, whose prompts serving encodes as a whole, then go into a sequence of their own.
+* Text of a row that spells a token which only templates may write stands between marks. It is encoded as
+  ordinary text by a second tokenizer, whose control tokens have other names: the template's own tokens are
+  renamed in the text, the row's are not. The rest is split as by the first tokenizer.
 """
 
+import bisect
+import dataclasses
+import functools
+import itertools
+import json
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tokenizers
 
 from postrain.data.documents import Rendered
 from postrain.data.messages import (
@@ -24,9 +41,17 @@ from postrain.data.messages import (
     parse_messages,
     parse_tools,
 )
-from postrain.data.rendering.encoding import encode_sequences
+from postrain.data.rendering.bpe_cache import Ids, encode_texts
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.data.rendering.trained_spans import Refusal, Renderer, Sequence, mark, plan_sequences
+from postrain.data.rendering.trained_spans import (
+    MARK_CLOSE,
+    MARK_OPEN,
+    Refusal,
+    Renderer,
+    Sequence,
+    mark,
+    plan_sequences,
+)
 from postrain.errors import UserError
 
 TEMPLATE_DATE = "2024-07-26"  # as data.template_date
@@ -58,16 +83,46 @@ def render_many(
     examples: Iterable[Example], tokenizer: Tokenizer, *, template_date: str = TEMPLATE_DATE, default_system: str = ""
 ) -> Iterator[list[Rendered] | BadRow]:
     """``render`` for many rows, in order and faster; a refused row comes out as its BadRow instead of raising."""
-    batch: list = []
-    for example in examples:
-        try:
-            batch.append((example.ref, *_plan(example, tokenizer, template_date, default_system)))
-        except BadRow as e:
-            batch.append((example.ref, e, (), ()))
-        if len(batch) == BATCH:
-            yield from _encode(batch, tokenizer)
-            batch = []
-    yield from _encode(batch, tokenizer)
+    examples = iter(examples)
+    while batch := list(itertools.islice(examples, BATCH)):
+        plans = []  # texts, and the ids to put before and after
+        for example in batch:
+            try:
+                plans.append(_plan(example, tokenizer, template_date, default_system))
+            except BadRow as e:
+                plans.append(e)
+        texts = [text for plan in plans if not isinstance(plan, BadRow) for text in plan[0]]
+        encoded = iter(encode_sequences(texts, tokenizer))
+        for example, plan in zip(batch, plans, strict=True):
+            if isinstance(plan, BadRow):
+                yield plan
+                continue
+            parts = [next(encoded) for _ in plan[0]]
+            try:
+                yield [
+                    Rendered(tokens, mask, example.ref, template_switches=switches)
+                    for part in parts
+                    for tokens, mask, switches in part.sequences(*plan[1:])
+                ]
+            except Refusal as e:
+                yield BadRow(example.ref, str(e), e.advice)
+
+
+def _plan(
+    example: Example, tokenizer: Tokenizer, template_date: str, default_system: str
+) -> tuple[list[Sequence], list[int], list[int]]:
+    """Texts to encode, and the ids to put before and after."""
+    if isinstance(example, Conversation):
+        return plan_sequences(example, tokenizer, template_date, default_system), [], []
+    if tokenizer.eos_id is None:
+        raise UserError(f"{tokenizer.folder}: tokenizer_config.json names no eos_token, which plain text must end with")
+    if isinstance(example, PromptCompletion):
+        head, body = example.prompt, example.completion
+    else:
+        head, body = "", example.text
+    body = body.removesuffix(tokenizer.special_tokens["eos_token"])
+    head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
+    return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
 
 
 def render_prompt(
@@ -147,34 +202,176 @@ def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
     return rendered.tokens[:first], rendered.tokens[first:last]
 
 
-def _plan(example: Example, tokenizer: Tokenizer, template_date: str, default_system: str):
-    """Texts to encode, and the ids to put before and after."""
-    if isinstance(example, Conversation):
-        return plan_sequences(example, tokenizer, template_date, default_system), [], []
-    if tokenizer.eos_id is None:
-        raise UserError(f"{tokenizer.folder}: tokenizer_config.json names no eos_token, which plain text must end with")
-    if isinstance(example, PromptCompletion):
-        head, body = example.prompt, example.completion
-    else:
-        head, body = "", example.text
-    body = body.removesuffix(tokenizer.special_tokens["eos_token"])
-    head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
-    return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
+# Text -> ids and mask
 
 
-def _encode(batch: list, tokenizer: Tokenizer) -> Iterator[list[Rendered] | BadRow]:
-    flat = [s for _, plan, _, _ in batch if not isinstance(plan, BadRow) for s in plan]
-    encoded = iter(encode_sequences(flat, tokenizer))
-    for ref, plan, prefix, suffix in batch:
-        if isinstance(plan, BadRow):
-            yield plan
-            continue
-        parts = [next(encoded) for _ in plan]
-        try:
-            yield [
-                Rendered(tokens, mask, ref, template_switches=switches)
-                for e in parts
-                for tokens, mask, switches in e.sequences(prefix, suffix)
-            ]
-        except Refusal as e:
-            yield BadRow(ref, str(e), e.advice)
+def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["Encoded"]:
+    """Encodes many texts at once; spans are found by ``Encoded.sequences``."""
+    out: list[Encoded | None] = [None] * len(sequences)
+    plain = [i for i, s in enumerate(sequences) if MARK_OPEN not in s.text]
+    for i, ids in zip(plain, encode_texts(tokenizer.fast, [sequences[i].text for i in plain]), strict=True):
+        out[i] = Encoded(sequences[i], tokenizer, tokenizer.fast, ids)
+    for i, sequence in enumerate(sequences):
+        if out[i] is None:
+            escaped = escape(sequence, tokenizer)
+            fast = second_tokenizer(tokenizer).fast
+            out[i] = Encoded(escaped, tokenizer, fast, *encode_texts(fast, [escaped.text]))
+    return out
+
+
+class Encoded:
+    """One encoded text. Ids are those of ``tokenizer``, also where the second tokenizer made them."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
+        self.text, self.spans = sequence.text, sequence.spans
+        self.template_switches = sequence.template_switches or ("",) * len(sequence.spans)
+        self.tokenizer, self.fast = tokenizer, fast
+        self._ids, self._starts, self._places = encoded
+
+    def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
+        """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
+        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty.
+
+        One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
+        the ids are no longer those that serving would encode for a later prompt.
+
+        Raises:
+          Refusal: no token boundary fits a span's beginning, the last trained token would not stop serving, or
+            special tokens of the row cannot be kept as text.
+        """
+        whole, apart = [], []
+        for span, switch in zip(self.spans, self.template_switches, strict=True):
+            ids, first, last = self._cut(*span)
+            is_cut = ids is not self._ids
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, switch))
+        groups = [[cut] for cut in apart]
+        groups += [whole] if whole else []
+        groups.sort(key=lambda group: group[0][1])
+        found = []
+        for group in groups:
+            # Only the last of a group may be cut; the others' places are the same in its ids.
+            ids, _, end, _ = group[-1]
+            ids = np.concatenate([prefix, self.true_ids(ids[:end]), suffix], dtype=np.int32, casting="unsafe")
+            mask = np.zeros(len(ids), bool)
+            for _, first, last, _ in group:
+                mask[first + len(prefix) : last + len(prefix)] = True
+                stop = int(ids[last + len(prefix) - 1])
+                if not suffix and stop not in self.tokenizer.stop_ids:
+                    raise Refusal(
+                        f"the last trained token is {self.tokenizer.decode([stop])!r}, which is not a stop token"
+                    )
+            mask[len(ids) - len(suffix) :] = True
+            mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
+            if not mask.any():
+                raise Refusal("it has no token to train on")
+            switches = tuple(switch for *_, switch in group)
+            found.append((ids, mask, switches if any(switches) else ()))
+        return found
+
+    def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
+        """Ids with a token boundary at character ``begin`` as when the text before it is encoded by itself, and
+        the indices of the first token of the span and of the first after it. The ids are ``self._ids`` itself where
+        nothing had to change."""
+        ids, starts, places = self._ids, self._starts, self._places
+        # A span ends at the end of the text or after an added token, where the place of a token is always known.
+        at_end = bisect.bisect_left(starts, end)
+        last = places[at_end] if end < len(self.text) and at_end < len(places) else len(ids)
+        if begin == 0:
+            return ids, 0, last
+        anchors = anchor_ids(self.fast)
+        before = bisect.bisect_left(starts, begin)
+        left = next((i for i in range(before - 1, -1, -1) if int(ids[places[i]]) in anchors), None)
+        anchor, anchor_text = (0, "") if left is None else (places[left], self.fast.id_to_token(int(ids[places[left]])))
+        head = list(_encode_short(self.fast, self.text[starts[left] if anchor_text else 0 : begin]))
+        first = anchor + len(head)
+        if ids[anchor:first].tolist() == head:
+            return ids, first, last
+        right = next((i for i in range(before, len(places)) if int(ids[places[i]]) in anchors), None)
+        after, stop = (len(ids), len(self.text)) if right is None else (places[right], starts[right])
+        # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
+        rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
+        decode = functools.partial(self.fast.decode, skip_special_tokens=False)
+        if decode([*head, *rest]) != decode(ids[anchor:after].tolist()):
+            raise Refusal(
+                "a token lies over the end of the generation prompt, and its sides cannot be encoded separately"
+            )
+        cut = np.concatenate([ids[:anchor], np.array([*head, *rest], np.int32), ids[after:]])
+        return cut, first, last + len(cut) - len(ids)
+
+    def true_ids(self, ids: np.ndarray | None = None) -> np.ndarray:
+        """Ids (default: all) in the vocabulary of ``tokenizer``.
+
+        Raises:
+          Refusal: special tokens of the row cannot be kept as text.
+        """
+        ids = self._ids if ids is None else ids
+        if self.fast is self.tokenizer.fast:
+            return ids
+        second, ids = second_tokenizer(self.tokenizer), ids.tolist()
+        if any(i in second.control_in_vocabulary for i in ids):
+            raise Refusal("the row spells a special token, and the tokenizer cannot write it as ordinary text")
+        return np.array([second.true_ids.get(i, i) for i in ids], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondTokenizer:
+    """A tokenizer whose control tokens have other names: ``fast`` knows them by ``names`` alone.
+
+    Attributes:
+      true_ids: its ids of added tokens -> the tokenizer's own.
+      control_in_vocabulary: ids that the control tokens' old names still have in the model's vocabulary; a model
+        that spells them out of ordinary text (a Unigram model may) cannot keep them apart.
+    """
+
+    fast: tokenizers.Tokenizer
+    names: dict[str, str]
+    true_ids: dict[int, int]
+    control_in_vocabulary: frozenset[int]
+
+
+@functools.lru_cache(maxsize=8)
+def second_tokenizer(tokenizer: Tokenizer) -> SecondTokenizer:
+    """The tokenizer with its control tokens renamed to what no row can spell."""
+    original = tokenizer.fast
+    names = {text: f"{MARK_OPEN}{i}{MARK_CLOSE}" for text, i in tokenizer.control_tokens.items()}
+    spec = json.loads(original.to_str())
+    spec["post_processor"] = None  # it may name the tokens, and nothing is added here
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token["content"] = names[token["content"]]
+            token["normalized"] = False
+    fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    # New names are not in the model's vocabulary, so ids of added tokens may come out shifted.
+    added = {token.content: i for i, token in original.get_added_tokens_decoder().items()}
+    true_ids = {fast.token_to_id(names.get(text, text)): i for text, i in added.items()}
+    left = {fast.token_to_id(text) for text in names} - {None}
+    return SecondTokenizer(fast, names, true_ids, frozenset(left - true_ids.keys()))
+
+
+def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
+    """Marked text -> text for the second tokenizer: the template's control tokens renamed, the marks taken out."""
+    names = second_tokenizer(tokenizer).names
+    pattern = re.compile(f"{MARK_OPEN}(.*?){MARK_CLOSE}|{tokenizer.control_pattern.pattern}", re.DOTALL)
+    out, length, done = [], 0, 0
+    begins, shifts = [0], [0]  # from character begins[i] of the marked text on, positions move by shifts[i]
+    for match in pattern.finditer(sequence.text):
+        text = match.group(1) if match.group(1) is not None else names[match.group(0)]
+        out += [sequence.text[done : match.start()], text]
+        length += match.start() - done + len(text)
+        done = match.end()
+        begins.append(done)
+        shifts.append(length - done)
+    out.append(sequence.text[done:])
+    move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
+    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.template_switches)
+
+
+@functools.lru_cache(maxsize=16)
+def anchor_ids(fast: tokenizers.Tokenizer) -> frozenset[int]:
+    """Added tokens that are not whitespace: the tokenizer splits text at them first, so nothing reaches over them."""
+    return frozenset(i for i, token in fast.get_added_tokens_decoder().items() if token.content.strip())
+
+
+@functools.lru_cache(maxsize=4096)
+def _encode_short(fast: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(fast.encode(text, add_special_tokens=False).ids)

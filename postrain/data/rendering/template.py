@@ -154,12 +154,12 @@ class ChatTemplate:
     def arguments_as_text(self) -> bool:
         """Whether the template joins a call's arguments as text (DeepSeek) instead of writing an object out."""
         self.__dict__["arguments_as_text"] = False  # while probing
-        return not self._probe_arguments({}) and self._probe_arguments("{}")
-
-    def _probe_arguments(self, arguments) -> bool:
-        call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
-        messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        return self._probe(messages, _PROBE_TOOLS) is not None
+        accepted = []
+        for arguments in ({}, "{}"):
+            call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
+            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            accepted.append(self._probe(messages, _PROBE_TOOLS) is not None)
+        return accepted == [False, True]
 
     @functools.cached_property
     def renders_tools(self) -> bool:

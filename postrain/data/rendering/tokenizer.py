@@ -2,6 +2,11 @@
 
 The folder's files are read once: the ids that begin and end a sequence, the chat template, and the tokens
 at which serving stops. ``transformers`` itself is loaded only by ``.hf``.
+
+New tokens are read from the config, checked, and added to the vocabulary. Their ids are the tokenizer's next free ones:
+the format of tokenizer.json has no gaps. Many models have more rows than their tokenizer has ids (Qwen: 151,936 for
+151,669), so the first new tokens may take rows that the model has and never uses; some have fewer (Gemma 3 270M:
+262,144 for 262,145).
 """
 
 import functools
@@ -9,19 +14,43 @@ import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import tokenizers
 
 from postrain.config import Config, NewTokensSection, is_hub_name
 from postrain.data.files.hub import fetch_small_files
-from postrain.data.rendering.new_tokens import NewTokens, add_new_tokens, read_new_tokens
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 
 # Bump when a code change would give other tokens or another mask for the same row and tokenizer.
 RENDERING_VERSION = 1
 PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
+_SHOWN = 8  # wrong new tokens in one message
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class NewToken(NamedTuple):
+    """A new token, from the config or its file."""
+
+    text: str
+    start: str  # its rows start as the mean of the rows of this text's tokens; "": of all old rows
+    where: str  # file:line or config key, for messages
+
+
+class NewTokens(NamedTuple):
+    """The new tokens of a vocabulary, at its end: token i has id ``first + i``."""
+
+    first: int
+    texts: tuple[str, ...]
+    start_ids: tuple[tuple[int, ...], ...]  # old ids whose rows' mean a new row starts as; (): all old ones
+    special: bool
+
+    @property
+    def stop(self) -> int:
+        """One more than the last new id."""
+        return self.first + len(self.texts)
 
 
 class Tokenizer:
@@ -50,27 +79,37 @@ class Tokenizer:
         origin,
         new_tokens: NewTokens | None = None,
     ):
-        self.folder = folder
-        self.fast = fast
-        self.new_tokens = new_tokens
-        self._config = config
-        named = {k: _text(v) for k, v in config.items() if k.endswith("_token")}
+        self.folder, self.fast, self.new_tokens = folder, fast, new_tokens
+        named = {key: value for key, value in config.items() if key.endswith("_token")}
+        named = {key: token.get("content") if isinstance(token, dict) else token for key, token in named.items()}
         self.special_tokens = {k: v for k, v in named.items() if isinstance(v, str)}  # not add_bos_token
-        self.bos_id, self.eos_id, self.pad_id = (self._named_id(k) for k in NAMED_TOKENS[:3])
+        ids: list[int | None] = []
+        for key in NAMED_TOKENS[:3]:
+            text = self.special_tokens.get(key)
+            ids.append(None if text is None else fast.token_to_id(text))
+            if text is not None and ids[-1] is None:
+                raise UserError(
+                    f"{folder}/tokenizer_config.json: {key} is {text!r}, which tokenizer.json does not have"
+                )
+        self.bos_id, self.eos_id, self.pad_id = ids
         self.pad_id = self.eos_id if self.pad_id is None else self.pad_id
+        self.chat_template = template_source or ""
         self.template = ChatTemplate(template_source, self.special_tokens, str(origin)) if template_source else None
         self.added = {token.content: i for i, token in fast.get_added_tokens_decoder().items()}
         self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
-        self.prefix_ids = self._prefix_ids()
+        # ``add_bos_token`` decides; without it, what tokenizer.json adds before text.
+        self.prefix_ids: list[int] = []
+        if config.get("add_bos_token") is not None:
+            self.prefix_ids = [self.bos_id] if config["add_bos_token"] and self.bos_id is not None else []
+        else:
+            plain = fast.encode("a", add_special_tokens=False).ids
+            full = fast.encode("a", add_special_tokens=True).ids
+            self.prefix_ids = full[: len(full) - len(plain)] if plain and full[-len(plain) :] == plain else []
         self.stop_ids = self._stop_ids(generation)
         self.control_tokens = self._control_tokens()
         self.control_pattern = any_of(self.control_tokens)
         self.stop_names = tuple(t for t, i in self.added.items() if i in self.stop_ids)
         self.stop_pattern = any_of(self.stop_names)
-
-    @property
-    def chat_template(self) -> str:
-        return self.template.source if self.template else ""
 
     def require_template(self) -> ChatTemplate:
         """The chat template.
@@ -128,48 +167,23 @@ class Tokenizer:
         parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
         return hashlib.sha256(json.dumps([*parts, RENDERING_VERSION]).encode()).hexdigest()
 
-    def _named_id(self, key: str) -> int | None:
-        text = self.special_tokens.get(key)
-        if text is None:
-            return None
-        i = self.fast.token_to_id(text)
-        if i is None:
-            raise UserError(
-                f"{self.folder}/tokenizer_config.json: {key} is {text!r}, which tokenizer.json does not have"
-            )
-        return i
-
-    def _prefix_ids(self) -> list[int]:
-        """``add_bos_token`` of tokenizer_config.json decides; without it, what tokenizer.json adds before text."""
-        add_bos = self._config.get("add_bos_token")
-        if add_bos is not None:
-            return [self.bos_id] if add_bos and self.bos_id is not None else []
-        plain = self.fast.encode("a", add_special_tokens=False).ids
-        full = self.fast.encode("a", add_special_tokens=True).ids
-        return full[: len(full) - len(plain)] if plain and full[-len(plain) :] == plain else []
-
     def _stop_ids(self, generation: dict | None) -> frozenset[int]:
         """The tokenizer's eos and the ``eos_token_id`` (one or a list) of generation_config.json.
 
         A folder without generation_config.json (a bare tokenizer) does not say how its turns end. Then the
-        template is probed: the last added token that it writes after the answer of a two-message
-        conversation, and after a tool call, ends a turn (``<|eot_id|>``, ``<end_of_turn>``, ``<|call|>``).
+        template is probed: the last added token, neither whitespace nor a tag, that it writes after the answer of a
+        two-message conversation, and after a tool call, ends a turn (``<|eot_id|>``, ``<end_of_turn>``, ``<|call|>``).
         """
         stops = set() if self.eos_id is None else {self.eos_id}
         if generation is not None and generation.get("eos_token_id") is not None:
             ids = generation["eos_token_id"]
             return frozenset(stops | set(ids if isinstance(ids, list) else [ids]))
-        return frozenset(stops | self._turn_ends())
-
-    def _turn_ends(self) -> set[int]:
-        """Of the text after an answer, the last added token that is neither whitespace nor a tag."""
         if self.template is None or not self.added:
-            return set()
+            return frozenset(stops)
         call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"a": PROBE}}}
         schema = {"type": "object", "properties": {"a": {"type": "string"}}}
         tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": schema}}
         candidates = any_of(t for t in self.added if t.strip() and not self._is_markup(t))
-        ends = set()
         for reply, tools in (({"content": PROBE}, None), ({"content": "", "tool_calls": [call]}, [tool])):
             messages = [{"role": "user", "content": "x"}, {"role": "assistant", **reply}]
             try:
@@ -178,8 +192,8 @@ class Tokenizer:
                 continue
             _, found, tail = text.rpartition(PROBE)
             if found and (written := candidates.findall(tail)):
-                ends.add(self.added[written[-1]])
-        return ends
+                stops.add(self.added[written[-1]])
+        return frozenset(stops)
 
     def _is_markup(self, token: str) -> bool:
         """Whether the vocabulary has both tags, as <think> and </think>: markup inside a turn."""
@@ -288,5 +302,70 @@ def _read_json(path: pathlib.Path) -> dict | None:
     return value
 
 
-def _text(token) -> str:
-    return token.get("content") if isinstance(token, dict) else token
+# New tokens
+
+
+def read_new_tokens(section: NewTokensSection) -> tuple[NewToken, ...]:
+    """The tokens of a config, in order, () for none. Raises UserError naming those that are empty or repeated."""
+    if section.file:
+        path = pathlib.Path(section.file)
+        try:
+            text = path.read_text(encoding="utf-8-sig")  # without a byte order mark
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.new_tokens.file: {path} cannot be read: {error}") from None
+        # Not `splitlines`, which also cuts at Unicode's other separators.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        places = [(line.removesuffix("\r"), f"{path}:{number}") for number, line in enumerate(lines, 1)]
+        if not places:
+            raise UserError(f"model.new_tokens.file: {path} is empty: expected one token on each line")
+    else:
+        places = [(token, f"model.new_tokens.tokens[{i}]") for i, token in enumerate(section.tokens)]
+    tokens, wrong, seen = [], [], {}
+    for line, where in places:
+        text, tab, start = line.partition("\t")
+        tokens.append(NewToken(text, start, where))
+        if not text.strip():
+            wrong.append(f"{where} is empty")
+        elif text != text.strip():
+            wrong.append(f"{where}: {text!r} starts or ends with a space: it would rarely be found in text")
+        elif text in seen:
+            wrong.append(f"{where}: {text!r} comes twice, first in {seen[text]}")
+        elif tab and not start.strip():
+            wrong.append(f"{where}: {text!r} has a tab and no text after it")
+        seen.setdefault(text, where)
+    _check_no_errors(wrong)
+    return tuple(tokens)
+
+
+def add_new_tokens(fast: tokenizers.Tokenizer, tokens: Sequence[NewToken], special: bool) -> NewTokens:
+    """Adds ``tokens`` to ``fast``. Raises UserError naming those that it has, or cannot use as one token."""
+    unknown = getattr(fast.model, "unk_token", None)
+    unknown_id = None if unknown is None else fast.token_to_id(unknown)
+    wrong, start_ids = [], []
+    for token in tokens:
+        ids = fast.encode(token.text, add_special_tokens=False).ids
+        found = ids[0] if len(ids) == 1 and ids[0] != unknown_id else fast.token_to_id(token.text)
+        if found is not None:
+            wrong.append(f"{token.where}: {token.text!r} is one token of the tokenizer already, id {found}")
+        start_ids.append(tuple(fast.encode(token.start, add_special_tokens=False).ids if token.start else ()))
+        if token.start and not start_ids[-1]:
+            wrong.append(f"{token.where}: the text {token.start!r} has no tokens")
+    _check_no_errors(wrong)
+    first = 1 + max(fast.get_vocab(with_added_tokens=True).values())
+    options = {"normalized": False, "special": special}
+    fast.add_tokens([tokenizers.AddedToken(token.text, **options) for token in tokens])
+    for i, token in enumerate(tokens):
+        ids = fast.encode(token.text, add_special_tokens=False).ids
+        if ids != [first + i]:
+            wrong.append(f"{token.where}: {token.text!r} comes out as ids {ids}, expected {first + i} alone")
+        # Decoders of byte-level vocabularies take an added token's characters for bytes, where they can be some.
+        back = fast.decode([first + i], skip_special_tokens=False)
+        if back.strip() != token.text.strip():
+            wrong.append(f"{token.where}: {token.text!r} is decoded as {back!r}: write it in ASCII")
+    _check_no_errors(wrong)
+    return NewTokens(first, tuple(token.text for token in tokens), tuple(start_ids), special)
+
+
+def _check_no_errors(wrong: list[str]) -> None:
+    if wrong:
+        raise UserError(f"new tokens: {shorten(wrong, _SHOWN, '; ')}: leave these out or write them differently")

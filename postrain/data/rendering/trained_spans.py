@@ -26,7 +26,7 @@ a part is refused, and the message names the part.
 
 Strings of a row that spell a token which only templates may write (``<|im_end|>`` in a user's message) are
 wrapped in two noncharacters while the template runs, so that afterwards they can be told from the template's
-own and encoded as ordinary text (see encoding.py).
+own and encoded as ordinary text (see render.py).
 """
 
 import dataclasses
@@ -137,7 +137,14 @@ class Renderer:
           Refusal: no generation prompt of the template leads to a faithful continuation.
         """
         refusal = None
-        for variables in self.generation_prompts(k):
+        # Variables to try, best first: a turn with reasoning follows the default prompt, one without it a prompt that
+        # asks for none.
+        switches = self.template.switches
+        if reasoning_of(self.messages[k]):
+            choices = [{}, *({name: True} for name in switches)]
+        else:
+            choices = [*({name: False} for name in switches), {}]
+        for variables in choices:
             try:
                 prompt, continuation = self._turn(k, variables)
             except Refusal as e:
@@ -145,16 +152,9 @@ class Renderer:
                 refusal = e if refusal is None or not variables else refusal
                 continue
             changed = variables and self.template.changes_prompt(**variables)
-            switches = ", ".join(f"{name}={value}" for name, value in variables.items()) if changed else ""
-            return prompt, continuation, switches
+            named = ", ".join(f"{name}={value}" for name, value in variables.items()) if changed else ""
+            return prompt, continuation, named
         raise refusal
-
-    def generation_prompts(self, k: int) -> list[dict]:
-        """Template variables to try, best first, depending on whether the message has reasoning."""
-        switches = self.template.switches
-        if reasoning_of(self.messages[k]):
-            return [{}, *({name: True} for name in switches)]
-        return [*({name: False} for name in switches), {}]
 
     def _turn(self, k: int, variables: dict) -> tuple[str, str]:
         message = self.messages[k]
@@ -166,7 +166,18 @@ class Renderer:
             begun, written = self._since_last_message(k, variables, prompt, whole)
             same = written.startswith(begun)
             tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
-        continuation = tail[: self._stop_end(tail)]
+        # It ends with the first stop token that the template wrote, not one that the row spells (it stands in a mark).
+        # Without one the model would never stop.
+        stops = self.tokenizer.stop_pattern.finditer(tail)
+        end = next((m.end() for m in stops if m.start() == 0 or tail[m.start() - 1] != MARK_OPEN), None)
+        if end is None:
+            names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
+            raise Refusal(
+                f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
+                f"{unmark(tail)[0][-24:]!r})",
+                "put the token that ends a turn into eos_token_id of generation_config.json",
+            )
+        continuation = tail[:end]
         check_nothing_dropped(message, continuation)
         self._check_prompt(prompt, k, variables)
         return prompt, continuation
@@ -196,28 +207,6 @@ class Renderer:
                 return prompt, whole
             texts.append(tail)
         return texts[0], texts[1]
-
-    def _stop_end(self, tail: str) -> int:
-        """The end of the first stop token that the template wrote.
-
-        Raises:
-          Refusal: without a stop token the model would never stop.
-        """
-        text, ranges = unmark(tail)
-        pattern = self.tokenizer.stop_pattern
-        if not ranges:
-            match = pattern.search(tail)
-            if match:
-                return match.end()
-        for match in pattern.finditer(tail):
-            if match.start() == 0 or tail[match.start() - 1] != MARK_OPEN:
-                return match.end()
-        names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
-        raise Refusal(
-            f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
-            f"{text[-24:]!r})",
-            "put the token that ends a turn into eos_token_id of generation_config.json",
-        )
 
     def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
         """Checks that the prompt holds the tools and every message that is not the assistant's.

@@ -1,7 +1,16 @@
-"""Retries of requests to a storage that sometimes fails or hangs, and one error that names the file in the end.
+"""Remote files: requests that are repeated where a storage fails or hangs, and a cache on the disk.
 
-These retries and ``postrain.data.files.cache`` are our own because no library passes tests/data/test_storage_remote.py
-and test_cache.py in their place (tried: obstore 0.12.1; s3fs, aiohttp and fsspec 2026.9 with retries of their own):
+``retry`` repeats a request, and in the end raises one error that names the file.
+
+``PieceCache`` holds pieces of remote files. It has a limited size and is shared by any number of processes. Each piece
+is one file: four bytes of CRC-32, then the data. It appears by a rename, so that no reader sees a part of it, and the
+CRC detects damage on the disk. Writers take turns by a lock on the file ``lock``. Its text is the sum of the sizes, so
+that the folder is searched only when it is full: then the least recently used pieces are removed, until a tenth is
+free. The sum is raised before a piece is written and lowered only by a search: a killed writer leaves it too high,
+never too low.
+
+Both are our own because no library passes tests/data/test_storage_remote.py and test_cache.py in their place (tried:
+obstore 0.12.1; s3fs, aiohttp and fsspec 2026.9 with retries of their own):
 
 * obstore resumes a truncated body where it ended. But ``get_range`` returns a complete answer of too few bytes ("lie")
   as the data, without an error. It has no cache on the disk, and reads neither ``hf://`` nor ``zip://`` nor a user's
@@ -13,17 +22,23 @@ and test_cache.py in their place (tried: obstore 0.12.1; s3fs, aiohttp and fsspe
 """
 
 import dataclasses
+import errno
+import hashlib
 import itertools
 import logging
+import os
+import pathlib
 import queue
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from postrain.data.files import hub
 from postrain.errors import UserError
+from postrain.files import lock
 
 MAX_WAIT = 30.0  # seconds between two tries
 _PERMANENT = (
@@ -38,6 +53,7 @@ _PERMANENT = (
     NotImplementedError,
 )
 _RANDOM = random.Random()  # a generator of its own: waiting must not change the random numbers of the data
+_PIECE, _PARTIAL = ".piece", ".partial"  # suffixes in the cache
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,6 +72,9 @@ class StorageOptions:
     first_wait: float = 1.0
     cache_folder: str = ""
     cache_bytes: int = 0
+
+
+# Requests
 
 
 def retry(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
@@ -126,3 +145,76 @@ def _is_permanent(error: Exception) -> bool:
     statuses = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
     refused = any(isinstance(s, int) and 400 <= s < 500 and s not in (408, 425, 429) for s in statuses)
     return refused or isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
+
+
+# Pieces on the disk
+
+
+class PieceCache:
+    """All of its files together, those being written included, never hold more than ``limit`` bytes."""
+
+    def __init__(self, folder: str | os.PathLike, limit: int):
+        self._folder, self._limit = pathlib.Path(folder), limit
+
+    def get(self, key: str) -> bytes | None:
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:  # not in the cache, or just removed by another process
+            return None
+        if len(data) < 4 or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "big"):
+            path.unlink(missing_ok=True)
+            return None
+        return data[4:]
+
+    def put(self, key: str, piece: bytes) -> None:
+        """Keeps a piece if it fits. A disk that cannot be written is a warning: the storage still has the bytes."""
+        size, path = len(piece) + 4, self._path(key)
+        if size > self._limit:
+            return
+        partial = path.with_suffix(_PARTIAL)
+        try:
+            with lock(self._folder / "lock") as held:
+                if not held:
+                    raise OSError(errno.ENOLCK, "its file system has no locks")
+                if path.exists():
+                    return
+                self._make_room(size)
+                try:
+                    with open(partial, "wb") as f:
+                        f.write(zlib.crc32(piece).to_bytes(4, "big"))
+                        f.write(piece)
+                    partial.replace(path)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except OSError as e:
+            _LOG.warning("the cache %s takes no more (%s); going on without", self._folder, e.strerror or e)
+
+    def _path(self, key: str) -> pathlib.Path:
+        return self._folder / (hashlib.sha256(key.encode()).hexdigest() + _PIECE)
+
+    def _make_room(self, size: int) -> None:
+        """Counts ``size`` bytes more, after removing pieces if they do not fit; the caller holds the lock."""
+        total = (self._folder / "lock").read_bytes()
+        if total.isdigit() and int(total) + size <= self._limit:
+            (self._folder / "lock").write_bytes(str(int(total) + size).encode())
+            return
+        pieces = []
+        for entry in os.scandir(self._folder):
+            if entry.name.endswith(_PARTIAL):  # left by a writer that was killed: this one holds the lock
+                os.unlink(entry.path)
+            elif entry.name.endswith(_PIECE):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:  # removed by a reader that found it damaged
+                    continue
+                pieces.append((status.st_mtime_ns, status.st_size, entry.path))
+        used, room = sum(size for _, size, _ in pieces), self._limit - size
+        if used > room:  # the least recently used go first
+            for _, bytes_of_piece, path in sorted(pieces):
+                if used <= min(room, self._limit * 9 // 10):
+                    break
+                pathlib.Path(path).unlink(missing_ok=True)
+                used -= bytes_of_piece
+        (self._folder / "lock").write_bytes(str(used + size).encode())
