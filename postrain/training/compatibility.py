@@ -11,8 +11,7 @@ import os
 import pathlib
 
 from postrain.checkpoint.integrity import verify_checksums
-from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.checkpoint.record import RunRecord, parse_record
+from postrain.checkpoint.record import RunRecord, fingerprint_model, parse_record
 from postrain.config import Config, OptimizerConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer

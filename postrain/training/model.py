@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.checkpoint.model_fingerprint import fingerprint_model
+from postrain.checkpoint.record import fingerprint_model
 from postrain.config import Config, LoraSection, RouterSection
 from postrain.data.rendering.new_tokens import NewTokens
 from postrain.data.rendering.tokenizer import load_run_tokenizer
