@@ -285,7 +285,7 @@ def with_local_model(config):
 
 
 def run_export(args, overrides) -> None:
-    from postrain.export.export import export_workdir
+    from postrain.export import export_workdir
 
     print(export_workdir(args.workdir, args.output, args.format, args.step))
 

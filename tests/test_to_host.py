@@ -35,7 +35,7 @@ WITHOUT_ARRAYS = {
 # Single expressions.
 ALLOWED = {
     "checkpoint/checkpointer.py": ("names of folders", {"int(path.name)"}),
-    "export/check.py": (
+    "export.py": (
         "numpy: the arguments of check_logits; dtypes",
         {
             "float(np.sqrt(np.mean((found - expected) ** 2)))",

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from postrain.config import Config
 from postrain.data.kinds.preference import LAYOUT
-from postrain.export.export import export_state
+from postrain.export import export_state
 from postrain.models.lora import drop_adapters
 from postrain.objectives.preference import check_pairs, make_dpo_loss
 from postrain.report.page import Chart

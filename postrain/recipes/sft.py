@@ -16,7 +16,7 @@ import os
 from jax.sharding import Mesh
 
 from postrain.config import Config
-from postrain.export.export import export_state
+from postrain.export import export_state
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.answers import make_answer_evaluator
 from postrain.training.loop import open_loop

@@ -66,7 +66,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "tracker": ("postrain.report.metrics", "TensorBoard.write"),
     "evaluation": ("postrain.training.program", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
-    "export checked": ("postrain.export.export", "check_logits"),
+    "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),
 }
 
