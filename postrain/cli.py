@@ -139,17 +139,12 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         if config:
-            command.add_argument(
-                "--config", required=True, metavar="FILE.py[:ARG]", help="and --config.KEY=VALUE for any key"
-            )
+            text = "and --config.KEY=VALUE for any key"
+            command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help=text)
         return command
 
-    command = add(
-        "train",
-        run_train,
-        "train as a config says, from the newest checkpoint in the workdir",
-        config=True,
-    )
+    text = "train as a config says, from the newest checkpoint in the workdir"
+    command = add("train", run_train, text, config=True)
     command.add_argument("--workdir", required=True, help="the folder of the run: everything is written there")
     several = command.add_argument_group("one of several processes (not needed under SLURM, mpirun and on TPU pods)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; the next port is used too")
@@ -257,7 +252,12 @@ def run_preview(args, overrides) -> None:
     config = load_checked_config(args, overrides)
     from postrain.data.preview import preview
 
-    print(preview(with_local_model(config), html_path=args.html, rows=args.rows))
+    if not config.model.tokenizer:  # the tokenizer is the model's: a model on the hub is needed here, without weights
+        from postrain.hf.find_model import locate_model
+
+        path = str(locate_model(config.model.path, weights=False))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+    print(preview(config, html_path=args.html, rows=args.rows))
 
 
 def run_plan(args, overrides) -> int:
@@ -273,19 +273,8 @@ def run_plan(args, overrides) -> int:
     return 0 if report.fits else _fail(report.format_misfit(), 1)
 
 
-def with_local_model(config):
-    """The config with ``model.path`` as a folder on this machine, unless its tokenizer is in another folder."""
-    if config.model.tokenizer:
-        return config
-    from postrain.hf.find_model import locate_model
-
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, path=str(locate_model(config.model.path, weights=False)))
-    )
-
-
 def run_export(args, overrides) -> None:
-    from postrain.export.export import export_workdir
+    from postrain.export import export_workdir
 
     print(export_workdir(args.workdir, args.output, args.format, args.step))
 

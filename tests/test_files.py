@@ -1,5 +1,6 @@
 """Local files: written whole, locked, hashed; JSON lines read back, in the four places that do; short lists, trees."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -61,7 +62,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 def test_metrics_with_such_a_name_are_read_by_a_resumed_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/" + ODD: 2.0}, ensure_ascii=False) + "\n")
-    with MetricsWriter(tmp_path, TrackersConfig(), step=1) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, TrackersConfig(), step=1)) as writer:
         writer.write(2, {"train/loss": 1.0})
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 

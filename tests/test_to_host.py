@@ -35,7 +35,7 @@ WITHOUT_ARRAYS = {
 # Single expressions.
 ALLOWED = {
     "checkpoint/checkpointer.py": ("names of folders", {"int(path.name)"}),
-    "export/check.py": (
+    "export.py": (
         "numpy: the arguments of check_logits; dtypes",
         {
             "float(np.sqrt(np.mean((found - expected) ** 2)))",
@@ -104,7 +104,7 @@ ALLOWED = {
     "training/compatibility.py": ("names of folders", {"int(path.name)"}),
     "training/model.py": ("the config; a list of ids", {"bool(config.model.lora.rank)", "np.asarray(pairs, np.int32)"}),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
-    "training/summary.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),
+    "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),
 }
 
 

@@ -103,7 +103,14 @@ class Checkpointer:
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
         self.wait()
-        self._check_metric(record.step, record.metrics)
+        wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
+        others = sorted(name for name in record.metrics if name.startswith(group))
+        if self._config.keep_best and others and wanted not in record.metrics and not self._warned:
+            self._warned = True
+            found = ", ".join(others)
+            self._report(
+                f"checkpoint.metric: step {record.step} has no {wanted!r}, so it ranks as worst; found {found}"
+            )
         values = json.loads(json.dumps(dataclasses.asdict(record)))
         items = {"state": state.replace(frozen={}), "run": values}
         unfinished = self._folder / f"{record.step}{UNFINISHED_SUFFIX}"
@@ -132,16 +139,7 @@ class Checkpointer:
         self._delete_old()
 
     def _delete_old(self) -> None:
-        kept = self._choose_kept()
-        for old in [old for old in self.steps() if old not in kept]:
-            try:  # renamed first: a half-deleted folder must not look like a damaged checkpoint
-                deleted = (self._folder / str(old)).rename(self._folder / f"{old}{DELETED_SUFFIX}")
-                shutil.rmtree(deleted)
-            except OSError as error:
-                self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
-
-    def _choose_kept(self) -> set[int]:
-        """Steps of the newest and the best checkpoints; of equally good ones the newer."""
+        """Deletes all but the newest and the best checkpoints; of equally good ones the newer stays."""
         steps, sign = self.steps(), 1 if self._config.mode == "max" else -1
 
         def rank(step: int) -> float:
@@ -156,17 +154,13 @@ class Checkpointer:
             return -math.inf  # a checkpoint saved without the metric
 
         best = sorted(steps, key=rank)[len(steps) - self._config.keep_best :] if self._config.keep_best else []
-        return {*steps[-self._config.keep :], *best}
-
-    def _check_metric(self, step: int, metrics: dict) -> None:
-        """Report once that ``config.metric`` is missing from its group of metrics, so that none can be best."""
-        wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
-        others = sorted(name for name in metrics if name.startswith(group))
-        if self._config.keep_best and others and wanted not in metrics and not self._warned:
-            self._warned = True
-            self._report(
-                f"checkpoint.metric: step {step} has no {wanted!r}, so it ranks as worst; found {', '.join(others)}"
-            )
+        kept = {*steps[-self._config.keep :], *best}
+        for old in [old for old in steps if old not in kept]:
+            try:  # renamed first: a half-deleted folder must not look like a damaged checkpoint
+                deleted = (self._folder / str(old)).rename(self._folder / f"{old}{DELETED_SUFFIX}")
+                shutil.rmtree(deleted)
+            except OSError as error:
+                self._report(f"checkpoint {self._folder / str(old)}: cannot be deleted ({error.strerror or error})")
 
     def wait(self) -> None:
         """Wait until the save under way is on disk. Raises UserError if it, or any save before it, failed.
@@ -277,23 +271,16 @@ class Checkpointer:
     def _is_good(self, step: int, error: Exception | None) -> bool:
         """Whether no process met an error in this checkpoint.
 
-        After an error all processes follow one judgement, made before anything is moved: the checkpoint is set aside,
-        or, where it may be whole, UserError is raised.
+        After an error all processes follow one judgement, made before anything is moved: a damaged checkpoint is
+        renamed, so that the run can save that step again. Raises UserError, and moves nothing, when it may be whole or
+        the folder is open read-only.
         """
         path = self._folder / str(step)
         judgement = error and [format_cause(error), is_damaged(path, error), is_out_of_memory(error)]
         judgements = list(filter(None, gather(judgement)))
-        if judgements:
-            self._set_aside(step, *min(judgements, key=lambda judgement: judgement[1]), error)
-            gather(None)  # wait for the rename
-        return not judgements
-
-    def _set_aside(self, step: int, cause: str, damaged: bool, out_of_memory: bool, error: Exception | None) -> None:
-        """Rename a damaged checkpoint, so that the run can save that step again; nothing is deleted.
-
-        Raises UserError, and moves nothing, when it may be whole or the folder is open read-only.
-        """
-        path = self._folder / str(step)
+        if not judgements:
+            return True
+        cause, damaged, out_of_memory = min(judgements, key=lambda judgement: judgement[1])
         if self._read_only and not path.exists():
             raise UserError(
                 f"checkpoint {path}: was deleted meanwhile by the run that writes here: use another of steps "
@@ -315,6 +302,8 @@ class Checkpointer:
                 path.rename(target)
             except OSError as failure:
                 raise UserError(f"checkpoint {path}: is damaged ({cause}) and cannot be renamed: {failure}") from error
+        gather(None)  # wait for the rename
+        return False
 
     def close(self) -> None:
         """Wait for the save under way and release the threads. Raises UserError if a save failed."""

@@ -58,17 +58,6 @@ def verify_checksums(folder: pathlib.Path, names: Collection[str] | None = None,
     ``names``: only these files. ``share``: (index, count) of a process that reads only its part of them. Raises Damaged
     naming the files that differ, and OSError where a file cannot be read.
     """
-    listed = _read_manifest(folder)
-    chosen = sorted(listed.keys() if names is None else names)[share[0] :: share[1]]
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        differences = pool.map(lambda name: _find_difference(folder, name, listed.get(name)), chosen)
-        wrong = [difference for difference in differences if difference]
-    if wrong:
-        raise Damaged(shorten(wrong, _SHOWN, "; "))
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Name -> (crc32, bytes)."""
     try:
         raw = (folder / MANIFEST).read_bytes()
     except FileNotFoundError as error:
@@ -78,7 +67,13 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     if last != f"{zlib.crc32(body):08x} {len(body)} {MANIFEST}".encode() or not raw.endswith(b"\n"):
         raise Damaged(f"{MANIFEST}: expected its own checksum in the last line, found {last[:60]!r}")
     rows = [line.split(" ", 2) for line in body.decode().splitlines()]
-    return {name: (int(crc, 16), int(size)) for crc, size, name in rows}
+    listed = {name: (int(crc, 16), int(size)) for crc, size, name in rows}
+    chosen = sorted(listed.keys() if names is None else names)[share[0] :: share[1]]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        differences = pool.map(lambda name: _find_difference(folder, name, listed.get(name)), chosen)
+        wrong = [difference for difference in differences if difference]
+    if wrong:
+        raise Damaged(shorten(wrong, _SHOWN, "; "))
 
 
 def _find_difference(folder: pathlib.Path, name: str, expected: tuple[int, int] | None) -> str:

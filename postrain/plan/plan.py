@@ -42,7 +42,7 @@ from postrain.plan.targets import INSTALL, Target, open_target
 from postrain.sharding import make_mesh, num_row_shards
 from postrain.training.model import Model, abstract_model, count_params
 from postrain.training.program import Program
-from postrain.training.summary import format_undivided
+from postrain.training.session import format_undivided
 
 MakeProgram = Callable[[Config, Model, Mesh, int], Program]
 PLANNED_STEPS = 1_000_000  # of the schedule, where the config leaves them to the data; the program is the same

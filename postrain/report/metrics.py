@@ -3,6 +3,8 @@
 Names are slash-grouped (``train/loss``, ``eval/loss``, ``perf/mfu``). A run that was killed and started again
 leaves the same file as one that was not, apart from ``perf/``: lines past the checkpoint are cut off at the start,
 and the loop writes a step's metrics before it saves that step's checkpoint.
+
+And the live line of progress on a terminal.
 """
 
 import importlib
@@ -11,6 +13,9 @@ import math
 import os
 import pathlib
 import secrets
+import sys
+import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +25,8 @@ from postrain.config import TrackersConfig
 from postrain.errors import UserError
 from postrain.files import read_jsonl, write_whole
 from postrain.sharding import to_host
+
+CLEAR = "\r\x1b[K"  # to the start of the line, erase it
 
 
 class MetricsWriter:
@@ -50,7 +57,11 @@ class MetricsWriter:
         path = pathlib.Path(workdir) / "metrics.jsonl"
         lines = [] if step is None else [line for line in read_metrics(workdir) if line["step"] <= step]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._trackers = open_trackers(workdir, config, run_config=run_config, step=step or 0)
+        workdir = pathlib.Path(workdir).absolute()
+        if config.tensorboard:
+            self._trackers.append(TensorBoard(workdir, step or 0))
+        if config.wandb != "off":
+            self._trackers.append(WeightsAndBiases(workdir, config, run_config or {}))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: dict) -> None:
@@ -73,12 +84,6 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.close()
         self._file, self._trackers = None, []
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        self.close()
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -110,21 +115,6 @@ class Tracker(Protocol):
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
-
-
-def open_trackers(
-    workdir: str | os.PathLike, config: TrackersConfig, *, run_config: dict | None = None, step: int = 0
-) -> list[Tracker]:
-    """The trackers that ``config`` switches on; ``step``: of the restored checkpoint, else 0.
-
-    Raises UserError for a package that is not installed, or W&B without a login.
-    """
-    workdir, trackers = pathlib.Path(workdir).absolute(), []
-    if config.tensorboard:
-        trackers.append(TensorBoard(workdir, step))
-    if config.wandb != "off":
-        trackers.append(WeightsAndBiases(workdir, config, run_config or {}))
-    return trackers
 
 
 class TensorBoard:
@@ -179,3 +169,69 @@ def _import(package: str, key: str):
     except ImportError as error:
         advice = "pip install 'postrain[log]', or switch the tracker off"
         raise UserError(f"trackers.{key}: needs the package {package}, which is not installed: {advice}") from error
+
+
+# The live line
+
+
+class ProgressLine:
+    """``step 120/600  loss 1.2345  1,034 tokens/s  MFU 41.2%  3m12s left``.
+
+    The time left is estimated from the steps after the first update, which compiles.
+    """
+
+    def __init__(self, total_steps: int, *, stream=None, plain_every: float = 15.0, clock=time.monotonic):
+        """``plain_every``: seconds between lines where ``stream`` (default: stdout) is not a terminal."""
+        self._total, self._stream, self._clock = total_steps, stream or sys.stdout, clock
+        self._plain_every, self._live = plain_every, self._stream.isatty()
+        self._first: tuple[int, float] | None = None
+        self._printed_at, self._line = float("-inf"), ""
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows ``train/loss``, ``perf/tokens_per_second``, ``perf/mfu`` as far as they are in ``metrics``."""
+        now = self._clock()
+        if self._first is None:
+            self._first = step, now
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.4f}")
+        if "perf/tokens_per_second" in metrics:
+            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+        if "perf/mfu" in metrics:
+            parts.append(f"MFU {metrics['perf/mfu']:.1%}")
+        first_step, first_time = self._first
+        if step > first_step:
+            left = (now - first_time) / (step - first_step) * (self._total - step)
+            parts.append(f"{format_seconds(left)} left")
+        self._line = "  ".join(parts)
+        if self._live:
+            self._stream.write(CLEAR + self._line)
+        elif now - self._printed_at >= self._plain_every or step >= self._total:
+            self._printed_at = now
+            self._stream.write(self._line + "\n")
+        self._stream.flush()
+
+    def print(self, text: str) -> None:
+        """A line of its own above the live one."""
+        if self._live and self._line:
+            self._stream.write(f"{CLEAR}{text}\n{self._line}")
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the live line, which stays on the screen."""
+        if self._live and self._line:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._line = ""
+
+
+def format_seconds(seconds: float) -> str:
+    """``42s``, ``3m12s``, ``5h04m``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

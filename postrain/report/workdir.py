@@ -133,14 +133,10 @@ def find_changed_reports(workdir: pathlib.Path, before: dict[str, list[int]]) ->
     return lines
 
 
-def last_values(workdir: pathlib.Path) -> dict[str, float]:
-    """The last value of every metric in metrics.jsonl."""
-    values: dict[str, float] = {}
+def read_last_values(workdir: pathlib.Path) -> tuple[int, dict[str, float]]:
+    """The last step of metrics.jsonl, 0 where it has no line, and the last value of every metric."""
+    step, values = 0, {}
     for line in read_metrics(workdir):
+        step = max(step, line["step"])
         values |= {name: value for name, value in line.items() if name != "step" and value is not None}
-    return values
-
-
-def last_step(workdir: pathlib.Path) -> int:
-    """Of metrics.jsonl; 0 where it has no line."""
-    return max((line["step"] for line in read_metrics(workdir)), default=0)
+    return step, values

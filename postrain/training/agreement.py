@@ -45,7 +45,11 @@ def check_processes(processes: Processes, config: Config, workdir: str | os.Path
     check_shared(processes, workdir)
     processes.start_log(workdir)
     processes.start_jax()
-    _compare(processes, {"devices": format_devices()}, "as many devices of one kind on all")
+    import jax
+
+    kinds = collections.Counter(device.device_kind for device in jax.local_devices())
+    devices = ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))  # of this process: ``4 x cpu``
+    _compare(processes, {"devices": devices}, "as many devices of one kind on all")
 
 
 def _compare(processes: Processes, facts: Mapping[str, str], expected: str) -> None:
@@ -133,7 +137,12 @@ def file_facts(config: Config) -> dict[str, str]:
     files = [file for path in named if path and "://" not in path for file in _expand(path)]
     hub_names = [name for name in (config.model.path, config.model.tokenizer) if is_hub_name(name)]
     commits = {f"{name} on the Hugging Face hub": f"commit {fetch_small_files(name).name}" for name in hub_names}
-    return {f"file {file}": _format_content(file) for file in dict.fromkeys(files)} | commits
+    contents = {}
+    for file in dict.fromkeys(files):
+        size = file.stat().st_size
+        stretches = None if size <= _WHOLE else spread(0, size, _STRETCHES, _STRETCH)
+        contents[f"file {file}"] = f"{size:,} bytes ({digest(file, stretches)[:8]})"
+    return contents | commits
 
 
 def _expand(path: str) -> list[pathlib.Path]:
@@ -144,13 +153,6 @@ def _expand(path: str) -> list[pathlib.Path]:
     if place.exists() or not glob.has_magic(path):
         return [place] if place.is_file() else []
     return [file for name in sorted(glob.glob(path, recursive=True)) for file in _expand(name)]
-
-
-def _format_content(file: pathlib.Path) -> str:
-    """``1,234 bytes (89abcdef)``."""
-    size = file.stat().st_size
-    stretches = None if size <= _WHOLE else spread(0, size, _STRETCHES, _STRETCH)
-    return f"{size:,} bytes ({digest(file, stretches)[:8]})"
 
 
 def check_shared(processes: Processes, workdir: str | os.PathLike) -> None:
@@ -176,11 +178,3 @@ def check_shared(processes: Processes, workdir: str | os.PathLike) -> None:
             f"--workdir {workdir}: {_format_processes(blind, processes.channel.hosts)} sees another folder there than "
             f"process 0 ({processes.channel.hosts[0]}): expected one that all machines share"
         )
-
-
-def format_devices() -> str:
-    """This process's devices: ``4 x cpu``."""
-    import jax
-
-    kinds = collections.Counter(device.device_kind for device in jax.local_devices())
-    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))

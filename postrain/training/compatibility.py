@@ -11,8 +11,7 @@ import os
 import pathlib
 
 from postrain.checkpoint.integrity import verify_checksums
-from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.checkpoint.record import RunRecord, parse_record
+from postrain.checkpoint.record import RunRecord, fingerprint_model, parse_record
 from postrain.config import Config, OptimizerConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -48,7 +47,13 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
         return
     section = config.model
     model = fingerprint_model(folder, make_lora_config(section.lora), section.new_tokens, section.quantization)
-    check_record(place, record, config, _fingerprint_data(record.data_fingerprint, config, tokenizer), model)
+    # The data as far as the config and its files tell, the rest as it was saved: the documents are not known yet, nor
+    # the parts that a recipe's own source adds.
+    saved = record.data_fingerprint
+    known = {"documents": saved.get("documents")} if not config.data.streaming else {}
+    now = fingerprint_config(tokenizer, config.data) | known
+    data = saved | {key: value for key, value in now.items() if key in saved}
+    check_record(place, record, config, data, model)
 
 
 def check_record(
@@ -124,16 +129,6 @@ def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, RunRecord] | 
             continue
         return path, parse_record(path, values)
     return None, None
-
-
-def _fingerprint_data(saved: dict, config: Config, tokenizer: Tokenizer) -> dict:
-    """The fingerprint of the data pipeline as far as the config and its files tell; the rest as it was saved.
-
-    The documents are not known yet, nor the parts that a recipe's own source adds.
-    """
-    known = {"documents": saved.get("documents")} if not config.data.streaming else {}
-    now = fingerprint_config(tokenizer, config.data) | known
-    return saved | {key: value for key, value in now.items() if key in saved}
 
 
 def _compare_models(saved: dict | None, now: dict | None) -> list[str]:

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -24,32 +24,20 @@ from postrain.cluster.signals import Interrupted, StopRequest, catch_stop_signal
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.models.flops import BatchStats, count_batch
-from postrain.report.metrics import MetricsWriter
-from postrain.report.progress import ProgressLine
+from postrain.models.flops import BatchStats, compute_perf, count_batch
+from postrain.report.metrics import MetricsWriter, ProgressLine
 from postrain.report.workdir import find_changed_reports, report_facts, save_config
 from postrain.sharding import data_process, to_host
 from postrain.training.compatibility import check_record, format_config_changes
-from postrain.training.evaluate import Evaluator
 from postrain.training.model import Model
-from postrain.training.program import Program
-from postrain.training.session import Session
-from postrain.training.spikes import SpikeGuard
+from postrain.training.program import Evaluator, Program
+from postrain.training.session import Session, format_metrics
+from postrain.training.spikes import check_step
 from postrain.training.step import init_train_state
-from postrain.training.summary import format_metrics
-from postrain.training.throughput import compute_perf
 from postrain.types import Source, TrainState
 
 _SECONDS_TO_CLOSE = 1.0  # for the thread that prepares batches
 Metrics = Mapping[str, Any]  # name -> scalar, on the device or the host
-
-
-class _UncheckedStep(NamedTuple):
-    """A step of which it is not known yet whether its loss and gradient were usual."""
-
-    step: int
-    updates: list[Metrics]
-    name_rows: Callable[[], str]
 
 
 @contextlib.contextmanager
@@ -79,11 +67,12 @@ def open_loop(
         checkpointer = stack.enter_context(checkpoints)
         stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
         stop = stack.enter_context(catch_stop_signals())
-        progress = stack.enter_context(ProgressLine(total_steps))
+        progress = ProgressLine(total_steps)
+        stack.callback(progress.close)
         stack.callback(_close, source)
         loop = Loop(session, program, model, source, total_steps, evaluators, held_out, checkpointer, stop, progress)
         loop._restore()
-        stack.enter_context(loop._open_writer())
+        stack.callback(loop._writer.close)
         loop._evaluate_at_start()
         yield loop
         loop._print_consumption()
@@ -121,18 +110,35 @@ class Loop:
         self._evaluators = evaluators
         self._held_out = None if held_out is None else held_out.fingerprint
         self._checkpointer, self._stop, self._progress = checkpointer, stop, progress
-        self._guard = SpikeGuard(self._config.train.spike, progress.print)
         self._saved_step = 0  # of the newest checkpoint
         self._line: dict[str, float] = {}  # of the last step
         # The line of `step` where its evaluation is still to come: that of step 0, or one that a signal interrupted.
         self._pending: dict[str, float] | None = {} if self._config.eval.before else None
-        self._unchecked: list[_UncheckedStep] = []
+        # Steps whose loss and gradient are still to be checked: number, updates, what names their rows.
+        self._unchecked: list[tuple[int, list[Metrics], Callable[[], str]]] = []
 
     def __iter__(self) -> Iterator[Any]:
-        """The items of the remaining steps; after each the caller makes its updates and calls ``finish_step``."""
+        """The items of the remaining steps; after each the caller makes its updates and calls ``finish_step``.
+
+        A signal ends the wait for an item in a run of one process, and the state of the step before is saved. Of
+        several, others may have begun the step, and have no such state any more: they stop after it.
+        """
         self._restart_clock()
         while self.step < self.total_steps:
-            item = self._next_item()
+            started, position = time.perf_counter(), self._source.get_state()
+            self._watchdog.step = self.step + 1
+            try:
+                with self._watchdog.phase("data"), self._stop.interrupts():
+                    if self._stop.number:
+                        raise Interrupted
+                    item = next(self._source)
+            except Interrupted:
+                self._check_steps(leave=0)
+                self._save(self._line, None, position)
+                self._exit_stopped()
+            self.step += 1
+            self._waited += time.perf_counter() - started
+            self._facts = self._source.describe_last()
             with self._watchdog.phase("step", watches_cpu=False):
                 yield item
 
@@ -150,40 +156,37 @@ class Loop:
         updates = [metrics] if isinstance(metrics, Mapping) else list(metrics)
         config = self._config
         self._stats += count_batch(self._facts.arrays, self._model.config)
-        self._unchecked.append(_UncheckedStep(self.step, updates, self._facts.name_rows))
-        intervals = config.train.log_every, config.eval.every, config.checkpoint.every
+        self._unchecked.append((self.step, updates, self._facts.name_rows))
+        logs, evaluates, saves = (
+            self._is_due(every) for every in (config.train.log_every, config.eval.every, config.checkpoint.every)
+        )
         self._stop.agree()
         stopping = self._stop.number is not None
         # A bad step changes no parameter, so it may be found a step late: the device is waited for only where something
         # is written.
-        self._check_steps(leave=0 if stopping or any(map(self._is_due, intervals)) else 1)
+        self._check_steps(leave=0 if stopping or logs or evaluates or saves else 1)
         with self._watchdog.phase("run"):
-            self._finish_checked_step(updates, further, stopping)
-
-    def _finish_checked_step(self, updates: list[Metrics], further: dict[str, float], stopping: bool) -> None:
-        config, line, pending = self._config, {}, None
-        if self._is_due(config.train.log_every):
-            line = self._make_line(updates) | further
-        if self._evaluators and self._is_due(config.eval.every):
-            scores = self._evaluate()
-            if scores is None:
-                pending, stopping = line, True
-            else:
-                self._print_scores(scores)
-                line |= scores
-        if line and pending is None:
-            self._writer.write(self.step, line)
-        if stopping or self._is_due(config.checkpoint.every):
-            self._save(line, pending, self._source.get_state())
-        if stopping and (pending is not None or self.step < self.total_steps):
-            self._exit_stopped()
-        self._line = line
-        if line:
-            self._restart_clock()
+            line, pending = self._make_line(updates) | further if logs else {}, None
+            if evaluates and self._evaluators:
+                scores = self._evaluate()
+                if scores is None:
+                    pending, stopping = line, True
+                else:
+                    line |= scores
+            if line and pending is None:
+                self._writer.write(self.step, line)
+            if stopping or saves:
+                self._save(line, pending, self._source.get_state())
+            if stopping and (pending is not None or self.step < self.total_steps):
+                self._exit_stopped()
+            self._line = line
+            if line:
+                self._restart_clock()
 
     # --- the start: the state of the newest checkpoint, or a new one ---
 
     def _restore(self) -> None:
+        """The state of the newest checkpoint, or a new one, and metrics.jsonl as far as that state has come."""
         model, source, program, session = self._model, self._source, self._program, self._session
 
         def check(where, record: RunRecord) -> None:
@@ -200,28 +203,25 @@ class Loop:
             model.params = None
             if session.is_lead:
                 save_config(session.workdir, self._config)
-            return
-        record, state = restored
-        self.state = state.replace(frozen=model.frozen)
-        self.step = self._saved_step = record.step
-        self._pending = record.pending_metrics
-        if changes := compare_fingerprints(record.data_fingerprint, source.fingerprint):
-            source.set_state(None, self.step)
-            self._say(f"the data changed, as accepted ({'; '.join(changes)}): it begins anew at this step")
         else:
-            source.set_state(record.data_position, self.step)
-        if session.is_lead:
-            for line in find_changed_reports(session.workdir, record.reports):
-                self._say(line)
-            save_config(session.workdir, self._config)
-        self._say(f"goes on from step {self.step}{format_config_changes(record, self._config, self._held_out)}")
-
-    def _open_writer(self) -> MetricsWriter:
+            record, state = restored
+            self.state = state.replace(frozen=model.frozen)
+            self.step = self._saved_step = record.step
+            self._pending = record.pending_metrics
+            if changes := compare_fingerprints(record.data_fingerprint, source.fingerprint):
+                source.set_state(None, self.step)
+                self._say(f"the data changed, as accepted ({'; '.join(changes)}): it begins anew at this step")
+            else:
+                source.set_state(record.data_position, self.step)
+            if session.is_lead:
+                for line in find_changed_reports(session.workdir, record.reports):
+                    self._say(line)
+                save_config(session.workdir, self._config)
+            self._say(f"goes on from step {self.step}{format_config_changes(record, self._config, self._held_out)}")
         # A line whose evaluation is pending has not been written yet.
         step = self.step - (self._pending is not None) if self.step else None
-        workdir, trackers = self._session.workdir, self._config.trackers
-        self._writer = MetricsWriter(workdir, trackers, step=step, run_config=to_dict(self._config))
-        return self._writer
+        run_config = to_dict(self._config)
+        self._writer = MetricsWriter(session.workdir, self._config.trackers, step=step, run_config=run_config)
 
     def _evaluate_at_start(self) -> None:
         """The evaluation of a new run, or one that a signal interrupted."""
@@ -234,33 +234,10 @@ class Loop:
             line |= scores
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
-            self._print_scores(scores)
         if line:
             self._writer.write(self.step, line)
 
     # --- a step ---
-
-    def _next_item(self) -> Any:
-        """The item of the next step, which is counted.
-
-        A signal ends the wait for it in a run of one process, and the state of the step before is saved. Of several,
-        others may have begun the step, and have no such state any more: they stop after it.
-        """
-        started, position = time.perf_counter(), self._source.get_state()
-        self._watchdog.step = self.step + 1
-        try:
-            with self._watchdog.phase("data"), self._stop.interrupts():
-                if self._stop.number:
-                    raise Interrupted
-                item = next(self._source)
-        except Interrupted:
-            self._check_steps(leave=0)
-            self._save(self._line, None, position)
-            self._exit_stopped()
-        self.step += 1
-        self._waited += time.perf_counter() - started
-        self._facts = self._source.describe_last()
-        return item
 
     def _check_steps(self, leave: int) -> None:
         """Raises UserError where the run must stop because of a step, of all but the last ``leave``."""
@@ -269,7 +246,7 @@ class Loop:
             # Found by all processes alike, each of which has rows of its own.
             name_rows = lambda name_own=name_own: ", ".join(dict.fromkeys(gather(name_own())))
             for metrics in updates:
-                self._guard.check(step, metrics, name_rows)
+                check_step(self._config.train.spike, step, metrics, name_rows, self._progress.print)
 
     def _is_due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and after the last one, happens after this one."""
@@ -287,8 +264,8 @@ class Loop:
                 if name.startswith("train/"):
                     values.setdefault(name, []).append(float(to_host(metrics[name])))
         line = {name: sum(own) / len(own) for name, own in values.items()}
-        if updates:
-            line |= self._guard.count(updates[-1])
+        if updates and self._config.train.spike.policy == "skip":
+            line["train/skipped"] = float(to_host(updates[-1]["skipped"]))
         if len(updates) != 1:
             line["train/updates"] = float(to_host(self.state.step))
         devices = self._session.mesh.local_devices
@@ -297,12 +274,8 @@ class Loop:
         self._progress.update(self.step, line)
         return line
 
-    def _print_scores(self, scores: dict[str, float]) -> None:
-        if scores:
-            self._say(format_metrics(self.step, scores))
-
     def _evaluate(self) -> dict[str, float] | None:
-        """The scores of the state, None when a signal to stop the run came before they were there."""
+        """The scores of the state, printed; None when a signal to stop the run came before they were there."""
         scores: dict[str, float] = {}
         with self._watchdog.phase("evaluation"):
             try:
@@ -313,6 +286,8 @@ class Loop:
                         scores |= evaluate(self.state, self.step)
             except Interrupted:
                 return None
+        if scores:
+            self._say(format_metrics(self.step, scores))
         return scores
 
     # --- saving and stopping ---

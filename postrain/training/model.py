@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.checkpoint.model_fingerprint import fingerprint_model
-from postrain.config import Config, LoraSection, RouterSection
+from postrain.checkpoint.record import fingerprint_model
+from postrain.config import Config, LoraSection
 from postrain.data.rendering.tokenizer import NewTokens, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
-from postrain.models.config import LoraConfig, ModelConfig, MoeConfig, NewRows
+from postrain.models.config import LoraConfig, ModelConfig, NewRows
 from postrain.models.heads import HeadConfig, apply_heads
 from postrain.models.lora import adapter_specs, init_lora, lora_specs
 from postrain.models.params import ParamSpec, axes_of, frozen_specs, name_broken, num_params, param_specs, shapes_of
@@ -47,9 +47,7 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     in their table. Raises UserError as load_pretrained and find_new_tokens do, and where a weight is not finite.
     """
     frozen = freezes_base(config)
-    source = read_config(folder)
-    new = find_new_tokens(config, folder, source.vocab_size)
-    model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
+    model_config, new, rows = configure(config, folder, mesh)
     _, base = load_pretrained(
         folder,
         mesh=mesh,
@@ -63,7 +61,6 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         )
     section = config.model
     fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
-    rows = find_rows(new, source.vocab_size) if new else None
     started = start_rows(base, new, rows, mesh) if new and rows else {}
     if not frozen:
         return Model(model_config, write_rows(base, started, rows) if rows else base, {}, fingerprint)
@@ -86,16 +83,14 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
 
     The devices of ``mesh`` need not exist.
     """
-    source, frozen = read_config(folder), freezes_base(config)
-    new = find_new_tokens(config, folder, source.vocab_size)
-    model_config = configure(grow_config(source, new, frozen=frozen), config, mesh)
+    model_config, _, _ = configure(config, folder, mesh)
 
     def place(specs, dtype):
         shapes = shapes_of(specs, dtype)
         with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         return jax.tree.map(with_sharding, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
-    if not frozen:
+    if not freezes_base(config):
         return Model(model_config, place(param_specs(model_config), jnp.float32), {})
     adapters = place(adapter_specs(model_config), jnp.float32)
     return Model(model_config, adapters, place(frozen_specs(model_config), model_config.compute_dtype))
@@ -103,9 +98,9 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
 
 def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
     """The vocabulary size of the model of ``folder``, rows of the config's new tokens included."""
-    source = read_config(folder)
-    new = find_new_tokens(config, folder, source.vocab_size)
-    return grow_config(source, new, frozen=freezes_base(config)).vocab_size
+    vocab_size = read_config(folder).vocab_size
+    new = find_new_tokens(config, folder, vocab_size)
+    return max(vocab_size, new.stop) if new else vocab_size
 
 
 def count_params(model: Model) -> tuple[int, int]:
@@ -123,27 +118,44 @@ def make_lora_config(section: LoraSection) -> LoraConfig | None:
     return LoraConfig(section.rank, section.alpha, section.targets, ranks, section.dora)
 
 
-def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelConfig:
-    """``model_config`` with the arithmetic, attention, adapters and routers of ``config.model``. Raises UserError."""
-    section, lora = config.model, make_lora_config(config.model.lora)
-    if lora and lora.dora and model_config.moe and (experts := {"gate", "up", "down"} & set(lora.targets)):
+def configure(
+    config: Config, folder: str | os.PathLike, mesh: Mesh
+) -> tuple[ModelConfig, NewTokens | None, NewRows | None]:
+    """The model of ``folder`` with the arithmetic, attention, adapters, routers and new tokens of ``config.model``.
+
+    Also the new tokens and their rows, None without any. Raises UserError where config and model do not fit.
+    """
+    source, section, lora = read_config(folder), config.model, make_lora_config(config.model.lora)
+    new, rows = find_new_tokens(config, folder, source.vocab_size), None
+    if new is not None:
+        # Ids before them for which the model has no row get one too: no row may be zero, which would be a likelier
+        # token than most.
+        first = min(new.first, source.vocab_size)
+        rows = NewRows(first, new.stop - first)
+
+    if lora and lora.dora and source.moe and (experts := {"gate", "up", "down"} & set(lora.targets)):
         raise UserError(
             f"config key 'model.lora.dora': experts have no magnitudes, found targets {', '.join(sorted(experts))}: "
             "leave them out of 'model.lora.targets', or set dora to False"
         )
-    if section.quantization == "nf4" and model_config.embed_size % 2:
+    if section.quantization == "nf4" and source.embed_size % 2:
         raise UserError(
             f"config key 'model.quantization' = 'nf4' packs two numbers in a byte, but the model's hidden size is "
-            f"{model_config.embed_size}: use 'int8'"
+            f"{source.embed_size}: use 'int8'"
         )
-    ways, heads, num_kv = mesh.shape["tensor"], model_config.num_heads, model_config.num_kv_heads
+    ways, heads, num_kv = mesh.shape["tensor"], source.num_heads, source.num_kv_heads
     if heads % math.lcm(num_kv, ways):  # key heads are repeated until they divide
         raise UserError(
             f"config key 'mesh.tensor' = {ways}: {heads} heads over {num_kv} key heads do not divide over it: give it "
             f"a divisor of {heads}"
         )
-    return dataclasses.replace(
-        model_config,
+    router = dataclasses.asdict(section.router)
+    if source.moe is None and (losses := [name for name in ("load_balance_coef", "z_coef") if router[name]]):
+        raise UserError(f"config key 'model.router.{losses[0]}': the model has no experts, so no router: leave it at 0")
+    model_config = dataclasses.replace(
+        source,
+        vocab_size=max(source.vocab_size, new.stop) if new else source.vocab_size,
+        new_rows=rows if freezes_base(config) else None,  # which train beside a frozen table, else in it
         compute_dtype=choose_compute_dtype(section.compute_dtype, mesh),
         fp8=section.fp8,
         remat=section.remat,
@@ -151,17 +163,9 @@ def configure(model_config: ModelConfig, config: Config, mesh: Mesh) -> ModelCon
         attention_chunk=section.attention_chunk,
         lora=lora,
         quantization=section.quantization,
-        moe=_configure_routers(model_config.moe, section.router),
+        moe=source.moe and dataclasses.replace(source.moe, **router),
     )
-
-
-def _configure_routers(moe: MoeConfig | None, section: RouterSection) -> MoeConfig | None:
-    if moe is not None:
-        return dataclasses.replace(moe, **dataclasses.asdict(section))
-    losses = [name for name in ("load_balance_coef", "z_coef") if getattr(section, name)]
-    if losses:
-        raise UserError(f"config key 'model.router.{losses[0]}': the model has no experts, so no router: leave it at 0")
-    return None
+    return model_config, new, rows
 
 
 def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:
@@ -195,17 +199,32 @@ class Forward:
 
         Both float32 []; only the first has a gradient, at three quarters of the cost of ``logprobs``.
         """
+        config = self.model_config
         hidden, terms = self._compute_hidden(params, batch)
         nll_sum, correct_sum = compute_weighted_nll(
-            hidden, unembedding(params, self.model_config), batch.targets, batch.loss_mask, **self._projection
+            hidden,
+            unembedding(params, config),
+            batch.targets,
+            batch.loss_mask,
+            vocab_size=config.vocab_size,
+            chunk=self.chunk,
+            softcap=config.logits_softcap,
         )
         return nll_sum, correct_sum, terms
 
     def logprobs(self, params: dict, batch: Batch) -> tuple[TokenLogprobs, RowTerms | None]:
         """Of the target at every position where ``batch.loss_mask`` is not 0, float32 [B, T] each; 0 elsewhere."""
+        config = self.model_config
         hidden, terms = self._compute_hidden(params, batch)
-        table = unembedding(params, self.model_config)
-        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
+        found = compute_token_logprobs(
+            hidden,
+            unembedding(params, config),
+            batch.targets,
+            batch.loss_mask,
+            vocab_size=config.vocab_size,
+            chunk=self.chunk,
+            softcap=config.logits_softcap,
+        )
         return found, terms
 
     def heads(
@@ -222,11 +241,6 @@ class Forward:
 
     def _compute_hidden(self, params: dict, batch: Batch) -> tuple[jax.Array, RowTerms | None]:
         return compute_hidden_and_terms(params, self.model_config, batch.tokens, batch.segment_ids, batch.positions)
-
-    @property
-    def _projection(self) -> dict:
-        config = self.model_config
-        return {"vocab_size": config.vocab_size, "chunk": self.chunk, "softcap": config.logits_softcap}
 
 
 # --- rows of new tokens: how many, and what they start as ---
@@ -250,22 +264,6 @@ def find_new_tokens(config: Config, folder: str | os.PathLike, vocab_size: int) 
                 f"{vocab_size - 1}: give it another text"
             )
     return new
-
-
-def grow_config(model_config: ModelConfig, new: NewTokens | None, *, frozen: bool) -> ModelConfig:
-    """``model_config`` with rows for ``new``, which train beside the table where the base is ``frozen``."""
-    if new is None:
-        return model_config
-    rows = find_rows(new, model_config.vocab_size)
-    vocab_size = max(model_config.vocab_size, new.stop)
-    return dataclasses.replace(model_config, vocab_size=vocab_size, new_rows=rows if frozen else None)
-
-
-def find_rows(new: NewTokens, vocab_size: int) -> NewRows:
-    """The rows that ``new`` needs. Ids before them for which the model has none get one too: no row may be zero, which
-    would be a likelier token than most."""
-    first = min(new.first, vocab_size)
-    return NewRows(first, new.stop - first)
 
 
 def start_rows(base: dict, new: NewTokens, rows: NewRows, mesh: Mesh) -> dict:

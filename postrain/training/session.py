@@ -2,43 +2,51 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import pathlib
+import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
 from postrain.cluster.watchdog import Watchdog
-from postrain.config import Config, check_paths
+from postrain.config import Config, check_paths, format_config
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft.adapter import check_base
+from postrain.models import grouped_dot
 from postrain.models.attention.check import check_backend
-from postrain.report.charts import CHARTS, Chart
-from postrain.report.page import write_report
-from postrain.report.workdir import last_step, last_values, open_workdir
-from postrain.sharding import make_mesh
+from postrain.models.attention.dispatch import select_backend
+from postrain.models.config import ModelConfig
+from postrain.models.flops import format_formula
+from postrain.models.lora import adapter_specs
+from postrain.models.params import axes_of, frozen_specs, shapes_of
+from postrain.report.page import CHARTS, Chart, write_report
+from postrain.report.workdir import open_workdir, read_last_values
+from postrain.sharding import (
+    data_process,
+    format_mesh,
+    make_mesh,
+    mesh_context,
+    num_row_shards,
+    undivided_dimensions,
+)
 from postrain.training.agreement import check_processes
 from postrain.training.compatibility import check_resumable
-from postrain.training.model import Model
+from postrain.training.model import Model, count_params
 from postrain.training.optimizer import format_schedule_warning
-from postrain.training.program import Program
-from postrain.training.summary import (
-    environment_facts,
-    format_memory,
-    format_metrics,
-    format_overlong_warning,
-    format_summary,
-)
 
 if TYPE_CHECKING:
+    from postrain.training.program import Program
     from postrain.training.rows import Rows
 
 
@@ -68,7 +76,7 @@ class Session:
         if self.is_lead:
             print(text, flush=True)
 
-    def print_summary(self, model: Model, program: Program, rows: "Rows", held_out: ExampleSet | None = None) -> None:
+    def print_summary(self, model: Model, program: "Program", rows: "Rows", held_out: ExampleSet | None = None) -> None:
         """Says what will run, and compiles its train step to say what memory it takes. Returns when all processes have.
 
         Raises UserError where the devices cannot run the attention back end that the config names.
@@ -83,23 +91,41 @@ class Session:
         )
         for warning in filter(None, warnings):
             self.say(warning)
-        self.say(format_memory(program.compile()))
+        # The memory of the compiled step on each device: state and batch, and temporaries.
+        memory = program.compile().memory_analysis()
+        if memory is None:
+            self.say("memory      not reported by this back end")
+        else:
+            arguments = memory.argument_size_in_bytes
+            temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            self.say(
+                f"memory      {(arguments + temporary) / 2**30:.2f} GiB a device: {arguments / 2**30:.2f} for the "
+                f"state and the batch, {temporary / 2**30:.2f} for the step"
+            )
         processes.barrier()
 
     def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
         """Writes report.html with these charts and says where it is; returns the last value of every metric."""
-        metrics = last_values(self.workdir)
+        step, metrics = read_last_values(self.workdir)
         consumed = rows.format_consumption(rows.join_states(processes.gather(rows.get_state())))
         if self.is_lead:
+            # What the figures depend on besides the config.
+            packages = ("jax", "flax", "optax", "transformers", "numpy")
+            environment = {
+                "devices": format_mesh(self.mesh),
+                "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            }
             write_report(
                 self.workdir,
                 row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
                 consumed=consumed,
-                environment=environment_facts(self.mesh),
+                environment=environment,
                 charts=charts,
             )
         minutes = (time.monotonic() - self.started) / 60
-        self.say(f"done after {minutes:.1f} min: {format_metrics(last_step(self.workdir), metrics)}")
+        self.say(f"done after {minutes:.1f} min: {format_metrics(step, metrics)}")
         exported = "" if self.config.export.format == "none" else f", {self.workdir / 'export'} is the model"
         self.say(f"{self.workdir / 'report.html'} shows the run{exported}")
         return metrics
@@ -131,3 +157,64 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
         check_resumable(folder / "checkpoints", config, tokenizer, model_folder)
         is_lead = jax.process_index() == 0
         yield Session(config, folder, mesh, model_folder, tokenizer, watchdog, is_lead, started)
+
+
+# What a run says of itself
+
+
+def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -> str:
+    """Config, devices, parameters, the batch equation, the back ends; several lines."""
+    trained, frozen = count_params(model)
+    data, train = config.data, config.train
+    _, hosts = data_process(mesh)  # processes that share rows count as one
+    rows = data.batch_size // (train.micro_batches * hosts)
+    slots = data.batch_size * data.sequence_length
+    lines = [
+        "config (* = not the default)",
+        format_config(config),
+        f"devices     {format_mesh(mesh)}, jax {jax.__version__}",
+        *(f"            {line}" for line in format_undivided(model, mesh)),
+        f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
+        f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts"
+        f" = {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
+        *format_backends(model.config, mesh),
+        f"MFU         {format_formula(model.config)}",
+    ]
+    return "\n".join(lines)
+
+
+def format_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
+    """Lines naming the back ends of attention and the experts. Raises UserError where the devices cannot run them."""
+    with mesh_context(mesh):
+        lines = [f"attention   {select_backend(config.attention)}, {config.compute_dtype}, remat {config.remat}"]
+        if config.moe:
+            lines.append(f"experts     {grouped_dot.select_backend(config.moe.backend)}")
+    return lines
+
+
+def format_undivided(model: Model, mesh: Mesh) -> list[str]:
+    """Lines for the parameters that the mesh leaves whole although it names an axis for them."""
+    specs = [frozen_specs(model.config), adapter_specs(model.config)]
+    return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
+
+
+def format_overlong_warning(lengths: Sequence[int] | np.ndarray, config: ModelConfig) -> str:
+    """A warning where documents are longer than the context length of pre-training, else ""."""
+    longer = sum(int(length) > config.max_positions for length in lengths)
+    if not longer:
+        return ""
+    return (
+        f"warning     {longer:,} of {len(lengths):,} documents are longer than the {config.max_positions:,} positions "
+        f"that the model was pre-trained for, the longest takes {max(lengths):,}: data.sequence_length would limit them"
+    )
+
+
+# Metrics from 0 to 1, by the ends of their names.
+SHARES = ("accuracy", "accuracies", "exact_match", "valid_json")
+
+
+def format_metrics(step: int, metrics: Mapping[str, float]) -> str:
+    """``step 40  eval/loss 0.1234  eval/exact_match 81.0%``: shares in per cent, the others as numbers."""
+    shown = {name: float(value) for name, value in metrics.items() if name.startswith("eval/")}
+    parts = [f"{name} {value:.1%}" if name.endswith(SHARES) else f"{name} {value:.4f}" for name, value in shown.items()]
+    return "  ".join([f"step {step}", *parts])

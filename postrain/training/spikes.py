@@ -39,65 +39,67 @@ def new_history() -> dict[str, jax.Array]:
     }
 
 
-def compute_limits(history: dict, threshold: float) -> tuple[jax.Array, jax.Array]:
-    """The most that loss and gradient norm of a step may be, float32 []; infinite without threshold or history."""
+def judge_step(
+    history: dict, loss: jax.Array, norm: jax.Array, has_weight: jax.Array, threshold: float
+) -> tuple[jax.Array, dict, dict[str, jax.Array]]:
+    """Whether a step is an update, the history after it, and the facts for ``check_step``.
+
+    ``loss`` and ``norm`` are those of the step; ``has_weight``: whether it has a trained token. A batch without one is
+    neither an update nor bad. Without threshold or history, a step only has to be finite.
+    """
+    # The most that loss and gradient norm may be.
     has_limits = (history["updates"] >= MIN_UPDATES) & (threshold > 0)
     limits = (threshold * jnp.nanmedian(history[name]) for name in ("loss", "grad_norm"))
-    loss, norm = (jnp.where(has_limits, limit, jnp.inf) for limit in limits)
-    return loss, norm
+    loss_limit, norm_limit = (jnp.where(has_limits, limit, jnp.inf) for limit in limits)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
+    is_update = usual & has_weight
 
-
-def update_history(history: dict, loss: jax.Array, norm: jax.Array, is_update: jax.Array, is_bad: jax.Array) -> dict:
-    """``history`` after a step: an update, or skipped because it was bad. A batch without weight is neither."""
     place = history["updates"] % WINDOW
 
     def put(values, value):
         return values.at[place].set(jnp.where(is_update, value, values[place]))
 
-    return {
+    after = {
         "loss": put(history["loss"], loss),
         "grad_norm": put(history["grad_norm"], norm),
         "updates": history["updates"] + is_update,
-        "skipped": history["skipped"] + is_bad,
-        "in_a_row": jnp.where(is_update, 0, history["in_a_row"] + is_bad),
+        "skipped": history["skipped"] + ~usual,
+        "in_a_row": jnp.where(is_update, 0, history["in_a_row"] + ~usual),
     }
+    facts = {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
+    return is_update, after, facts | {name: after[name] for name in ("skipped", "in_a_row")}
 
 
-class SpikeGuard:
-    """Stops the run at a bad step, or reports that it was skipped. The step itself has changed no parameter."""
+def check_step(
+    config: SpikeSection,
+    step: int,
+    metrics: Mapping[str, Any],
+    describe_rows: Callable[[], str],
+    say: Callable[[str], None],
+) -> None:
+    """Stops the run at a bad step, or says which rows it had and that it was skipped. It has changed no parameter.
 
-    def __init__(self, config: SpikeSection, say: Callable[[str], None]):
-        self._config, self._say = config, say
-
-    def count(self, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Further metrics to log: ``train/skipped``, where the policy skips steps."""
-        return {"train/skipped": float(to_host(metrics["skipped"]))} if self._config.policy == "skip" else {}
-
-    def check(self, step: int, metrics: Mapping[str, Any], describe_rows: Callable[[], str]) -> None:
-        """Says which rows a skipped step had; ``metrics`` are those of the train step, ``step`` is its number.
-
-        Raises UserError naming step and rows where the run must stop: the policy is "stop" (or "none", and the step is
-        not finite), or more than ``train.spike.limit`` steps in a row were skipped.
-        """
-        if to_host(metrics["usual"]):
-            return
-        found = f"{_format_step(metrics, step)}, rows {describe_rows()}"
-        advice = "look at them with `postrain preview`, or lower optimizer.learning_rate"
-        if self._config.policy != "skip":
-            raise UserError(f"{found}: {advice}")
-        limit = self._config.limit
-        if to_host(metrics["in_a_row"]) > limit:
-            raise UserError(f"{found}: more than train.spike.limit = {limit} steps in a row: {advice}")
-        self._say(f"{found}: skipped")
-
-
-def _format_step(metrics: Mapping[str, Any], step: int) -> str:
+    ``metrics`` are those of the train step, ``step`` is its number. Raises UserError naming step and rows where the run
+    must stop: the policy is "stop" (or "none", and the step is not finite), or more than ``train.spike.limit`` steps in
+    a row were skipped.
+    """
+    if to_host(metrics["usual"]):
+        return
     loss, norm, loss_limit, norm_limit = (
         float(to_host(metrics[name])) for name in ("train/loss", "train/grad_norm", "loss_limit", "grad_norm_limit")
     )
-    if not to_host(metrics["finite"]):
-        return f"step {step}: loss {loss} and gradient norm {norm} are not both finite"
-    return (
-        f"step {step}: a spike, loss {loss:.4g} and gradient norm {norm:.4g}; expected at most {loss_limit:.4g} and "
-        f"{norm_limit:.4g} (train.spike.threshold)"
-    )
+    if to_host(metrics["finite"]):
+        found = (
+            f"a spike, loss {loss:.4g} and gradient norm {norm:.4g}; expected at most {loss_limit:.4g} and "
+            f"{norm_limit:.4g} (train.spike.threshold)"
+        )
+    else:
+        found = f"loss {loss} and gradient norm {norm} are not both finite"
+    found = f"step {step}: {found}, rows {describe_rows()}"
+    advice = "look at them with `postrain preview`, or lower optimizer.learning_rate"
+    if config.policy != "skip":
+        raise UserError(f"{found}: {advice}")
+    if to_host(metrics["in_a_row"]) > config.limit:
+        raise UserError(f"{found}: more than train.spike.limit = {config.limit} steps in a row: {advice}")
+    say(f"{found}: skipped")

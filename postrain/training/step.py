@@ -14,7 +14,7 @@ forward pass is then dead code.
 
 A batch without a single trained token (all weights 0), with a loss or gradient that is not finite, or far above what is
 usual (``postrain.training.spikes``) changes no parameter and no optimizer state; only ``state.step``, the number of
-batches consumed, goes on. The loop hands ``metrics`` to a ``SpikeGuard``, which does as the config says.
+batches consumed, goes on. The loop hands ``metrics`` to ``check_step``, which does as the config says.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from postrain.errors import UserError
 from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, mesh_context, num_row_shards, replicated
-from postrain.training.spikes import compute_limits, new_history, update_history
+from postrain.training.spikes import judge_step, new_history
 from postrain.types import LossSums, TrainState, WeightedSum
 
 LossFn = Callable[[Any, Any, jax.Array], LossSums]
@@ -54,7 +54,7 @@ def make_train_step(
 
     Args:
       loss_fn: ``(params, batch, rng) -> LossSums``; the weights of several losses must not depend on ``params``.
-      loss_coefs: factors of losses, by name; 1 for those it does not name.
+      loss_coefs: factors of losses, by name, 1 by default; ValueError, when traced, for a name that is not a loss.
       micro_batches: parts of a batch that are worked on one after the other.
       state_shardings: ``shardings_of(abstract_train_state(...))``, needed with a mesh: left alone, XLA replicates
         gradients and FSDP silently degrades.
@@ -66,10 +66,7 @@ def make_train_step(
     ``batch`` is a pytree whose leaves have the rows first, B a multiple of ``micro_batches`` times the row shards of
     ``mesh``. ``metrics`` are float32 scalars: ``train/loss`` (what the update minimises), ``train/grad_norm`` (before
     clipping), ``train/weight`` (of the first loss), ``train/NAME`` of each metric; of several losses also
-    ``train/loss/NAME`` (without its factor) and ``train/weight/NAME``; and for ``SpikeGuard`` ``finite``, ``usual``,
-    ``loss_limit``, ``grad_norm_limit``, ``skipped``, ``in_a_row``.
-
-    Raises ValueError, when it is traced, for a name in ``loss_coefs`` that ``loss_fn`` does not return.
+    ``train/loss/NAME`` (without its factor) and ``train/weight/NAME``; and the facts of ``judge_step``.
     """
     loss_coefs = dict(loss_coefs or {})
 
@@ -83,26 +80,17 @@ def make_train_step(
             loss = functools.reduce(jnp.add, (term.total * scales[name] for name, term in sums.losses.items()))
             norm = optax.global_norm(grads) * scale
             clip = jnp.minimum(1, max_grad_norm / (norm + 1e-6)) if max_grad_norm else 1.0
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            loss_limit, norm_limit = compute_limits(state.history, spike_threshold)
-            usual = finite & (loss <= loss_limit) & (norm <= norm_limit)
             has_weight = functools.reduce(jnp.logical_or, (term.weight > 0 for term in sums.losses.values()))
-            is_update = usual & has_weight
-
-            update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
+            is_update, history, facts = judge_step(state.history, loss, norm, has_weight, spike_threshold)
             # A branch, not a `where` over the results: that would cost five times the update itself on a CPU.
-            params, opt_state, ema = jax.lax.cond(
-                is_update, update, lambda *same: same, state.params, state.opt_state, state.ema
-            )
-            history = update_history(state.history, loss, norm, is_update, ~usual)
-            moved = _share_moved(state.params, params, count_moved_in) if count_moved_in else None
+            update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
+            old = state.params, state.opt_state, state.ema
+            params, opt_state, ema = jax.lax.cond(is_update, update, lambda *same: same, *old)
+            metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
+            metrics |= {"train/loss": loss, "train/grad_norm": norm} | facts
+            if count_moved_in:
+                metrics["train/weights_moved"] = _share_moved(state.params, params, count_moved_in)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
-        metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
-        metrics |= {"train/loss": loss, "train/grad_norm": norm}
-        metrics |= {"finite": finite, "usual": usual, "loss_limit": loss_limit, "grad_norm_limit": norm_limit}
-        metrics |= {name: history[name] for name in ("skipped", "in_a_row")}
-        if moved is not None:
-            metrics["train/weights_moved"] = moved
         if schedule is not None:
             metrics["train/learning_rate"] = schedule(history["updates"] - is_update)  # skipped steps do not count
         return state, metrics
@@ -124,10 +112,12 @@ def _jit_step(train_step: Callable, mesh: Mesh | None, state_shardings: TrainSta
 
 
 def _update(optimizer, grads, scale, ema_decay: float, params, opt_state, ema):
-    """The new parameters, optimizer state and average, by ``scale * grads``."""
+    """The new parameters, optimizer state and average, which is decay * ema + (1 - decay) * params."""
     updates, opt_state = optimizer.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
     params = optax.apply_updates(params, updates)
-    return params, opt_state, _average(ema, params, ema_decay)
+    if ema is not None:  # it starts at the parameters, so nothing has to be unbiased
+        ema = jax.tree.map(lambda average, new: average + (1 - ema_decay) * (new - average), ema, params)
+    return params, opt_state, ema
 
 
 def compute_scales(losses: dict[str, WeightedSum], loss_coefs: Mapping[str, float]) -> dict[str, jax.Array]:
@@ -136,11 +126,11 @@ def compute_scales(losses: dict[str, WeightedSum], loss_coefs: Mapping[str, floa
         raise ValueError(
             f"loss_coefs name {', '.join(sorted(unknown))}; expected names of losses: {', '.join(sorted(losses))}"
         )
-
-    def divide(coef, weight):
-        return jnp.where(weight > 0, coef / jnp.where(weight > 0, weight, 1), 0)
-
-    return {name: divide(loss_coefs.get(name, 1.0), term.weight) for name, term in losses.items()}
+    scales = {}
+    for name, (_, weight) in losses.items():
+        quotient = loss_coefs.get(name, 1.0) / jnp.where(weight > 0, weight, 1)
+        scales[name] = jnp.where(weight > 0, quotient, 0)
+    return scales
 
 
 def _divide(sums: LossSums) -> dict[str, jax.Array]:
@@ -229,13 +219,6 @@ def split_rows(batch, micro_batches: int, mesh: Mesh | None = None):
         return x if mesh is None else jax.lax.with_sharding_constraint(x, batch_sharding(mesh, leading=1))
 
     return jax.tree.map(split, batch)
-
-
-def _average(ema, params, decay: float):
-    """ema <- decay * ema + (1 - decay) * params. It starts at the parameters, so nothing has to be unbiased."""
-    if ema is None:
-        return None
-    return jax.tree.map(lambda average, new: average + (1 - decay) * (new - average), ema, params)
 
 
 def _share_moved(old, new, dtype: str) -> jax.Array:

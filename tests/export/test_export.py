@@ -11,12 +11,11 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from tiny_models import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 
+from postrain import export as export_module
 from postrain.config import MeshConfig, resolve
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.export import export as export_module
-from postrain.export.check import compute_probe_logits
-from postrain.export.export import check_output, export_workdir, write_export
+from postrain.export import check_output, compute_probe_logits, export_workdir, write_export
 from postrain.hf.load import load_pretrained
 from postrain.models.lora import merge_lora
 from postrain.models.params import merge_params

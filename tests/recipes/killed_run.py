@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 
-from postrain import recipes
-from postrain.export import export
+from postrain import export, recipes
 
 
 def kill():

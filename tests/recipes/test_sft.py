@@ -12,7 +12,7 @@ from sft_runs import make_values, read_folder, read_lines, run_cli
 
 import postrain
 from postrain.errors import UserError
-from postrain.export.export import export_workdir
+from postrain.export import export_workdir
 from postrain.report.metrics import MetricsWriter
 from postrain.training import rows
 from postrain.training.step import count_compilations

@@ -14,7 +14,7 @@ from tiny_models import make_tiny_model
 import postrain
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.export.export import export_workdir
+from postrain.export import export_workdir
 from postrain.hf.find_model import find_model
 from postrain.hf.peft.adapter import load_model
 from postrain.hf.verify.compare import verify

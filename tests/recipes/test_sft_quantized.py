@@ -8,7 +8,7 @@ from sft_runs import make_values
 import postrain
 from postrain.config import MeshConfig, resolve
 from postrain.errors import UserError
-from postrain.export.export import export_workdir
+from postrain.export import export_workdir
 from postrain.hf.load import load_pretrained
 from postrain.hf.verify.compare import verify
 from postrain.models.quantized import dequantize_params

@@ -18,7 +18,7 @@ from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.record import RunRecord
 from postrain.config import MeshConfig, resolve, to_dict
 from postrain.errors import UserError
-from postrain.export.export import export_workdir
+from postrain.export import export_workdir
 from postrain.report.workdir import lock_workdir
 from postrain.sharding import make_mesh
 from postrain.training.compatibility import format_config_changes

@@ -1,5 +1,6 @@
 """metrics.jsonl through kill and resume, real trackers read back, the progress line."""
 
+import contextlib
 import io
 import json
 import sys
@@ -13,8 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from postrain.config import TrackersConfig
 from postrain.errors import UserError
-from postrain.report.metrics import MetricsWriter, open_trackers, read_metrics
-from postrain.report.progress import ProgressLine, format_seconds
+from postrain.report.metrics import MetricsWriter, ProgressLine, format_seconds, read_metrics
 
 OFF = TrackersConfig()
 
@@ -31,7 +31,7 @@ def test_lines_are_sorted_short_and_on_disk_at_once(tmp_path):
 
 
 def log(folder, start, stop, step=None):
-    with MetricsWriter(folder, OFF, step=step) as writer:
+    with contextlib.closing(MetricsWriter(folder, OFF, step=step)) as writer:
         for i in range(start, stop):
             writer.write(i, {"train/loss": np.float32(1) / np.float32(i + 3)})
 
@@ -70,7 +70,7 @@ def test_broken_line_is_named(tmp_path, line, words):
 
 
 def test_a_metric_that_is_not_a_scalar_is_refused(tmp_path):
-    with MetricsWriter(tmp_path, OFF) as writer, pytest.raises(ValueError, match=r"shape \(2,\)"):
+    with contextlib.closing(MetricsWriter(tmp_path, OFF)) as writer, pytest.raises(ValueError, match=r"shape \(2,\)"):
         writer.write(1, {"a": np.zeros(2)})
 
 
@@ -91,12 +91,12 @@ def read_events(folder):
 
 def test_tensorboard_file_reads_back(tmp_path):
     config = TrackersConfig(tensorboard=True)
-    with MetricsWriter(tmp_path, config) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, config)) as writer:
         writer.write(1, {"train/loss": 2.0, "perf/mfu": 0.25})
         writer.write(2, {"train/loss": 1.5})
     expected = {(1, "train/loss", 2.0), (1, "perf/mfu", 0.25), (2, "train/loss", 1.5)}
     assert set(read_events(tmp_path / "tensorboard")[0]) == expected
-    with MetricsWriter(tmp_path, config, step=1) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, config, step=1)) as writer:
         writer.write(2, {"train/loss": 1.25})
     events, purged = read_events(tmp_path / "tensorboard")
     assert purged == [2] and (2, "train/loss", 1.25) in events
@@ -105,7 +105,9 @@ def test_tensorboard_file_reads_back(tmp_path):
 def test_wandb_offline_makes_a_run_with_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    with MetricsWriter(tmp_path, TrackersConfig(wandb="offline"), run_config={"a": {"b": 1}}) as writer:
+    with contextlib.closing(
+        MetricsWriter(tmp_path, TrackersConfig(wandb="offline"), run_config={"a": {"b": 1}})
+    ) as writer:
         writer.write(7, {"train/loss": 2.0})
     run_id = (tmp_path / "wandb_id").read_text()
     [file] = (tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb")
@@ -120,13 +122,13 @@ def test_trackers_that_cannot_start_say_what_to_do(tmp_path, monkeypatch):
     for package, config in (("tensorboardX", {"tensorboard": True}), ("wandb", {"wandb": "offline"})):
         monkeypatch.setitem(sys.modules, package, None)  # what import finds where it is not installed
         with pytest.raises(UserError, match=rf"needs the package {package}, .* pip install 'postrain\[log\]'"):
-            open_trackers(tmp_path, TrackersConfig(**config))
+            MetricsWriter(tmp_path, TrackersConfig(**config))
 
 
 def test_packages_of_trackers_are_not_imported_unless_switched_on(tmp_path, monkeypatch):
     for package in ("tensorboardX", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
-    with MetricsWriter(tmp_path, OFF) as writer:
+    with contextlib.closing(MetricsWriter(tmp_path, OFF)) as writer:
         writer.write(0, {"a": 1})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "a": 1}
 
@@ -153,7 +155,8 @@ def test_progress_on_a_terminal_rewrites_one_line():
 
 def test_progress_in_a_file_is_a_plain_line_every_so_often():
     now, stream = [0.0], io.StringIO()
-    with ProgressLine(100, stream=stream, plain_every=10, clock=lambda: now[0]) as line:
+    line = ProgressLine(100, stream=stream, plain_every=10, clock=lambda: now[0])
+    with contextlib.closing(line):
         for step in range(1, 101):
             now[0] += 1
             line.update(step, {})

@@ -8,8 +8,18 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from postrain.config import resolve, to_dict
-from postrain.report.charts import CHARTS, COLORS, Chart, draw_curves, make_ticks, thin
-from postrain.report.page import Card, collect, find_frame, write_report
+from postrain.report.page import (
+    CHARTS,
+    COLORS,
+    Card,
+    Chart,
+    collect,
+    draw_curves,
+    find_frame,
+    make_ticks,
+    thin,
+    write_report,
+)
 
 CONFIG = resolve({"model": {"path": "models/small"}, "data": {"train": "x.jsonl"}})
 

@@ -11,10 +11,9 @@ import pytest
 from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, load_model
-from postrain.training.program import build_program
+from postrain.training.program import build_program, make_loss_evaluator
 from postrain.training.rows import open_eval_rows, open_train_rows
 from postrain.training.session import open_session
 from postrain.types import BatchFacts, LossSums, WeightedSum
@@ -124,6 +123,7 @@ def test_steps_and_updates_are_two_counters_and_a_run_that_crashed_ends_in_the_s
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert [line["train/updates"] for line in lines[1:]] == [2.0, 4.0, 6.0, 8.0]
     assert [line["train/pairs"] for line in lines[1:]] == [1.0, 2.0, 3.0, 4.0]
+    assert not any("train/skipped" in line for line in lines), "only where the policy is to skip steps"
     assert sorted(path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()) == ["2", "4"]
     for crash_at in (2, 4):  # before any checkpoint, and after the one of step 2
         with pytest.raises(MemoryError):

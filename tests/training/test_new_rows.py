@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import make_tiny_model
 
-from postrain.checkpoint.model_fingerprint import fingerprint_model
+from postrain.checkpoint.record import fingerprint_model
 from postrain.config import NewTokensSection, resolve
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError

@@ -9,7 +9,7 @@ from toy_network import compute_loss, make_batch, make_params, scale_loss
 from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
-from postrain.training.spikes import MIN_UPDATES, WINDOW, SpikeGuard, compute_limits, new_history, update_history
+from postrain.training.spikes import MIN_UPDATES, WINDOW, check_step, judge_step, new_history
 from postrain.training.step import init_train_state, make_train_step
 
 OPTIMIZER, SCHEDULE = make_optimizer(OptimizerConfig(learning_rate=1e-3), 200)
@@ -39,13 +39,16 @@ def run(batches, threshold):
 
 def test_limits_are_the_threshold_times_the_medians_of_the_last_steps_taken():
     history, values = new_history(), np.random.default_rng(0).uniform(1, 9, (2, 100)).astype(np.float32)
-    taken, none = jnp.bool_(True), jnp.bool_(False)
-    for count, (loss, norm) in enumerate(values.T, start=1):
-        history = update_history(history, loss, norm, taken, none)
-        found = [float(limit) for limit in compute_limits(history, 3.0)]
-        expected = 3 * np.median(values[:, max(0, count - WINDOW) : count], axis=1)
-        np.testing.assert_allclose(found, expected if count >= MIN_UPDATES else [np.inf] * 2, rtol=1e-6)
-        assert [float(limit) for limit in compute_limits(history, 0.0)] == [np.inf] * 2, "no threshold judges nothing"
+    taken, limits = jnp.bool_(True), ("loss_limit", "grad_norm_limit")
+    for count, (loss, norm) in enumerate(values.T):
+        _, _, facts = judge_step(history, loss, norm, taken, 3.0)
+        if count >= MIN_UPDATES:
+            expected = 3 * np.median(values[:, max(0, count - WINDOW) : count], axis=1)
+        else:
+            expected = [np.inf] * 2
+        np.testing.assert_allclose([float(facts[name]) for name in limits], expected, rtol=1e-6)
+        is_update, history, facts = judge_step(history, loss, norm, taken, 0.0)
+        assert is_update and [float(facts[name]) for name in limits] == [np.inf] * 2, "no threshold judges nothing"
 
 
 def test_a_spike_changes_nothing_but_the_counts_and_is_not_what_is_usual():
@@ -80,23 +83,21 @@ def metrics_of(**values):
 
 @pytest.mark.parametrize("policy", ["none", "stop"])
 def test_stop_names_step_rows_and_what_is_usual(policy):
-    guard = SpikeGuard(SpikeSection(policy=policy), print)
+    section = SpikeSection(policy=policy)
     message = r"step 17: a spike, loss 9 and gradient norm 5; expected at most 3 and 4 \(.*\), rows chat.jsonl:3: look"
     with pytest.raises(UserError, match=message):
-        guard.check(17, metrics_of(), lambda: "chat.jsonl:3")
+        check_step(section, 17, metrics_of(), lambda: "chat.jsonl:3", print)
+    metrics = metrics_of(finite=False, **{"train/loss": np.nan})
     with pytest.raises(UserError, match="step 18: loss nan .* not both finite, rows chat.jsonl:3"):
-        guard.check(18, metrics_of(finite=False, **{"train/loss": np.nan}), lambda: "chat.jsonl:3")
+        check_step(section, 18, metrics, lambda: "chat.jsonl:3", print)
 
 
 def test_skips_are_reported_and_bounded_in_a_row():
     lines, section = [], SpikeSection(policy="skip", limit=2)
-    guard = SpikeGuard(section, lines.append)
     for in_a_row in (1, 2, 1, 2):
-        guard.check(17, metrics_of(in_a_row=in_a_row), lambda: "chat.jsonl:3")
+        check_step(section, 17, metrics_of(in_a_row=in_a_row), lambda: "chat.jsonl:3", lines.append)
     assert len(lines) == 4 and lines[0].endswith("rows chat.jsonl:3: skipped")
     with pytest.raises(UserError, match=r"more than train.spike.limit = 2 steps in a row"):
-        guard.check(17, metrics_of(in_a_row=3), lambda: "chat.jsonl:3")
-    assert guard.count(metrics_of(skipped=5)) == {"train/skipped": 5.0}
-    assert SpikeGuard(SpikeSection(policy="stop"), print).count(metrics_of(skipped=5)) == {}
-    guard.check(17, metrics_of(usual=True), lambda: pytest.fail("rows of a usual step"))
+        check_step(section, 17, metrics_of(in_a_row=3), lambda: "chat.jsonl:3", lines.append)
+    check_step(section, 17, metrics_of(usual=True), lambda: pytest.fail("rows of a usual step"), lines.append)
     assert len(lines) == 4

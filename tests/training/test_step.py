@@ -12,7 +12,7 @@ from toy_network import compute_loss, make_batch, make_params, scale_loss, torch
 from postrain.config import OptimizerConfig, SpikeSection
 from postrain.errors import UserError
 from postrain.training.optimizer import decay_mask, make_optimizer
-from postrain.training.spikes import SpikeGuard
+from postrain.training.spikes import check_step
 from postrain.training.step import count_compilations, init_train_state, make_eval_step, make_train_step
 from postrain.types import LossSums, WeightedSum
 
@@ -129,10 +129,9 @@ def test_nan_stops_naming_step_and_rows_and_keeps_the_state():
     before, _ = run(CONFIG, [good], loss_fn=poisoned)
     after, history = run(CONFIG, [good, bad], loss_fn=poisoned)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
-    guard = SpikeGuard(SpikeSection(), print)
-    guard.check(1, history[0], lambda: pytest.fail("rows of a usual step"))
+    check_step(SpikeSection(), 1, history[0], lambda: pytest.fail("rows of a usual step"), print)
     with pytest.raises(UserError, match=r"step 2: loss nan .* rows chat.jsonl:3:"):
-        guard.check(2, history[1], lambda: "chat.jsonl:3")
+        check_step(SpikeSection(), 2, history[1], lambda: "chat.jsonl:3", print)
 
 
 def test_moving_average_is_the_average_of_the_weights():

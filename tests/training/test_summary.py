@@ -12,7 +12,7 @@ from postrain.errors import UserError
 from postrain.models.config import ModelConfig, MoeConfig
 from postrain.report.workdir import make_workdir, open_workdir
 from postrain.sharding import make_mesh
-from postrain.training.summary import format_backends, format_overlong_warning
+from postrain.training.session import format_backends, format_overlong_warning
 
 CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from postrain.checkpoint import model_fingerprint
-from postrain.checkpoint.model_fingerprint import fingerprint_folder, fingerprint_model
+from postrain.checkpoint import record
+from postrain.checkpoint.record import fingerprint_folder, fingerprint_model
 from postrain.errors import UserError
 
 FILE = "model.safetensors"
@@ -47,7 +47,7 @@ def test_of_a_very_large_folder_every_tensor_is_sampled(tmp_path):
     hidden = tensors["b"].copy()
     hidden[len(hidden) // 30] = 1  # between the first two samples: this is what a large folder may hide
     assert fingerprint(tmp_path, tensors | {"b": hidden}, **sampled)["hash"] == first
-    assert model_fingerprint.WHOLE_BYTES == 20 * 10**9
+    assert record.WHOLE_BYTES == 20 * 10**9
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
