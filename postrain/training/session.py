@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
-from postrain.cluster.watchdog import Watchdog
+from postrain.cluster.stopping import Watchdog
 from postrain.config import Config, check_paths
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.preview import render_tokens_html
