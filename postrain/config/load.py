@@ -41,7 +41,49 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
         UserError: no such file, an error inside it, an unknown key, a value of the wrong type or range.
     """
     path, _, arg = spec.partition(":")
-    values = _plain_dict(_run_config_file(path, arg or None))
+    file = pathlib.Path(path)
+    if file.is_dir():
+        inside = ", ".join(str(one) for one in sorted(file.glob("*.py"))[:5]) if path else ""
+        hint = f", such as {inside}" if inside else ""
+        raise UserError(f"--config: {path or 'its value'} is {'a folder' if path else 'empty'}, expected NAME.py{hint}")
+    if not file.is_file():
+        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
+        raise UserError(f"--config: no file {path}{hint}")
+    source = importlib.util.spec_from_file_location("postrain_user_config", file)
+    if source is None or source.loader is None:
+        raise UserError(f"--config: {path} is not a Python file (expected NAME.py or NAME.py:ARG)")
+    module = importlib.util.module_from_spec(source)
+    running = False
+    try:
+        source.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config: {path} has no function get_config(arg=None)")
+        running = True
+        values = module.get_config(arg) if arg else module.get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # any error of the user's own file is the user's to put right
+        where, text = _locate_error(error, file) or path, " ".join(str(error).split())
+        if running and arg and isinstance(error, ValueError):  # how a config file refuses a variant
+            raise UserError(f"--config={path}:{arg}: {text} ({where})") from error
+        raise UserError(f"--config: {where}: {type(error).__name__}: {text}") from error
+    return resolve(values, overrides)
+
+
+def resolve(values: Any, overrides: dict[str, str] | None = None) -> Config:
+    """A ConfigDict or nested dict -> the Config with its defaults. ``overrides``: as in ``load_config``.
+
+    A source of ``data.train`` and ``data.eval`` may be a path in place of a dict, and a single one needs no list.
+
+    Raises:
+      UserError: naming the key that does not exist (and the nearest that does), has a value of the wrong type or range,
+        or contradicts another one.
+    """
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    if not isinstance(values, dict):
+        raise UserError(f"get_config must return a ConfigDict, found {type(values).__name__}")
     for key, text in (overrides or {}).items():
         *sections, leaf = key.split(".")
         place = values
@@ -53,21 +95,8 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
         for part in (*sections, leaf):
             kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
         place[leaf] = _parse_override(text, kind)
-    return resolve(values)
-
-
-def resolve(values: Any) -> Config:
-    """A ConfigDict or nested dict -> the Config with its defaults.
-
-    A source of ``data.train`` and ``data.eval`` may be a path in place of a dict, and a single one needs no list.
-
-    Raises:
-      UserError: naming the key that does not exist (and the nearest that does), has a value of the wrong type or range,
-        or contradicts another one.
-    """
-    values = _plain_dict(values)
-    if kind := RECIPE_KINDS.get(values.get("recipe", "")):
-        values = _fill_kinds(values, kind)
+    if row_kind := RECIPE_KINDS.get(values.get("recipe", "")):
+        values = _fill_kinds(values, row_kind)
     config = _read_section(values, Config, "")
     check_config(config)
     return config
@@ -85,104 +114,7 @@ def check_config(config: Config) -> None:
     check_rules(config)
 
 
-def to_dict(config: Config) -> dict:
-    """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back.
-
-    A function becomes its name and a hash of its text, a dataset its type: they can be compared, and not used.
-    """
-
-    def plain(value):
-        if dataclasses.is_dataclass(value):  # not by dataclasses.asdict, which would copy the rows of a dataset
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if callable(value):
-            return identify_function(value, "data.train.kind")
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return value if isinstance(value, PLAIN) else identify_dataset(value, "data.train.dataset")
-
-    return plain(config)
-
-
-def format_config(config: Config) -> str:
-    """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
-    values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
-    return "\n".join(f"{'*' if value != defaults.get(key) else ' '} {key} = {value!r}" for key, value in values.items())
-
-
-# Paths
-
-
-def check_paths(config: Config) -> None:
-    """Raises UserError where the model, its tokenizer or the chat template of a config is not on this machine."""
-    check_model_path(config.model.path)
-    if config.model.tokenizer:
-        check_model_path(config.model.tokenizer, "config key 'model.tokenizer'")
-    for key, path, expected in (
-        ("model.new_tokens.file", config.model.new_tokens.file, "a file with a token a line"),
-        ("data.chat_template", config.data.chat_template, "a jinja template, or nothing"),
-    ):
-        if path and not pathlib.Path(path).is_file():
-            raise UserError(f"config key '{key}' = {path!r} is not a file: expected {expected}")
-
-
-def check_model_path(path: str, where: str = "config key 'model.path'") -> None:
-    """Raises UserError where ``path`` is neither a folder nor a GGUF file, a package or a name on the hub.
-
-    Those three are looked for when they are read. Call this first: otherwise the first reader of a folder fails with a
-    less helpful message.
-    """
-    if path.startswith("pypi:") or path.endswith(".gguf") or is_hub_name(path):
-        return
-    folder = pathlib.Path(path)
-    if not path or not folder.is_dir():
-        found = "a file, expected a folder" if folder.is_file() else "a folder that does not exist"
-        found = f"= {path!r} is {found}" if path else "is empty"
-        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL}")
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether ``path`` names a repository on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
-
-    A folder or file of that name on this machine takes precedence.
-    """
-    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\S+)?", path) and not path.endswith(".gguf")
-    return bool(named) and not pathlib.Path(path).exists()
-
-
-# The config file and the command line
-
-
-def _run_config_file(path: str, arg: str | None) -> Any:
-    """What ``get_config(arg)`` of the file at ``path`` returns."""
-    file = pathlib.Path(path)
-    if file.is_dir():
-        inside = ", ".join(str(one) for one in sorted(file.glob("*.py"))[:5]) if path else ""
-        hint = f", such as {inside}" if inside else ""
-        raise UserError(f"--config: {path or 'its value'} is {'a folder' if path else 'empty'}, expected NAME.py{hint}")
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {file.parent / near[0]}?" if near else ""
-        raise UserError(f"--config: no file {path}{hint}")
-    spec = importlib.util.spec_from_file_location("postrain_user_config", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config: {path} is not a Python file (expected NAME.py or NAME.py:ARG)")
-    module = importlib.util.module_from_spec(spec)
-    running = False
-    try:
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"--config: {path} has no function get_config(arg=None)")
-        running = True
-        return module.get_config() if arg is None else module.get_config(arg)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # any error of the user's own file is the user's to put right
-        where, text = _locate_error(error, file) or path, " ".join(str(error).split())
-        if running and arg is not None and isinstance(error, ValueError):  # how a config file refuses a variant
-            raise UserError(f"--config={path}:{arg}: {text} ({where})") from error
-        raise UserError(f"--config: {where}: {type(error).__name__}: {text}") from error
+# Of the config file and the command line
 
 
 def _locate_error(error: BaseException, file: pathlib.Path) -> str:
@@ -192,15 +124,6 @@ def _locate_error(error: BaseException, file: pathlib.Path) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
     return f"{file}:{lines[-1]}" if lines else ""
-
-
-def _plain_dict(values: Any) -> dict:
-    """The nested dict that a ConfigDict holds; a dict is returned as it is. Raises UserError for anything else."""
-    if hasattr(values, "to_dict"):
-        values = values.to_dict()
-    if not isinstance(values, dict):
-        raise UserError(f"get_config must return a ConfigDict, found {type(values).__name__}")
-    return values
 
 
 def _parse_override(text: str, kind: Any) -> Any:
@@ -322,3 +245,72 @@ def _suggest(key: str, prefix: str, siblings: Iterable[str]) -> str:
     if near:
         return f"; did you mean '{everywhere[near[0]]}'?"
     return f"; '{prefix.rstrip('.')}' has {', '.join(siblings)}" if prefix else f"; there are {', '.join(siblings)}"
+
+
+# Back to plain values
+
+
+def to_dict(config: Config) -> dict:
+    """Plain nested dicts and lists, as config.json holds them; ``resolve`` turns them back.
+
+    A function becomes its name and a hash of its text, a dataset its type: they can be compared, and not used.
+    """
+
+    def plain(value):
+        if dataclasses.is_dataclass(value):  # not by dataclasses.asdict, which would copy the rows of a dataset
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        if callable(value):
+            return identify_function(value, "data.train.kind")
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value if isinstance(value, PLAIN) else identify_dataset(value, "data.train.dataset")
+
+    return plain(config)
+
+
+def format_config(config: Config) -> str:
+    """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
+    values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
+    return "\n".join(f"{'*' if value != defaults.get(key) else ' '} {key} = {value!r}" for key, value in values.items())
+
+
+# Paths
+
+
+def check_paths(config: Config) -> None:
+    """Raises UserError where the model, its tokenizer or the chat template of a config is not on this machine."""
+    check_model_path(config.model.path)
+    if config.model.tokenizer:
+        check_model_path(config.model.tokenizer, "config key 'model.tokenizer'")
+    for key, path, expected in (
+        ("model.new_tokens.file", config.model.new_tokens.file, "a file with a token a line"),
+        ("data.chat_template", config.data.chat_template, "a jinja template, or nothing"),
+    ):
+        if path and not pathlib.Path(path).is_file():
+            raise UserError(f"config key '{key}' = {path!r} is not a file: expected {expected}")
+
+
+def check_model_path(path: str, where: str = "config key 'model.path'") -> None:
+    """Raises UserError where ``path`` is neither a folder nor a GGUF file, a package or a name on the hub.
+
+    Those three are looked for when they are read. Call this first: otherwise the first reader of a folder fails with a
+    less helpful message.
+    """
+    if path.startswith("pypi:") or path.endswith(".gguf") or is_hub_name(path):
+        return
+    folder = pathlib.Path(path)
+    if not path or not folder.is_dir():
+        found = "a file, expected a folder" if folder.is_file() else "a folder that does not exist"
+        found = f"= {path!r} is {found}" if path else "is empty"
+        raise UserError(f"{where} {found}: {HOW_TO_GET_A_MODEL}")
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path`` names a repository on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+
+    A folder or file of that name on this machine takes precedence.
+    """
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@\S+)?", path) and not path.endswith(".gguf")
+    return bool(named) and not pathlib.Path(path).exists()

@@ -48,7 +48,8 @@ def check_rules(config: Config) -> None:
     _check_model(config.model)
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
-    _check_best(config)
+    if config.checkpoint.keep_best:
+        _check_best(config)
     if config.recipe == "preference":
         _check_preference(config)
 
@@ -155,8 +156,6 @@ def _check_model(model: ModelSection) -> None:
 def _check_best(config: Config) -> None:
     """With ``checkpoint.keep_best``, the run must measure ``checkpoint.metric`` at every checkpoint."""
     metric, scored = config.checkpoint.metric, typing.get_args(AnswerMetric)
-    if not config.checkpoint.keep_best:
-        return
     where = f"config key 'checkpoint.metric' = {metric!r}"
     if not metric.startswith(("train/", "eval/")):
         raise UserError(f"{where}: expected a name that starts with train/ or eval/, such as eval/loss")
