@@ -107,7 +107,7 @@ def target_facts(target: Target) -> TargetFacts:
     return TargetFacts(
         name=target.name,
         devices=len(target.devices),
-        hosts=target.num_hosts,
+        hosts=len({device.process_index for device in target.devices}),
         kind=target.devices[0].device_kind,
         usable_bytes=target.usable,
         usable_why=target.usable_why,
