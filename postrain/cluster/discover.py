@@ -1,6 +1,6 @@
 """Which process of how many this one is, from the command line or the environment. Nothing is started here.
 
-Searched in this order, the first one counts: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or
+Searched in this order; the first that is found counts: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or
 ``POSTRAIN_COORDINATOR``, ...), Open MPI, SLURM, a TPU pod. So mpirun inside of a SLURM job counts.
 
 ``jax.distributed.initialize`` detects clusters too, but keeps what it finds to itself: it returns only once all
