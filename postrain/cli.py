@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         if os.getpid() == 1:
-            from postrain.cluster.signals import leave_pid_1
+            from postrain.cluster.stopping import leave_pid_1
 
             leave_pid_1()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -223,7 +223,7 @@ def load_checked_config(args, overrides):
 def run_train(args, overrides) -> None:
     from postrain.cluster.discover import find_cluster
     from postrain.cluster.processes import join
-    from postrain.cluster.signals import ends_at_once
+    from postrain.cluster.stopping import ends_at_once
 
     with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
         config = load_checked_config(args, overrides)

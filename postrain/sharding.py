@@ -52,18 +52,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: int(getattr(config, axis, 1)) for axis in MESH_AXES}
-    asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+    layout = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"mesh: every axis must be at least 1 and one at most may be -1, found {asked}: set mesh.*")
+        raise UserError(f"mesh: every axis must be at least 1 and one at most may be -1, found {layout}: set mesh.*")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         if free:
-            asked = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
+            layout = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
             advice = f"sizes whose product divides it (mesh.{free[0]} = -1 takes what is left)"
         else:
             advice = "one axis to -1, or sizes whose product is that number"
-        raise UserError(f"mesh: {asked} does not divide into {len(devices)} devices: set {advice}")
+        raise UserError(f"mesh: {layout} does not divide into {len(devices)} devices: set {advice}")
     if free:
         sizes[free[0]] = len(devices) // fixed
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
@@ -150,10 +150,10 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
     """
     shards = num_row_shards(mesh)
     index_map = batch_sharding(mesh).addressable_devices_indices_map((shards,))
-    mine = sorted({index[0].indices(shards)[0] for index in index_map.values()})
-    count, index = shards // len(mine), mine[0] // len(mine)
-    if mine != list(range(index * len(mine), (index + 1) * len(mine))):
-        raise UserError(f"mesh: host {jax.process_index()} holds row blocks {mine}: put `data` across hosts")
+    blocks = sorted({index[0].indices(shards)[0] for index in index_map.values()})
+    count, index = shards // len(blocks), blocks[0] // len(blocks)
+    if blocks != list(range(index * len(blocks), (index + 1) * len(blocks))):
+        raise UserError(f"mesh: host {jax.process_index()} holds row blocks {blocks}: put `data` across hosts")
     return index, count
 
 

@@ -88,7 +88,7 @@ ALLOWED = {
             "int(positions[remaining > 0].max())",
             "np.asarray(prompt, np.int32)",
             "np.concatenate(parts, axis=1)",
-            "np.stack([context[:shortest] for context in contexts])",
+            "np.stack([context[:shortest] for context in distinct])",
             "tokens[i, :length].tolist()",
         },
     ),

@@ -6,7 +6,7 @@ hundred seconds and cannot say why it died; here a closed connection is noticed 
 keep-alive. A process that fails sends its error before it ends; if a connection closes without one, it was killed.
 
 The hub listens on one address, the one that the coordinator's name stands for, and only until all processes have
-joined. Who does not know the run's secret cannot join (connection.py).
+joined. A process that does not know the run's secret cannot join (connection.py).
 """
 
 import errno
@@ -140,7 +140,7 @@ class Hub:
                     connected, place = self._listener.accept()
                 except TimeoutError:
                     continue
-                except OSError:  # no more open files, or who knocked has gone
+                except OSError:  # no more open files, or the other end has gone
                     time.sleep(_TICK)
                     continue
                 self._proving.acquire()  # for _serve to release

@@ -1,6 +1,6 @@
 """Which process of how many this one is, from the command line or the environment. Nothing is started here.
 
-Searched in this order, the first one counts: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or
+Searched in this order; the first that is found counts: ``--coordinator``, ``--num-processes`` and ``--process-id`` (or
 ``POSTRAIN_COORDINATOR``, ...), Open MPI, SLURM, a TPU pod. So mpirun inside of a SLURM job counts.
 
 ``jax.distributed.initialize`` detects clusters too, but keeps what it finds to itself: it returns only once all
@@ -19,11 +19,12 @@ import re
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from postrain.errors import UserError
 
 TPU_PORT = 8482  # the default of jax
+_FLAGS = {"coordinator": "--coordinator", "num_processes": "--num-processes", "process_id": "--process-id"}
 _PORTS = range(61440, 65535, 2)  # of the coordinator; the one after each is for the control channel
 _SECONDS = 2.0  # for Google's metadata server, a link-local address
 
@@ -56,15 +57,29 @@ def find_cluster(
     The arguments are those of the command line. Raises UserError if settings are incomplete, cannot be read or
     contradict each other, naming what was found.
     """
-    settings, said = _read_explicit(coordinator, num_processes, process_id, environment)
+    # What the user says: settings in the order of Cluster's fields, and the same as text for messages.
+    settings, texts = {}, []
+    for (name, flag), value in zip(_FLAGS.items(), (coordinator, num_processes, process_id), strict=True):
+        variable = f"POSTRAIN_{name.upper()}"
+        other = environment.get(variable) or None
+        if value is not None and other is not None and str(value) != other:
+            raise UserError(f"several processes: {flag}={value}, but {variable}={other}: leave one of them out")
+        found = (flag, str(value)) if value is not None else (variable, other)
+        # An indexed Job of Kubernetes numbers its pods; alone, the number does not make them one run.
+        if found[1] is None and name == "process_id" and len(settings) == 2 and "JOB_COMPLETION_INDEX" in environment:
+            found = ("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
+        if found[1] is not None:
+            settings[name] = found[1] if name == "coordinator" else _number(*found)
+            texts.append("=".join(found))
+    said = ", ".join(texts)
     if len(settings) == 3:  # for one process too: jax's collectives then add up in the order of several
         return _check(Cluster(*settings.values(), found=said))
-    found = (find(environment) for find in (_find_open_mpi, _find_slurm, _find_tpu_pod))
-    cluster = next((one for one in found if one is not None), None)
+    # What the launcher says; of the user's settings only the coordinator goes with it.
+    cluster = _find_open_mpi(environment) or _find_slurm(environment) or _find_tpu_pod(environment)
     if settings and (cluster is None or list(settings) != ["coordinator"]):
-        missing = [name for name in _KEYS if name not in settings]
+        missing = [flag for name, flag in _FLAGS.items() if name not in settings]
         raise UserError(
-            f"several processes: found {said} without {' and '.join(_flag(name) for name in missing)}: give all "
+            f"several processes: found {said} without {' and '.join(missing)}: give all "
             "three, or none of them under srun, mpirun or on a TPU pod"
         )
     if cluster is not None and not cluster.coordinator and not settings:
@@ -75,31 +90,6 @@ def find_cluster(
     if settings:
         cluster = dataclasses.replace(cluster, coordinator=settings["coordinator"], found=f"{cluster.found}, {said}")
     return _check(cluster) if cluster is not None and cluster.num_processes > 1 else None
-
-
-_KEYS = ("coordinator", "num_processes", "process_id")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _read_explicit(coordinator, num_processes, process_id, environment) -> tuple[dict, str]:
-    """The settings of flags and POSTRAIN_* in the order of Cluster's fields, and the same as text for messages."""
-    settings, said = {}, []
-    for name, value in zip(_KEYS, (coordinator, num_processes, process_id), strict=True):
-        variable = f"POSTRAIN_{name.upper()}"
-        other = environment.get(variable) or None
-        if value is not None and other is not None and str(value) != other:
-            raise UserError(f"several processes: {_flag(name)}={value}, but {variable}={other}: leave one of them out")
-        found = (_flag(name), str(value)) if value is not None else (variable, other)
-        # An indexed Job of Kubernetes numbers its pods; alone, the number does not make them one run.
-        if found[1] is None and name == "process_id" and len(settings) == 2 and "JOB_COMPLETION_INDEX" in environment:
-            found = ("JOB_COMPLETION_INDEX", environment["JOB_COMPLETION_INDEX"])
-        if found[1] is not None:
-            settings[name] = found[1] if name == "coordinator" else _number(*found)
-            said.append("=".join(found))
-    return settings, ", ".join(said)
 
 
 def _number(name: str, text: str) -> int:
@@ -187,24 +177,26 @@ def _find_tpu_pod(environment: Mapping[str, str]) -> Cluster | None:
         return None
     names = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if names:
-        read, said = environment.get, "TPU_WORKER_HOSTNAMES"
+        settings, said = environment, "TPU_WORKER_HOSTNAMES"
         hosts, worker = names.split(","), environment.get("TPU_WORKER_ID", "")
     elif has_tpu() and "TPU_SKIP_MDS_QUERY" not in environment:
         attributes = {name: _read_metadata(name, environment) for name in ("agent-worker-number", "tpu-env")}
         if attributes["agent-worker-number"] is None:
             return None
-        read, said = _parse_tpu_env(attributes["tpu-env"] or "", environment), "the metadata of the TPU VM"
+        # Lines NAME: 'value'; the environment comes before them.
+        lines = [line.split(":", 1) for line in (attributes["tpu-env"] or "").splitlines() if ":" in line]
+        settings = {name.strip(): value.strip().strip("'") for name, value in lines}
+        settings |= {name: value for name, value in environment.items() if value}
+        said = "the metadata of the TPU VM"
         endpoints = (_read_metadata("worker-network-endpoints", environment) or "").split(",")
         hosts, worker = [end.split(":")[-1] for end in endpoints], attributes["agent-worker-number"]
     else:
         return None
-    slices, own_slice = (_number(name, read(name) or default) for name, default in _SLICES.items())
+    slices = _number("MEGASCALE_NUM_SLICES", settings.get("MEGASCALE_NUM_SLICES") or "1")
+    own_slice = _number("MEGASCALE_SLICE_ID", settings.get("MEGASCALE_SLICE_ID") or "0")
     process = _number("TPU_WORKER_ID", worker.strip()) + own_slice * len(hosts)
-    lead = (read("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+    lead = (settings.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
     return Cluster(f"{lead}:{TPU_PORT}", len(hosts) * slices, process, f"{said}: worker {worker} of {len(hosts)}")
-
-
-_SLICES = {"MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
 
 
 def has_tpu() -> bool:
@@ -223,10 +215,3 @@ def _read_metadata(name: str, environment: Mapping[str, str]) -> str | None:
             return answer.read().decode()
     except (urllib.error.URLError, OSError):
         return None
-
-
-def _parse_tpu_env(text: str, environment: Mapping[str, str]) -> Callable[[str], str | None]:
-    """A reader of lines ``NAME: 'value'``; the environment comes before them."""
-    lines = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    values = {name.strip(): value.strip().strip("'") for name, value in lines.items()}
-    return lambda name: environment.get(name) or values.get(name)

@@ -1,15 +1,15 @@
-"""The config of a run: its keys (``schema``), checked and made immutable (``check``), from files (``load``)."""
+"""The config of a run: its keys (``schema``), read from files, checked and made immutable (``load``)."""
 
-from postrain.config.check import (
+from postrain.config.load import (
     check_config,
     check_model_path,
     check_paths,
     format_config,
     is_hub_name,
+    load_config,
     resolve,
     to_dict,
 )
-from postrain.config.load import load_config
 from postrain.config.schema import (
     CheckpointConfig,
     Config,

@@ -9,17 +9,47 @@ from postrain.errors import UserError
 
 def check_rules(config: Config) -> None:
     """Raises UserError naming keys that do not go together."""
-    if config.train.steps == 0 and config.train.epochs <= 0:
+    data, train, mesh = config.data, config.train, config.mesh
+
+    # The length of the run.
+    if train.steps == 0 and train.epochs <= 0:
         raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
+    key = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
+    if (data.streaming or has_mixture(data)) and not train.steps:
+        raise UserError(f"config key {key}: the length of such an epoch is not known beforehand: set 'train.steps'")
+
+    # Micro-batches, devices and shards have the same number of rows each. An axis of the mesh that is -1 gets its size
+    # when the devices are counted, and is checked then.
+    free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config keys {' and '.join(free)} are -1, all devices that are left: give all but one a number"
+        )
+    rows, micro_batches, shards = data.batch_size, train.micro_batches, data.stream.shards
+    if rows % micro_batches:
+        raise UserError(
+            f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
+        )
+    row_devices = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
+    if rows % (micro_batches * row_devices):
+        raise UserError(
+            f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
+            f"times 'mesh.data' x 'mesh.fsdp' x 'mesh.expert' = {row_devices}"
+        )
+    if data.sequence_length % max(mesh.sequence, 1):
+        raise UserError(
+            f"config key 'data.sequence_length' = {data.sequence_length} must be a multiple of "
+            f"'mesh.sequence' = {mesh.sequence}"
+        )
+    if data.streaming and rows % shards:
+        raise UserError(f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.shards' = {shards}")
+
+    _check_sources(data)
+    _check_model(config.model)
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
-    _check_batch(config)
-    _check_sources(config.data)
-    _check_mixture(config.data)
-    _check_stream(config)
-    _check_adapters(config.model)
-    _check_new_tokens(config.model)
-    _check_best(config)
+    if config.checkpoint.keep_best:
+        _check_best(config)
     if config.recipe == "preference":
         _check_preference(config)
 
@@ -30,33 +60,55 @@ def has_mixture(config: DataConfig) -> bool:
     return own or bool(config.mixture.phases) or config.mixture.temperature != 1
 
 
-def _check_batch(config: Config) -> None:
-    """Micro-batches and devices have the same number of rows each; devices are known here where no axis is -1."""
-    rows, micro_batches, mesh = config.data.batch_size, config.train.micro_batches, config.mesh
-    free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
-    if len(free) > 1:
+def _check_sources(data: DataConfig) -> None:
+    """Each source by itself, their weights together, and the cache of a stream."""
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for source in sources:
+            if source.path and source.dataset is not None:
+                raise UserError(
+                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one "
+                    "of them: make two sources"
+                )
+    unsized = [source for source in data.train if source.dataset is not None and not source.weight]
+    if data.streaming and len(data.train) > 1 and unsized:
         raise UserError(
-            f"config keys {' and '.join(free)} are -1, all devices that are left: give all but one a number"
+            "config key 'data.train': a source with 'dataset' has no size in bytes, which shares in a stream go by "
+            "without weights: give every source a 'weight'"
         )
-    if rows % micro_batches:
+
+    # Weights that contradict each other.
+    sources, mixture = data.train, data.mixture
+    weighted = [source.weight > 0 for source in sources]
+    if any(weighted) and mixture.temperature != 1:
         raise UserError(
-            f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
+            f"config key 'data.mixture.temperature' = {mixture.temperature} makes weights of the sizes of sources, but "
+            "'data.train' gives weights: leave one of them out"
         )
-    shards = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1)
-    if rows % (micro_batches * shards):
+    if any(weighted) and not all(weighted) and not mixture.phases:
+        missing = sources[weighted.index(False)]
         raise UserError(
-            f"config key 'data.batch_size' = {rows} must be a multiple of 'train.micro_batches' = {micro_batches} "
-            f"times 'mesh.data' x 'mesh.fsdp' x 'mesh.expert' = {shards}"
+            f"config key 'data.train': source {missing.name or missing.path!r} has no weight and others have: give "
+            "every source one, or none (by size), or leave the source out"
         )
-    if config.data.sequence_length % max(mesh.sequence, 1):
+    last = 1
+    for phase in mixture.phases:
+        where = f"config key 'data.mixture.phases', that from update {phase.step}:"
+        if len(phase.weights) != len(sources):
+            raise UserError(f"{where} {len(phase.weights)} weights for {len(sources)} sources: give one for each")
+        if min(phase.weights) < 0 or not any(phase.weights):
+            raise UserError(f"{where} expected weights of at least 0, one of them above, found {phase.weights}")
+        if phase.step <= last:
+            raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
+        last = phase.step
+
+    if (data.stream.cache_gibibytes > 0) != bool(data.stream.cache_folder):
         raise UserError(
-            f"config key 'data.sequence_length' = {config.data.sequence_length} must be a multiple of "
-            f"'mesh.sequence' = {mesh.sequence}"
+            "config keys 'data.stream.cache_folder' and 'data.stream.cache_gibibytes' go together: set both, or neither"
         )
 
 
-def _check_adapters(model: ModelSection) -> None:
-    """Refuses adapters that could not change the model, and settings of adapters where there are none."""
+def _check_model(model: ModelSection) -> None:
+    """Refuses adapters that could not change the model, and settings of what is not there."""
     lora, off = model.lora, "'model.lora.rank' is 0, so there are no adapters: set it above 0"
     own_ranks = [target for target, rank in dataclasses.asdict(lora.ranks).items() if rank]
     if not lora.rank:
@@ -84,9 +136,7 @@ def _check_adapters(model: ModelSection) -> None:
     if lora.rank and not lora.alpha:
         raise UserError("config key 'model.lora.alpha' = 0 switches the adapters off: set it above 0")
 
-
-def _check_new_tokens(model: ModelSection) -> None:
-    """The tokens themselves are checked by ``postrain.data.rendering.tokenizer``, which reads them."""
+    # New tokens. The tokens themselves are checked by postrain.data.rendering.tokenizer, which reads them.
     section, where = model.new_tokens, "config key 'model.new_tokens."
     if section.tokens and section.file:
         raise UserError(
@@ -106,8 +156,6 @@ def _check_new_tokens(model: ModelSection) -> None:
 def _check_best(config: Config) -> None:
     """With ``checkpoint.keep_best``, the run must measure ``checkpoint.metric`` at every checkpoint."""
     metric, scored = config.checkpoint.metric, typing.get_args(AnswerMetric)
-    if not config.checkpoint.keep_best:
-        return
     where = f"config key 'checkpoint.metric' = {metric!r}"
     if not metric.startswith(("train/", "eval/")):
         raise UserError(f"{where}: expected a name that starts with train/ or eval/, such as eval/loss")
@@ -126,65 +174,6 @@ def _check_best(config: Config) -> None:
             f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
             f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
         )
-
-
-def _check_sources(data: DataConfig) -> None:
-    for key, sources in (("train", data.train), ("eval", data.eval)):
-        for source in sources:
-            if source.path and source.dataset is not None:
-                raise UserError(
-                    f"config key 'data.{key}': a source has both 'path' = {source.path!r} and 'dataset': expected one "
-                    "of them: make two sources"
-                )
-    unsized = [source for source in data.train if source.dataset is not None and not source.weight]
-    if data.streaming and len(data.train) > 1 and unsized:
-        raise UserError(
-            "config key 'data.train': a source with 'dataset' has no size in bytes, which shares in a stream go by "
-            "without weights: give every source a 'weight'"
-        )
-
-
-def _check_stream(config: Config) -> None:
-    data, train = config.data, config.train
-    key = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
-    if (data.streaming or has_mixture(data)) and not train.steps:
-        raise UserError(f"config key {key}: the length of such an epoch is not known beforehand: set 'train.steps'")
-    shards = data.stream.shards
-    if data.streaming and data.batch_size % shards:
-        raise UserError(
-            f"config key 'data.batch_size' = {data.batch_size} must be a multiple of 'data.stream.shards' = {shards}"
-        )
-    if (data.stream.cache_gibibytes > 0) != bool(data.stream.cache_folder):
-        raise UserError(
-            "config keys 'data.stream.cache_folder' and 'data.stream.cache_gibibytes' go together: set both, or neither"
-        )
-
-
-def _check_mixture(config: DataConfig) -> None:
-    """Refuses weights that contradict each other."""
-    sources, mixture = config.train, config.mixture
-    weighted = [source.weight > 0 for source in sources]
-    if any(weighted) and mixture.temperature != 1:
-        raise UserError(
-            f"config key 'data.mixture.temperature' = {mixture.temperature} makes weights of the sizes of sources, but "
-            "'data.train' gives weights: leave one of them out"
-        )
-    if any(weighted) and not all(weighted) and not mixture.phases:
-        missing = sources[weighted.index(False)]
-        raise UserError(
-            f"config key 'data.train': source {missing.name or missing.path!r} has no weight and others have: give "
-            "every source one, or none (by size), or leave the source out"
-        )
-    last = 1
-    for phase in mixture.phases:
-        where = f"config key 'data.mixture.phases', that from update {phase.step}:"
-        if len(phase.weights) != len(sources):
-            raise UserError(f"{where} {len(phase.weights)} weights for {len(sources)} sources: give one for each")
-        if min(phase.weights) < 0 or not any(phase.weights):
-            raise UserError(f"{where} expected weights of at least 0, one of them above, found {phase.weights}")
-        if phase.step <= last:
-            raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
-        last = phase.step
 
 
 def _check_preference(config: Config) -> None:

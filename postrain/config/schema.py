@@ -1,6 +1,6 @@
 """Every key of a config: its type, range, default and meaning, on one line.
 
-``postrain.config.check`` turns the dict of a config file into these frozen dataclasses.
+``postrain.config.load`` turns the dict of a config file into these frozen dataclasses.
 """
 
 import dataclasses

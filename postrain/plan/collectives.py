@@ -53,16 +53,28 @@ class _Line:
 
 def read_collectives(text: str, num_devices: int) -> tuple[list[Collective], int]:
     """The collectives of an optimised HLO module, and how many of them are in loops of unknown length."""
-    computations, entry = _parse(text)
+    # The lines of every computation, and the name of the one that the program starts in.
+    computations: dict[str, list[_Line]] = {}
+    entry = ""
+    for row in text.splitlines():
+        if row[:1] in ("%", "E") and row.endswith("{"):
+            name = row.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+            entry = name if row.startswith("ENTRY") else entry
+            lines = computations.setdefault(name, [])
+        elif match := _INSTRUCTION.match(row):
+            lines.append(_Line(*match.groups()))
     found, unknown = [], 0
     for name, times, known in _walk(computations, entry, 1, True):
         for computation, line in _inlined(computations, name):
-            kind = line.op.removesuffix("-start")
-            if kind not in KINDS or _is_carrier(computations[computation], line):
+            kind, lines = line.op.removesuffix("-start"), computations[computation]
+            if kind not in KINDS:
                 continue
-            operands = _operands(line.rest)
-            types = {other.name: other.type for other in computations[computation]}
-            size = sum(_size_of(types[operand]) for operand in operands)
+            # The TPU compiler writes an asynchronous collective into every fusion that runs meanwhile; the first one
+            # starts it.
+            if "chain_id=" in line.rest and not any("AsyncCollectiveStart" in other.rest for other in lines):
+                continue
+            types = {other.name: other.type for other in lines}
+            size = sum(_size_of(types[operand]) for operand in _operands(line.rest))
             groups = _read_groups(line.rest, num_devices)
             if kind == "all-gather":
                 size *= max(len(group) for group in groups)
@@ -72,23 +84,6 @@ def read_collectives(text: str, num_devices: int) -> tuple[list[Collective], int
                 found.append(Collective(kind, size, groups, times))
                 unknown += not known
     return found, unknown
-
-
-def _is_carrier(computation: list[_Line], line: _Line) -> bool:
-    """The TPU compiler writes an asynchronous collective into every fusion that runs meanwhile; the first starts it."""
-    return "chain_id=" in line.rest and not any("AsyncCollectiveStart" in other.rest for other in computation)
-
-
-def _parse(text: str) -> tuple[dict[str, list[_Line]], str]:
-    computations, entry, lines = {}, "", []
-    for row in text.splitlines():
-        if row[:1] in ("%", "E") and row.endswith("{"):
-            name = row.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-            entry = name if row.startswith("ENTRY") else entry
-            lines = computations.setdefault(name, [])
-        elif match := _INSTRUCTION.match(row):
-            lines.append(_Line(*match.groups()))
-    return computations, entry
 
 
 def _inlined(computations, name: str) -> Iterator[tuple[str, _Line]]:
@@ -185,32 +180,24 @@ def _read_groups(rest: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
         return _groups_of_pairs(match[1])
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         shape, source, order = (tuple(int(i) for i in part.split(",")) if part else None for part in match.groups())
-        return _as_groups(_arange(source, order).reshape(shape))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        return _read_mesh_groups(match[1], match[2])
-    return (tuple(range(num_devices)),)
-
-
-def _arange(shape, order=None):
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    return ids if order is None else ids.transpose(order)
-
-
-def _as_groups(ids) -> tuple[tuple[int, ...], ...]:
+        ids = np.arange(math.prod(source)).reshape(source)
+        ids = (ids if order is None else ids.transpose(order)).reshape(shape)
+    elif match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        # 'a'=2,'b'=4 and 'b' or 'b':(2)2, the part of axis b of size 2 after its first 2.
+        mesh, axes = match.groups()
+        flat = []  # the dimensions, cut where a group takes a part of one: size, whether groups run along it
+        for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
+            before, whole = 1, int(size)
+            found = re.findall(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
+            for start, part in sorted((int(start), int(part)) if part else (1, whole) for start, part in found):
+                flat += [(start // before, False), (part, True)]
+                before = start * part
+            flat.append((whole // before, False))
+        inside = [i for i, (_, used) in enumerate(flat) if used]
+        outside = [i for i, (_, used) in enumerate(flat) if not used]
+        sizes = [size for size, _ in flat]
+        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(outside + inside)
+        ids = ids.reshape(-1, math.prod(sizes[i] for i in inside))
+    else:
+        return (tuple(range(num_devices)),)
     return tuple(tuple(int(i) for i in row) for row in ids.reshape(-1, ids.shape[-1]))
-
-
-def _read_mesh_groups(mesh: str, axes: str) -> tuple[tuple[int, ...], ...]:
-    """``'a'=2,'b'=4`` and ``'b'`` or ``'b':(2)2`` (the part of axis b of size 2 after its first 2)."""
-    flat = []  # the dimensions of the mesh, cut where a group takes a part of one: size, whether groups run along it
-    for name, size in re.findall(r"'([^']+)'=(\d+)", mesh):
-        before, whole = 1, int(size)
-        found = re.findall(rf"'{re.escape(name)}'(?::\((\d+)\)(\d+))?", axes)
-        for start, part in sorted((int(start), int(part)) if part else (1, whole) for start, part in found):
-            flat += [(start // before, False), (part, True)]
-            before = start * part
-        flat.append((whole // before, False))
-    ids = _arange(tuple(size for size, _ in flat))
-    inside = [i for i, (_, used) in enumerate(flat) if used]
-    outside = [i for i, (_, used) in enumerate(flat) if not used]
-    return _as_groups(ids.transpose(outside + inside).reshape(-1, math.prod(flat[i][0] for i in inside)))

@@ -1,4 +1,4 @@
-"""What a training step needs of hardware that need not be there: memory, operations, communication, a bound of MFU.
+"""What a training step needs of hardware, which need not be here: memory, operations, communication, a bound of MFU.
 
 The recipe's own train step, the very function that ``postrain train`` compiles, is compiled ahead of time from shapes
 alone for the devices of a target. Memory is what the compiler says, split into kinds by the shapes that each device
@@ -107,7 +107,7 @@ def target_facts(target: Target) -> TargetFacts:
     return TargetFacts(
         name=target.name,
         devices=len(target.devices),
-        hosts=target.num_hosts,
+        hosts=len({device.process_index for device in target.devices}),
         kind=target.devices[0].device_kind,
         usable_bytes=target.usable,
         usable_why=target.usable_why,

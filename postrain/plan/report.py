@@ -155,11 +155,16 @@ class PlanReport:
         return line + (f"; fits with {format_change(good[0].change)}" if good else "")
 
     def __str__(self) -> str:
+        # Devices of this kind that the best change needs if memory splits evenly, where no change fits.
+        devices_needed = None
+        if self.advice and not self.advice[-1].fits:
+            least = min(attempt.needed for attempt in self.advice)
+            devices_needed = math.ceil(self.target.devices * least / self.target.usable_bytes)
         return _load_template().render(
             {name: getattr(self, name) for name in self.__dataclass_fields__},
             excess=_format_excess(self),
             memory_lines=[(label, getattr(self.memory, kind)) for kind, label in LABELS.items()],
-            devices_needed=_estimate_devices(self),
+            devices_needed=devices_needed,
         )
 
 
@@ -179,14 +184,6 @@ def format_change(change: dict[str, Any]) -> str:
 def _format_excess(report: PlanReport) -> str:
     usable, needed = report.target.usable_bytes, report.memory.total
     return f"a device needs {format_bytes(needed)} of {format_bytes(usable)}, {format_bytes(needed - usable)} too much"
-
-
-def _estimate_devices(report: PlanReport) -> int | None:
-    """How many devices of this kind the best change needs if memory splits evenly; None where some change fits."""
-    if not report.advice or report.advice[-1].fits:
-        return None
-    least = min(attempt.needed for attempt in report.advice)
-    return math.ceil(report.target.devices * least / report.target.usable_bytes)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ its own, and the three are taken to overlap wholly, so no run is faster; a real 
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from jax.extend import core
 from jax.sharding import Mesh
@@ -93,12 +92,11 @@ def _count_flops(equation: core.JaxprEqn, expert_ways: int) -> float:
     elif name == "shard_map":
         ways = params["mesh"].shape.get("expert", 1)
         times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    bodies = [sum(_count_flops(inner, ways) for inner in body.eqns) for body in _bodies(params)]
-    return max(bodies, default=0.0) if name == "cond" else times * sum(bodies)
-
-
-def _bodies(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """The jaxprs among the parameters of an equation."""
-    values = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    closed = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
-    return [value for value in closed if isinstance(value, core.Jaxpr)]
+    # The jaxprs among the parameters, alone or in a tuple: the body of a loop, the branches of a cond.
+    counts = []
+    for value in params.values():
+        for body in value if isinstance(value, (tuple, list)) else (value,):
+            body = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+            if isinstance(body, core.Jaxpr):
+                counts.append(sum(_count_flops(inner, ways) for inner in body.eqns))
+    return max(counts, default=0.0) if name == "cond" else times * sum(counts)

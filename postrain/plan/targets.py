@@ -9,12 +9,11 @@ an accelerator, a driver or a network. The extra ``postrain[plan]`` has both.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -83,10 +82,6 @@ class Target:
     compiler_options: dict
 
     @property
-    def num_hosts(self) -> int:
-        return len({device.process_index for device in self.devices})
-
-    @property
     def peak_flops(self) -> float | None:
         """Dense bfloat16 operations per second of one device."""
         return PEAK_FLOPS[simplify_kind(self.chip.kind)] if self.chip else None
@@ -146,26 +141,25 @@ _TPU_ENVIRONMENT = {
 def _open_tpu(name: str, chip: Chip, layout: str, shape: tuple[int, ...]) -> Target:
     if chip.shapes and layout not in chip.shapes:
         raise UserError(f"--target={name}: there is no such slice; expected one of {', '.join(chip.shapes)}")
-    _require(name, "TPU", "libtpu")
+    _require_compiler(name, "TPU", "libtpu")
     for variable, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     # Two by two chips are on a host; a smaller slice is a part of one.
     host = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}
-    describe = functools.partial(topologies.get_topology_desc, topology_name=name.strip().lower(), platform="tpu")
-    devices = _list_devices(name, lambda: describe(**host).devices)
-    return Target(name, chip, list(devices), chip.memory, "of device memory, as libtpu counts it", {})
+    devices = _list_devices(name, name.strip().lower(), "tpu", **host)
+    return Target(name, chip, devices, chip.memory, "of device memory, as libtpu counts it", {})
 
 
 def _open_gpu(name: str, chip: Chip, layout: str, shape: tuple[int, ...]) -> Target:
     if len(shape) != 2 or shape[1] > chip.node_size:
         raise UserError(f"--target={name}: expected NODESxGPUS with at most {chip.node_size} GPUs a node, as in 2x8")
-    _require(name, "GPU", "jax_plugins.xla_cuda13")
+    _require_compiler(name, "GPU", "jax_plugins.xla_cuda13")
     fill = {"bandwidth": int(chip.memory_bandwidth), "memory": chip.memory, "kind": chip.kind}
-    describe = functools.partial(topologies.get_topology_desc, "", "cuda", target_config=_HOPPER.format(**fill))
-    devices = _list_devices(name, lambda: describe(topology=f"1x{layout}").devices)
+    options = {"target_config": _HOPPER.format(**fill), "topology": f"1x{layout}"}
+    devices = _list_devices(name, "", "cuda", **options)
     fraction, why = gpu_memory_fraction()
     # Autotuning would run candidates on the GPU; the program's memory and communication do not depend on it.
-    return Target(name, chip, list(devices), int(fraction * chip.memory), why, {"xla_gpu_autotune_level": 0})
+    return Target(name, chip, devices, int(fraction * chip.memory), why, {"xla_gpu_autotune_level": 0})
 
 
 def gpu_memory_fraction() -> tuple[float, str]:
@@ -181,21 +175,21 @@ def gpu_memory_fraction() -> tuple[float, str]:
     return 0.75, "75% of device memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise"
 
 
-def _require(name: str, what: str, *modules: str) -> None:
-    for module in modules:
-        try:
-            found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # its package is missing
-            found = None
-        if found is None:
-            raise UserError(f"--target={name}: the {what} compiler is not installed: {INSTALL}")
+def _require_compiler(name: str, platform: str, module: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # its package is missing
+        found = None
+    if found is None:
+        raise UserError(f"--target={name}: the {platform} compiler is not installed: {INSTALL}")
 
 
-def _list_devices(name: str, describe: Callable[[], list]) -> list:
+def _list_devices(name: str, topology_name: str, platform: str, **options: Any) -> list[jax.Device]:
+    """The devices as the compiler of ``platform`` describes them."""
     # JAX can write an executable for a device that is not there into its cache, but not read it back.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return describe()
+        return list(topologies.get_topology_desc(topology_name, platform, **options).devices)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         reason = str(error).splitlines()[0].partition(": ")[2] or str(error)
         raise UserError(f"--target={name}: there is no such slice: {reason}") from error

@@ -108,7 +108,14 @@ def encode_prompt(
     Raises UserError where the prompt cannot be rendered, or the template has no such switch.
     """
     if thinking is not None:
-        _check_switch(tokenizer, raw)
+        if raw:
+            raise UserError(
+                "thinking is switched by the chat template, which raw prompts leave out: leave out --thinking"
+            )
+        template = tokenizer.require_template()
+        if not template.switches:
+            names = " nor ".join(REASONING_SWITCHES)
+            raise UserError(f"the chat template of {template.origin} reads neither {names}: leave out --thinking")
     if raw:
         if not isinstance(prompt, str):
             raise UserError("raw prompts are plain text, found messages: leave out --raw")
@@ -121,15 +128,6 @@ def encode_prompt(
     return [int(i) for i in ids]
 
 
-def _check_switch(tokenizer: Tokenizer, raw: bool) -> None:
-    if raw:
-        raise UserError("thinking is switched by the chat template, which raw prompts leave out: leave out --thinking")
-    template = tokenizer.require_template()
-    if not template.switches:
-        names = " nor ".join(REASONING_SWITCHES)
-        raise UserError(f"the chat template of {template.origin} reads neither {names}: leave out --thinking")
-
-
 def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_size: int = 32) -> list[Answer]:
     """Answers to prompts of token ids; stops at the tokenizer's stop ids."""
     completions = sampler.generate(
@@ -140,10 +138,7 @@ def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_
 
 def with_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
     """``sampling``; where it has no stop ids, with the tokenizer's."""
-    if sampling.stop_ids:
-        return sampling
-    fields = {**vars(sampling), "stop_ids": tuple(tokenizer.stop_ids)}
-    return SamplingParams(**fields)
+    return sampling if sampling.stop_ids else dataclasses.replace(sampling, stop_ids=tuple(tokenizer.stop_ids))
 
 
 def to_answer(completion: Completion, tokenizer: Tokenizer) -> Answer:
@@ -226,8 +221,15 @@ def answer_file(
     if not rows:
         raise UserError(f"{source} has no rows: write one JSON object on each line")
     model = _as_chat_model(model)
-    how = {"raw": raw, "thinking": thinking}
-    ids = [_encode_row(model.tokenizer, row, ref, system, how) for row, ref in rows]
+    ids = []
+    for row, ref in rows:
+        prompt = row.get("prompt", row.get("messages"))
+        if not isinstance(prompt, str):
+            prompt = parse_messages(prompt, ref)
+            if prompt[-1]["role"] == "assistant":
+                prompt = prompt[:-1]
+        tools = parse_tools(row.get("tools"), ref)
+        ids.append(encode_prompt(model.tokenizer, prompt, system, tools=tools, raw=raw, thinking=thinking))
     answers = answer_ids(model, ids, sampling, batch_size)
     lines = [
         json.dumps({**row, GENERATED: answer._asdict()}, ensure_ascii=False)
@@ -249,12 +251,3 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
             raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
         check_keys(row, READ_KEYS["prompt_completion" if "prompt" in row else "messages"], ref)
         yield row, ref
-
-
-def _encode_row(tokenizer: Tokenizer, row: dict, ref: RowRef, system: str, how: dict) -> list[int]:
-    prompt = row.get("prompt", row.get("messages"))
-    if not isinstance(prompt, str):
-        prompt = parse_messages(prompt, ref)
-        if prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-    return encode_prompt(tokenizer, prompt, system, tools=parse_tools(row.get("tools"), ref), **how)

@@ -182,7 +182,11 @@ def _num_rows(count: int) -> int:
 def _prefill(params, config, contexts, num_slots) -> KVCache:
     """A cache whose row i holds ``contexts[i]`` (int32 ids, may be none); ``_num_rows(len(contexts))`` rows."""
     distinct = list({context.tobytes(): context for context in contexts}.values())
-    shared = _count_shared(distinct)
+    # The ids that all of them begin with are computed once.
+    shortest = min(map(len, distinct))
+    heads = np.stack([context[:shortest] for context in distinct])
+    differ = (heads != heads[0]).any(0)
+    shared = int(differ.argmax()) if differ.any() else shortest
     split = isinstance(params["layers"], tuple)
     if len(distinct) > 1 and shared >= MIN_SHARED:
         cache = _make_cache(config, 1, num_slots, split)
@@ -197,14 +201,6 @@ def _prefill(params, config, contexts, num_slots) -> KVCache:
     rows = np.zeros(_num_rows(len(contexts)), np.int32)
     rows[: len(contexts)] = [index[context.tobytes()] for context in contexts]
     return _take_rows(cache, rows)
-
-
-def _count_shared(contexts) -> int:
-    """Number of ids that all contexts begin with."""
-    shortest = min(map(len, contexts))
-    heads = np.stack([context[:shortest] for context in contexts])
-    differ = (heads != heads[0]).any(0)
-    return int(differ.argmax()) if differ.any() else shortest
 
 
 def _fill(params, config, cache, contexts, start) -> KVCache:

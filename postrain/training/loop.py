@@ -20,7 +20,7 @@ import jax
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.record import RunRecord
 from postrain.cluster.processes import gather, stop_all_on_error
-from postrain.cluster.signals import Interrupted, StopRequest, catch_stop_signals
+from postrain.cluster.stopping import Interrupted, StopRequest, catch_stop_signals
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from postrain.cluster import processes
-from postrain.cluster.watchdog import Watchdog
+from postrain.cluster.stopping import Watchdog
 from postrain.config import Config, check_paths, format_config
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.preview import render_tokens_html

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from postrain.cluster.processes import HANG
-from postrain.cluster.watchdog import Watchdog
+from postrain.cluster.stopping import Watchdog
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "recipes"))
@@ -46,7 +46,7 @@ def test_processes_whose_partner_has_stopped_name_the_step(hangs):
 
 SCRIPT = """
 import pathlib, sys, time
-from postrain.cluster.watchdog import Watchdog
+from postrain.cluster.stopping import Watchdog
 
 def compute(seconds):
     end = time.monotonic() + seconds
