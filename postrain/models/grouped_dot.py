@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from postrain.models.precision import accumulation_dtype
+from postrain.models.config import accumulation_dtype
 from postrain.models.quantized import dequantize, is_quantized, shape_of
 from postrain.sharding import current_platform
 

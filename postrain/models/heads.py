@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, accumulation_dtype
 from postrain.models.params import ParamSpec, init_from_specs, param_specs
-from postrain.models.precision import accumulation_dtype
 
 POSITIONS = ("every", "last")
 

@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from postrain.models.config import MoeConfig
+from postrain.models.config import MoeConfig, accumulation_dtype
 from postrain.models.grouped_dot import grouped_dot, select_backend
 from postrain.models.lora import adapter_scale
-from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import is_quantized, shape_of
 from postrain.sharding import BATCH_AXES, named_shardings
 from postrain.types import RowTerms

@@ -20,7 +20,7 @@ from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft.adapter import check_base
-from postrain.models.attention.check import check_backend
+from postrain.models.attention.dispatch import check_backend
 from postrain.report.charts import CHARTS, Chart
 from postrain.report.page import write_report
 from postrain.report.workdir import last_step, last_values, open_workdir
