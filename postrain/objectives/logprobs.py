@@ -98,9 +98,10 @@ def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static):
         rows, _, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
         logsumexp, _ = _logsumexp(logits)
         target_logits = jnp.take_along_axis(logits, _take(targets_N, rows)[:, None], axis=1)[:, 0]
-        # -sum p log p = logsumexp - sum p logit; entries at -inf count nothing.
-        products = jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(logits - logsumexp[:, None]) * logits)
-        values = target_logits - logsumexp, logsumexp - products.sum(-1), logsumexp
+        # -sum p log p, not logsumexp - sum p logit, which loses the digits that the two have in common.
+        log_p = logits - logsumexp[:, None]
+        entropy = -jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(log_p) * log_p).sum(-1)
+        values = target_logits - logsumexp, entropy, logsumexp
         return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
 
     start = (jnp.zeros(targets_N.shape, _sum_dtype(hidden_ND)),) * 3
