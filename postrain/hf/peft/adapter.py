@@ -21,8 +21,9 @@ from postrain.config import is_hub_name
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, config_file, parse_dtype, read_family
-from postrain.hf.families import TENSORS, TensorName
+from postrain.hf.families import TENSORS, TensorName, find_text_part
 from postrain.hf.find_model import ModelFolder
+from postrain.hf.folders import copy_side_files
 from postrain.hf.load import load_pretrained, place
 from postrain.hf.peft.experts import (
     MODULE,
@@ -36,9 +37,7 @@ from postrain.hf.peft.experts import (
 )
 from postrain.hf.peft.rows import describe_rows, needed_vocabulary, read_rows, row_tensors
 from postrain.hf.save import gather, write_folder
-from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import TensorFiles, read_json
-from postrain.hf.text_part import find_text_part
 from postrain.hf.tree import group_layers
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.lora import adapter_specs, lora_specs
