@@ -56,7 +56,7 @@ ALLOWED = {
     ),
     "hf/save.py": ("numpy, out of to_host", {"np.stack(arrays, axis=-1)"}),
     "hf/tree.py": ("digits in a name", {"int(match.group(1))"}),
-    "models/attention/check.py": (
+    "models/attention/dispatch.py": (
         "arrays that this process alone has made, on one of its devices",
         {"np.asarray(x, np.float32)", "float(np.abs(ours - theirs).max() / np.abs(theirs).max())"},
     ),

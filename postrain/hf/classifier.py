@@ -16,13 +16,20 @@ from jax.sharding import Mesh
 
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import CONFIG_FILE, DTYPE_KEYS, config_file, parse_config, parse_dtype, read_family
+from postrain.hf.config import (
+    CONFIG_FILE,
+    DTYPE_KEYS,
+    config_file,
+    parse_config,
+    parse_dtype,
+    read_family,
+    read_model_json,
+)
 from postrain.hf.families import FAMILIES, Family, TensorName
+from postrain.hf.folders import copy_side_files
 from postrain.hf.load import make_reader, open_checked, place
-from postrain.hf.save import cast, choose_dtypes, fetch_tensor, write_folder
-from postrain.hf.side_files import copy_side_files
+from postrain.hf.save import choose_dtypes, fetch_tensor, write_folder
 from postrain.hf.tensors import read_json
-from postrain.hf.text_part import read_model_json
 from postrain.hf.tree import FileTensor, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.heads import HeadConfig, head_specs
@@ -71,7 +78,9 @@ def save_classifier(
     if head.position != "last" or head.bias or (labels and len(labels) != head.outputs):
         raise ValueError(f"expected a head at the last position without bias and a label for each output, found {head}")
     raw = read_model_json(config_file(source_folder))
-    family = _family_of(raw, source_folder)
+    by_classifier = {family.classifier: family for family in FAMILIES.values()}
+    of_classifier = [by_classifier[name] for name in raw.get("architectures") or () if name in by_classifier]
+    family = of_classifier[0] if of_classifier else read_family(source_folder)
     config = dataclasses.replace(config, tie_embeddings=True)
     entry = dataclasses.replace(SCORE, param=f"heads.{head.name}.kernel")
     score = FileTensor(SCORE.name, (entry,), None, None, (head.outputs, config.embed_size))
@@ -80,7 +89,7 @@ def save_classifier(
     by_name = {tensor.name: tensor for tensor in tensors}
 
     def fetch(name: str) -> np.ndarray:
-        return cast(fetch_tensor(leaves, by_name[name]), dtypes[name], name)
+        return fetch_tensor(leaves, by_name[name], dtypes[name])
 
     def finish(temporary: pathlib.Path) -> None:
         described = _make_config(raw, family, head, labels) | {"vocab_size": config.vocab_size}
@@ -123,10 +132,3 @@ def _read_classifier(folder) -> tuple[ModelConfig, Family, int]:
     raw = {key: value for key, value in raw.items() if key != "num_labels"}
     config = parse_config(raw | {"architectures": [causal], "tie_word_embeddings": True}, where)
     return config, FAMILIES[causal], labels
-
-
-def _family_of(raw: dict, folder) -> Family:
-    """Of a language model's folder or a classifier's."""
-    by_classifier = {family.classifier: family for family in FAMILIES.values()}
-    names = [name for name in raw.get("architectures") or () if name in by_classifier]
-    return by_classifier[names[0]] if names else read_family(folder)

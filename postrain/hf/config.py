@@ -7,14 +7,20 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.hf.families import FAMILIES, HARMLESS_KEYS, NEUTRAL_VALUES, USED_KEYS, Family
+from postrain.hf.families import (
+    FAMILIES,
+    HARMLESS_KEYS,
+    NEUTRAL_VALUES,
+    TEXT_PARTS,
+    USED_KEYS,
+    Family,
+    find_text_part,
+)
 from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, read_json
-from postrain.hf.text_part import TEXT_PARTS, read_model_json
 from postrain.models.config import ModelConfig, RopeConfig
 
 CONFIG_FILE = "config.json"
@@ -32,6 +38,8 @@ ROPE_KEYS = {
 YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 KEY_ALIASES = {"num_experts": "num_local_experts"}  # transformers has written both
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Of a folder that holds more than a language model, for all its parts.
+SHARED_KEYS = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -53,6 +61,16 @@ def config_file(folder: str | os.PathLike) -> pathlib.Path:
         advice = "postrain import FILE.gguf OUT" if list(folder.glob("*.gguf")) else "give a Hugging Face model folder"
         raise UserError(f"{folder}: holds no {CONFIG_FILE}: {advice}")
     return folder / CONFIG_FILE
+
+
+def read_model_json(file: pathlib.Path) -> dict:
+    """config.json, or of a folder with a text part, the config.json that the text part alone would have."""
+    raw = read_json(file)
+    part = find_text_part(raw)
+    if part is None:
+        return raw
+    shared = {key: raw[key] for key in SHARED_KEYS if key in raw}
+    return shared | dict(raw.get(part.section) or {}) | {"architectures": [part.architecture]}
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
@@ -129,13 +147,6 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
     return config
 
 
-def source_dtype(folder: str | os.PathLike) -> np.dtype | None:
-    """The dtype that config.json states for the weights, None when it states none."""
-    raw = read_model_json(config_file(folder))
-    stated = next((raw[key] for key in DTYPE_KEYS if raw.get(key)), None)
-    return None if stated is None else parse_dtype(str(stated).removeprefix("torch."), str(config_file(folder)))
-
-
 def parse_dtype(name: str, where: str) -> np.dtype:
     """Name such as "bfloat16" -> numpy dtype. Raises UserError for a name that is not a float dtype of safetensors."""
     names = {dtype.name: dtype for dtype in DTYPES.values()}
@@ -150,7 +161,7 @@ def write_config(
     """Copies config.json of ``source_folder``, with ``dtype`` and ``vocab_size`` in place of its own where they differ.
 
     ``quantization_config`` is dropped: weights are never written quantised. Of a folder that holds more than a language
-    model, the config of the language model is written (see postrain.hf.text_part).
+    model, the config of the language model is written (families.TEXT_PARTS).
     """
     raw = read_model_json(config_file(source_folder))
     quantized = raw.pop("quantization_config", None)
@@ -252,21 +263,17 @@ def _parse_rope(stated: dict, key: str, theta: float, values: dict, where: str) 
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {key} holds a value that is not a number: {_short(stated)}") from error
     if kind == "yarn":
-        numbers = _yarn(numbers, values)
+        # The defaults of `transformers`: the attention factor is 0.1 ln(factor) + 1.
+        scale = lambda factor, m=1.0: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+        mscale, mscale_all = numbers.pop("mscale", 0.0), numbers.pop("mscale_all_dim", 0.0)
+        numbers.setdefault("factor", values["max_position_embeddings"] / numbers["original_max_position_embeddings"])
+        factor = numbers["factor"]
+        usual = scale(factor, mscale) / scale(factor, mscale_all) if mscale and mscale_all else scale(factor)
+        numbers.setdefault("attention_factor", usual)
+        numbers["truncate"] = bool(numbers.get("truncate", True))
     if "original_max_position_embeddings" in numbers:
         numbers["original_max_positions"] = int(numbers.pop("original_max_position_embeddings"))
     return RopeConfig(theta=theta, kind=kind, **numbers)
-
-
-def _yarn(numbers: dict[str, float], values: dict) -> dict[str, Any]:
-    """YaRN's numbers with the defaults of `transformers`: the attention factor is 0.1 ln(factor) + 1."""
-    scale = lambda factor, m=1.0: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
-    mscale, mscale_all = numbers.pop("mscale", 0.0), numbers.pop("mscale_all_dim", 0.0)
-    numbers.setdefault("factor", values["max_position_embeddings"] / numbers["original_max_position_embeddings"])
-    factor = numbers["factor"]
-    usual = scale(factor, mscale) / scale(factor, mscale_all) if mscale and mscale_all else scale(factor)
-    numbers.setdefault("attention_factor", usual)
-    return numbers | {"truncate": bool(numbers.get("truncate", True))}
 
 
 def _positive(values: dict, key: str, where: str) -> int:

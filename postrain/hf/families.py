@@ -6,7 +6,7 @@ a mechanism that does not exist yet starts in ``postrain.models.config.ModelConf
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from postrain.models.config import MoeConfig
 
@@ -153,14 +153,28 @@ def _gemma(c: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moe(c: dict[str, Any], mlp_size: int, **mechanisms) -> MoeConfig:
-    return MoeConfig(c["num_local_experts"], c["num_experts_per_tok"], mlp_size, **mechanisms)
+def _gpt_oss(c: dict[str, Any]) -> dict[str, Any]:
+    moe = MoeConfig(
+        c["num_local_experts"],
+        c["num_experts_per_tok"],
+        c["intermediate_size"],
+        router="topk_softmax",
+        router_bias=True,
+        expert_bias=True,
+        swiglu_alpha=c["swiglu_alpha"],
+        swiglu_limit=c["swiglu_limit"],
+    )
+    mechanisms = {"attention_sinks": True, "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
+    mechanisms |= {"activation": "clamped_swiglu", "moe": moe}
+    return mechanisms | _layer_windows(c, lambda i: i % 2 == 0)
 
 
-def _gpt_oss_moe(c: dict[str, Any]) -> MoeConfig:
-    swiglu = {"swiglu_alpha": c["swiglu_alpha"], "swiglu_limit": c["swiglu_limit"]}
-    biases = {"router_bias": True, "expert_bias": True}
-    return _moe(c, c["intermediate_size"], router="topk_softmax", **biases, **swiglu)
+def _qwen_moe(c: dict[str, Any]) -> dict[str, Any]:
+    experts = c["num_local_experts"], c["num_experts_per_tok"], c["moe_intermediate_size"]
+    mechanisms = {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
+    mechanisms["moe"] = MoeConfig(*experts, norm_topk=c["norm_topk_prob"])
+    used = c | {"sliding_window": c["sliding_window"] if c["use_sliding_window"] else None}
+    return mechanisms | _layer_windows(used, bool)
 
 
 GPT_OSS_ROPE = {
@@ -227,11 +241,7 @@ FAMILIES = {
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
-        lambda c: (
-            {"qk_norm": "head", "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
-            | {"moe": _moe(c, c["moe_intermediate_size"], norm_topk=c["norm_topk_prob"])}
-            | _layer_windows(c | {"sliding_window": c["sliding_window"] if c["use_sliding_window"] else None}, bool)
-        ),
+        _qwen_moe,
         {"attention_bias": False, "max_position_embeddings": 32768, "num_key_value_heads": 4}
         | {"use_sliding_window": False, "sliding_window": 4096, "num_local_experts": 128, "num_experts_per_tok": 8}
         | {"moe_intermediate_size": 768, "norm_topk_prob": False},
@@ -239,11 +249,7 @@ FAMILIES = {
     ),
     "GptOssForCausalLM": Family(
         "gpt_oss",
-        lambda c: (
-            {"attention_sinks": True, "qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]}
-            | {"activation": "clamped_swiglu", "moe": _gpt_oss_moe(c)}
-            | _layer_windows(c, lambda i: i % 2 == 0)
-        ),
+        _gpt_oss,
         {"attention_bias": True, "max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64}
         | {"sliding_window": 128, "num_local_experts": 128, "num_experts_per_tok": 4, "rms_norm_eps": 1e-5}
         | {"swiglu_alpha": 1.702, "swiglu_limit": 7.0, "rope_theta": 150_000.0, "rope_parameters": GPT_OSS_ROPE}
@@ -264,6 +270,39 @@ FAMILIES = {
     name: dataclasses.replace(f, classifier=f.classifier or name.replace("ForCausalLM", "ForSequenceClassification"))
     for name, f in FAMILIES.items()
 }
+
+
+class TextPart(NamedTuple):
+    """The language model inside a folder that holds more, such as Gemma 3 with its vision tower.
+
+    Its architecture, its section of config.json, the prefixes of its tensors' names. It is read as if it were a folder
+    of its own, and exported as one, without the other parts.
+    """
+
+    architecture: str
+    section: str
+    prefixes: dict[str, str]  # in the file -> in a folder of its own
+    other_prefixes: tuple[str, ...]  # of all other tensors
+
+
+TEXT_PARTS = {
+    "Gemma3ForConditionalGeneration": TextPart(
+        "Gemma3ForCausalLM",
+        "text_config",
+        {  # as transformers 4 wrote them, as 5 does
+            "language_model.model.": "model.",
+            "language_model.lm_head.": "lm_head.",
+            "model.language_model.": "model.",
+        },
+        ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    ),
+}
+
+
+def find_text_part(raw: dict) -> TextPart | None:
+    """The text part that the content of a config.json names, None where the whole is a language model."""
+    return next((TEXT_PARTS[name] for name in raw.get("architectures") or () if name in TEXT_PARTS), None)
+
 
 # Read for every family: sizes and mechanisms.
 USED_KEYS = frozenset(

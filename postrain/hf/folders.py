@@ -1,21 +1,43 @@
-"""Writing model folders so that each appears whole or not at all."""
+"""Model folders: each appears whole or not at all, and the small files beside the weights that make one usable."""
 
 import contextlib
 import fnmatch
+import json
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
 
+from postrain.data.rendering.tokenizer import NewTokens, Tokenizer
 from postrain.errors import UserError
 from postrain.files import check_local, lock
-from postrain.hf.side_files import SIDE_FILES, SIDE_FOLDERS
+from postrain.hf.tensors import read_json
 
 # One of these files makes a folder a model's or an adapter's, which a new export may replace.
 MODEL_MARKS = ("config.json", "adapter_config.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PARTIAL, UNCHECKED = ".partial", ".unchecked"  # suffixes of the hidden folders in which models are prepared
 NEW, OLD = "new", "old"  # in a hidden folder: the model that will take the final name, the model that had it before
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+ADDED_TOKENS = "added_tokens.json"
+# Copied byte by byte where the source has them.
+MODEL_SIDE_FILES = (GENERATION_FILE, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG,
+    "tokenizer.model",
+    "special_tokens_map.json",
+    ADDED_TOKENS,
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+SIDE_FOLDERS = ("additional_chat_templates",)
+TEMPLATE_FILES = (TEMPLATE_FILE, "chat_template.json", *SIDE_FOLDERS)
+SIDE_FILES = MODEL_SIDE_FILES + TOKENIZER_FILES + TEMPLATE_FILES
 
 
 @contextlib.contextmanager
@@ -30,11 +52,9 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(os.path.abspath(folder))
     check_replaceable(folder)
     try:
-        with _hold(folder, PARTIAL) as place:
-            temporary = place / NEW
+        with _hold(folder, PARTIAL) as temporary:
             temporary.mkdir()
             yield temporary
-            _swap(temporary, folder, place)
     except OSError as error:
         reason = error.strerror or error
         advice = "free space or choose another place"
@@ -54,9 +74,8 @@ def staged_folder(folder: str | os.PathLike, *, lead: bool = True) -> Iterator[p
         yield _place(folder, UNCHECKED) / NEW
         return
     try:
-        with _hold(folder, UNCHECKED) as place:
-            yield place / NEW
-            _swap(place / NEW, folder, place)
+        with _hold(folder, UNCHECKED) as temporary:
+            yield temporary
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{folder}: could not be written ({reason}): choose another place") from error
@@ -70,7 +89,7 @@ def clear_leftovers(folder: str | os.PathLike) -> None:
     folder = pathlib.Path(os.path.abspath(folder))
     for suffix in (PARTIAL, UNCHECKED):
         if _place(folder, suffix).is_dir():
-            with contextlib.suppress(OSError, UserError), _hold(folder, suffix):
+            with contextlib.suppress(OSError, UserError), _hold(folder, suffix, replace=False):
                 pass
 
 
@@ -79,11 +98,13 @@ def _place(folder: pathlib.Path, suffix: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
-    """An empty hidden folder beside ``folder``, locked, and removed when the block ends, however it does.
+def _hold(folder: pathlib.Path, suffix: str, replace: bool = True) -> Iterator[pathlib.Path]:
+    """A path in an empty, locked, hidden folder beside ``folder``; with ``replace`` what the block makes there takes
+    the name ``folder`` when the block ends well.
 
-    Its name is fixed, so that the next process finds what a killed one left; the system has released that one's lock.
-    Raises UserError when another process holds it, and OSError.
+    The hidden folder is removed when the block ends, however it does. Its name is fixed, so that the next process finds
+    what a killed one left; the system has released that one's lock. Raises UserError when another process holds it, and
+    OSError.
     """
     place = _place(folder, suffix)
     with contextlib.ExitStack() as stack:
@@ -96,7 +117,11 @@ def _hold(folder: pathlib.Path, suffix: str) -> Iterator[pathlib.Path]:
         for left in place.iterdir():
             shutil.rmtree(left)
         try:
-            yield place
+            yield place / NEW
+            if replace and folder.exists():
+                folder.rename(place / OLD)  # from where ``_put_back`` can restore it
+            if replace:
+                (place / NEW).rename(folder)
         finally:
             with contextlib.suppress(OSError):  # an old model that cannot be put back is not deleted
                 _put_back(folder, place)
@@ -125,13 +150,72 @@ def _is_weights(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
-def _swap(new: pathlib.Path, folder: pathlib.Path, place: pathlib.Path) -> None:
-    """Renames ``new`` to ``folder``; an older ``folder`` moves to ``place``, and ``_put_back`` can restore it."""
-    if folder.exists():
-        folder.rename(place / OLD)
-    new.rename(folder)
-
-
 def _put_back(folder: pathlib.Path, place: pathlib.Path) -> None:
     if (place / OLD).exists() and not folder.exists():
         (place / OLD).rename(folder)
+
+
+# --- tokenizer, chat template, stop set, licence ---
+
+
+def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, tokenizer: Tokenizer | None = None) -> None:
+    """Copies the side files of ``source_folder``; with ``tokenizer``, that of a run, its files take their place.
+
+    Tokenizer files then come from the tokenizer's folder, the one chat template is the run's, and
+    generation_config.json stops where the run's evaluation stopped.
+    """
+    source_folder = pathlib.Path(source_folder)
+    copied = [(source_folder, SIDE_FILES)]
+    if tokenizer is not None:
+        copied = [(source_folder, MODEL_SIDE_FILES), (tokenizer.folder, TOKENIZER_FILES)]
+    for source, name in [(source, name) for source, names in copied for name in names]:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    if tokenizer is None:
+        return
+    if tokenizer.new_tokens is not None:
+        _write_new_tokens(folder, tokenizer.new_tokens)
+
+    # The template where every reader of the folder finds it, as the only one: some readers prefer that of the
+    # tokenizer's config, and of several named ones another than the run's.
+    template = tokenizer.chat_template
+    if template:
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    file = folder / TOKENIZER_CONFIG
+    if file.exists():
+        raw = read_json(file)
+        if raw.get("chat_template", template) != template:
+            del raw["chat_template"]
+            _write_json(file, raw)
+
+    file = folder / GENERATION_FILE
+    raw = read_json(file) if file.exists() else {}
+    stated = raw.get("eos_token_id")
+    stated = set() if stated is None else set(stated if isinstance(stated, list) else [stated])
+    if stated != tokenizer.stop_ids and tokenizer.stop_ids:
+        _write_json(file, raw | {"eos_token_id": sorted(tokenizer.stop_ids)})
+
+
+def _write_new_tokens(folder: pathlib.Path, new: NewTokens) -> None:
+    """The tokenizer's files with the new tokens, everything else in them as it was."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": new.special}
+    added = {new.first + i: {"content": text, **flags} for i, text in enumerate(new.texts)}
+    file = folder / TOKENIZER_FILE
+    raw = read_json(file)
+    raw["added_tokens"] = raw.get("added_tokens", []) + [{"id": i, **token} for i, token in added.items()]
+    _write_json(file, raw)
+    # Older versions of transformers read these two, where they are, before tokenizer.json.
+    file = folder / TOKENIZER_CONFIG
+    raw = read_json(file) if file.exists() else {}
+    if "added_tokens_decoder" in raw:
+        raw["added_tokens_decoder"] |= {str(i): token for i, token in added.items()}
+        _write_json(file, raw)
+    file = folder / ADDED_TOKENS
+    if file.exists():
+        _write_json(file, read_json(file) | {token["content"]: i for i, token in added.items()})
+
+
+def _write_json(file: pathlib.Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

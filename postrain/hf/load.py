@@ -22,8 +22,7 @@ from postrain.errors import UserError
 from postrain.hf.config import parse_dtype, read_config, read_family
 from postrain.hf.families import IGNORED_TENSORS, Family, TensorName
 from postrain.hf.find_model import locate_model
-from postrain.hf.tensors import TensorFiles
-from postrain.hf.text_part import open_tensors
+from postrain.hf.tensors import TensorFiles, open_tensors
 from postrain.hf.tree import group_layers, list_entries, list_tensors
 from postrain.models.config import ModelConfig
 from postrain.models.params import ParamSpec, frozen_specs, make_packer
@@ -56,7 +55,12 @@ def load_pretrained(
     files, _ = open_checked(folder, config)
     target = parse_dtype(dtype, "dtype")
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
-    packed = _packed_specs(grown)
+    # Path of each kernel and embedding that ``quantization`` packs -> its leaves.
+    packed: dict[str, dict[str, ParamSpec]] = {}
+    for path, spec in flatten(frozen_specs(grown)).items():
+        if spec.dtype:
+            kernel, _, name = path.rpartition(".")
+            packed.setdefault(kernel, {})[name] = spec
     leaves = {}
     for entry, spec in list_entries(grown, read_family(folder)):
         if entry.param in packed:
@@ -66,16 +70,6 @@ def load_pretrained(
         else:
             leaves[entry.param] = place(make_reader(files, entry, spec, config, target), spec, mesh)
     return grown, unflatten(leaves)
-
-
-def _packed_specs(config: ModelConfig) -> dict[str, dict[str, ParamSpec]]:
-    """Path of each kernel and embedding that ``config.quantization`` packs -> its leaves."""
-    packed: dict[str, dict[str, ParamSpec]] = {}
-    for path, spec in flatten(frozen_specs(config)).items():
-        if spec.dtype:
-            kernel, _, name = path.rpartition(".")
-            packed.setdefault(kernel, {})[name] = spec
-    return packed
 
 
 def open_checked(
@@ -90,7 +84,8 @@ def open_checked(
     expected = {tensor.name: tensor.shape for tensor in list_tensors(config, family)} | (others or {})
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
-    extra = sorted(set(files.infos) - set(expected) - set(ignored), key=_natural)
+    natural = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    extra = sorted(set(files.infos) - set(expected) - set(ignored), key=natural)
     if config.tie_embeddings and not others:  # the projection onto the vocabulary has no tensor of its own
         extra = _drop_tied_copy(files, family.tensors, extra)
     missing = [name for name in expected if name not in files.infos]
@@ -136,31 +131,26 @@ def make_reader(
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function from an index into the parameter to its values, which reads those slices of the file alone."""
 
-    def fill(out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        source = files.read(name)
-        if entry.transpose:
-            source = source.T
-        if entry.parts > 1:
-            source = source[..., entry.part :: entry.parts]
-        if "vocab" in spec.axes:  # rows past the file's vocabulary stay zero
-            source = source[min(index[0].start, config.vocab_size) : min(index[0].stop, config.vocab_size)]
-            out[: source.shape[0]] = source[(slice(None), *index[1:])]
-        else:
-            out[...] = source[index]
-        files.forget(name)
-
-    def fill_stacked(out: np.ndarray, index: tuple[slice, ...], places: tuple[int, ...] = ()) -> None:
-        if len(places) == entry.per_layer + entry.per_expert:
-            fill(out, entry.name.format(*places), index)
-            return
-        for i, place in enumerate(range(index[0].start, index[0].stop)):
-            fill_stacked(out[i], index[1:], (*places, place))
-
     def read(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True))
-        out = np.zeros([part.stop - part.start for part in index], dtype)
-        fill_stacked(out, index)
-        return out
+        whole = np.zeros([part.stop - part.start for part in index], dtype)
+        stacked = index[: entry.per_layer + entry.per_expert]  # axes whose places, layer and expert, are in the name
+        index = index[len(stacked) :]
+        for places in itertools.product(*(range(part.start, part.stop) for part in stacked)):
+            name = entry.name.format(*places)
+            out = whole[tuple(place - part.start for place, part in zip(places, stacked, strict=True))]
+            source = files.read(name)
+            if entry.transpose:
+                source = source.T
+            if entry.parts > 1:
+                source = source[..., entry.part :: entry.parts]
+            if "vocab" in spec.axes:  # rows past the file's vocabulary stay zero
+                source = source[min(index[0].start, config.vocab_size) : min(index[0].stop, config.vocab_size)]
+                out[: source.shape[0]] = source[(slice(None), *index[1:])]
+            else:
+                out[...] = source[index]
+            files.forget(name)
+        return whole
 
     return read
 
@@ -219,8 +209,12 @@ def place_quantized(read, spec: ParamSpec, leaves: dict[str, ParamSpec], pack, m
             parts[name][bounds] = np.empty([stop - start for start, stop in bounds], leaf.dtype)
     pack = jax.jit(pack)
     for piece in _pieces(spec):
-        met = [(name, bounds, _overlap(bounds, piece)) for name in parts for bounds in parts[name]]
-        held = [(name, bounds, leading) for name, bounds, leading in met if leading]
+        held = []  # by this host: start and stop of the overlap along the axes of the piece
+        for name, of_leaf in parts.items():
+            for bounds in of_leaf:
+                spans = [(max(a, at.start), min(b, at.stop)) for (a, b), at in zip(bounds, piece, strict=False)]
+                if all(a < b for a, b in spans):
+                    held.append((name, bounds, spans))
         if not held:
             continue
         found = jax.tree.map(to_host, pack(read((*piece, *[slice(None)] * (len(spec.shape) - len(piece))))))
@@ -245,16 +239,6 @@ def _pieces(spec: ParamSpec) -> list[tuple[slice, ...]]:
     return list(itertools.product(*([slice(i, i + 1) for i in range(size)] for size in spec.shape[:-2])))
 
 
-def _overlap(bounds: tuple[tuple[int, int], ...], piece: tuple[slice, ...]) -> list[tuple[int, int]] | None:
-    """Start and stop of the overlap along the axes of ``piece``; None where there is none."""
-    spans = [(max(a, at.start), min(b, at.stop)) for (a, b), at in zip(bounds, piece, strict=False)]
-    return spans if all(a < b for a, b in spans) else None
-
-
 def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Start and stop along every axis."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _natural(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]

@@ -38,10 +38,3 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     numbers[..., 1::2] = VALUES[blocks >> 4]
     numbers = np.ldexp(numbers, scales.astype(np.int32)[..., None] - 127)
     return numbers.reshape(*blocks.shape[:2], -1).transpose(0, 2, 1)
-
-
-def packed_names(names) -> list[str]:
-    """The tensors that are there as blocks and scales, by the name they would have unpacked."""
-    names = set(names)
-    stems = {name.removesuffix("_blocks") for name in names if name.endswith("_blocks")}
-    return sorted(stem for stem in stems if stem + "_scales" in names and stem not in names)

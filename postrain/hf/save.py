@@ -16,15 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import parse_dtype, read_family, source_dtype, write_config
-from postrain.hf.folders import atomic_folder
+from postrain.hf.config import DTYPE_KEYS, config_file, parse_dtype, read_family, read_model_json, write_config
+from postrain.hf.folders import atomic_folder, copy_side_files
 from postrain.hf.load import open_checked
-from postrain.hf.side_files import copy_side_files
-from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, write_tensors
-from postrain.hf.text_part import open_tensors
+from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, open_tensors, write_tensors
 from postrain.hf.tree import FileTensor, list_tensors
 from postrain.models.config import ModelConfig
-from postrain.models.params import abstract_params
+from postrain.models.params import param_specs
 from postrain.sharding import to_host
 from postrain.trees import flatten
 
@@ -47,15 +45,19 @@ def save_pretrained(
     writes.
     Raises UserError when the folder cannot be written; no partial folder is left then.
     """
-    check_params(params, config)
+    leaves = flatten(params)
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    expected = {path: spec.shape for path, spec in flatten(param_specs(config)).items()}
+    if wrong := sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path)):
+        listed = ", ".join(f"{path} {found.get(path)} instead of {expected.get(path)}" for path in wrong)
+        raise ValueError(f"parameters do not fit the model config: {listed}")
     tensors = list_tensors(config, read_family(source_folder))
     dtypes = choose_dtypes(tensors, source_folder, dtype)
     tensors.sort(key=lambda tensor: -dtypes[tensor.name].itemsize)  # the order of a file, so of every gather
-    leaves, by_name = flatten(params), {tensor.name: tensor for tensor in tensors}
+    by_name = {tensor.name: tensor for tensor in tensors}
 
     def fetch(name: str) -> np.ndarray:
-        tensor = by_name[name]
-        return cast(fetch_tensor(leaves, tensor), dtypes[name], name)
+        return fetch_tensor(leaves, by_name[name], dtypes[name])
 
     def finish(temporary: pathlib.Path) -> None:
         write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype, config.vocab_size)
@@ -93,22 +95,23 @@ def write_folder(
         multihost_utils.sync_global_devices("write_folder")
 
 
-def check_params(params: dict, config: ModelConfig) -> None:
-    """Raises ValueError unless ``params`` is the tree of ``config``: names and shapes, no adapters."""
-    found = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
-    expected = {path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()}
-    wrong = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
-    if wrong:
-        listed = ", ".join(f"{path} {found.get(path)} instead of {expected.get(path)}" for path in wrong)
-        raise ValueError(f"parameters do not fit the model config: {listed}")
+def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor, dtype: np.dtype | None = None) -> np.ndarray:
+    """One tensor as the file has it: one layer, without vocabulary padding, [out, in]. Gathers that layer alone.
 
-
-def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor) -> np.ndarray:
-    """One tensor as the file has it: one layer, without vocabulary padding, [out, in]. Gathers that layer alone."""
+    With ``dtype`` in that one: UserError, naming the tensor, where a value is not finite, or too large for it.
+    """
     places = tuple(i for i in (tensor.layer, tensor.expert) if i is not None)
     arrays = [gather(leaves[entry.param], places) for entry in tensor.entries]
     array = arrays[0] if len(arrays) == 1 else np.stack(arrays, axis=-1).reshape(*arrays[0].shape[:-1], -1)
-    return array.T if tensor.entries[0].transpose else array[: tensor.shape[0]]
+    array = array.T if tensor.entries[0].transpose else array[: tensor.shape[0]]
+    if dtype is None:
+        return array
+    with np.errstate(over="ignore"):  # reported below, with the tensor's name
+        array = array.astype(dtype, copy=False)
+    if not np.isfinite(array).all():
+        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}"
+        raise UserError(f"export: {found}: choose another dtype")
+    return array
 
 
 def gather(param, places: tuple[int, ...] = ()) -> np.ndarray:
@@ -134,18 +137,10 @@ def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[
     """Dtype of every tensor in the files; ``dtype`` as in save_pretrained."""
     if dtype != "as_loaded":
         return dict.fromkeys([tensor.name for tensor in tensors], parse_dtype(dtype, "export.dtype"))
-    stated = source_dtype(source_folder) or np.dtype(np.float32)
-    folder = pathlib.Path(source_folder)
+    raw, folder = read_model_json(config_file(source_folder)), pathlib.Path(source_folder)
+    name = str(next((raw[key] for key in DTYPE_KEYS if raw.get(key)), "float32")).removeprefix("torch.")
+    stated = parse_dtype(name, str(config_file(source_folder)))
     weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
     infos = open_tensors(folder).infos if weights else {}
     known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
     return {t.name: known.get(t.name, stated) for t in tensors}  # packed tensors are written in the stated dtype
-
-
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """``array`` in ``dtype``. Raises UserError naming the tensor where a value is not finite, or too large for it."""
-    with np.errstate(over="ignore"):  # reported below, with the tensor's name
-        array = array.astype(dtype, copy=False)
-    if not np.isfinite(array).all():
-        raise UserError(f"export: tensor {name} has values that are not finite in {dtype.name}: choose another dtype")
-    return array

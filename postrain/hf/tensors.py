@@ -8,18 +8,20 @@ Format: 8 bytes of header length, a JSON header (name -> dtype, shape, offsets),
 
 import dataclasses
 import json
+import math
 import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from postrain.errors import UserError, shorten
-from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor, packed_names
+from postrain.hf.families import find_text_part
+from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor
 
 ONE_FILE = "model.safetensors"
 INDEX_FILE = f"{ONE_FILE}.index.json"
@@ -31,6 +33,11 @@ DTYPES = {
 }
 MXFP4 = "MXFP4"  # not a dtype of safetensors: blocks and scales that are read as one tensor
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OTHER_WEIGHTS = {  # files in the place of those, and what to do then
+    "*.gguf": "postrain import FILE.gguf OUT",
+    "*.bin": "save it again with safetensors: model.save_pretrained(folder, safe_serialization=True)",
+    "adapter_model.safetensors": "merge the adapter into its base model first",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +48,6 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
 
 
 class TensorFiles:
@@ -65,9 +68,16 @@ class TensorFiles:
         elif (self.folder / one_file).exists():
             self.infos = read_header(self.folder / one_file)
         else:
-            raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {_other_weights(self.folder)}")
+            found = "neither: give the folder of a Hugging Face model"
+            for pattern, advice in OTHER_WEIGHTS.items():
+                if others := sorted(path.name for path in self.folder.glob(pattern)):
+                    found = f"{others[0]}: {advice}"
+                    break
+            raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {found}")
 
-        for name in packed_names(self.infos):
+        # What is there as blocks and scales is one tensor, under the name that it would have unpacked.
+        stems = {name.removesuffix(SUFFIXES[0]) for name in self.infos if name.endswith(SUFFIXES[0])}
+        for name in sorted(stem for stem in stems if stem + SUFFIXES[1] in self.infos and stem not in self.infos):
             blocks, scales = (self.infos.pop(name + suffix) for suffix in SUFFIXES)
             experts, size_out, groups = scales.shape
             if (blocks.dtype, scales.dtype) != ("U8", "U8") or blocks.shape != (*scales.shape, 16):
@@ -112,8 +122,22 @@ class TensorFiles:
         if info.file not in self._maps:
             with open(info.file, "rb") as file:
                 self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = int(np.prod(info.shape, dtype=np.int64))
-        return np.frombuffer(self._maps[info.file], dtype, count, info.offset).reshape(info.shape)
+        return np.frombuffer(self._maps[info.file], dtype, math.prod(info.shape), info.offset).reshape(info.shape)
+
+
+def open_tensors(folder: str | os.PathLike) -> TensorFiles:
+    """The folder's tensors; of a folder with a text part only its tensors, named as in a folder of their own."""
+    files = TensorFiles(folder)
+    config = pathlib.Path(folder) / "config.json"
+    part = find_text_part(read_json(config)) if config.is_file() else None
+    if part is not None:
+        of_text = {}
+        for name, info in files.infos.items():
+            if not name.startswith(part.other_prefixes):
+                prefix = next((prefix for prefix in part.prefixes if name.startswith(prefix)), "")
+                of_text[part.prefixes.get(prefix, "") + name.removeprefix(prefix)] = info
+        files.infos = of_text
+    return files
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -158,33 +182,22 @@ def write_tensors(
     ``tensors`` are (name, shape, dtype); ``fetch(name)`` gives each array when its turn comes, so that one
     tensor at a time is in memory. A tensor larger than a shard gets one of its own.
     """
-    shards = list(_split(tensors, max_shard_bytes))
-    stem = file_name.removesuffix(".safetensors")
-    weight_map, total = {}, 0
+    shards, size, total = [[]], 0, 0
+    for tensor in tensors:
+        num_bytes = math.prod(tensor[1]) * tensor[2].itemsize
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + num_bytes, total + num_bytes
+    stem, weight_map = file_name.removesuffix(".safetensors"), {}
     for i, shard in enumerate(shards):
         name = file_name if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard, fetch)
         weight_map |= {tensor: name for tensor, _, _ in shard}
-        total += sum(_num_bytes(shape, dtype) for _, shape, dtype in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / f"{file_name}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-
-
-def _split(tensors: list, max_shard_bytes: int) -> Iterator[list]:
-    shard, size = [], 0
-    for tensor in tensors:
-        num_bytes = _num_bytes(*tensor[1:])
-        if shard and size + num_bytes > max_shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(tensor)
-        size += num_bytes
-    yield shard
 
 
 def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.ndarray]) -> None:
@@ -192,7 +205,7 @@ def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.nda
     tensors = sorted(tensors, key=lambda tensor: -tensor[2].itemsize)
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape, dtype in tensors:
-        begin, end = end, end + _num_bytes(shape, dtype)
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -205,14 +218,3 @@ def _write_file(file: pathlib.Path, tensors: list, fetch: Callable[[str], np.nda
             stream.write(array.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())  # a full disk behind a network shows itself here at the latest
-
-
-def _other_weights(folder: pathlib.Path) -> str:
-    for pattern, advice in (
-        ("*.gguf", "postrain import FILE.gguf OUT"),
-        ("*.bin", "save it again with safetensors: model.save_pretrained(folder, safe_serialization=True)"),
-        ("adapter_model.safetensors", "merge the adapter into its base model first"),
-    ):
-        if found := sorted(path.name for path in folder.glob(pattern)):
-            return f"{found[0]}: {advice}"
-    return "neither: give the folder of a Hugging Face model"

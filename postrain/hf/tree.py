@@ -1,6 +1,7 @@
 """The parameter tree by paths such as ``layers.attention.q.kernel``, beside the names of safetensors files."""
 
 import dataclasses
+import itertools
 import re
 
 from postrain.hf.families import Family, TensorName
@@ -31,33 +32,28 @@ def list_entries(config: ModelConfig, family: Family) -> list[tuple[TensorName, 
 
 def list_tensors(config: ModelConfig, family: Family) -> list[FileTensor]:
     """Every tensor of the folder of such a model, layer by layer as Hugging Face orders its modules."""
-    groups: dict[str, list[tuple[TensorName, ParamSpec]]] = {}
+    groups: dict[str, list[tuple[TensorName, ParamSpec]]] = {}  # those that share a tensor
     for entry, spec in list_entries(config, family):
         groups.setdefault(entry.name, []).append((entry, spec))
-
-    def make(name: str, layer: int | None = None, expert: int | None = None) -> FileTensor:
-        entries = tuple(entry for entry, _ in groups[name])
-        places = [i for i in (layer, expert) if i is not None]
-        return FileTensor(name.format(*places), entries, layer, expert, file_shape(*groups[name][0], config))
-
-    names = list(groups)
-    first = next((i for i, name in enumerate(names) if groups[name][0][0].per_layer), len(names))
-    stacked = [name for name in names if groups[name][0][0].per_layer]
-    tensors = [make(name) for name in names[:first]]
-    for layer in range(config.num_layers):
-        for name in stacked:
-            experts = range(config.moe.num_experts) if groups[name][0][0].per_expert else (None,)
-            tensors += [make(name, layer, expert) for expert in experts]
-    return tensors + [make(name) for name in names[first:] if name not in stacked]
-
-
-def file_shape(entry: TensorName, spec: ParamSpec, config: ModelConfig) -> tuple[int, ...]:
-    """Shape in the file of one layer (of one expert) of a parameter, and of those that share the tensor with it."""
-    stacked = entry.per_layer + entry.per_expert
-    shape, axes = spec.shape[stacked:], spec.axes[stacked:]
-    shape = tuple(config.vocab_size if axis == "vocab" else size for axis, size in zip(axes, shape, strict=True))
-    shape = (*shape[:-1], shape[-1] * entry.parts)
-    return shape[::-1] if entry.transpose else shape
+    # Names of layers stand together in the table: what comes before them, all layers in turn, what comes after.
+    places: list[tuple[str, int | None, int | None]] = []
+    for per_layer, together in itertools.groupby(groups, lambda name: "{}" in name):
+        names = list(together)
+        for layer in range(config.num_layers) if per_layer else (None,):
+            for name in names:
+                experts = range(config.moe.num_experts) if groups[name][0][0].per_expert else (None,)
+                places += [(name, layer, expert) for expert in experts]
+    tensors = []
+    for name, layer, expert in places:
+        entry, spec = groups[name][0]
+        stacked = entry.per_layer + entry.per_expert
+        axes = zip(spec.axes[stacked:], spec.shape[stacked:], strict=True)
+        shape = tuple(config.vocab_size if axis == "vocab" else size for axis, size in axes)
+        shape = (*shape[:-1], shape[-1] * entry.parts)
+        shape = shape[::-1] if entry.transpose else shape
+        written = name.format(*[i for i in (layer, expert) if i is not None])
+        tensors.append(FileTensor(written, tuple(entry for entry, _ in groups[name]), layer, expert, shape))
+    return tensors
 
 
 def group_layers(names: list[str]) -> str:
@@ -67,18 +63,14 @@ def group_layers(names: list[str]) -> str:
         match = re.search(r"\.layers\.(\d+)\.", name)
         pattern = name[: match.start(1)] + "{}" + name[match.end(1) :] if match else name
         groups.setdefault(pattern, []).extend([int(match.group(1))] if match else [])
-    return ", ".join(
-        pattern.replace("{}", _ranges(sorted(layers)), 1) if layers else pattern for pattern, layers in groups.items()
-    )
-
-
-def _ranges(layers: list[int]) -> str:
-    if len(layers) == 1:
-        return str(layers[0])
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return "{" + ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) + "}"
+    parts = []
+    for pattern, layers in groups.items():
+        runs: list[list[int]] = []  # of consecutive layers
+        for layer in sorted(layers):
+            if runs and layer == runs[-1][-1] + 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        spans = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+        parts.append(pattern.replace("{}", spans if len(layers) == 1 else f"{{{spans}}}", 1) if layers else pattern)
+    return ", ".join(parts)

@@ -40,11 +40,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype=None, *, spli
 
 def grow_cache(cache: KVCache, length: int) -> KVCache:
     """The same cache with ``length`` slots a row, the new ones empty."""
-
-    def grow(x):
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
-
-    return jax.tree.map(grow, cache)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)]), cache)
 
 
 def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:

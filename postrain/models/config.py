@@ -3,7 +3,18 @@
 import dataclasses
 import math
 
+import numpy as np
+
 VOCAB_MULTIPLE = 64
+
+
+def accumulation_dtype(dtype) -> np.dtype:
+    """Of norms, rotations, softmaxes, routers, logits and sums of products: float32, or float64 where ``dtype`` is.
+
+    Never a cast to float32 itself: a float64 run is the yardstick of the others (postrain.hf.verify), and must be
+    float64 throughout.
+    """
+    return np.promote_types(dtype, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

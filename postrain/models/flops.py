@@ -64,29 +64,21 @@ def count_flops(config: ModelConfig, stats: BatchStats) -> dict[str, float]:
     """
     frozen = config.lora is not None or config.new_rows is not None
     passes = 2 if frozen else 3  # forward, gradient of the input, gradient of the weight
+    linear = _count_met(config, param_specs(config), ("kernel",))  # not embeddings, norms, biases
+    adapters = _count_met(config, lora_specs(config), ("lora_a", "lora_b")) if config.lora else 0
     attention_size = config.num_heads * config.head_dim * config.num_layers
     return {
-        "linear": 2.0 * passes * num_linear_params(config) * stats.tokens,
-        "adapters": 2.0 * 3 * num_adapter_params(config) * stats.tokens,
+        "linear": 2.0 * passes * linear * stats.tokens,
+        "adapters": 2.0 * 3 * adapters * stats.tokens,
         "attention": 2.0 * 3 * 2 * attention_size * stats.attention_pairs,  # scores and values, each with two gradients
         "unembedding": 2.0 * passes * config.embed_size * config.vocab_size * stats.trained_tokens,
     }
 
 
-def num_linear_params(config: ModelConfig) -> int:
-    """Scalars in the matrices of all layers that a token meets: not embeddings, norms, biases, adapters, and of the
-    experts those that it is routed to."""
-    return _count_met(config, param_specs(config)["layers"], ("kernel",))
-
-
-def num_adapter_params(config: ModelConfig) -> int:
-    """Scalars in the adapters that a token meets, likewise."""
-    return _count_met(config, lora_specs(config)["layers"], ("lora_a", "lora_b")) if config.lora else 0
-
-
 def _count_met(config: ModelConfig, specs: dict, names: tuple[str, ...]) -> int:
+    """Scalars in the leaves ``names`` of all layers that a token meets: of the experts those that it is routed to."""
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(specs)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes_of(specs["layers"])):
         keys = [part.key for part in path]
         if keys[-1] in names:
             if config.moe is not None and keys[0] == "moe" and keys[1] != "router":

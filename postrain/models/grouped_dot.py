@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from postrain.models.precision import accumulation_dtype
+from postrain.models.config import accumulation_dtype
 from postrain.models.quantized import dequantize, is_quantized, shape_of
 from postrain.sharding import current_platform
 
@@ -37,8 +37,7 @@ def select_backend(name: str) -> str:
 
 
 def grouped_dot(x_MI, w_GIO, group_sizes_G, backend: str):
-    """Rows of group g times ``w_GIO[g]``, [M, O] in x's dtype; sums in its
-    ``accumulation_dtype``.
+    """Rows of group g times ``w_GIO[g]``, [M, O] in x's dtype; sums in its ``accumulation_dtype``.
 
     The first ``group_sizes_G[0]`` rows are group 0's and so on (int32, 0 allowed). Rows past the last group give 0
     and cost next to nothing. ``backend``: of BACKENDS. ``w_GIO`` may be quantised, and then has no gradient: blocks
@@ -105,19 +104,15 @@ def _block_size(num_rows: int, num_groups: int) -> int:
     return min(largest, max(smallest, 1 << max(half.bit_length() - 1, 0)))
 
 
-def _block_starts(group_sizes_G, block: int, num_rows: int):
-    """Group and first row of every block, in order, and how many blocks there are (the rest is filling)."""
+def _blocks_times_groups(x_MI, w_GIO, group_sizes_G, transpose: bool):
+    shape, num_rows = shape_of(w_GIO), x_MI.shape[0]
+    block = _block_size(num_rows, shape[0])
+    # Group and first row of every block, in order, and how many blocks there are (the rest is filling).
     blocks_G = -(-group_sizes_G // block)
     ends_G, starts_G = jnp.cumsum(blocks_G), jnp.cumsum(group_sizes_G) - group_sizes_G
     index = jnp.arange(num_rows // block + group_sizes_G.size, dtype=jnp.int32)  # as many as there can be
     group = jnp.minimum(jnp.searchsorted(ends_G, index, side="right"), group_sizes_G.size - 1)
-    return group, starts_G[group] + (index - (ends_G - blocks_G)[group]) * block, ends_G[-1]
-
-
-def _blocks_times_groups(x_MI, w_GIO, group_sizes_G, transpose: bool):
-    shape, num_rows = shape_of(w_GIO), x_MI.shape[0]
-    block = _block_size(num_rows, shape[0])
-    group, start, count = _block_starts(group_sizes_G, block, num_rows)
+    start, count = starts_G[group] + (index - (ends_G - blocks_G)[group]) * block, ends_G[-1]
     x = jnp.pad(x_MI, ((0, block), (0, 0)))  # the last blocks may reach past the end
     contract = ((1,), (1 if transpose else 0,)), ((), ())
 

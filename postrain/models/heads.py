@@ -1,6 +1,6 @@
 """Heads other than the vocabulary: values, rewards, classes, several of them over one trunk.
 
-A trunk is the transformer without its projection onto the vocabulary (``trunk_specs``). A head is a linear map of the
+A trunk is the transformer without its projection onto the vocabulary (``init_trunk``). A head is a linear map of the
 hidden states, at every position (a value of each) or at the last one of each document (a reward, a class). Which
 position is last is known from ``segment_ids``, never from token values: padding may be the end token.
 
@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, accumulation_dtype
 from postrain.models.params import ParamSpec, init_from_specs, param_specs
-from postrain.models.precision import accumulation_dtype
 
 POSITIONS = ("every", "last")
 
@@ -45,19 +44,15 @@ def head_specs(heads: Sequence[HeadConfig], embed_size: int) -> dict[str, Any]:
     return {"heads": specs}
 
 
-def trunk_specs(config: ModelConfig) -> dict[str, Any]:
-    """ParamSpec of the layers and the final norm: what is left of a model when its input and output are others."""
-    return {name: spec for name, spec in param_specs(config).items() if name not in ("embed", "unembed")}
-
-
 def init_heads(heads: Sequence[HeadConfig], config: ModelConfig, rng: jax.Array) -> dict:
     """Random float32 parameters of the heads (std ``config.init_std``, biases zero)."""
     return init_from_specs(head_specs(heads, config.embed_size), config, rng)
 
 
 def init_trunk(config: ModelConfig, rng: jax.Array) -> dict:
-    """Random float32 parameters of ``trunk_specs``."""
-    return init_from_specs(trunk_specs(config), config, rng)
+    """Random float32 layers and final norm: what is left of a model when its input and output are others."""
+    specs = {name: spec for name, spec in param_specs(config).items() if name not in ("embed", "unembed")}
+    return init_from_specs(specs, config, rng)
 
 
 def last_positions(segment_ids_BT: jax.Array, max_documents: int) -> tuple[jax.Array, jax.Array]:

@@ -18,42 +18,33 @@ ADAPTER_LEAVES = ("lora_a", "lora_b", "magnitude")  # beside the kernel that the
 def lora_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the adapters of ``config.lora``, shaped like the linear layers they stand beside."""
     assert isinstance(config.lora, LoraConfig)
-    lora = config.lora
-
-    def adapters(kernel: ParamSpec, rank: int) -> dict:
-        *stack, size_in, size_out = kernel.shape  # layers, and experts where there are some
-        *axes, axis_in, axis_out = kernel.axes
-        specs = {
-            "lora_a": ParamSpec((*stack, size_in, rank), (*axes, axis_in, None), "lora_a"),
-            "lora_b": ParamSpec((*stack, rank, size_out), (*axes, None, axis_out), "zeros"),
-        }
-        magnitude = ParamSpec((*stack, size_out), (*axes, axis_out), "zeros")
-        return specs | ({"magnitude": magnitude} if lora.dora else {})
-
-    layers = param_specs(config)["layers"]
-    found = {
-        part: {
-            name: adapters(linear["kernel"], lora.rank_of(name))
-            for name, linear in layers[part].items()
-            if name in lora.targets
-        }
-        for part in PARTS
-        if part in layers
-    }
-    return {"layers": {part: linears for part, linears in found.items() if linears}}
-
-
-def new_row_specs(config: ModelConfig) -> dict[str, Any]:
-    """Nested dict of ParamSpec for the rows of ``config.new_rows``, which stand beside the table that they grow."""
-    if config.new_rows is None:
-        return {}
-    rows = {"new_rows": ParamSpec((config.new_rows.count, config.embed_size), (None, "embed"))}
-    return {"embed": rows} if config.tie_embeddings else {"embed": rows, "unembed": rows}
+    lora, layers = config.lora, param_specs(config)["layers"]
+    specs: dict[str, Any] = {}
+    for part in [part for part in PARTS if part in layers]:
+        for name in [name for name in layers[part] if name in lora.targets]:
+            kernel, rank = layers[part][name]["kernel"], lora.rank_of(name)
+            *stack, size_in, size_out = kernel.shape  # layers, and experts where there are some
+            *axes, axis_in, axis_out = kernel.axes
+            adapters = {
+                "lora_a": ParamSpec((*stack, size_in, rank), (*axes, axis_in, None), "lora_a"),
+                "lora_b": ParamSpec((*stack, rank, size_out), (*axes, None, axis_out), "zeros"),
+            }
+            if lora.dora:
+                adapters["magnitude"] = ParamSpec((*stack, size_out), (*axes, axis_out), "zeros")
+            specs.setdefault(part, {})[name] = adapters
+    return {"layers": specs}
 
 
 def adapter_specs(config: ModelConfig) -> dict[str, Any]:
-    """All that trains beside a frozen base: adapters and the rows of new tokens; {} where everything trains."""
-    return new_row_specs(config) | (lora_specs(config) if config.lora else {})
+    """All that trains beside a frozen base: adapters, and the rows of new tokens beside the table that they grow.
+
+    {} where everything trains.
+    """
+    specs = lora_specs(config) if config.lora else {}
+    if config.new_rows is None:
+        return specs
+    rows = {"new_rows": ParamSpec((config.new_rows.count, config.embed_size), (None, "embed"))}
+    return ({"embed": rows} if config.tie_embeddings else {"embed": rows, "unembed": rows}) | specs
 
 
 def init_lora(config: ModelConfig, rng: jax.Array, params: dict | None = None) -> dict:

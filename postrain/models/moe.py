@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from postrain.models.config import MoeConfig
+from postrain.models.config import MoeConfig, accumulation_dtype
 from postrain.models.grouped_dot import grouped_dot, select_backend
 from postrain.models.lora import adapter_scale
-from postrain.models.precision import accumulation_dtype
 from postrain.models.quantized import is_quantized, shape_of
 from postrain.sharding import BATCH_AXES, named_shardings
 from postrain.types import RowTerms
@@ -313,7 +312,16 @@ def _gather_params(p, layout: _Layout):
 def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, activation: str, lora_alpha: float):
     """What one device does: its tokens, its experts, its hidden units. The output has a leading axis of 1."""
     batch, length, size = x_BTD.shape
-    experts = {name: _cast_expert(p[name], x_BTD.dtype, lora_alpha) for name in ("gate", "up", "down")}
+    # Matrices in the compute dtype before devices exchange them; biases in its ``accumulation_dtype``.
+    # Quantised kernels stay packed.
+    experts = {}
+    for name in ("gate", "up", "down"):
+        scaled = dict(p[name])
+        if "lora_b" in scaled:
+            b = scaled["lora_b"].astype(jnp.promote_types(scaled["lora_b"].dtype, x_BTD.dtype))
+            scaled["lora_b"] = b * adapter_scale(lora_alpha, scaled["lora_a"])
+        dtypes = {leaf: accumulation_dtype(x_BTD.dtype) if leaf == "bias" else x_BTD.dtype for leaf in scaled}
+        experts[name] = {leaf: w if is_quantized(w) else w.astype(dtypes[leaf]) for leaf, w in scaled.items()}
     p = _gather_params({"router": p["router"]} | experts, layout)
     x_ND = x_BTD.reshape(-1, size)
     expert_ids, weights, logits = route(x_ND, p["router"], config, routing_BTk.reshape(x_ND.shape[0], -1))
@@ -332,17 +340,6 @@ def _moe(x_BTD, p, mask_BT, routing_BTk, layout: _Layout, *, config: MoeConfig, 
     return y_ND.reshape(1, batch, length, size), aux
 
 
-def _cast_expert(p: dict, dtype, lora_alpha: float) -> dict:
-    """Matrices in the compute dtype before devices exchange them; biases in its ``accumulation_dtype``; quantised
-    kernels stay packed."""
-    scaled = dict(p)
-    if "lora_b" in p:
-        b = p["lora_b"].astype(jnp.promote_types(p["lora_b"].dtype, dtype))
-        scaled["lora_b"] = b * adapter_scale(lora_alpha, p["lora_a"])
-    dtypes = {name: accumulation_dtype(dtype) if name == "bias" else dtype for name in scaled}
-    return {name: w if is_quantized(w) else w.astype(dtypes[name]) for name, w in scaled.items()}
-
-
 def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activation: str):
     """Weighted sum over each token's local experts, [N, D], without the bias of the last product."""
     k, num_local = local_ids_Nk.shape[1], shape_of(p["gate"]["kernel"])[0]
@@ -352,7 +349,17 @@ def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activatio
     ids_M = local_ids_Nk.reshape(-1)[order_M]
     ends_E = jnp.searchsorted(ids_M, jnp.arange(num_local, dtype=jnp.int32), side="right").astype(jnp.int32)
     group_sizes = jnp.diff(ends_E, prepend=0)
-    linear = functools.partial(_expert_linear, group_sizes=group_sizes, ids_M=ids_M, backend=backend)
+
+    def linear(x_MI, p):
+        """Kernel, adapter and bias of each row's expert: [M, O]."""
+        y = grouped_dot(x_MI, p["kernel"], group_sizes, backend)
+        if "lora_a" in p:
+            y = y + grouped_dot(grouped_dot(x_MI, p["lora_a"], group_sizes, backend), p["lora_b"], group_sizes, backend)
+        if "bias" in p:
+            # A product with ones and zeros, exact at full precision, so that its gradient is a product and no scatter.
+            rows = jnp.dot(jax.nn.one_hot(ids_M, group_sizes.size), p["bias"], precision=HIGHEST)
+            y = y + rows.astype(y.dtype)
+        return y
 
     x_MD = _dispatch(x_ND, order_M, places_M, k)
     hidden_MF = gated_activation(linear(x_MD, p["gate"]), linear(x_MD, p["up"]), activation, config)
@@ -361,18 +368,6 @@ def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activatio
     hidden_MF = (hidden_MF * weights_M1).astype(x_ND.dtype)
     y_MD = linear(hidden_MF, {name: w for name, w in p["down"].items() if name != "bias"})
     return _combine(y_MD, order_M, places_M, k)
-
-
-def _expert_linear(x_MI, p, *, group_sizes, ids_M, backend):
-    """Kernel, adapter and bias of each row's expert: [M, O]."""
-    y = grouped_dot(x_MI, p["kernel"], group_sizes, backend)
-    if "lora_a" in p:
-        y = y + grouped_dot(grouped_dot(x_MI, p["lora_a"], group_sizes, backend), p["lora_b"], group_sizes, backend)
-    if "bias" in p:
-        # A product with ones and zeros, exact at full precision, so that its gradient is a product and no scatter.
-        rows = jnp.dot(jax.nn.one_hot(ids_M, group_sizes.size), p["bias"], precision=HIGHEST)
-        y = y + rows.astype(y.dtype)
-    return y
 
 
 def gated_activation(gate, up, activation: str, config: MoeConfig):

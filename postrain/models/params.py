@@ -49,7 +49,15 @@ def _norm(config: ModelConfig, *shape: int) -> dict:
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Nested dict of ParamSpec for the base model, without adapters."""
     c, num_layers = config, config.num_layers
-    layers = {"attention": _attention_specs(c)} | ({"moe": _moe_specs(c)} if c.moe else {"mlp": _mlp_specs(c)})
+    layers = {"attention": _attention_specs(c)}
+    if c.moe:
+        layers["moe"] = _moe_specs(c)
+    else:
+        layers["mlp"] = {
+            "gate": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+            "up": _linear(num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
+            "down": _linear(num_layers, c.mlp_size, c.embed_size, "mlp", "embed", c.mlp_bias),
+        }
     if c.pre_norms:
         layers |= {name: _norm(c, num_layers, c.embed_size) for name in ("attention_norm", "mlp_norm")}
     if c.post_norms:
@@ -73,14 +81,6 @@ def _attention_specs(c: ModelConfig) -> dict[str, Any]:
     if c.attention_sinks:
         specs["sinks"] = ParamSpec((c.num_layers, c.num_heads), ("layers", "heads"))
     return specs
-
-
-def _mlp_specs(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "gate": _linear(c.num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
-        "up": _linear(c.num_layers, c.embed_size, c.mlp_size, "embed", "mlp", c.mlp_bias),
-        "down": _linear(c.num_layers, c.mlp_size, c.embed_size, "mlp", "embed", c.mlp_bias),
-    }
 
 
 def _moe_specs(c: ModelConfig) -> dict[str, Any]:
@@ -123,36 +123,26 @@ def make_packer(spec: ParamSpec, kind: str) -> Callable[[jax.Array], dict[str, j
     """What quantises the array of a frozen kernel or embedding, or some of its matrices or rows."""
     if "vocab" in spec.axes:
         return quantize_rows
-    return functools.partial(quantize, kind=kind, axis=stream_axis(spec))
+    stream = spec.axes.index("embed") - len(spec.axes)  # -2 or -1: the axis that meets the residual stream
+    return functools.partial(quantize, kind=kind, axis=stream)
 
 
 def _packed_specs(spec: ParamSpec, kind: str) -> dict[str, ParamSpec]:
-    leaves = jax.eval_shape(make_packer(spec, kind), shapes_of({"": spec})[""])
-
-    def describe(leaf) -> ParamSpec:
+    packed = {}
+    for name, leaf in jax.eval_shape(make_packer(spec, kind), shapes_of({"": spec})[""]).items():
         axes = tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, spec.axes, strict=True))
-        return ParamSpec(leaf.shape, axes, dtype=leaf.dtype.name)
-
-    return {name: describe(leaf) for name, leaf in leaves.items()}
-
-
-def stream_axis(kernel: ParamSpec) -> int:
-    """The axis of a linear layer's kernel, -2 or -1, that meets the residual stream."""
-    return kernel.axes.index("embed") - len(kernel.axes)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, ParamSpec)
+        packed[name] = ParamSpec(leaf.shape, axes, dtype=leaf.dtype.name)
+    return packed
 
 
 def shapes_of(specs: dict, dtype=jnp.float32) -> dict:
     """ParamSpec tree -> tree of jax.ShapeDtypeStruct."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype), specs)
 
 
 def axes_of(specs: dict) -> dict:
     """ParamSpec tree -> tree of tuples of logical axis names."""
-    return jax.tree.map(lambda s: s.axes, specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda s: s.axes, specs)
 
 
 def abstract_params(config: ModelConfig, dtype=jnp.float32) -> dict:
@@ -167,21 +157,18 @@ def logical_axes(config: ModelConfig) -> dict:
 
 def init_from_specs(specs: dict, config: ModelConfig, rng: jax.Array) -> dict:
     """ParamSpec tree -> tree of float32 arrays, each started as its spec says."""
-    leaves, treedef = jax.tree.flatten(specs, is_leaf=_is_spec)
-
-    def start(spec: ParamSpec, key: jax.Array) -> jax.Array:
-        if spec.init == "ones":
-            return jnp.ones(spec.shape, jnp.float32)
-        if spec.init == "zeros":
-            return jnp.zeros(spec.shape, jnp.float32)
-        if spec.init == "lora_a":
+    leaves, treedef = jax.tree.flatten(specs)
+    arrays = []
+    for spec, key in zip(leaves, jax.random.split(rng, len(leaves)), strict=True):
+        if spec.init in ("ones", "zeros"):
+            arrays.append(jnp.full(spec.shape, 1 if spec.init == "ones" else 0, jnp.float32))
+        elif spec.init == "lora_a":
             # peft's start: kaiming uniform with a = sqrt(5), which is U(-1/sqrt(in), 1/sqrt(in)).
             bound = 1 / math.sqrt(spec.shape[-2])
-            return jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound)
-        return config.init_std * jax.random.normal(key, spec.shape, jnp.float32)
-
-    keys = jax.random.split(rng, len(leaves))
-    return jax.tree.unflatten(treedef, [start(s, k) for s, k in zip(leaves, keys, strict=True)])
+            arrays.append(jax.random.uniform(key, spec.shape, jnp.float32, -bound, bound))
+        else:
+            arrays.append(config.init_std * jax.random.normal(key, spec.shape, jnp.float32))
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def init_params(config: ModelConfig, rng: jax.Array) -> dict:

@@ -81,11 +81,6 @@ def quantize_rows(table_VD: jax.Array) -> dict[str, jax.Array]:
     return _scale_to_int8(table_VD.astype(jnp.float32), -1)
 
 
-def take_rows(table_VD, ids: jax.Array, dtype) -> jax.Array:
-    """Rows ``ids`` [...] of an embedding, quantised or not: [..., D] in ``dtype``."""
-    return as_array(jax.tree.map(lambda leaf: leaf[ids], table_VD), dtype)
-
-
 def as_array(kernel, dtype) -> jax.Array:
     """A kernel or embedding, quantised or not, in ``dtype``."""
     return dequantize(kernel, dtype) if is_quantized(kernel) else kernel.astype(dtype)
@@ -95,11 +90,17 @@ def dequantize(kernel: dict[str, jax.Array], dtype) -> jax.Array:
     """The array [..., I, O] of a quantised kernel: computed in float32, then rounded to ``dtype``."""
     if "int8" in kernel:
         return (kernel["int8"].astype(jnp.float32) * kernel["scale"]).astype(dtype)
-    packed, axis = kernel["nf4"], _blocked_axis(kernel)
-    codes = jnp.stack([packed & 15, packed >> 4], axis + 1)
-    shape = shape_of(kernel)
+    packed, axis, shape = kernel["nf4"], _blocked_axis(kernel), shape_of(kernel)
+    codes = jnp.stack([packed & 15, packed >> 4], axis + 1).reshape(shape)
+    # NF4_LEVELS[codes], float32, bit by bit: accelerators gather from tables slowly. Sums of which one term is 0, so
+    # exact. Not ``jnp.where``: differentiating a scan would move its constants out of the loop, each as large as the
+    # matrix.
+    levels = NF4_LEVELS.tolist()
+    for bit in range(4):
+        one = ((codes >> bit) & 1).astype(jnp.float32)
+        levels = [one * high + (1 - one) * low for low, high in zip(levels[::2], levels[1::2], strict=True)]
     absmax = kernel["absmax_low"] + kernel["absmax_step"] * kernel["absmax"].astype(jnp.float32)
-    return (_look_up(codes.reshape(shape)) * _repeat(absmax, axis, shape[axis])).astype(dtype)
+    return (levels[0] * _repeat(absmax, axis, shape[axis])).astype(dtype)
 
 
 def shape_of(kernel) -> tuple[int, ...]:
@@ -161,16 +162,3 @@ def _repeat(per_block, axis: int, size: int):
 
 def _nonzero(x):
     return jnp.where(x == 0, 1, x)
-
-
-def _look_up(codes):
-    """NF4_LEVELS[codes], float32, bit by bit: accelerators gather from tables slowly.
-
-    Sums of which one term is 0, so exact. Not ``jnp.where``: differentiating a scan would move its constants out of
-    the loop, each as large as the matrix.
-    """
-    values = NF4_LEVELS.tolist()
-    for bit in range(4):
-        one = ((codes >> bit) & 1).astype(jnp.float32)
-        values = [one * high + (1 - one) * low for low, high in zip(values[::2], values[1::2], strict=True)]
-    return values[0]

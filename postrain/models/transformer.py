@@ -1,25 +1,24 @@
-"""The one decoder-only transformer: embed, layers under one scan, final norm, unembed.
+"""The one decoder-only transformer: embed, rotary positions, layers under one scan, final norm, unembed.
 
 Pure functions of (params, config, arrays); ``postrain.models.params`` has the tree.
 Legend: B rows, T positions, D embed_size, F mlp_size, N heads, K kv heads, H head_dim, L layers, V' padded vocabulary.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from postrain.models.attention.blocks import soft_cap
-from postrain.models.attention.dispatch import attention, cached_attention
+from postrain.models.attention.chunked import soft_cap
+from postrain.models.attention.dispatch import attention, cached_attention, compute_visible_starts
 from postrain.models.cache import KVCache, write_cache
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, RopeConfig, accumulation_dtype
 from postrain.models.fp8 import fp8_dot
 from postrain.models.lora import adapter_scale, column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
-from postrain.models.precision import accumulation_dtype
-from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized, take_rows
-from postrain.models.rope import apply_rotations, compute_rotations
+from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized
 from postrain.sharding import constrain, find_mesh, mesh_context, splits_positions
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
@@ -56,23 +55,17 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     return y
 
 
-def _project_heads(x_BTD, p, config, rotations):
-    """Queries, keys and values with norms and rotations applied: [B, T, N, H], [B, T, K, H] twice."""
-    split = lambda y: y.reshape(*y.shape[:2], -1, config.head_dim)
-    q, k, v = (linear(x_BTD, p[name], config) for name in ("q", "k", "v"))
-    if config.qk_norm == "all":
-        q, k = rms_norm(q, p["q_norm"], config), rms_norm(k, p["k_norm"], config)
-    q, k, v = split(q), split(k), split(v)
-    if config.qk_norm == "head":
-        q, k = rms_norm(q, p["q_norm"], config), rms_norm(k, p["k_norm"], config)
-    return apply_rotations(q, rotations), apply_rotations(k, rotations), v
-
-
 def _attend(x_BTD, p, config, rotations, attend):
-    """The attention sublayer; ``attend(q, k, v) -> [B, T, N, H]``."""
-    h = rms_norm(x_BTD, p["attention_norm"], config) if config.pre_norms else x_BTD
-    out = attend(*_project_heads(h, p["attention"], config, rotations))
-    out = linear(out.reshape(*out.shape[:2], -1), p["attention"]["o"], config)
+    """The attention sublayer; ``attend(q, k, v) -> [B, T, N, H]`` gets [B, T, N, H] and [B, T, K, H] twice."""
+    h, weights = rms_norm(x_BTD, p["attention_norm"], config) if config.pre_norms else x_BTD, p["attention"]
+    q, k, v = (linear(h, weights[name], config) for name in ("q", "k", "v"))
+    if config.qk_norm == "all":
+        q, k = rms_norm(q, weights["q_norm"], config), rms_norm(k, weights["k_norm"], config)
+    q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in (q, k, v))
+    if config.qk_norm == "head":
+        q, k = rms_norm(q, weights["q_norm"], config), rms_norm(k, weights["k_norm"], config)
+    out = attend(apply_rotations(q, rotations), apply_rotations(k, rotations), v)
+    out = linear(out.reshape(*out.shape[:2], -1), weights["o"], config)
     return x_BTD + (rms_norm(out, p["post_attention_norm"], config) if config.post_norms else out)
 
 
@@ -80,7 +73,9 @@ def _feed_forward(x_BTD, p, config, mask, routing=None):
     """The MLP sublayer, or the experts'; and the experts' routing, None without experts."""
     h = rms_norm(x_BTD, p["mlp_norm"], config) if config.pre_norms else x_BTD
     if config.moe is None:
-        out, routed = _mlp(h, p["mlp"], config), None
+        gate = ACTIVATIONS[config.activation](linear(h, p["mlp"]["gate"], config))
+        hidden = constrain(gate * linear(h, p["mlp"]["up"], config), ("batch", "sequence", "mlp"))
+        out, routed = linear(hidden, p["mlp"]["down"], config), None
     else:
         alpha = config.lora.alpha if config.lora else 1.0
         options = {"activation": config.activation, "mask_BT": mask, "routing": routing, "lora_alpha": alpha}
@@ -88,20 +83,72 @@ def _feed_forward(x_BTD, p, config, mask, routing=None):
     return x_BTD + (rms_norm(out, p["post_mlp_norm"], config) if config.post_norms else out), routed
 
 
-def _mlp(x_BTD, p, config):
-    gate = ACTIVATIONS[config.activation](linear(x_BTD, p["gate"], config))
-    hidden = constrain(gate * linear(x_BTD, p["up"], config), ("batch", "sequence", "mlp"))
-    return linear(hidden, p["down"], config)
+# --- rotary position embedding ---
 
 
-def _rotations_by_layer(config: ModelConfig, positions):
-    """``window -> (cos, sin)``: of the layers with a window, and of those without. ``window`` may be traced."""
-    dtype = accumulation_dtype(config.compute_dtype)
-    everywhere = compute_rotations(config.rope, config.head_dim, positions, dtype)
-    if config.local_rope is None:
-        return lambda window: everywhere
-    local = compute_rotations(config.local_rope, config.head_dim, positions, dtype)
-    return lambda window: tuple(jnp.where(window > 0, near, far) for near, far in zip(local, everywhere, strict=True))
+def compute_inverse_frequencies(rope: RopeConfig, head_dim: int, dtype=np.float32) -> np.ndarray:
+    """Radians per position of each of the H/2 planes, [H/2] in ``dtype``, float32 or float64.
+
+    In float32 rounded where the models' own code rounds: at position 100,000 the last bit of a frequency is 0.006
+    radians.
+    """
+    real = np.dtype(dtype).type
+    exponents = np.arange(0, head_dim, 2, dtype=real) / real(head_dim)
+    powers = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(real)
+    frequencies = real(1) / powers
+    if rope.kind == "default":
+        return frequencies
+    if rope.kind == "linear":
+        return frequencies / real(rope.factor)
+    if rope.kind == "llama3":
+        wavelengths = 1 / frequencies * real(2 * math.pi)  # a number over a tensor, as torch rounds it
+        longest = rope.original_max_positions / rope.low_freq_factor
+        shortest = rope.original_max_positions / rope.high_freq_factor
+        turns = 1 / wavelengths * real(rope.original_max_positions)
+        ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        between = (1 - ramp) * frequencies / rope.factor + ramp * frequencies
+        scaled = np.where(wavelengths > longest, frequencies / rope.factor, between)
+        return np.where(wavelengths < shortest, frequencies, scaled).astype(real)
+    if rope.kind == "yarn":
+        # The plane that turns `beta` times within the original positions, as a real number.
+        plane = lambda beta: (
+            head_dim * math.log(rope.original_max_positions / (beta * 2 * math.pi)) / (2 * math.log(rope.theta))
+        )
+        first, last = plane(rope.beta_fast), plane(rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, head_dim - 1)
+        width = last - first if last != first else 0.001
+        ramp = np.clip((np.arange(head_dim // 2, dtype=real) - first) / width, 0, 1).astype(real)
+        kept = 1 - ramp
+        return (1 / (real(rope.factor) * powers) * (1 - kept) + frequencies * kept).astype(real)
+    raise ValueError(f"rope kind {rope.kind!r}: expected one of default, linear, llama3, yarn")
+
+
+def _rotations_by_layer(config: ModelConfig, positions_BT: jax.Array):
+    """``window -> (cos, sin)``: of the layers with a window, and of those without. ``window`` may be traced.
+
+    cos and sin of every angle, [B, T, 1, H/2]: computed once, used by every layer.
+    """
+    dtype, tables = accumulation_dtype(config.compute_dtype), []
+    for rope in [config.rope] if config.local_rope is None else [config.rope, config.local_rope]:
+        frequencies = compute_inverse_frequencies(rope, config.head_dim, dtype)
+        angles = positions_BT[..., None, None].astype(dtype) * frequencies
+        tables.append((jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor))
+    if len(tables) == 1:
+        return lambda window: tables[0]
+    return lambda window: tuple(jnp.where(window > 0, near, far) for far, near in zip(*tables, strict=True))
+
+
+def apply_rotations(x_BTNH: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (h, h + H/2) of every head; returns x's dtype."""
+    cos, sin = rotations
+    first, second = jnp.split(x_BTNH.astype(accumulation_dtype(x_BTNH.dtype)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)
+
+
+# --- embedding and layers ---
 
 
 def _windows(config: ModelConfig) -> np.ndarray:
@@ -129,7 +176,7 @@ def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     # Whole rows on every device: a table that is split along D too would be gathered after the look-up,
     # which the partitioner can only do by replicating the batch.
     table = jax.tree.map(lambda leaf: constrain(leaf, ("vocab", "embed_act")), params["embed"]["embedding"])
-    x = take_rows(table, tokens, config.compute_dtype)
+    x = as_array(jax.tree.map(lambda leaf: leaf[tokens], table), config.compute_dtype)
     if "new_rows" in params["embed"]:
         index = tokens - config.new_rows.first
         is_new = (index >= 0) & (index < config.new_rows.count)
@@ -306,16 +353,12 @@ def logits(params, config: ModelConfig, tokens, segment_ids=None, positions=None
     tokens = jnp.asarray(tokens, jnp.int32)
     rows = jnp.atleast_2d(tokens)
     segments = jnp.ones_like(rows) if segment_ids is None else jnp.atleast_2d(jnp.asarray(segment_ids, jnp.int32))
-    places = count_positions(segments) if positions is None else jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
+    if positions is None:
+        places = jnp.arange(rows.shape[1], dtype=jnp.int32) - compute_visible_starts(segments)
+    else:
+        places = jnp.atleast_2d(jnp.asarray(positions, jnp.int32))
     found = _logits(params, rows, segments, places, config=config, mesh=find_mesh(params))
     return found.reshape(*tokens.shape, config.vocab_size)
-
-
-def count_positions(segment_ids_BT: jax.Array) -> jax.Array:
-    """Positions that restart at 0 wherever the segment changes: int32 [B, T]."""
-    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    changed = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1] - 1) != 0
-    return index - jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

@@ -57,38 +57,26 @@ def _compact(mask_N, chunk: int) -> _Compacted:
     return _Compacted(order, (is_in.sum() + chunk - 1) // chunk)
 
 
-def _chunk_rows(compacted: _Compacted, index, chunk: int):
-    return jax.lax.dynamic_slice_in_dim(compacted.order, index * chunk, chunk)
-
-
 def _take(x, rows, fill=0):
     return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
 
 
-def _chunk_logits(hidden_ND, unembed_VD, rows, static: _Static):
-    """[C, V'] in ``_sum_dtype`` and the hidden states [C, D] they come from; entries past the vocabulary are -inf."""
+def _chunk(hidden_ND, unembed_VD, compacted: _Compacted, index, static: _Static):
+    """Positions [C] of a chunk, their hidden states [C, D] and logits [C, V'] in ``_sum_dtype``, -inf past the
+    vocabulary."""
+    rows = jax.lax.dynamic_slice_in_dim(compacted.order, index * static.chunk, static.chunk)
     hidden = _take(hidden_ND, rows)
     logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=_sum_dtype(hidden))
     if static.softcap:
         logits = static.softcap * jnp.tanh(logits / static.softcap)
     if static.vocab_size < unembed_VD.shape[0]:
         logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < static.vocab_size, logits, -jnp.inf)
-    return logits, hidden
+    return rows, hidden, logits
 
 
 def _logsumexp(logits):
     peak = logits.max(-1)
     return peak + jnp.log(jnp.exp(logits - peak[:, None]).sum(-1)), peak
-
-
-def _pick(x, targets):
-    return jnp.take_along_axis(x, targets[:, None], axis=1)[:, 0]
-
-
-def _entropy(logits, logsumexp):
-    """-sum p log p = logsumexp - sum p logit; entries at -inf count nothing."""
-    products = jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(logits - logsumexp[:, None]) * logits)
-    return logsumexp - products.sum(-1)
 
 
 def _gradients(dlogits, logits, hidden, unembed_VD, softcap: float):
@@ -107,10 +95,13 @@ def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static):
     unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
 
     def body(index, outputs):
-        rows = _chunk_rows(compacted, index, static.chunk)
-        logits, _ = _chunk_logits(hidden_ND, unembed_VD, rows, static)
+        rows, _, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
         logsumexp, _ = _logsumexp(logits)
-        values = _pick(logits, _take(targets_N, rows)) - logsumexp, _entropy(logits, logsumexp), logsumexp
+        target_logits = jnp.take_along_axis(logits, _take(targets_N, rows)[:, None], axis=1)[:, 0]
+        # -sum p log p, not logsumexp - sum p logit, which loses the digits that the two have in common.
+        log_p = logits - logsumexp[:, None]
+        entropy = -jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(log_p) * log_p).sum(-1)
+        values = target_logits - logsumexp, entropy, logsumexp
         return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
 
     start = (jnp.zeros(targets_N.shape, _sum_dtype(hidden_ND)),) * 3
@@ -136,8 +127,7 @@ def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
 
     def body(index, carry):
         dhidden, dunembed = carry
-        rows = _chunk_rows(compacted, index, static.chunk)
-        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, static)
+        rows, hidden, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
         log_p = logits - _take(out.logsumexp, rows)[:, None]
         p = jnp.exp(log_p)
         dlogprob, dlogsumexp = _take(dlogprob_N, rows), _take(dlogsumexp_N, rows)
@@ -172,11 +162,10 @@ def _weighted_nll_pass(hidden_ND, unembed_VD, targets_N, weights_N, static, to_h
 
     def body(index, carry):
         loss, correct, dhidden, dunembed = carry
-        rows = _chunk_rows(compacted, index, static.chunk)
-        logits, hidden = _chunk_logits(hidden_ND, unembed_VD, rows, static)
+        rows, hidden, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
         logsumexp, peak = _logsumexp(logits)
         targets, weights = _take(targets_N, rows), _take(weights_N, rows)
-        target_logits = _pick(logits, targets)
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         loss = loss + (weights * (logsumexp - target_logits)).sum()
         correct = correct + jnp.where(target_logits == peak, weights, 0.0).sum()
         if to_hidden or to_unembed:

@@ -267,7 +267,7 @@ def find_new_tokens(config: Config, folder: str | os.PathLike, vocab_size: int) 
 
 
 def start_rows(base: dict, new: NewTokens, rows: NewRows, mesh: Mesh) -> dict:
-    """float32 rows [count, D] for each table of ``base``, as ``new_row_specs`` has them: means of old rows."""
+    """float32 rows [count, D] for each table of ``base``, as ``adapter_specs`` has them: means of old rows."""
     spec = {"": ParamSpec((rows.count, shape_of(base["embed"]["embedding"])[1]), (None, "embed"))}
     sharding = named_shardings(axes_of(spec), mesh, shapes_of(spec))[""]
     skipped = new.first - rows.first  # rows before those of the tokens

@@ -24,8 +24,7 @@ from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft.adapter import check_base
 from postrain.models import grouped_dot
-from postrain.models.attention.check import check_backend
-from postrain.models.attention.dispatch import select_backend
+from postrain.models.attention.dispatch import check_backend, select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.flops import format_formula
 from postrain.models.lora import adapter_specs

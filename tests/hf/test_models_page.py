@@ -3,10 +3,9 @@
 import pathlib
 import re
 
-from postrain.hf.families import FAMILIES
+from postrain.hf.families import FAMILIES, TEXT_PARTS
 from postrain.hf.gguf.convert import ARCHITECTURES
 from postrain.hf.gguf.tokenizer import BYTE_LEVEL_RULES
-from postrain.hf.text_part import TEXT_PARTS
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
 

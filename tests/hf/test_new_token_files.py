@@ -8,7 +8,7 @@ from tiny_models import make_tiny_tokenizer
 
 from postrain.config import NewTokensSection
 from postrain.data.rendering.tokenizer import load_tokenizer
-from postrain.hf.side_files import copy_side_files
+from postrain.hf.folders import copy_side_files
 
 
 @pytest.mark.parametrize("special", [False, True])

@@ -8,7 +8,7 @@ from attention_cases import MECHANISMS, dense_attention, make_inputs
 
 from postrain.errors import UserError
 from postrain.models.attention import dispatch as attention_module
-from postrain.models.attention.dispatch import attention, cached_attention, compute_document_starts, select_backend
+from postrain.models.attention.dispatch import attention, cached_attention, compute_visible_starts, select_backend
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -74,7 +74,7 @@ def test_padding_gives_finite_values_and_gradients():
 
 
 def test_document_starts():
-    starts = compute_document_starts(jnp.array([[1, 1, 2, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]]))
+    starts = compute_visible_starts(jnp.array([[1, 1, 2, 2, 2, 3, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]]))
     np.testing.assert_array_equal(starts, [[0, 0, 2, 2, 2, 5, 6, 6], [0, 0, 2, 2, 2, 2, 2, 2]])
 
 

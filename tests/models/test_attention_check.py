@@ -9,9 +9,9 @@ import pytest
 from odd_config import ODD_CONFIG
 
 from postrain.errors import UserError
-from postrain.models.attention import check as attention_check
-from postrain.models.attention.check import check_backend, compare
+from postrain.models.attention import dispatch
 from postrain.models.attention.chunked import chunked
+from postrain.models.attention.dispatch import check_backend, compare_kernel
 from postrain.models.attention.gpu import flash_gpu
 from postrain.models.attention.tpu import flash_tpu
 
@@ -54,13 +54,13 @@ def not_a_number(*inputs, **options):
 @pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(ODD_CONFIG, compute_dtype="float32")])
 @pytest.mark.parametrize("kernel", [RIGHT, functools.partial(flash_tpu, interpret=True)])
 def test_what_is_right_passes(kernel, config):
-    found = compare(kernel, config)
+    found = compare_kernel(kernel, config)
     assert len(found) == (5 if config.attention_sinks else 4)
     assert max(found.values()) < (0.02 if config.compute_dtype == "bfloat16" else 1e-5)
 
 
 def test_the_kernel_of_gpus_passes():
-    assert max(compare(functools.partial(flash_gpu, interpret=True), CONFIG).values()) < 0.02
+    assert max(compare_kernel(functools.partial(flash_gpu, interpret=True), CONFIG).values()) < 0.02
 
 
 FAULTS = [other_document, no_documents, no_sinks, no_cap, no_gradient_of_values]
@@ -69,14 +69,14 @@ FAULTS += [not_a_number, no_number_in_the_gradient]
 
 @pytest.mark.parametrize("kernel", FAULTS)
 def test_what_is_wrong_is_refused(kernel, monkeypatch):
-    monkeypatch.setattr(attention_check, "select_backend", lambda name: "flash_gpu")
-    monkeypatch.setattr(attention_check, "load_kernel", lambda name: kernel)
+    monkeypatch.setattr(dispatch, "select_backend", lambda name: "flash_gpu")
+    monkeypatch.setattr(dispatch, "load_kernel", lambda name: kernel)
     with pytest.raises(UserError, match="attention back end flash_gpu departs from the reference on this .*chunked"):
         check_backend(CONFIG)
 
 
 def test_a_run_says_what_it_found(monkeypatch):
     assert check_backend(CONFIG) == ""  # on a CPU the reference runs itself
-    monkeypatch.setattr(attention_check, "select_backend", lambda name: "flash_tpu")
-    monkeypatch.setattr(attention_check, "load_kernel", lambda name: RIGHT)
+    monkeypatch.setattr(dispatch, "select_backend", lambda name: "flash_tpu")
+    monkeypatch.setattr(dispatch, "load_kernel", lambda name: RIGHT)
     assert check_backend(CONFIG).startswith("flash_tpu is the reference within ")

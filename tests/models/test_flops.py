@@ -14,8 +14,6 @@ from postrain.models.flops import (
     count_flops,
     format_count,
     format_formula,
-    num_adapter_params,
-    num_linear_params,
     peak_flops,
 )
 from postrain.models.lora import init_lora
@@ -159,6 +157,7 @@ def test_of_experts_those_that_a_token_meets_count():
     moe = MoeConfig(num_experts=8, experts_per_token=2, mlp_size=96)
     config = dataclasses.replace(CONFIG, moe=moe)
     attention = 128 * 4 * 32 * 2 + 128 * 2 * 32 * 2
-    assert num_linear_params(config) == attention + 128 * 8 + 2 * 3 * 128 * 96
+    token = BatchStats(1, 0, 0)
+    assert count_flops(config, token)["linear"] == 2 * 3 * (attention + 128 * 8 + 2 * 3 * 128 * 96)
     config = dataclasses.replace(config, lora=LoraConfig(4, targets=("q", "down")))
-    assert num_adapter_params(config) == 4 * (128 + 4 * 32) + 2 * 4 * (96 + 128)
+    assert count_flops(config, token)["adapters"] == 2 * 3 * (4 * (128 + 4 * 32) + 2 * 4 * (96 + 128))

@@ -28,9 +28,8 @@ from postrain.models.quantized import (
     dot,
     quantize,
     quantize_rows,
-    take_rows,
 )
-from postrain.models.transformer import compute_hidden, compute_logits
+from postrain.models.transformer import compute_hidden, compute_logits, embed
 
 # The constants of bitsandbytes (csrc, dDequantizeNF4), in the order of their codes.
 PUBLISHED = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
@@ -92,8 +91,10 @@ def test_an_embedding_is_int8_with_a_scale_for_each_token():
     scale = np.abs(table).max(1, keepdims=True) / 127
     np.testing.assert_allclose(q["scale"], scale, rtol=1e-6)
     np.testing.assert_array_equal(q["int8"], np.rint(table / np.where(scale == 0, 1, scale)))
-    np.testing.assert_array_equal(take_rows(q, ids, "bfloat16"), dequantize(q, "bfloat16")[ids])
-    np.testing.assert_array_equal(take_rows(table, ids, "bfloat16"), jnp.asarray(table, "bfloat16")[ids])
+    config = ModelConfig(10, 64, 64, 1, 1, 1, 64, compute_dtype="bfloat16")
+    rows = lambda table: embed({"embed": {"embedding": table}}, config, ids)
+    np.testing.assert_array_equal(rows(q), dequantize(q, "bfloat16")[ids])
+    np.testing.assert_array_equal(rows(jnp.asarray(table)), jnp.asarray(table, "bfloat16")[ids])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from postrain.models.config import RopeConfig
-from postrain.models.rope import compute_inverse_frequencies
+from postrain.models.transformer import compute_inverse_frequencies
 
 KINDS = {
     "linear": {"factor": 8.0},

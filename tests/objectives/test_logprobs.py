@@ -8,6 +8,12 @@ import pytest
 from postrain.objectives.logprobs import compute_token_logprobs, compute_weighted_nll
 
 SHAPE, EMBED, VOCAB, PADDED = (3, 29), 24, 301, 320
+# Times the error that the plain formula itself makes in float32. The gradient of the unembedding makes 4.5 times that
+# error, everything else at most 3.3 times. Why more than the plain formula's: the probabilities of backward are
+# exp(logit - logsumexp), with the rounding of a logsumexp near 11, where the plain formula divides exponentials by
+# their sum. To divide here too, backward would need the largest logit and the sum of every position; it makes 3.6 of
+# the 4.5, and is not worth that.
+MOST_TIMES = 15
 
 
 @pytest.fixture
@@ -47,16 +53,18 @@ def test_logprobs_entropy_and_logsumexp_with_gradients(inputs, chunk):
         values = dense(hidden, unembed, targets, mask)
         return sum((v * c).sum() for v, c in zip(values, cotangents, strict=True)), values
 
-    run = lambda fn, *inputs: jax.jit(jax.value_and_grad(fn, (0, 1), has_aux=True))(*inputs)
-    (_, values), grads = run(ours, hidden, unembed)
+    def run(fn, *inputs):
+        (_, values), grads = jax.jit(jax.value_and_grad(fn, (0, 1), has_aux=True))(*inputs)
+        return [np.asarray(x) for x in (*values, *grads)]  # numpy: jax would subtract in float32
+
+    narrow, plain = run(ours, hidden, unembed), run(reference, hidden, unembed)
     with jax.enable_x64(True):
         wide = hidden.astype(np.float64), unembed.astype(np.float64)
-        (_, wide_values), wide_grads = run(ours, *wide)
-        (_, expected), expected_grads = run(reference, *wide)
-    for x, y, exact in zip((*values, *grads), (*wide_values, *wide_grads), (*expected, *expected_grads), strict=True):
-        np.testing.assert_allclose(y, exact, rtol=1e-12, atol=1e-13)
-        assert x.dtype == np.float32 and y.dtype == exact.dtype == np.float64
-        np.testing.assert_allclose(x, exact, rtol=1e-5, atol=2e-5)
+        wide, exact = run(ours, *wide), run(reference, *wide)
+    for x, theirs, y, true in zip(narrow, plain, wide, exact, strict=True):
+        np.testing.assert_allclose(y, true, rtol=1e-12, atol=1e-13)
+        assert x.dtype == np.float32 and y.dtype == true.dtype == np.float64
+        np.testing.assert_allclose(x, true, rtol=0, atol=MOST_TIMES * np.abs(theirs - true).max())
 
 
 @pytest.mark.parametrize("chunk", [8, 1024])
@@ -68,11 +76,14 @@ def test_weighted_nll_with_gradients(inputs, chunk):
         return 3.0 * loss, correct
 
     reference = lambda hidden, unembed: -3.0 * (dense(hidden, unembed, targets, weights)[0] * weights).sum()
+    plain_gradient = lambda *inputs: [np.asarray(x) for x in jax.jit(jax.grad(reference, (0, 1)))(*inputs)]
     (loss, correct), grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(hidden, unembed)
-    expected, expected_grads = jax.value_and_grad(reference, (0, 1))(hidden, unembed)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for x, y in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-5)
+    np.testing.assert_allclose(loss, reference(hidden, unembed), rtol=1e-6)
+    with jax.enable_x64(True):
+        exact = plain_gradient(hidden.astype(np.float64), unembed.astype(np.float64))
+    for x, theirs, true in zip(grads, plain_gradient(hidden, unembed), exact, strict=True):
+        assert theirs.dtype == np.float32 and true.dtype == np.float64
+        np.testing.assert_allclose(x, true, rtol=0, atol=MOST_TIMES * np.abs(theirs - true).max())
     hits = (hidden @ unembed[:VOCAB].T).argmax(-1) == targets
     np.testing.assert_allclose(correct, (hits * weights).sum(), rtol=1e-6)
 

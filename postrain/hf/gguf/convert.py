@@ -68,17 +68,16 @@ class Architecture:
     sentencepiece: SentencePieceRule = SentencePieceRule()
 
 
-def _llama(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
-    biases = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
-    return {"hidden_act": "silu", **biases}
-
-
-def _qwen2(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
-    return {"hidden_act": "silu", "use_sliding_window": False, "sliding_window": None}
-
-
-def _qwen3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
-    return _qwen2(architecture, config, fields, tensors) | {"attention_bias": "blk.0.attn_q.bias" in tensors}
+def _silu(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
+    """Llama, Qwen2 and Qwen3, which differ in what they say of biases and windows."""
+    extra: dict[str, Any] = {"hidden_act": "silu"}
+    if architecture.model_type in ("llama", "qwen3"):
+        extra["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if architecture.model_type == "llama":
+        extra["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    else:
+        extra |= {"use_sliding_window": False, "sliding_window": None}
+    return extra
 
 
 def _gemma3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
@@ -103,9 +102,9 @@ def _gemma3(architecture: Architecture, config: dict, fields: dict, tensors: dic
 
 
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama", _llama, permuted=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _qwen2),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _qwen3),
+    "llama": Architecture("LlamaForCausalLM", "llama", _silu, permuted=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _silu),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _silu),
     "gemma3": Architecture(
         "Gemma3ForCausalLM",
         "gemma3_text",
@@ -145,10 +144,17 @@ def import_gguf(file: str | os.PathLike, out_folder: str | os.PathLike, *, dtype
     def fetch(hf_name: str) -> np.ndarray:
         return _convert(tensors[sources[hf_name]], hf_name, architecture, config, file)
 
+    # Ids that generation starts and stops with: end of text, of turn and of message, whichever the file has.
+    stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    generation = {"bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"]}
+    generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
+    generation = {key: value for key, value in generation.items() if value is not None}
+
     with atomic_folder(out_folder) as folder:
         write_tensors(folder, [(hf_name, shape, target) for hf_name, shape in shapes.items()], fetch)
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", _generation_config(config, fields))
+        for name, content in (("config.json", config), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_tokenizer(folder, tokenizer, fields, config["max_position_embeddings"])
     return pathlib.Path(out_folder)
 
@@ -284,16 +290,3 @@ def _convert(tensor, hf_name: str, architecture: Architecture, config: dict, fil
     if architecture.norm_offset and part.endswith("norm"):
         values = values - np.float32(architecture.norm_offset)
     return values
-
-
-def _generation_config(config: dict, fields: dict) -> dict:
-    """Ids that generation starts and stops with: end of text, of turn and of message, whichever the file has."""
-    stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
-    generation = {"bos_token_id": config["bos_token_id"], "pad_token_id": config["pad_token_id"]}
-    generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
-    return {key: value for key, value in generation.items() if value is not None}
-
-
-def _write_json(file: pathlib.Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

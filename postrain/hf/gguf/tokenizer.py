@@ -66,13 +66,25 @@ def build_tokenizer(fields: dict, sentencepiece: SentencePieceRule, where: str) 
     if not fields.get("tokenizer.ggml.tokens"):
         raise UserError(f"{where}: has no tokenizer.ggml.tokens: the file carries no tokenizer, use another one")
     if kind == "gpt2":
-        rule = _find_rule(fields, where)
+        name = fields.get("tokenizer.ggml.pre", "default")
+        if name not in BYTE_LEVEL_RULES:
+            raise UserError(f"{where}: tokenizer.ggml.pre is {name!r}, supported are {', '.join(BYTE_LEVEL_RULES)}")
+        rule = BYTE_LEVEL_RULES[name]
         tokenizer, add_bos = _byte_level(fields, rule, where), rule.add_bos
     elif kind == "llama":
         tokenizer, add_bos = _sentencepiece(fields, sentencepiece, where), True
     else:
         raise UserError(f"{where}: tokenizer.ggml.model is {kind!r}, supported are 'gpt2' and 'llama'")
-    _add_special_tokens(tokenizer, fields, byte_level=kind == "gpt2")
+
+    # Tokens that text never splits: control tokens as special ones, user-defined ones as plain ones.
+    types = list(zip(fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type") or (), strict=False))
+    vocab, alphabet = tokenizer.get_vocab(), set(pre_tokenizers.ByteLevel.alphabet())
+    # In a byte-level vocabulary a control token with a character outside the byte alphabet is a mislabelled word.
+    fits = lambda token: kind != "gpt2" or set(token) <= alphabet
+    control = [token for token, type_ in types if type_ == CONTROL and fits(token)]
+    plain = [token for token, type_ in types if type_ == USER_DEFINED and token in vocab]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     tokenizer.post_processor = _post_processor(fields, add_bos)
     return tokenizer
 
@@ -91,13 +103,6 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer, field
         settings["chat_template"] = fields["tokenizer.chat_template"]
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _find_rule(fields: dict, where: str) -> ByteLevelRule:
-    name = fields.get("tokenizer.ggml.pre", "default")
-    if name not in BYTE_LEVEL_RULES:
-        raise UserError(f"{where}: tokenizer.ggml.pre is {name!r}, supported are {', '.join(BYTE_LEVEL_RULES)}")
-    return BYTE_LEVEL_RULES[name]
 
 
 def _byte_level(fields: dict, rule: ByteLevelRule, where: str) -> tokenizers.Tokenizer:
@@ -168,19 +173,6 @@ def recover_merges(vocab: dict[str, int], ranks) -> list[tuple[str, str]]:
                 found.append((-rank, -cut, cut - len(token), left, right))
     found.sort(key=lambda merge: merge[:3])
     return [merge[3:] for merge in found]
-
-
-def _add_special_tokens(tokenizer: tokenizers.Tokenizer, fields: dict, *, byte_level: bool) -> None:
-    """Tokens that text never splits: control tokens as special ones, user-defined ones as plain ones."""
-    tokens, vocab = fields["tokenizer.ggml.tokens"], tokenizer.get_vocab()
-    types = fields.get("tokenizer.ggml.token_type") or ()
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet()) if byte_level else None
-    # In a byte-level vocabulary a control token with a character outside the byte alphabet is a mislabelled word.
-    fits = lambda token: alphabet is None or set(token) <= alphabet
-    control = [token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL and fits(token)]
-    plain = [token for token, kind in zip(tokens, types, strict=False) if kind == USER_DEFINED and token in vocab]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
 
 
 def _post_processor(fields: dict, add_bos: bool):

@@ -21,8 +21,9 @@ from postrain.config import is_hub_name
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, config_file, parse_dtype, read_family
-from postrain.hf.families import TENSORS, TensorName
+from postrain.hf.families import TENSORS, TensorName, find_text_part
 from postrain.hf.find_model import ModelFolder
+from postrain.hf.folders import copy_side_files
 from postrain.hf.load import load_pretrained, place
 from postrain.hf.peft.experts import (
     MODULE,
@@ -30,15 +31,12 @@ from postrain.hf.peft.experts import (
     list_parameters,
     pack_a,
     pack_b,
-    prefixes,
     unpack_a,
     unpack_b,
 )
 from postrain.hf.peft.rows import describe_rows, needed_vocabulary, read_rows, row_tensors
 from postrain.hf.save import gather, write_folder
-from postrain.hf.side_files import copy_side_files
 from postrain.hf.tensors import TensorFiles, read_json
-from postrain.hf.text_part import find_text_part
 from postrain.hf.tree import group_layers
 from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.lora import adapter_specs, lora_specs
@@ -94,9 +92,15 @@ def save_adapter(
     that is not empty (the user's name for the model; the folder may be a cache's). Its tokenizer is copied along, or
     ``tokenizer``, which the adapter was trained with. Raises UserError when the folder cannot be written.
     """
-    _check_adapter(adapter_params, config)
+    if config.lora is None:
+        raise ValueError("save_adapter: config.lora is None")
+    leaves = flatten(adapter_params)
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    expected = {path: spec.shape for path, spec in flatten(adapter_specs(config)).items()}
+    if wrong := sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path)):
+        raise ValueError(f"adapters do not fit config.lora: {', '.join(wrong)}")
     check_base(base_folder)
-    leaves, table = flatten(adapter_params), read_family(base_folder).tensors
+    table = read_family(base_folder).tensors
     listed = _list_tensors(config, table)
     tensors = {tensor.name.format(layer): (tensor, layer) for layer in range(config.num_layers) for tensor in listed}
     rows = row_tensors(config, PREFIX)
@@ -198,16 +202,6 @@ def check_base(folder: str | os.PathLike) -> None:
         )
 
 
-def _check_adapter(adapter_params: dict, config: ModelConfig) -> None:
-    if config.lora is None:
-        raise ValueError("save_adapter: config.lora is None")
-    found = {path: tuple(leaf.shape) for path, leaf in flatten(adapter_params).items()}
-    expected = {path: spec.shape for path, spec in flatten(adapter_specs(config)).items()}
-    if found != expected:
-        wrong = sorted(path for path in {*found, *expected} if found.get(path) != expected.get(path))
-        raise ValueError(f"adapters do not fit config.lora: {', '.join(wrong)}")
-
-
 def _modules(table: tuple[TensorName, ...]) -> dict[str, str]:
     """Target -> the linear layer's module in a decoder layer, ``self_attn.q_proj``; without experts."""
     linears = [entry for entry in table if entry.transpose and not entry.per_expert]
@@ -224,7 +218,7 @@ def _list_tensors(config: ModelConfig, table: tuple[TensorName, ...], fused: boo
                 name = f"{PREFIX}{LAYER}{module}.{suffix}"
                 found.append(_Tensor(name, specs[path].shape[:0:-1], lambda rows: rows[0].T, {path: np.transpose}))
     if config.moe:
-        for parameter, module in prefixes(list_parameters(config.lora)).items():
+        for parameter, module in list_parameters(config.lora).items():
             found += _list_expert_tensors(config, table, parameter, f"{PREFIX}{LAYER}{module}", fused)
     return found
 
@@ -237,7 +231,7 @@ def _list_expert_tensors(config, table, parameter: str, module: str, fused: bool
     size_out = specs[present[0]]["lora_b"].shape[3] * len(members)
     ranks = [config.lora.rank_of(target) for target in present]
     width = num_experts * (ranks[0] if fused else sum(ranks))
-    interleaved = _interleaved(table)
+    interleaved = any(entry.parts > 1 for entry in table)  # output channels of gate and up take turns
     write_b = lambda rows: pack_b(dict(zip(present, rows, strict=True)), members, interleaved)
     read_a = functools.partial(unpack_a, num_experts=num_experts)
     read_b = lambda i: lambda matrix: unpack_b(matrix, num_experts, i, len(members), interleaved)
@@ -251,11 +245,6 @@ def _list_expert_tensors(config, table, parameter: str, module: str, fused: bool
             {path: read_b(members.index(target)) for path, target in zip(paths_b, present, strict=True)},
         ),
     ]
-
-
-def _interleaved(table: tuple[TensorName, ...]) -> bool:
-    """Whether the output channels of gate and up take turns in the fused parameter."""
-    return any(entry.parts > 1 for entry in table)
 
 
 def _split_targets(lora: LoraConfig, table, config: ModelConfig) -> tuple[dict[str, str], dict[str, str]]:

@@ -16,15 +16,13 @@ MODULE = "mlp.experts"
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # in transformers' order, with the layers in each
 
 
-def list_parameters(lora: LoraConfig) -> list[str]:
-    """The fused parameters that have adapters."""
-    return [name for name, targets in PARAMETERS.items() if set(targets) & set(lora.targets)]
+def list_parameters(lora: LoraConfig) -> dict[str, str]:
+    """Each fused parameter that has adapters -> the module of its matrices in the file.
 
-
-def prefixes(parameters: list[str]) -> dict[str, str]:
-    """Parameter -> the module of its matrices in the file: `peft` wraps once for each, the last one outermost."""
-    depth = {name: len(parameters) - 1 - i for i, name in enumerate(parameters)}
-    return {name: f"{MODULE}." + "base_layer." * depth[name] for name in parameters}
+    `peft` wraps once for each, the last one outermost.
+    """
+    found = [name for name, targets in PARAMETERS.items() if set(targets) & set(lora.targets)]
+    return {name: f"{MODULE}." + "base_layer." * (len(found) - 1 - i) for i, name in enumerate(found)}
 
 
 def pack_a(a_EIr: list[np.ndarray]) -> np.ndarray:

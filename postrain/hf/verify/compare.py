@@ -119,17 +119,15 @@ class VerifyReport:
             lines.append(layout.format(c.name, c.num_tokens, *numbers, f"{c.top1_agreement:.2%}", *errors))
             if c.num_undecided:
                 lines.append(f"  {'':<22}{c.num_undecided:>7} more left out, after a router's tie")
-        return "\n".join([*lines, self._verdict()])
-
-    def _verdict(self) -> str:
-        within = f"{self.tolerance:g} of the logits' scale in float64"
+        within, times = f"{self.tolerance:g} of the logits' scale in float64", f"at most {MOST_TIMES} times torch's"
+        names = ", ".join(c.name for c in self.comparisons if not c.rounds_as_well)
         if not self.agrees:
-            return f"FAIL: tolerance {within}; first departs {self.first_departure}"
-        times = f"at most {MOST_TIMES} times torch's"
-        if not self.passed:
-            names = ", ".join(c.name for c in self.comparisons if not c.rounds_as_well)
-            return f"FAIL: within {within}, but float32 errors of {names}: expected {times}"
-        return f"PASS: all within {within}; float32 errors {times}"
+            verdict = f"FAIL: tolerance {within}; first departs {self.first_departure}"
+        elif names:
+            verdict = f"FAIL: within {within}, but float32 errors of {names}: expected {times}"
+        else:
+            verdict = f"PASS: all within {within}; float32 errors {times}"
+        return "\n".join([*lines, verdict])
 
 
 class Input(NamedTuple):
@@ -164,7 +162,12 @@ def verify(
     require_torch()
     found = find_model(folder)
     _check_memory(found)
-    cpu = _cpu()
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError(
+            f"verify computes in float64 on the CPU, which JAX_PLATFORMS={jax.config.jax_platforms} leaves out: add cpu"
+        ) from error
     with jax.default_device(cpu):
         config, params = load_model(found)
     inputs = list(_random_inputs(config, seed, min(64, max_length))) if random_tokens else []
@@ -222,15 +225,6 @@ def _add_float32_errors(
     exact = np.concatenate(wide.exact)[wide.keep]
     error = lambda side: float(np.abs(np.concatenate(side)[wide.keep] - exact).max()) / wide.comparison.scale
     return dataclasses.replace(wide.comparison, float32_error=error(ours), reference_float32_error=error(theirs))
-
-
-def _cpu() -> jax.Device:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
-        raise UserError(
-            f"verify computes in float64 on the CPU, which JAX_PLATFORMS={jax.config.jax_platforms} leaves out: add cpu"
-        ) from error
 
 
 def _check_memory(found: ModelFolder) -> None:
@@ -412,14 +406,11 @@ def _find_departure(params: dict, config: ModelConfig, reference: Reference, one
         found = f"(hidden states {relative:.2e} of their scale)"
         if depth == 0:
             return f"in the embedding {found}"
-        still = differ(depth, _silence(layers, depth - 1), run_reference(depth - 1))
+        # The layer without what its feed-forward gives.
+        name = "moe" if "moe" in layers else "mlp"
+        down = jax.tree.map(lambda x, depth=depth: x.at[depth - 1].set(0), layers[name]["down"])
+        silenced = layers | {name: layers[name] | {"down": down}}
+        still = differ(depth, silenced, run_reference(depth - 1))
         part = "attention" if not still <= tolerance else "feed-forward" if config.moe is None else "experts"
         return f"in layer {depth - 1}, in its {part} {found}"
     return "in the final norm or the projection onto the vocabulary"
-
-
-def _silence(layers: dict, index: int) -> dict:
-    """Layer ``index`` without what its feed-forward gives."""
-    name = "moe" if "moe" in layers else "mlp"
-    down = jax.tree.map(lambda x: x.at[index].set(0), layers[name]["down"])
-    return layers | {name: layers[name] | {"down": down}}

@@ -16,8 +16,8 @@ import numpy as np
 
 from postrain.errors import UserError
 from postrain.hf.find_model import ModelFolder
+from postrain.hf.folders import copy_side_files
 from postrain.hf.peft.rows import needed_vocabulary
-from postrain.hf.side_files import copy_side_files
 
 
 def require_torch() -> None:

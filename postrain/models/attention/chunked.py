@@ -2,10 +2,11 @@
 
 Blocks of ``chunk`` queries against blocks of ``chunk`` keys with a running softmax, no [T, S] array in forward or
 backward, and blocks that no query of the block may see are skipped at run time: with short documents the work grows
-with T * document length, not T^2. It is the reference that the kernels are held to.
+with T * document length, not T^2. It is the reference that the kernels are held to; what they share with it, the mask
+of a packed row in blocks of queries and of keys, stands at the end.
 
 Legend: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim, C chunk, R rows computed
-together.
+together; for the kernels Q and C queries and keys of a block.
 """
 
 import functools
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from postrain.models.attention.blocks import MASKED, pad_to_blocks, sink_gradient, soft_cap
-from postrain.models.precision import accumulation_dtype
+from postrain.models.config import accumulation_dtype
 from postrain.sharding import current_platform
+
+MASKED = -1e30  # not -inf: a block that is masked whole for a query must give exp(MASKED - max) = 0, not NaN
 
 
 def chunked(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N, first, *, softcap: float, scale: float, chunk: int):
@@ -48,27 +50,20 @@ def _block(x, index, chunk, axis):
     return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis)
 
 
-def _end_of_keys(i, first, chunk):
-    """One past the last block of keys that block i of queries may see."""
-    return (first + (i + 1) * chunk - 1) // chunk + 1
-
-
-def _visible(starts_RC, i, j, first, chunk):
-    """[R, 1, 1, C, C] bool: may query c of block i see key s of block j?"""
+def _scores(q_RKGCH, k_RKSH, starts_RC, i, j, first, softcap):
+    """Capped scores [R, K, G, C, C] of block i of queries and j of keys, and bool [R, 1, 1, C, C], which are seen."""
+    dtype, chunk = accumulation_dtype(q_RKGCH.dtype), starts_RC.shape[1]
+    scores = soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=dtype), softcap)
     offsets = jnp.arange(chunk, dtype=jnp.int32)
     key_index = j * chunk + offsets
     causal = key_index[None, :] <= (first + i * chunk + offsets)[:, None]
-    return (causal & (key_index[None, None, :] >= starts_RC[:, :, None]))[:, None, None]
+    return scores, (causal & (key_index[None, None, :] >= starts_RC[:, :, None]))[:, None, None]
 
 
-def _scores(q_RKGCH, k_RKSH, softcap):
-    dtype = accumulation_dtype(q_RKGCH.dtype)
-    return soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=dtype), softcap)
-
-
-def _groups(x, rows):
-    """[B, ...] -> [B / R, R, ...]."""
-    return x.reshape(x.shape[0] // rows, rows, *x.shape[1:])
+def _keys_of(starts_RC, i, first):
+    """First block of keys that some query of block i may see, and one past the last."""
+    chunk = starts_RC.shape[1]
+    return starts_RC.min() // chunk, (first + (i + 1) * chunk - 1) // chunk + 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -88,8 +83,8 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: 
 
             def key_block(j, carry):
                 out, total, peak = carry
-                scores = _scores(q_i, _block(k, j, chunk, 2), softcap)
-                scores = jnp.where(_visible(starts_i, i, j, first, chunk), scores, MASKED)
+                scores, visible = _scores(q_i, _block(k, j, chunk, 2), starts_i, i, j, first, softcap)
+                scores = jnp.where(visible, scores, MASKED)
                 new_peak = jnp.maximum(peak, scores.max(-1))
                 weights = jnp.exp(scores - new_peak[..., None])
                 decay = jnp.exp(peak - new_peak)
@@ -107,14 +102,14 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: 
             else:  # a key seen before all others, whose value is 0
                 start = jnp.ones(shape, dtype), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
             start = jnp.zeros(q_i.shape, dtype), *start
-            out, total, peak = jax.lax.fori_loop(
-                starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start
-            )
+            out, total, peak = jax.lax.fori_loop(*_keys_of(starts_i, i, first), key_block, start)
             return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
         return jax.lax.map(query_block, jnp.arange(num_blocks, dtype=jnp.int32))
 
-    out, logsumexp = jax.lax.map(row_group, tuple(_groups(x, rows) for x in (q_BKGTH, k_BKSH, v_BKSH, starts_BT)))
+    # Rows in groups that are computed together: [B / R, R, ...].
+    groups = tuple(x.reshape(-1, rows, *x.shape[1:]) for x in (q_BKGTH, k_BKSH, v_BKSH, starts_BT))
+    out, logsumexp = jax.lax.map(row_group, groups)
     # [B/R, T/C, R, K, G, C, ...] -> [B, K, G, T, ...]
     out = jnp.moveaxis(out, 1, 4).reshape(q_BKGTH.shape)
     logsumexp = jnp.moveaxis(logsumexp, 1, 4).reshape(q_BKGTH.shape[:-1])
@@ -140,8 +135,7 @@ def _flash_backward(static: _Static, residuals, grad_BKGTH):
             def key_block(j, carry):
                 dq_i, dk, dv = carry
                 k_j, v_j = _block(k, j, chunk, 2), _block(v, j, chunk, 2)
-                scores = _scores(q_i, k_j, softcap)
-                visible = _visible(starts_i, i, j, first, chunk)
+                scores, visible = _scores(q_i, k_j, starts_i, i, j, first, softcap)
                 weights = jnp.exp(jnp.where(visible, scores, MASKED) - lse_i[..., None])
                 dv_j = jnp.einsum("rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=dtype)
                 dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=dtype)
@@ -157,7 +151,7 @@ def _flash_backward(static: _Static, residuals, grad_BKGTH):
                 return dq_i, add(dk, dk_j), add(dv, dv_j)
 
             start = jnp.zeros(q_i.shape, dtype), *carry
-            dq_i, dk, dv = jax.lax.fori_loop(starts_i.min() // chunk, _end_of_keys(i, first, chunk), key_block, start)
+            dq_i, dk, dv = jax.lax.fori_loop(*_keys_of(starts_i, i, first), key_block, start)
             return (dk, dv), dq_i.astype(q.dtype)
 
         start = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
@@ -165,9 +159,57 @@ def _flash_backward(static: _Static, residuals, grad_BKGTH):
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
     operands = q_BKGTH, k_BKSH, v_BKSH, starts_BT, grad_BKGTH, dots, logsumexp
-    dq, dk, dv = jax.lax.map(row_group, tuple(_groups(x, rows) for x in operands))
+    dq, dk, dv = jax.lax.map(row_group, tuple(x.reshape(-1, rows, *x.shape[1:]) for x in operands))
     dq = jnp.moveaxis(dq, 1, 4).reshape(q_BKGTH.shape)
     return dq, dk.reshape(k_BKSH.shape), dv.reshape(v_BKSH.shape), None, None, sink_gradient(sinks_KG, logsumexp, dots)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
+
+
+# --- what all back ends share ---
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); ``x`` itself where ``cap`` is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def pad_to_blocks(q_BTNH, k_BSKH, v_BSKH, starts_BT, first, block_q: int, block_k: int):
+    """The same with T and S multiples of the blocks. Added queries see one key, so that their softmax is of something.
+
+    That key is the one of their own place: starts still never fall, and no block becomes visible to a real query.
+    """
+    (batch, length), num_keys = starts_BT.shape, k_BSKH.shape[1]
+    more_queries = -length % block_q
+    more_keys = more_queries + -(num_keys + more_queries) % block_k
+    pad = lambda x, count: jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
+    if more_queries:
+        own = first + length + jnp.arange(more_queries, dtype=jnp.int32)
+        starts_BT = jnp.concatenate([starts_BT, jnp.broadcast_to(own, (batch, more_queries))], axis=1)
+    return pad(q_BTNH, more_queries), pad(k_BSKH, more_keys), pad(v_BSKH, more_keys), starts_BT
+
+
+def blocks_of_keys(starts_BT, first, block_q: int, block_k: int):
+    """First and last block of keys that some query of each block sees, int32 [B, T / Q] both."""
+    lows = starts_BT.reshape(starts_BT.shape[0], -1, block_q).min(-1) // block_k
+    highs = (first + (jnp.arange(lows.shape[1], dtype=jnp.int32) + 1) * block_q - 1) // block_k
+    return lows, jnp.broadcast_to(highs, lows.shape)
+
+
+def blocks_of_queries(starts_BT, first, block_q: int, block_k: int, num_blocks_k: int):
+    """First and last block of queries of which some see each block of keys, int32 [B, S / C]; last < first: none.
+
+    They are neighbours, as neither starts nor the diagonal ever fall from one query to the next.
+    """
+    lows, highs = blocks_of_keys(starts_BT, first, block_q, block_k)
+    blocks = jnp.arange(num_blocks_k, dtype=jnp.int32)
+    search = lambda rows, side: jax.vmap(functools.partial(jnp.searchsorted, side=side), (0, None))(rows, blocks)
+    return search(highs, "left").astype(jnp.int32), search(lows, "right").astype(jnp.int32) - 1
+
+
+def sink_gradient(sinks_KG, logsumexp_BKGT, dots_BKGT):
+    """d sinks: a sink's weight is exp(sink - logsumexp), its value 0, so weight * (0 - dots). None without sinks."""
+    if sinks_KG is None:
+        return None
+    return -(jnp.exp(sinks_KG[None, :, :, None] - logsumexp_BKGT) * dots_BKGT).sum((0, 3))

@@ -1,4 +1,4 @@
-"""Flash attention for NVIDIA GPUs: Pallas kernels that Triton compiles (``attention_chunked`` says the maths).
+"""Flash attention for NVIDIA GPUs: Pallas kernels that Triton compiles (``chunked`` says the maths).
 
 Each program has one block of queries, or of keys for the gradients to k and v, and loops over the blocks that some
 query of it may see: no mask is in memory, and what lies outside document, window and diagonal costs nothing.
@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from postrain.models.attention.blocks import MASKED, blocks_of_queries, pad_to_blocks, sink_gradient, soft_cap
+from postrain.models.attention.chunked import MASKED, blocks_of_queries, pad_to_blocks, sink_gradient, soft_cap
 
 MAX_BLOCK = 64
 # Bytes of a block of keys: queries, keys, values and gradients of a block have to fit into shared memory, some twice.

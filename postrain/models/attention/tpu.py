@@ -1,4 +1,4 @@
-"""Flash attention for TPUs: a Pallas kernel for the whole mask of a packed row (``attention_chunked`` says the maths).
+"""Flash attention for TPUs: a Pallas kernel for the whole mask of a packed row (``chunked`` says the maths).
 
 The kernel runs over a list of pairs (block of queries, block of keys) that is made from the data: only blocks
 that some query of the block may see are on it, so blocks outside document, window and diagonal are neither fetched nor
@@ -22,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from postrain.errors import UserError
-from postrain.models.attention.blocks import (
+from postrain.models.attention.chunked import (
     MASKED,
     blocks_of_keys,
     blocks_of_queries,
     pad_to_blocks,
-    round_up,
     sink_gradient,
     soft_cap,
 )
@@ -68,7 +67,8 @@ def flash_tpu(
     num_keys, num_kv = k_BSKH.shape[1:3]
     groups = num_heads // num_kv
     room = max(LANES, MAX_BYTES // (groups * head_dim * q_BTNH.dtype.itemsize) // LANES * LANES)
-    block_q, block_k = min(max_block, room, round_up(length, LANES)), min(max_block, round_up(num_keys, LANES))
+    block_q = min(max_block, room, length + -length % LANES)
+    block_k = min(max_block, num_keys + -num_keys % LANES)
     if batch * _most_pairs(length, num_keys, block_q, block_k) > MAX_PAIRS:
         raise UserError(
             f"config key 'model.attention' = 'flash_tpu': {batch} rows of {num_keys} positions a device have more "
@@ -99,8 +99,17 @@ def _most_pairs(length: int, num_keys: int, block_q: int, block_k: int) -> int:
     return sum(min(end, num_blocks_k) for end in ends) + num_blocks_k
 
 
-def _list_pairs(lows_BX, highs_BX, by_keys: bool, most: int) -> _Pairs:
+def _list_pairs(q, k, starts_BT, first, static: _Static, by_keys: bool) -> _Pairs:
     """Pairs (x, y) with lows[x] <= y <= highs[x] in the order of x, which are blocks of keys or of queries."""
+    length, num_keys, (block_q, block_k) = q.shape[-1], k.shape[-1], static[1:3]
+    most = _most_pairs(length, num_keys, block_q, block_k)
+    if by_keys:
+        begin, end = blocks_of_queries(starts_BT, first, block_q, block_k, num_keys // block_k)
+        # A block of keys that no query sees has one pair too, which sets its gradient to 0.
+        lows_BX = jnp.minimum(begin, length // block_q - 1)
+        highs_BX = jnp.maximum(lows_BX, end)
+    else:
+        lows_BX, highs_BX = blocks_of_keys(starts_BT, first, block_q, block_k)
     sizes = highs_BX - lows_BX + 1
     ends = jnp.cumsum(sizes, axis=1)
     index = jnp.minimum(jnp.arange(most + 1, dtype=jnp.int32), ends[:, -1:] - 1)  # after the last it is repeated
@@ -109,17 +118,6 @@ def _list_pairs(lows_BX, highs_BX, by_keys: bool, most: int) -> _Pairs:
     y = take(lows_BX) + index - (take(ends) - take(sizes))
     pairs = (y << SHIFT | x) if by_keys else (x << SHIFT | y)
     return _Pairs(pairs.astype(jnp.int32).reshape(-1), ends[:, -1].astype(jnp.int32))
-
-
-def _pairs_of(q, k, starts_BT, first, static: _Static, by_keys: bool) -> _Pairs:
-    length, num_keys, (block_q, block_k) = q.shape[-1], k.shape[-1], static[1:3]
-    most = _most_pairs(length, num_keys, block_q, block_k)
-    if not by_keys:
-        return _list_pairs(*blocks_of_keys(starts_BT, first, block_q, block_k), by_keys, most)
-    begin, end = blocks_of_queries(starts_BT, first, block_q, block_k, num_keys // block_k)
-    # A block of keys that no query sees has one pair too, which sets its gradient to 0.
-    begin = jnp.minimum(begin, length // block_q - 1)
-    return _list_pairs(begin, jnp.maximum(begin, end), by_keys, most)
 
 
 class _Where(NamedTuple):
@@ -262,9 +260,9 @@ def _key_gradient_kernel(pairs, counts, first, *refs, static: _Static, per_row: 
         dk_ref[...], dv_ref[...] = dk_sum[...].astype(dk_ref.dtype), dv_sum[...].astype(dv_ref.dtype)
 
 
-def _run(kernel, pairs: _Pairs, scalars, operands, out_kinds, scratch, shapes, static: _Static):
+def _run(kernel, pairs: _Pairs, scalars, operands, out_kinds, scratch, shape, static: _Static):
     """The kernel on every pair of every row and key head. ``operands`` are (kind, array), kinds as in ``specs``."""
-    batch, num_kv, groups, head_dim, block_q, block_k = shapes
+    (batch, num_kv, groups, head_dim), block_q, block_k = shape, static.block_q, static.block_k
     per_row = pairs.pairs.size // batch
     pair = lambda b, p, pairs: pairs[b * per_row + p]
     query = lambda b, p, pairs: pair(b, p, pairs) >> SHIFT
@@ -297,10 +295,6 @@ def _run(kernel, pairs: _Pairs, scalars, operands, out_kinds, scratch, shapes, s
     )(*scalars, *arrays)
 
 
-def _shapes(q, static):
-    return *q.shape[:4], static.block_q, static.block_k
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _flash(q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, static: _Static):
     return _flash_forward(q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, static)[0]
@@ -308,7 +302,7 @@ def _flash(q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, static: _Static)
 
 def _flash_forward(q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, static: _Static):
     _, _, groups, head_dim, length = q_BKGHT.shape
-    pairs = _pairs_of(q_BKGHT, k_BKHS, starts_BT, first, static, by_keys=False)
+    pairs = _list_pairs(q_BKGHT, k_BKHS, starts_BT, first, static, by_keys=False)
     kernel, scalars = _forward_kernel, [first[None]]
     if sinks_KG is None:
         kernel = lambda pairs, counts, first, *refs, **kw: _forward_kernel(pairs, counts, first, None, *refs, **kw)
@@ -318,7 +312,7 @@ def _flash_forward(q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, static: 
     lse_shape = jax.ShapeDtypeStruct((*q_BKGHT.shape[:3], length), jnp.float32)
     outs = ("queries", jax.ShapeDtypeStruct(q_BKGHT.shape, q_BKGHT.dtype)), ("per_query", lse_shape)
     scratch = (groups, head_dim, static.block_q), (groups, static.block_q), (groups, static.block_q)
-    out, logsumexp = _run(kernel, pairs, scalars, operands, outs, scratch, _shapes(q_BKGHT, static), static)
+    out, logsumexp = _run(kernel, pairs, scalars, operands, outs, scratch, q_BKGHT.shape[:4], static)
     # What backward needs besides the inputs: named here, where rematerialisation can keep both.
     out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
     return out, (q_BKGHT, k_BKHS, v_BKHS, starts_BT, first, sinks_KG, out, logsumexp)
@@ -330,9 +324,9 @@ def _flash_backward(static: _Static, residuals, grad_BKGHT):
     dots = (grad_BKGHT.astype(jnp.float32) * out.astype(jnp.float32)).sum(3)
     operands = [("queries", q), ("keys", k), ("keys", v), ("starts", starts_BT[:, None]), ("queries", grad_BKGHT)]
     operands += [("per_query", logsumexp), ("per_query", dots)]
-    run = functools.partial(_run, scalars=[first[None]], operands=operands, shapes=_shapes(q, static), static=static)
+    run = functools.partial(_run, scalars=[first[None]], operands=operands, shape=q.shape[:4], static=static)
     like = lambda kind, x: (kind, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    by_queries, by_keys = (_pairs_of(q, k, starts_BT, first, static, by_keys) for by_keys in (False, True))
+    by_queries, by_keys = (_list_pairs(q, k, starts_BT, first, static, by_keys) for by_keys in (False, True))
     scratch, sums = [(*q.shape[2:4], static.block_q)], (q.shape[3], static.block_k)
     [dq] = run(_query_gradient_kernel, by_queries, out_kinds=[like("queries", q)], scratch=scratch)
     dk, dv = run(_key_gradient_kernel, by_keys, out_kinds=[like("keys", k), like("keys", v)], scratch=[sums, sums])
