@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.data.batches.in_memory import ExampleSet, load_examples
+from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_examples
 from postrain.data.batches.open import TrainRows, join_positions
 from postrain.data.batches.open import open_train_rows as open_batches
 from postrain.data.batches.packing import assemble_row
@@ -69,6 +69,7 @@ class Rows:
 
     def num_steps(self, epochs: float) -> int:
         """Batches that show every document at least ``epochs`` times; known of rows in memory."""
+        assert isinstance(self._batches, MemoryBatches)  # others need train.steps (config/rules.py)
         return self._batches.num_steps(epochs)
 
     def close(self) -> None:
@@ -108,7 +109,9 @@ def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> E
 
 
 def _check_documents(documents: Sequence[Document], check: Check | None) -> None:
-    for document in documents if check else ():
+    if check is None:
+        return
+    for document in documents:
         arrays = assemble_row([document], document.slots, layout_of(document))
         try:
             check({name: array[None] for name, array in arrays.items()})

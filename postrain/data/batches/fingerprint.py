@@ -110,8 +110,8 @@ def hash_documents(examples: Iterable[Document]) -> str:
             hashed.update(b"group" + len(example.sequences).to_bytes(8, "little"))
         for sequence in example.sequences:
             hashed.update(len(sequence.tokens).to_bytes(8, "little"))
-            hashed.update(np.ascontiguousarray(sequence.tokens, "<i4"))
-            hashed.update(np.packbits(sequence.loss_mask))
+            hashed.update(np.ascontiguousarray(sequence.tokens, "<i4").data)
+            hashed.update(np.packbits(sequence.loss_mask).data)
             for name, values, _ in sequence.fields:
                 hashed.update(
                     name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
@@ -176,11 +176,11 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
                 f"{after.get('function', 'no function')}"
             )
         if before.get("dataset") != after.get("dataset") or before.get("length") != after.get("length"):
-            was, now = (
+            origins = (
                 f"{s.get('dataset', 'files')}" + (f" of {s['length']:,} rows" if "length" in s else "")
                 for s in (before, after)
             )
-            changes.append(f"source {before['name']!r}: rows came from {was}, now from {now}")
+            changes.append("source {!r}: rows came from {}, now from {}".format(before["name"], *origins))
         files_before, files_after = ({f["name"]: f for f in s["files"]} for s in (before, after))
         where = f"source {before['name']!r}: file"
         changes += [f"{where} {n} is gone" for n in files_before if n not in files_after]

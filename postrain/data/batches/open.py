@@ -145,14 +145,16 @@ def _open_stream(
     find_kind([(source.name, source.parser) for source in sources], config, kind)
     layout, log = SameLayout(), None
     sample = _first_document(sources[0], tokenizer, config, layout)
+    assert layout.layout is not None  # the sample's
     if rejected_path is not None:
         path, index = pathlib.Path(rejected_path), process["process_index"]
         log = RejectedLog(path.with_stem(f"{path.stem}-{index:05}") if index else path)
 
     def open_shard(shard: int, counts: Sequence[RowCounts] | None) -> list[grain.IterDataset]:
+        uncounted: list[RowCounts | None] = [None] * len(sources)
         return [
             read_documents(source, tokenizer, config, layout, shard=shard, counts=of_source, log=log)
-            for source, of_source in zip(sources, counts or [None] * len(sources), strict=True)
+            for source, of_source in zip(sources, counts or uncounted, strict=True)
         ]
 
     names, sizes = [source.name for source in sources], [source.size for source in sources]

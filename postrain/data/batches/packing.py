@@ -212,7 +212,7 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
                 if each > 1:
                     moved = [rows.pop()]
                 elif len(rows) <= left:
-                    moved, rows = rows, None
+                    moved, rows = rows, []
                 else:
                     moved = rows[len(rows) - left :]
                     del rows[len(rows) - left :]
@@ -378,6 +378,6 @@ def assemble_batch(rows: Sequence[Sequence[Document]], capacity: int, layout: La
     """The arrays of ``rows``, [B, capacity, ...] each; of prompts also ``metadata``, a list of dicts for each row."""
     assembled = [assemble_row(row, capacity, layout) for row in rows]
     batch: dict[str, Any] = {name: np.stack([row[name] for row in assembled]) for name in assembled[0]}
-    if layout.has_metadata:
-        batch["metadata"] = [[document.metadata for document in row] for row in rows]
+    if layout.has_metadata:  # of prompts, which are one sequence each
+        batch["metadata"] = [[document.sequences[0].metadata for document in row] for row in rows]
     return batch

@@ -7,7 +7,7 @@ documents began that is packed at the moment.
 
 import abc
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import grain
@@ -48,6 +48,7 @@ class ResumableIterator(grain.DatasetIterator):
     def __init__(self, dataset: ResumableDataset):
         super().__init__()
         self._dataset = dataset
+        self._elements: Iterator[tuple[Any, Any]]
         self.set_state(dataset.first_position())
 
     def __next__(self) -> Any:
@@ -116,7 +117,7 @@ class Epochs(ResumableDataset):
     def first_position(self) -> dict[str, Any]:
         return {"epoch": 0, "rows": None}
 
-    def read(self, position: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    def read(self, position: dict[str, Any]) -> Generator[tuple[dict[str, Any], Any], None, dict[str, Any]]:
         epoch, rows, empty = position["epoch"], position["rows"], position.get("empty", 0)
         while empty < _EMPTY_EPOCHS and (not self._max_epochs or epoch < self._max_epochs):
             elements, is_empty = iter(self._open_epoch(epoch)), rows is None

@@ -7,10 +7,10 @@ outcomes of one source; ``DataReport`` prints those of all sources.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from postrain.config import DataConfig
-from postrain.data.documents import Document, SameLayout
+from postrain.data.documents import Document, Rendered, SameLayout
 from postrain.data.kinds.registry import Kind
 from postrain.data.messages import BadRow
 from postrain.errors import UserError
@@ -115,7 +115,7 @@ class RowFilter:
         self._counted, self._config, self._kind, self._layout = counts is not None, config, kind, layout
         self._judged_from, self._log = judged_from, log
 
-    def keep(self, documents: list[Document] | BadRow | None) -> list[Document]:
+    def keep(self, documents: Sequence[Document] | BadRow | None) -> list[Document]:
         """The documents to train on, of a row as ``render_rows`` gives it; None: a function has left the row out.
 
         Raises:
@@ -127,15 +127,13 @@ class RowFilter:
         if documents is None:
             counts.left_out += 1
             return []
-        bad = documents if isinstance(documents, BadRow) else None
-        if not isinstance(documents, BadRow):
+        try:
+            if isinstance(documents, BadRow):
+                raise documents
             fitted = [document for document in map(self._fit, documents) if document is not None]
-            try:
-                for document in fitted:
-                    self._layout.check(document)
-            except BadRow as e:
-                bad = e
-        if bad is not None:
+            for document in fitted:
+                self._layout.check(document)
+        except BadRow as bad:
             if self._counted:
                 self._reject(bad)
             return []
@@ -185,6 +183,8 @@ class RowFilter:
             if self._config.too_long == "drop":
                 counts.too_long += 1
                 return None
+            # find_kind has refused "truncate" for kinds that cannot be cut, groups among them.
+            assert self._kind.cut is not None and isinstance(document, Rendered)
             document = self._kind.cut(document, limit)
         if self._kind.is_trained and not document.num_trained:
             counts.untrained += 1

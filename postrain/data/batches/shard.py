@@ -176,8 +176,12 @@ class Shard(ResumableDataset):
                 for drawn in row:
                     totals[drawn.source][0] += 1
                     totals[drawn.source][1] += drawn.document.num_tokens
-                counts = [counts.to_json() for counts in self._counts]
-                after = {"window": start, "rows": done, "totals": [list(total) for total in totals], "counts": counts}
+                after = {
+                    "window": start,
+                    "rows": done,
+                    "totals": [list(total) for total in totals],
+                    "counts": [counted.to_json() for counted in self._counts],
+                }
                 yield after, [drawn.document for drawn in row]
             window, carried, done = window_after, left, 0
 

@@ -124,8 +124,10 @@ class FileSource(Source):
         if not config.path:
             raise UserError("a source has no path; give data.train a .jsonl or .parquet file, a glob, or a folder")
         stream = data.stream
-        cache = {"cache_folder": stream.cache_folder, "cache_bytes": int(stream.cache_gibibytes * 2**30)}
-        self.options = StorageOptions(**(cache if data.streaming else {}))
+        self.options = StorageOptions()
+        if data.streaming:
+            cache_bytes = int(stream.cache_gibibytes * 2**30)
+            self.options = StorageOptions(cache_folder=stream.cache_folder, cache_bytes=cache_bytes)
         self.files: list[StoredFile] = list_files(config.path, self.options)
         self.size = sum(file.bytes for file in self.files)
         size = max((file.bytes for file in self.files), default=0)

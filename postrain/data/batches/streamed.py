@@ -10,6 +10,7 @@ window of documents for each shard.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -70,7 +71,7 @@ class ShardedBatches:
         phases, window = make_phases(config, sizes), max(config.packing_window // shards, each)
         self._shards = {
             number: Shard(
-                lambda counts, number=number: open_sources(number, counts),
+                functools.partial(open_sources, number),
                 [RowCounts(name) for name in names],
                 phases,
                 config,

@@ -26,7 +26,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -131,6 +131,7 @@ def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
 
 def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
     """Starts a byte early: a line begins at ``start`` exactly where the byte before it ends one."""
+    assert block.stop is not None  # JSON lines are divided
     url, position = block.file.url, max(block.start - 1, 0)
     with open_file(block.file, options, position, block.stop) as f:
         if block.start:
@@ -174,6 +175,7 @@ def _divide_parquet(file: StoredFile, block_bytes: int, options: StorageOptions)
 
 
 def _read_parquet(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    assert block.stop is not None  # Parquet is divided
     with open_file(block.file, options) as f:
         parquet = pq.ParquetFile(f, page_checksum_verification=True)
         counts = [parquet.metadata.row_group(g).num_rows for g in range(block.stop)]
@@ -260,7 +262,7 @@ def _read_arrow(block: Block, source: str, options: StorageOptions) -> Iterator[
             row += batch.num_rows
 
 
-def _record_batches(file: io.BufferedReader) -> Iterator[pa.RecordBatch]:
+def _record_batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
     """Of Arrow's random-access format or of its streaming format, one at a time."""
     random_access = file.read(len(_ARROW_FILE)) == _ARROW_FILE
     file.seek(0)

@@ -12,6 +12,7 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Sequence
+from typing import Any
 
 from postrain.errors import UserError, one_line
 
@@ -68,7 +69,7 @@ def fetch_weights(name: str, files: Sequence[str]) -> pathlib.Path:
 
 
 @functools.cache
-def find_commit(fs, repo_type: str, repo: str, revision: str) -> str:
+def find_commit(fs, repo_type: str, repo: str, revision: str) -> str | None:
     """The commit of a revision when this process first asked; ``fs`` is a ``HfFileSystem``."""
     from huggingface_hub import HfApi  # loads slowly
 
@@ -93,7 +94,8 @@ def cached_path(url: str) -> str:
     if found is None:
         raise UserError(f"{url} cannot be read with HF_HUB_OFFLINE set: expected hf://datasets/OWNER/NAME/PATH")
     kind, repo, revision, path = found.groups()
-    where = {"repo_id": repo, "repo_type": kind, "revision": revision and urllib.parse.unquote(revision)}
+    revision = revision and urllib.parse.unquote(revision)
+    where: dict[str, Any] = {"repo_id": repo, "repo_type": kind, "revision": revision}
     try:
         get_cached_repo_tree(**where)  # without it nobody knows of files that are missing
         patterns = [path, f"{path.rstrip('/')}/*"] if path else None

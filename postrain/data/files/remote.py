@@ -129,10 +129,12 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 def real_error(error: Exception) -> Exception:
     """The cause of a FileNotFoundError that means something else: any failure of http, a repository of the hub."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and _is_of_hub(cause) and "Entry" not in type(cause).__name__:
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    if _is_of_hub(cause) and "Entry" not in type(cause).__name__:
         return cause
-    hidden = isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response")
-    return cause if hidden and getattr(cause, "status", 0) != 404 else error
+    hidden = not hasattr(cause, "response") and getattr(cause, "status", 0) != 404
+    return cause if hidden else error
 
 
 def _is_of_hub(error: BaseException | None) -> bool:

@@ -19,7 +19,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -98,7 +98,7 @@ def source_name(path: str) -> str:
 
 def open_file(
     file: StoredFile, options: StorageOptions = DEFAULTS, start: int = 0, stop: int | None = None
-) -> io.BufferedReader:
+) -> BinaryIO:
     """A seekable binary file at position ``start``.
 
     ``stop`` is a hint for the size of requests: all bytes up to it will be read, and few after it. None: single ranges
@@ -112,7 +112,7 @@ def open_file(
     check_unchanged(file, options)
     if isinstance(fs, LocalFileSystem):
         try:
-            reader = open(file.url, "rb", buffering=1 << 20)
+            reader: BinaryIO = open(file.url, "rb", buffering=1 << 20)
         except OSError as e:
             raise UserError(f"{file.url} cannot be read: {e.strerror}") from e
     else:
@@ -229,13 +229,13 @@ class _RemoteReader(io.RawIOBase):
             left = self._stop - start if start < self._stop else TAIL
         stop = min(start + min(left, PIECE), self._file.bytes)
         key = f"{self._file.url}\n{self._file.version}\n{self._file.bytes}\n{start}\n{stop}"
-        keep = self._cache is not None and bool(self._file.version)
-        if keep and (piece := self._cache.get(key)) is not None:
+        cache = self._cache if self._file.version else None
+        if cache is not None and (piece := cache.get(key)) is not None:
             return piece
         where = f"{self._file.url}@{start}"
         piece = retry(self._options, where, lambda: _fetch(self._fs, self._path, start, stop))
-        if keep:
-            self._cache.put(key, piece)
+        if cache is not None:
+            cache.put(key, piece)
         return piece
 
 

@@ -19,8 +19,7 @@ import numpy as np
 from postrain.data.documents import Field, Group, Layout, Rendered
 from postrain.data.messages import (
     BadRow,
-    Conversation,
-    PromptCompletion,
+    Example,
     RowRef,
     check_keys,
     is_empty,
@@ -42,7 +41,7 @@ LAYOUT = Layout({"scores": (np.dtype(np.float32), ()), "group_ids": (np.dtype(np
 class Preference:
     """Answers to one prompt, each with the prompt as a row of kind sft, and their scores."""
 
-    answers: tuple[Conversation | PromptCompletion, ...]
+    answers: tuple[Example, ...]
     scores: tuple[float, ...]
     names: tuple[str, ...]  # of the answers, in the row
     ref: RowRef
@@ -55,7 +54,9 @@ def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
     if missing:
         raise BadRow(ref, f"{missing[0]!r} is missing or null")
     if form == "pair":
-        names, answers, scores = ("chosen", "rejected"), [raw["chosen"], raw["rejected"]], (1.0, 0.0)
+        answers = [raw["chosen"], raw["rejected"]]
+        names: tuple[str, ...] = ("chosen", "rejected")
+        scores: tuple[float, ...] = (1.0, 0.0)
     elif form == "scored_list":
         answers, scores = raw["completions"], _parse_scores(raw["completions"], raw["scores"], ref)
         names = tuple(f"completions[{i}]" for i in range(len(answers)))
@@ -148,7 +149,7 @@ def render_preferences(
     """One group of each example, or its BadRow. The sequences of a group begin with the ids of the prompt."""
     pending: collections.deque[Preference] = collections.deque()
 
-    def answers() -> Iterator[Conversation | PromptCompletion]:
+    def answers() -> Iterator[Example]:
         for example in examples:
             pending.append(example)
             yield from example.answers

@@ -81,10 +81,14 @@ def render_prompts(
     examples: Iterable[Prompt], tokenizer: Tokenizer, *, template_date: str, default_system: str
 ) -> Iterator[list[Rendered] | BadRow]:
     """One sequence of each example, or its BadRow."""
-    options = {"template_date": template_date, "default_system": default_system}
     examples = iter(examples)
     while batch := list(itertools.islice(examples, BATCH)):
-        rendered = encode_prompts([(e.prompt, e.tools, e.ref) for e in batch], tokenizer, **options)
+        rendered = encode_prompts(
+            [(e.prompt, e.tools, e.ref) for e in batch],
+            tokenizer,
+            template_date=template_date,
+            default_system=default_system,
+        )
         for example, tokens in zip(batch, rendered, strict=True):
             if isinstance(tokens, BadRow):
                 yield tokens

@@ -43,7 +43,7 @@ class Kind:
     name: str
     forms: Mapping[str, tuple[str, ...]]
     parse: Callable[[dict, str, RowRef], Any]
-    render: Callable[..., Iterator[list[Document] | BadRow]]
+    render: Callable[..., Iterator[Sequence[Document] | BadRow]]
     cut: Callable[[Rendered, int], Rendered] | None
     is_trained: bool = True
     is_text: bool = True
@@ -88,14 +88,16 @@ class RowParser:
 
     def __init__(self, config: SourceConfig):
         declared = config.kind
-        self.left_out, self._function, self._decided_by = "", None, None
+        self.left_out, self._function = "", None
+        self._decided_by: RowRef | None = None
+        self._allowed: Mapping[str, tuple[str, ...]] = _FORMS
         self.advice = "see docs/data.md for the kinds of rows"
         self.looked_at = "it"
-        self.form = declared if declared in SFT_FORMS else ""
+        self.form: str = declared if declared in SFT_FORMS else ""
         self._is_declared = bool(self.form)
         if callable(declared):
             self._function, self.left_out = declared, declared.__qualname__
-            self._allowed, self.kind, self.expected = _FORMS, SFT, "a known kind"
+            self.kind, self.expected = SFT, "a known kind"
         elif declared in KINDS or self.form:
             self.kind = _KIND_OF[declared] if self.form else KINDS[declared]
             self._allowed, self.expected = self.kind.forms, f"kind {declared}"
@@ -150,7 +152,7 @@ class RowParser:
 
     def render(
         self, rows: Iterable[tuple[RowRef, Any]], tokenizer: Tokenizer | None, config: DataConfig
-    ) -> Iterator[list[Document] | BadRow | None]:
+    ) -> Iterator[Sequence[Document] | BadRow | None]:
         """The documents of each row; its BadRow; None where the function leaves it out.
 
         All ``rows`` are parsed first, as it is several times as fast to render many together.

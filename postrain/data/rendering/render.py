@@ -26,6 +26,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -85,7 +86,7 @@ def render_many(
     """``render`` for many rows, in order and faster; a refused row comes out as its BadRow instead of raising."""
     examples = iter(examples)
     while batch := list(itertools.islice(examples, BATCH)):
-        plans = []  # texts, and the ids to put before and after
+        plans: list[tuple[list[Sequence], list[int], list[int]] | BadRow] = []
         for example in batch:
             try:
                 plans.append(_plan(example, tokenizer, template_date, default_system))
@@ -144,7 +145,7 @@ def render_prompt(
     Raises:
       BadRow: the messages are malformed or the template refuses them.
     """
-    options = {"template_date": template_date, "default_system": default_system, "thinking": thinking}
+    options: dict[str, Any] = {"template_date": template_date, "default_system": default_system, "thinking": thinking}
     (result,) = encode_prompts([(messages, tools, RowRef("prompt", "prompt", 1))], tokenizer, **options)
     if isinstance(result, BadRow):
         raise result
@@ -207,16 +208,16 @@ def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
 
 def encode_sequences(sequences: list[Sequence], tokenizer: Tokenizer) -> list["Encoded"]:
     """Encodes many texts at once; spans are found by ``Encoded.sequences``."""
-    out: list[Encoded | None] = [None] * len(sequences)
+    out: dict[int, Encoded] = {}
     plain = [i for i, s in enumerate(sequences) if MARK_OPEN not in s.text]
     for i, ids in zip(plain, encode_texts(tokenizer.fast, [sequences[i].text for i in plain]), strict=True):
         out[i] = Encoded(sequences[i], tokenizer, tokenizer.fast, ids)
     for i, sequence in enumerate(sequences):
-        if out[i] is None:
+        if i not in out:
             escaped = escape(sequence, tokenizer)
             fast = second_tokenizer(tokenizer).fast
             out[i] = Encoded(escaped, tokenizer, fast, *encode_texts(fast, [escaped.text]))
-    return out
+    return [out[i] for i in range(len(sequences))]
 
 
 class Encoded:
@@ -281,8 +282,11 @@ class Encoded:
         anchors = anchor_ids(self.fast)
         before = bisect.bisect_left(starts, begin)
         left = next((i for i in range(before - 1, -1, -1) if int(ids[places[i]]) in anchors), None)
-        anchor, anchor_text = (0, "") if left is None else (places[left], self.fast.id_to_token(int(ids[places[left]])))
-        head = list(_encode_short(self.fast, self.text[starts[left] if anchor_text else 0 : begin]))
+        anchor, anchor_text, text_start = 0, "", 0
+        if left is not None:
+            anchor, anchor_text = places[left], self.fast.id_to_token(int(ids[places[left]])) or ""
+            text_start = starts[left] if anchor_text else 0
+        head = list(_encode_short(self.fast, self.text[text_start:begin]))
         first = anchor + len(head)
         if ids[anchor:first].tolist() == head:
             return ids, first, last
@@ -343,8 +347,9 @@ def second_tokenizer(tokenizer: Tokenizer) -> SecondTokenizer:
     fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
     # New names are not in the model's vocabulary, so ids of added tokens may come out shifted.
     added = {token.content: i for i, token in original.get_added_tokens_decoder().items()}
-    true_ids = {fast.token_to_id(names.get(text, text)): i for text, i in added.items()}
-    left = {fast.token_to_id(text) for text in names} - {None}
+    renamed = {fast.token_to_id(names.get(text, text)): i for text, i in added.items()}
+    true_ids = {new: i for new, i in renamed.items() if new is not None}
+    left = {i for i in map(fast.token_to_id, names) if i is not None}
     return SecondTokenizer(fast, names, true_ids, frozenset(left - true_ids.keys()))
 
 

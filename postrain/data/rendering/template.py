@@ -21,7 +21,7 @@ from postrain.errors import UserError
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
 _TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates read in another form
-_PROBE_TOOLS = [
+_PROBE_TOOLS: list[dict] = [
     {
         "type": "function",
         "function": {"name": "probe", "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -157,8 +157,8 @@ class ChatTemplate:
         accepted = []
         for arguments in ({}, "{}"):
             call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
-            messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            accepted.append(self._probe(messages, _PROBE_TOOLS) is not None)
+            answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+            accepted.append(self._probe([{"role": "user", "content": "x"}, answer], _PROBE_TOOLS) is not None)
         return accepted == [False, True]
 
     @functools.cached_property

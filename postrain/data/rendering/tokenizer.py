@@ -134,12 +134,14 @@ class Tokenizer:
 
         An empty generation prompt alone may be right: "[/INST]" has ended the user's turn already.
         """
+        if self.template is None:
+            return False
         messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
-        options = {"template_date": PROBE_DATE}
+        render = functools.partial(self.template.render, template_date=PROBE_DATE)
         try:
-            prompt = self.template.render(messages[:1], add_generation_prompt=True, **options)
-            whole = self.template.render(messages, add_generation_prompt=False, **options)
-            ignored = prompt == self.template.render(messages[:1], add_generation_prompt=False, **options)
+            prompt = render(messages[:1], add_generation_prompt=True)
+            whole = render(messages, add_generation_prompt=False)
+            ignored = prompt == render(messages[:1], add_generation_prompt=False)
         except TemplateRefusal:
             return False
         head = whole[len(prompt) :].partition(PROBE)[0]
@@ -263,7 +265,7 @@ def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection
     config = {**{k: named[k] for k in NAMED_TOKENS if k in named}, **{k: v for k, v in config.items() if v is not None}}
     source, origin = _template_source(folder, config, chat_template)
     added = read_new_tokens(new_tokens) if new_tokens is not None else ()
-    grown = add_new_tokens(fast, added, new_tokens.special) if added else None
+    grown = add_new_tokens(fast, added, new_tokens.special) if new_tokens is not None and added else None
     return Tokenizer(folder, fast, config, _read_json(folder / "generation_config.json"), source, origin, grown)
 
 

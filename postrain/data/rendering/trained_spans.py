@@ -136,7 +136,7 @@ class Renderer:
         Raises:
           Refusal: no generation prompt of the template leads to a faithful continuation.
         """
-        refusal = None
+        refusals: list[Refusal] = []
         # Variables to try, best first: a turn with reasoning follows the default prompt, one without it a prompt that
         # asks for none.
         switches = self.template.switches
@@ -149,12 +149,12 @@ class Renderer:
                 prompt, continuation = self._turn(k, variables)
             except Refusal as e:
                 # The default prompt's reason is the one to show; it is among those tried.
-                refusal = e if refusal is None or not variables else refusal
+                refusals.insert(len(refusals) if variables else 0, e)
                 continue
             changed = variables and self.template.changes_prompt(**variables)
             named = ", ".join(f"{name}={value}" for name, value in variables.items()) if changed else ""
             return prompt, continuation, named
-        raise refusal
+        raise refusals[0]
 
     def _turn(self, k: int, variables: dict) -> tuple[str, str]:
         message = self.messages[k]
@@ -246,8 +246,8 @@ def reasoning_of(message: dict) -> str:
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
     """The text to produce after a prompt that opens the reasoning, where ``whole`` leaves the reasoning out."""
     opened = OPENED_REASONING.search(prompt)
-    base = prompt[: opened.start()] if opened else None
-    if base is None or not whole.startswith(base):
+    base = prompt[: opened.start()] if opened else ""
+    if opened is None or not whole.startswith(base):
         pairs = enumerate(zip(prompt, whole, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
         raise Refusal(
