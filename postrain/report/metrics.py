@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,14 +107,6 @@ def _to_number(value) -> float | int:
 
 
 # Trackers
-
-
-class Tracker(Protocol):
-    """Takes the metrics of a step as plain floats."""
-
-    def write(self, step: int, metrics: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:

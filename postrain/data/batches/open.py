@@ -7,7 +7,7 @@
 Every stage is a Grain dataset, and Grain's own transformations may stand between any two:
 
     stage            element                     streamed                    in memory
-    source           Row                   Source.shard_rows           Source.rows
+    source           Row                         Source.shard_rows           Source.rows
     render           documents of a row          RenderedRows                load_examples
     epochs           documents of a row          Epochs                      EpochOrder; of a mixture Epochs
     mix, pack        documents of a packed row   Shard                       EpochOrder; of a mixture Shard

@@ -116,7 +116,7 @@ class RowFilter:
         self._judged_from, self._log = judged_from, log
 
     def keep(self, documents: Sequence[Document] | BadRow | None) -> list[Document]:
-        """The documents to train on, of a row as ``render_rows`` gives it; None: a function has left the row out.
+        """The documents to train on, of a row as ``RowParser.render`` gives it; None: a function has left the row out.
 
         Raises:
           UserError: bad rows are not allowed, or exceed ``data.max_bad_fraction``; a document is too long where

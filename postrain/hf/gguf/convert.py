@@ -70,13 +70,14 @@ class Architecture:
 
 def _silu(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
     """Llama, Qwen2 and Qwen3, which differ in what they say of biases and windows."""
+    # A run's fingerprint is of the written file, so the order of keys matters: see IMPORT_VERSION in hf/find_model.py.
     extra: dict[str, Any] = {"hidden_act": "silu"}
-    if architecture.model_type in ("llama", "qwen3"):
+    if architecture.model_type != "llama":
+        extra |= {"use_sliding_window": False, "sliding_window": None}
+    if architecture.model_type != "qwen2":
         extra["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if architecture.model_type == "llama":
         extra["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    else:
-        extra |= {"use_sliding_window": False, "sliding_window": None}
     return extra
 
 
