@@ -235,5 +235,6 @@ def test_a_cache_that_cannot_be_written_is_gone_without(proxy, tmp_path, caplog)
     (tmp_path / "file").write_text("in the way")
     cached = dataclasses.replace(QUICK, cache_folder=str(tmp_path / "file"), cache_bytes=10**6)
     [file] = list_files(upload(some_bytes(5_000), "no_cache.jsonl"), QUICK)
-    assert read_all(file, cached) == some_bytes(5_000)
-    assert "takes no more" in caplog.text and os.listdir(tmp_path) == ["file"]
+    for _ in range(2):
+        assert read_all(file, cached) == some_bytes(5_000)
+    assert caplog.text.count("takes no more") == 1 and os.listdir(tmp_path) == ["file"]

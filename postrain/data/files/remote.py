@@ -23,6 +23,7 @@ obstore 0.12.1; s3fs, aiohttp and fsspec 2026.9 with retries of their own):
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import logging
@@ -191,7 +192,7 @@ class PieceCache:
                 finally:
                     partial.unlink(missing_ok=True)
         except OSError as e:
-            _LOG.warning("the cache %s takes no more (%s); going on without", self._folder, e.strerror or e)
+            _warn_of_cache(self._folder, str(e.strerror or e))
 
     def _path(self, key: str) -> pathlib.Path:
         return self._folder / (hashlib.sha256(key.encode()).hexdigest() + _PIECE)
@@ -220,3 +221,8 @@ class PieceCache:
                 pathlib.Path(path).unlink(missing_ok=True)
                 used -= bytes_of_piece
         (self._folder / "lock").write_bytes(str(used + size).encode())
+
+
+@functools.cache  # once for each cause: every piece of a run would meet it
+def _warn_of_cache(folder: pathlib.Path, cause: str) -> None:
+    _LOG.warning("the cache %s takes no more (%s); going on without", folder, cause)
