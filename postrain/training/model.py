@@ -199,32 +199,16 @@ class Forward:
 
         Both float32 []; only the first has a gradient, at three quarters of the cost of ``logprobs``.
         """
-        config = self.model_config
         hidden, terms = self._compute_hidden(params, batch)
-        nll_sum, correct_sum = compute_weighted_nll(
-            hidden,
-            unembedding(params, config),
-            batch.targets,
-            batch.loss_mask,
-            vocab_size=config.vocab_size,
-            chunk=self.chunk,
-            softcap=config.logits_softcap,
-        )
+        table = unembedding(params, self.model_config)
+        nll_sum, correct_sum = compute_weighted_nll(hidden, table, batch.targets, batch.loss_mask, **self._projection)
         return nll_sum, correct_sum, terms
 
     def logprobs(self, params: dict, batch: Batch) -> tuple[TokenLogprobs, RowTerms | None]:
         """Of the target at every position where ``batch.loss_mask`` is not 0, float32 [B, T] each; 0 elsewhere."""
-        config = self.model_config
         hidden, terms = self._compute_hidden(params, batch)
-        found = compute_token_logprobs(
-            hidden,
-            unembedding(params, config),
-            batch.targets,
-            batch.loss_mask,
-            vocab_size=config.vocab_size,
-            chunk=self.chunk,
-            softcap=config.logits_softcap,
-        )
+        table = unembedding(params, self.model_config)
+        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
         return found, terms
 
     def heads(
@@ -241,6 +225,12 @@ class Forward:
 
     def _compute_hidden(self, params: dict, batch: Batch) -> tuple[jax.Array, RowTerms | None]:
         return compute_hidden_and_terms(params, self.model_config, batch.tokens, batch.segment_ids, batch.positions)
+
+    @property
+    def _projection(self) -> dict:
+        """How hidden states become logits, for both objectives."""
+        config = self.model_config
+        return {"vocab_size": config.vocab_size, "chunk": self.chunk, "softcap": config.logits_softcap}
 
 
 # --- rows of new tokens: how many, and what they start as ---

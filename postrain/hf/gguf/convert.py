@@ -68,17 +68,20 @@ class Architecture:
     sentencepiece: SentencePieceRule = SentencePieceRule()
 
 
-def _silu(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
-    """Llama, Qwen2 and Qwen3, which differ in what they say of biases and windows."""
-    # A run's fingerprint is of the written file, so the order of keys matters: see IMPORT_VERSION in hf/find_model.py.
-    extra: dict[str, Any] = {"hidden_act": "silu"}
-    if architecture.model_type != "llama":
-        extra |= {"use_sliding_window": False, "sliding_window": None}
-    if architecture.model_type != "qwen2":
-        extra["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if architecture.model_type == "llama":
-        extra["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
-    return extra
+# A run's fingerprint is of the written config.json, so the order of keys matters (IMPORT_VERSION in hf/find_model.py).
+
+
+def _llama(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
+    biases = {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+    return {"hidden_act": "silu", **biases}
+
+
+def _qwen2(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
+    return {"hidden_act": "silu", "use_sliding_window": False, "sliding_window": None}
+
+
+def _qwen3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
+    return _qwen2(architecture, config, fields, tensors) | {"attention_bias": "blk.0.attn_q.bias" in tensors}
 
 
 def _gemma3(architecture: Architecture, config: dict, fields: dict, tensors: dict) -> dict:
@@ -103,9 +106,9 @@ def _gemma3(architecture: Architecture, config: dict, fields: dict, tensors: dic
 
 
 ARCHITECTURES = {
-    "llama": Architecture("LlamaForCausalLM", "llama", _silu, permuted=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _silu),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _silu),
+    "llama": Architecture("LlamaForCausalLM", "llama", _llama, permuted=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _qwen2),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _qwen3),
     "gemma3": Architecture(
         "Gemma3ForCausalLM",
         "gemma3_text",
