@@ -6,7 +6,7 @@ hundred seconds and cannot say why it died; here a closed connection is noticed 
 keep-alive. A process that fails sends its error before it ends; if a connection closes without one, it was killed.
 
 The hub listens on one address, the one that the coordinator's name stands for, and only until all processes have
-joined. A process that does not know the run's secret cannot join (connection.py).
+joined. A process that does not know the run's secret cannot join (authentication.py).
 """
 
 import errno
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from postrain.cluster.connection import SECRET, Connection, WrongSecret, admit, introduce
+from postrain.cluster.authentication import SECRET, Connection, WrongSecret, admit, introduce
 from postrain.errors import UserError, shorten
 
 SECONDS_TO_JOIN = 300.0  # from the first process's start to the last one's

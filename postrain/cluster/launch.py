@@ -2,7 +2,7 @@
 
 ``local:N`` starts N processes on this machine. For SLURM, Kubernetes and TPU pods the scripts of the folder ``launch/``
 are filled in and passed to sbatch, kubectl and gcloud; ``--dry-run`` prints them instead. Every launch makes a new
-secret for the control channel (connection.py), which the processes find in their environment.
+secret for the control channel (authentication.py), which the processes find in their environment.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from postrain.cluster.connection import SECRET, make_secret
+from postrain.cluster.authentication import SECRET, make_secret
 from postrain.errors import UserError
 from postrain.files import check_local
 

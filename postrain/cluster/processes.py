@@ -20,8 +20,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from postrain.cluster.authentication import read_secret
 from postrain.cluster.channel import Channel, Failure, Hub
-from postrain.cluster.connection import read_secret
 from postrain.cluster.discover import Cluster
 from postrain.errors import UserError
 

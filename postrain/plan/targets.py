@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from postrain.errors import UserError
-from postrain.models.flops import PEAK_FLOPS, simplify_kind
+from postrain.training.throughput import PEAK_FLOPS, simplify_kind
 
 GIB = 2**30
 INSTALL = "pip install 'postrain[plan]' (Linux)"

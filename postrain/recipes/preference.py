@@ -21,9 +21,10 @@ from postrain.export import export_state
 from postrain.models.lora import drop_adapters
 from postrain.objectives.preference import check_pairs, make_dpo_loss
 from postrain.report.page import Chart
+from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model
-from postrain.training.program import Program, build_program, make_loss_evaluator
+from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import open_session
 

@@ -19,9 +19,10 @@ from postrain.config import Config
 from postrain.export import export_state
 from postrain.objectives.sft import make_sft_loss
 from postrain.rollout.answers import make_answer_evaluator
+from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model
-from postrain.training.program import Program, build_program, make_loss_evaluator
+from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import open_session
 

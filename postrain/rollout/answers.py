@@ -19,7 +19,7 @@ from postrain.models.params import merge_params
 from postrain.rollout import sampler
 from postrain.rollout.chat import to_answer
 from postrain.rollout.sampler import SamplingParams
-from postrain.training.program import Evaluator
+from postrain.training.evaluate import Evaluator
 from postrain.training.session import Session
 from postrain.types import TrainState
 

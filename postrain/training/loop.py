@@ -24,16 +24,18 @@ from postrain.cluster.stopping import Interrupted, StopRequest, catch_stop_signa
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.models.flops import BatchStats, compute_perf, count_batch
+from postrain.models.flops import BatchStats, count_batch
 from postrain.report.metrics import MetricsWriter, ProgressLine
 from postrain.report.workdir import find_changed_reports, report_facts, save_config
 from postrain.sharding import data_process, to_host
 from postrain.training.compatibility import check_record, format_config_changes
+from postrain.training.evaluate import Evaluator
 from postrain.training.model import Model
-from postrain.training.program import Evaluator, Program
+from postrain.training.program import Program
 from postrain.training.session import Session, format_metrics
 from postrain.training.spikes import check_step
 from postrain.training.step import init_train_state
+from postrain.training.throughput import compute_perf
 from postrain.types import Source, TrainState
 
 _SECONDS_TO_CLOSE = 1.0  # for the thread that prepares batches

@@ -13,7 +13,7 @@ import yaml
 
 from postrain import cli
 from postrain.cluster import launch
-from postrain.cluster.connection import SECRET, read_secret
+from postrain.cluster.authentication import SECRET, read_secret
 from postrain.cluster.discover import find_cluster
 from postrain.cluster.launch import Job, fill
 from postrain.errors import UserError

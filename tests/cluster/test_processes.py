@@ -15,8 +15,8 @@ import pytest
 
 from postrain import cli
 from postrain.cluster import channel, discover
+from postrain.cluster.authentication import SECRET, Connection, WrongSecret, introduce, make_secret, read_secret
 from postrain.cluster.channel import Channel, Hub, ProcessesMissing, listen
-from postrain.cluster.connection import SECRET, Connection, WrongSecret, introduce, make_secret, read_secret
 from postrain.cluster.discover import Cluster, find_cluster, first_host
 from postrain.cluster.launch import find_ports
 from postrain.errors import UserError
@@ -201,7 +201,7 @@ def connect(port, host="127.0.0.1"):
 def test_stalled_strangers_do_not_block_the_hub(monkeypatch):
     """More of them than may prove themselves at a time: their places are free again after some seconds."""
     monkeypatch.setattr(channel, "_STRANGERS", 2)
-    monkeypatch.setattr("postrain.cluster.connection.SECONDS_TO_PROVE", 0.3)
+    monkeypatch.setattr("postrain.cluster.authentication.SECONDS_TO_PROVE", 0.3)
     hub = Hub(("127.0.0.1", 0), 2, WORD)
     stalled = [connect(hub.address[1]) for _ in range(5)]
     for one in stalled:

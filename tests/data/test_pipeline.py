@@ -18,10 +18,10 @@ from pipeline_fixtures import (
 from rendering_fixtures import CHATML, load_real
 
 from postrain.config import SourceConfig
-from postrain.data.batches import packing
+from postrain.data.batches import epoch_order
+from postrain.data.batches.epoch_order import EpochOrder
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import MemoryBatches, load_examples, make_eval_batches
-from postrain.data.batches.packing import EpochOrder
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 
@@ -188,8 +188,8 @@ def test_a_restored_position_does_not_pack_the_epochs_before_it(monkeypatch):
     iterator.close()
     packed = []
     # Each epoch is shuffled by a seed of its own, (seed, epoch, ...), before it is packed.
-    permute = packing.permutation
-    monkeypatch.setattr(packing, "permutation", lambda size, seed: packed.append(seed[1]) or permute(size, seed))
+    permute = epoch_order.permutation
+    monkeypatch.setattr(epoch_order, "permutation", lambda size, seed: packed.append(seed[1]) or permute(size, seed))
     resumed = MemoryBatches(example_set, config)
     resumed.set_state(state)
     next(resumed)

@@ -63,7 +63,7 @@ CASES = {  # what blocks, and the phase that it is to be named by
     "data worker": ("data", lambda fifo: block_call("postrain.data.batches.in_memory", "_assemble_batch", 9, fifo)),
     "device": ("step", block_step),
     "save": ("checkpoint", lambda fifo: block_call("postrain.checkpoint.checkpointer", "write_checksums", 2, fifo)),
-    "evaluation": ("evaluation", lambda fifo: block_call("postrain.training.program", "compute_eval_loss", 2, fifo)),
+    "evaluation": ("evaluation", lambda fifo: block_call("postrain.training.evaluate", "compute_eval_loss", 2, fifo)),
     "export": ("export", lambda fifo: block_call("postrain.export", "check_logits", 1, fifo)),
 }
 

@@ -64,7 +64,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "update": ("postrain.training.rows", "Rows.__next__"),
     "metrics line": ("postrain.report.metrics", "_to_number"),
     "tracker": ("postrain.report.metrics", "TensorBoard.write"),
-    "evaluation": ("postrain.training.program", "compute_eval_loss"),
+    "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),

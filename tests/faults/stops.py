@@ -46,7 +46,7 @@ PLACES = {
     "update": ("postrain.training.rows", "Rows.__next__", 3),
     "evaluation": ("postrain.rollout.answers", "answer_questions", 2),
     "save": ("postrain.checkpoint.checkpointer", "write_checksums", 1),
-    "last evaluation": ("postrain.training.program", "compute_eval_loss", 3),
+    "last evaluation": ("postrain.training.evaluate", "compute_eval_loss", 3),
     "export": ("postrain.export", "check_logits", 1),
     "twice": ("postrain.training.rows", "Rows.__next__", 4, 2),
 }

@@ -23,7 +23,7 @@ from attention_cases import MECHANISMS, dense_attention, make_row
 from postrain.config import resolve
 from postrain.models.attention.chunked import chunked
 from postrain.models.attention.dispatch import compute_visible_starts, load_kernel
-from postrain.models.flops import count_batch, count_flops, measure_matmul_rate, peak_flops
+from postrain.models.flops import count_batch, count_flops
 from postrain.models.params import init_params, num_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.recipes.sft import make_program
@@ -31,6 +31,7 @@ from postrain.rollout.sampler import SamplingParams, generate
 from postrain.sharding import make_mesh
 from postrain.training.model import abstract_model
 from postrain.training.step import init_train_state
+from postrain.training.throughput import measure_matmul_rate, peak_flops
 from postrain.types import Batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

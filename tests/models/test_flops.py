@@ -9,17 +9,16 @@ import pytest
 from postrain.models.config import LoraConfig, ModelConfig, MoeConfig
 from postrain.models.flops import (
     BatchStats,
-    compute_perf,
     count_batch,
     count_flops,
     format_count,
     format_formula,
-    peak_flops,
 )
 from postrain.models.lora import init_lora
 from postrain.models.params import init_params, merge_params
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.model import Forward
+from postrain.training.throughput import compute_perf, peak_flops
 from postrain.types import Batch
 
 LENGTH = 64

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from postrain.errors import UserError
-from postrain.models.flops import PEAK_FLOPS, simplify_kind
 from postrain.plan.plan import explain_compiler, read_refusal
 from postrain.plan.targets import CHIPS, gpu_memory_fraction, open_target
+from postrain.training.throughput import PEAK_FLOPS, simplify_kind
 
 
 @pytest.mark.parametrize(

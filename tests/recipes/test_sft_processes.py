@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from sft_runs import make_values, read_folder, read_lines, without_perf, write_config
 
-from postrain.cluster.connection import SECRET
+from postrain.cluster.authentication import SECRET
 from postrain.cluster.launch import find_ports
 
 HERE = pathlib.Path(__file__).parent

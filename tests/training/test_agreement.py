@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from postrain.cluster.connection import SECRET, make_secret
+from postrain.cluster.authentication import SECRET, make_secret
 from postrain.cluster.launch import find_ports
 from postrain.config import resolve
 from postrain.errors import UserError

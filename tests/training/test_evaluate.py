@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from postrain.training.program import spread
+from postrain.training.evaluate import spread
 
 
 @pytest.mark.parametrize("total,count", [(10, 3), (100, 7), (7, 7), (5, 9), (4, 1)])

@@ -11,9 +11,10 @@ import pytest
 from postrain.config import resolve
 from postrain.errors import UserError
 from postrain.objectives.sft import make_sft_loss
+from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, load_model
-from postrain.training.program import build_program, make_loss_evaluator
+from postrain.training.program import build_program
 from postrain.training.rows import open_eval_rows, open_train_rows
 from postrain.training.session import open_session
 from postrain.types import BatchFacts, LossSums, WeightedSum

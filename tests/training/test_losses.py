@@ -17,7 +17,7 @@ from toy_network import (
     scale_loss,
 )
 
-from postrain.training.program import compute_eval_loss
+from postrain.training.evaluate import compute_eval_loss
 from postrain.training.step import init_train_state, make_eval_step, make_train_step, split_rows
 from postrain.types import LossSums, WeightedSum
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from postrain.config import DataConfig
 from postrain.config.rules import has_mixture
-from postrain.data.batches.packing import PACKING_VERSION, PLAN_VERSION
+from postrain.data.batches.epoch_order import PLAN_VERSION
+from postrain.data.batches.packing import PACKING_VERSION
 from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.batches.source import FileSource, Source, open_source
 from postrain.data.documents import Document, Group

@@ -20,8 +20,9 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
+from postrain.data.batches.epoch_order import EpochOrder, permutation
 from postrain.data.batches.fingerprint import fingerprint_rows
-from postrain.data.batches.packing import EpochOrder, assemble_batch, pack, permutation
+from postrain.data.batches.packing import assemble_batch, pack
 from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
 from postrain.data.batches.source import open_source

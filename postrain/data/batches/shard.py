@@ -25,7 +25,8 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.batches.packing import pack_window, permutation
+from postrain.data.batches.epoch_order import permutation
+from postrain.data.batches.packing import pack_window
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import RowCounts
 from postrain.data.documents import Document

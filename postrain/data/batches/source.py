@@ -25,7 +25,7 @@ import numpy as np
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import identify_dataset
 from postrain.config.schema import StreamSection
-from postrain.data.batches.packing import permutation
+from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import count
 from postrain.data.files.formats import Block, Row, list_blocks, read_block
