@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_examples
 from postrain.data.batches.open import TrainRows, join_positions
 from postrain.data.batches.open import open_train_rows as open_batches
-from postrain.data.batches.packing import assemble_row
+from postrain.data.batches.token_shift import assemble_row
 from postrain.data.documents import Document, check_token_ids, layout_of
 from postrain.errors import UserError
 from postrain.sharding import data_process, make_global_batch

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig, StreamSection
-from postrain.data.batches.packing import shift
+from postrain.data.batches.token_shift import shift
 
 COMMON = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 K = 3  # ids of a teacher's distribution

@@ -14,7 +14,7 @@ from rendering_fixtures import load_real
 
 from postrain.data.batches.in_memory import MemoryBatches, load_examples
 from postrain.data.batches.open import open_train_rows
-from postrain.data.batches.packing import assemble_row
+from postrain.data.batches.token_shift import assemble_row
 from postrain.data.kinds.preference import parse_preference
 from postrain.data.kinds.prompts import parse_prompt
 from postrain.data.kinds.teacher import parse_teacher_row

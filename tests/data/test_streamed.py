@@ -13,9 +13,9 @@ from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfi
 from postrain.data.batches import source as source_module
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.open import open_train_rows, read_documents
-from postrain.data.batches.packing import shift
 from postrain.data.batches.row_filter import RejectedLog
 from postrain.data.batches.source import open_source
+from postrain.data.batches.token_shift import shift
 from postrain.data.documents import SameLayout
 from postrain.data.messages import BadRow, RowRef
 from postrain.data.rendering.render import render_many

@@ -8,7 +8,8 @@ from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from postrain.config import OptimizerConfig
-from postrain.data.batches.packing import assemble_row, pack
+from postrain.data.batches.packing import pack
+from postrain.data.batches.token_shift import assemble_row
 from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained

@@ -22,11 +22,12 @@ import numpy as np
 from postrain.config import DataConfig, SourceConfig
 from postrain.data.batches.epoch_order import EpochOrder, permutation
 from postrain.data.batches.fingerprint import fingerprint_rows
-from postrain.data.batches.packing import assemble_batch, pack
+from postrain.data.batches.packing import pack
 from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
 from postrain.data.batches.source import open_source
 from postrain.data.batches.streamed import ShardedBatches
+from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
 from postrain.data.kinds.registry import SFT, Kind, find_kind
 from postrain.data.messages import BadRow

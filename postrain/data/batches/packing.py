@@ -1,6 +1,6 @@
-"""Documents -> rows of a fixed length: which documents share a row, and the arrays of a batch.
+"""Which documents share a row of a fixed length.
 
-**Packing.** ``pack`` is best-fit decreasing: the longest document first, each into the fullest row that still takes it.
+``pack`` is best-fit decreasing: the longest document first, each into the fullest row that still takes it.
 It looks at a window of documents at a time, so that a shuffled order stays shuffled at a larger scale. Rows are
 kept by how full they are, and a bit of one integer says for each fill whether there is a row with it; the
 fullest row that takes a document is then one ``and`` and one ``bit_length``. Documents of one length are
@@ -15,16 +15,9 @@ apart and their documents go to the next window; without this the padding of lon
 
 Sources: Johnson, "Near-optimal bin packing algorithms" (MIT, 1973): best-fit decreasing. Gupta and Ho, "A new
 heuristic algorithm for the one-dimensional bin-packing problem" (1999): filling row by row with minimum slack.
-
-**Arrays.** Tokens and targets are shifted against each other in ``shift``, and sequences stand side by side in a row.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-
-from postrain.data.documents import NO_LAYOUT, Document, Layout, Rendered
 
 # Part of the data fingerprint, to be counted up whenever the same lengths would be packed differently.
 PACKING_VERSION = 2
@@ -41,9 +34,6 @@ _REOPEN_WINDOW = 1 / 16
 _GOOD_PADDING = 0.005
 _FEW_A_ROW = 2.2
 _CHOICES = 64  # distinct lengths that are tried for filling a row
-
-
-# Which documents share a row
 
 
 def pack(lengths: np.ndarray, capacity: int, *, window: int = 10_000, method: str = "best_fit") -> list[np.ndarray]:
@@ -215,62 +205,3 @@ def _best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     row_of = np.empty(lengths.size, np.int64)
     row_of[order] = placed
     return row_of
-
-
-# The arrays of rows
-
-
-def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The only place where tokens and targets are shifted against each other.
-
-    Returns:
-      ``tokens`` int32 [L-1], ``targets`` int32 [L-1], ``loss_mask`` float32 [L-1]: at slot ``t`` the model
-      has read token ``t`` and predicts token ``t + 1``, which is trained if the document says so.
-    """
-    tokens = np.asarray(rendered.tokens, np.int32)
-    if rendered.is_prompt:  # its last token is read too; what follows it is not known yet
-        return tokens, np.append(tokens[1:], np.int32(0)), np.zeros(len(tokens), np.float32)
-    return tokens[:-1], tokens[1:], np.asarray(rendered.loss_mask[1:], np.float32)
-
-
-def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, np.ndarray]:
-    """The arrays of one row, each [capacity, ...]; no documents: an empty row, which counts for nothing.
-
-    ``tokens``, ``targets``, ``segment_ids`` (0 = padding, sequences 1, 2, ... in order) and ``positions``
-    (from 0 in every sequence) are int32, ``loss_mask`` is float32. Besides those of ``layout``; of them ``group_ids``
-    int32 says for documents of several sequences which are of one document (0 = padding, 1, 2, ... in order).
-
-    Raises:
-      ValueError: the documents do not fit.
-    """
-    row = {name: np.zeros(capacity, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    row["loss_mask"] = np.zeros(capacity, np.float32)
-    row |= {name: np.zeros((capacity, *shape), dtype) for name, (dtype, shape) in layout.arrays.items()}
-    places, start, segment = np.arange(capacity), 0, 0
-    for number, document in enumerate(documents, 1):
-        first = start
-        for sequence in document.sequences:
-            tokens, targets, loss_mask = shift(sequence)
-            stop, segment = start + len(tokens), segment + 1
-            if stop > capacity:
-                raise ValueError(f"{document.ref}: documents of {stop} slots in a row of {capacity}")
-            row["tokens"][start:stop] = tokens
-            row["targets"][start:stop] = targets
-            row["loss_mask"][start:stop] = loss_mask
-            row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = places[: len(tokens)]
-            for name, values, of_target in sequence.fields:
-                row[name][start:stop] = values[1:] if of_target else values[:-1]
-            start = stop
-        if "group_ids" in row:
-            row["group_ids"][first:start] = number
-    return row
-
-
-def assemble_batch(rows: Sequence[Sequence[Document]], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, Any]:
-    """The arrays of ``rows``, [B, capacity, ...] each; of prompts also ``metadata``, a list of dicts for each row."""
-    assembled = [assemble_row(row, capacity, layout) for row in rows]
-    batch: dict[str, Any] = {name: np.stack([row[name] for row in assembled]) for name in assembled[0]}
-    if layout.has_metadata:  # of prompts, which are one sequence each
-        batch["metadata"] = [[document.sequences[0].metadata for document in row] for row in rows]
-    return batch

@@ -19,10 +19,10 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig
-from postrain.data.batches.packing import assemble_batch
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import RowCounts, add_up
 from postrain.data.batches.shard import Shard, make_phases
+from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Document, Layout, check_token_ids, largest_id
 from postrain.errors import UserError, shorten
 

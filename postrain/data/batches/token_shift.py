@@ -1,0 +1,64 @@
+"""The arrays of a batch: tokens and targets shifted against each other by one, documents side by side in a row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from postrain.data.documents import NO_LAYOUT, Document, Layout, Rendered
+
+
+def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The only place where tokens and targets are shifted against each other.
+
+    Returns:
+      ``tokens`` int32 [L-1], ``targets`` int32 [L-1], ``loss_mask`` float32 [L-1]: at slot ``t`` the model
+      has read token ``t`` and predicts token ``t + 1``, which is trained if the document says so.
+    """
+    tokens = np.asarray(rendered.tokens, np.int32)
+    if rendered.is_prompt:  # its last token is read too; what follows it is not known yet
+        return tokens, np.append(tokens[1:], np.int32(0)), np.zeros(len(tokens), np.float32)
+    return tokens[:-1], tokens[1:], np.asarray(rendered.loss_mask[1:], np.float32)
+
+
+def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, np.ndarray]:
+    """The arrays of one row, each [capacity, ...]; no documents: an empty row, which counts for nothing.
+
+    ``tokens``, ``targets``, ``segment_ids`` (0 = padding, sequences 1, 2, ... in order) and ``positions``
+    (from 0 in every sequence) are int32, ``loss_mask`` is float32. Besides those of ``layout``; of them ``group_ids``
+    int32 says for documents of several sequences which are of one document (0 = padding, 1, 2, ... in order).
+
+    Raises:
+      ValueError: the documents do not fit.
+    """
+    row = {name: np.zeros(capacity, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    row["loss_mask"] = np.zeros(capacity, np.float32)
+    row |= {name: np.zeros((capacity, *shape), dtype) for name, (dtype, shape) in layout.arrays.items()}
+    places, start, segment = np.arange(capacity), 0, 0
+    for number, document in enumerate(documents, 1):
+        first = start
+        for sequence in document.sequences:
+            tokens, targets, loss_mask = shift(sequence)
+            stop, segment = start + len(tokens), segment + 1
+            if stop > capacity:
+                raise ValueError(f"{document.ref}: documents of {stop} slots in a row of {capacity}")
+            row["tokens"][start:stop] = tokens
+            row["targets"][start:stop] = targets
+            row["loss_mask"][start:stop] = loss_mask
+            row["segment_ids"][start:stop] = segment
+            row["positions"][start:stop] = places[: len(tokens)]
+            for name, values, of_target in sequence.fields:
+                row[name][start:stop] = values[1:] if of_target else values[:-1]
+            start = stop
+        if "group_ids" in row:
+            row["group_ids"][first:start] = number
+    return row
+
+
+def assemble_batch(rows: Sequence[Sequence[Document]], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, Any]:
+    """The arrays of ``rows``, [B, capacity, ...] each; of prompts also ``metadata``, a list of dicts for each row."""
+    assembled = [assemble_row(row, capacity, layout) for row in rows]
+    batch: dict[str, Any] = {name: np.stack([row[name] for row in assembled]) for name in assembled[0]}
+    if layout.has_metadata:  # of prompts, which are one sequence each
+        batch["metadata"] = [[document.sequences[0].metadata for document in row] for row in rows]
+    return batch
