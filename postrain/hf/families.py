@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from postrain.models.config import MoeConfig
 
+PROJECTION = "lm_head.weight"  # onto the vocabulary, in every family
+BARE_PREFIXES = ("embed_tokens.", "layers.", "norm.")  # of a folder without the level ``model.``
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
@@ -65,7 +68,7 @@ def _tensors(norms: tuple[TensorName, ...], mlp: tuple[TensorName, ...] = MLP_TE
         *mlp,
         *norms,
         TensorName("final_norm.scale", "model.norm.weight"),
-        TensorName("unembed.embedding", "lm_head.weight"),
+        TensorName("unembed.embedding", PROJECTION),
     )
 
 
@@ -106,7 +109,7 @@ GPT_OSS_TENSORS = _tensors(
     ),
 )
 # Buffers that old exports carry; they are computed from the config.
-IGNORED_TENSORS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+IGNORED_TENSORS = (r"(.*\.)?rotary_emb\.inv_freq",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +300,7 @@ TEXT_PARTS = {
             "language_model.model.": "model.",
             "language_model.lm_head.": "lm_head.",
             "model.language_model.": "model.",
+            "language_model.": "model.",
         },
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
     ),
