@@ -49,7 +49,10 @@ NUMBERS = ("query_pre_attn_scalar", "swiglu_alpha", "swiglu_limit", "rope_local_
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # null or above 0
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Of a folder that holds more than a language model, for all its parts.
-SHARED_KEYS = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
+SHARED_KEYS = (
+    *("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id"),
+    *("quantization_config", "auto_map", "transformers_weights", "per_layer_config", "is_causal"),
+)
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:

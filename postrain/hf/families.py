@@ -327,6 +327,7 @@ HARMLESS_KEYS = frozenset(
     "_from_model_config name_or_path _commit_hash model_name base_model_name "
     "_attn_implementation _attn_implementation_internal _attn_implementation_autoset attn_implementation "
     "_experts_implementation _experts_implementation_internal experts_implementation "
+    "_flash_attn_2_enabled flash_attention use_flash_attn use_flash_attention use_flash_attention_2 "
     "pretraining_tp max_window_layers _sliding_window_pattern router_aux_loss_coef output_router_logits "
     "is_llama_config transformers.js_config unsloth_version unsloth_fixed unsloth_processing_class "
     "initializer_factor init_std gradient_checkpointing use_reentrant neftune_noise_alpha "

@@ -64,8 +64,8 @@ class TensorFiles:
         self.infos: dict[str, TensorInfo] = {}
         self._maps: dict[pathlib.Path, mmap.mmap] = {}
         self._packed: dict[str, tuple[TensorInfo, TensorInfo]] = {}
-        index = self.folder / f"{one_file}.index.json"
-        if index.exists():
+        index = find_index(self.folder, one_file)
+        if index is not None:
             self._open_sharded(index)
             if (self.folder / one_file).exists():
                 self._refuse_another_set(self.folder / one_file, index)
@@ -77,7 +77,7 @@ class TensorFiles:
                 if others := sorted(path.name for path in self.folder.glob(pattern)):
                     found = f"{others[0]}: {advice}"
                     break
-            raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {found}")
+            raise UserError(f"{self.folder}: expected {one_file} or {one_file}.index.json, found {found}")
 
         # What is there as blocks and scales is one tensor, under the name that it would have unpacked.
         stems = {name.removesuffix(SUFFIXES[0]) for name in self.infos if name.endswith(SUFFIXES[0])}
@@ -170,20 +170,35 @@ def open_tensors(folder: str | os.PathLike) -> TensorFiles:
 
 def weight_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """The files of a folder that hold its weights: those of the index, or the one; none where neither is there."""
-    index, one = pathlib.Path(folder) / INDEX_FILE, pathlib.Path(folder) / ONE_FILE
-    if index.exists():
-        return [pathlib.Path(folder) / name for name in sorted(set(read_weight_map(index).values()))]
+    index, one = find_index(pathlib.Path(folder)), pathlib.Path(folder) / ONE_FILE
+    if index is not None:
+        return [index.parent / name for name in sorted(set(read_weight_map(index).values()))]
     return [one] if one.exists() else []
+
+
+def find_index(folder: pathlib.Path, one_file: str = ONE_FILE) -> pathlib.Path | None:
+    """The index by which weights are read: none where a whole file is there, and nothing of what the index names."""
+    index = folder / f"{one_file}.index.json"
+    if not index.exists():
+        return None
+    if not (folder / one_file).exists() or any((folder / name).exists() for name in _parse_index(index).values()):
+        return index
+    return None  # left behind by weights that are gone
 
 
 def read_weight_map(index: pathlib.Path) -> dict[str, str]:
     """Tensor -> file, of an index. Raises UserError when it is not one, and when a file is not there."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")
+    weight_map = _parse_index(index)
     missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
     if missing:
         raise UserError(f"{index}: names files that are not there: {', '.join(missing)}: download them")
+    return weight_map
+
+
+def _parse_index(index: pathlib.Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")
     return weight_map
 
 

@@ -163,7 +163,7 @@ UNREAD = {"attn_pdrop": 0.1, "architecture_version": "2b", "training_tokens": 15
 
 def test_met_keys_pass_in_silence_and_unread_ones_with_a_line(capsys):
     before = parse_config(LLAMA, "here")
-    assert parse_config(LLAMA | MET, "here") == before
+    assert parse_config(LLAMA | MET | {"layer_types": ["full_attention"] * 32}, "here") == before
     assert capsys.readouterr().err == ""
     for _ in range(2):
         assert parse_config(LLAMA | UNREAD, "test_config_keys") == before
@@ -213,13 +213,16 @@ def test_a_value_that_changes_the_maths_is_refused_by_its_key(architecture, keys
     assert next(iter(keys)) in message or list(keys)[-1] in message
 
 
-def test_the_ties_of_the_whole_are_those_of_its_text_part(tmp_path):
-    """transformers builds the projection onto the vocabulary by the outer key."""
+def test_what_the_whole_says_holds_for_its_text_part(tmp_path):
+    """transformers ties the projection onto the vocabulary by the outer key, and takes code from there."""
     folder = write_published_config(tmp_path, "google/gemma-3-4b-it")
     raw = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(raw))
     assert not read_config(folder).tie_embeddings
     assert read_model_json(folder / "config.json")["tie_word_embeddings"] is False
+    (folder / "config.json").write_text(json.dumps(raw | {"auto_map": {"AutoModel": "modeling.Model"}}))
+    with pytest.raises(UserError, match="auto_map"):
+        read_config(folder)
 
 
 # --- rotary positions ---

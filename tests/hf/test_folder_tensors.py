@@ -114,6 +114,20 @@ def test_two_sets_of_weights_must_be_the_same(folder, made):
         assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize("folder", ["sharded"], indirect=True)
+def test_an_index_whose_files_are_all_gone_was_left_behind(folder, made):
+    """By one who saved the model again as a whole. With one of its files still there the download is not complete."""
+    first, *others = sorted(folder.glob("*.safetensors"))
+    shutil.copyfile(made / "llama" / ONE_FILE, folder / ONE_FILE)
+    for shard in others:
+        shard.unlink()
+    with pytest.raises(UserError, match=others[0].name):
+        load_pretrained(folder)
+    first.unlink()
+    assert same_params(folder, made / "llama")
+    assert fingerprint_folder(folder) == fingerprint_folder(made / "llama")
+
+
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_an_index_may_name_the_one_file(folder, made):
     names = load_file(folder / ONE_FILE)
