@@ -223,6 +223,8 @@ def _check_keys(raw: dict, values: dict, family: Family, where: str) -> None:
     refused, unread = [], {}
     for name, value in raw.items():
         key = KEY_ALIASES.get(name, name)
+        if raw.get(key, value) != value:  # under its other name
+            refused.append(f"{name} is {_short(value)} and {key} {_short(raw[key])}")
         if key in USED_KEYS | HARMLESS_KEYS | set(family.defaults):
             continue
         if key in family.fixed:

@@ -199,6 +199,7 @@ def test_met_keys_pass_in_silence_and_unread_ones_with_a_line(capsys):
         ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}),
         ("Qwen3MoeForCausalLM", {"shared_expert_intermediate_size": 512}),
         ("Qwen3MoeForCausalLM", {"moe_intermediate_size": None}),
+        ("Qwen3MoeForCausalLM", {"num_local_experts": 64}),
         ("Gemma2ForCausalLM", {"sliding_window_size": 2048}),
         ("Gemma2ForCausalLM", {"final_logit_softcapping": 0.0}),
         ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 0}),
