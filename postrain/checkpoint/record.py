@@ -13,7 +13,7 @@ from postrain.config import NewTokensSection
 from postrain.data.rendering.tokenizer import read_new_tokens
 from postrain.errors import UserError
 from postrain.files import digest, spread
-from postrain.hf.tensors import read_header
+from postrain.hf.tensors import read_header, weight_files
 from postrain.models.config import LoraConfig
 
 WHOLE_BYTES = 20 * 10**9  # of a folder: up to here every byte is hashed (a GB takes under a second), above it samples
@@ -77,13 +77,13 @@ def fingerprint_model(
 
 
 def fingerprint_folder(folder: str | os.PathLike, *, whole_bytes: int = WHOLE_BYTES) -> dict[str, Any]:
-    """``{file: {bytes, hash}}`` for the safetensors files of a model folder; where the folder is does not matter.
+    """``{file: {bytes, hash}}`` for the files that hold a folder's weights; where the folder is does not matter.
 
     The hash (SHA-256 over those of stretches, so that all cores work on it) is over the whole file. Of a folder of
     more than ``whole_bytes`` it is over each file's header and sixteen stretches of every tensor, its first and last
     bytes among them: no other fine-tune of a model leaves all of those as they are, but a single weight may hide.
     """
-    files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise UserError(f"model.path={folder}: expected *.safetensors files, found none: give a Hugging Face folder")
     sizes = {path: path.stat().st_size for path in files}

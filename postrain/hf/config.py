@@ -1,12 +1,16 @@
-"""config.json -> ModelConfig. Every key is used, known to be harmless, or refused by its name.
+"""config.json -> ModelConfig. Every key is used, known to be harmless, mentioned once, or refused by its name.
 
-A key that changes the maths and is skipped gives a model that is nearly right, which is the worst kind.
+A key that changes the maths and is skipped gives a model that is nearly right, which is the worst kind. `transformers`
+is the measure: what it reads, for this family or for any, is used or refused, and a key that it does not read is
+mentioned unless its value says that something is absent.
 """
 
+import functools
 import json
 import math
 import os
 import pathlib
+import sys
 
 import numpy as np
 
@@ -15,6 +19,7 @@ from postrain.hf.families import (
     FAMILIES,
     HARMLESS_KEYS,
     NEUTRAL_VALUES,
+    REPEATED_KEYS,
     TEXT_PARTS,
     USED_KEYS,
     Family,
@@ -37,9 +42,17 @@ ROPE_KEYS = {
 }
 YARN_OPTIONS = {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}
 KEY_ALIASES = {"num_experts": "num_local_experts"}  # transformers has written both
+ABSENT: tuple = (None, False, 0, "", [], {})  # values of any key that say that there is nothing of the kind
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob")
+COUNTS = ("num_local_experts", "moe_intermediate_size", "sliding_window_pattern")
+NUMBERS = ("query_pre_attn_scalar", "swiglu_alpha", "swiglu_limit", "rope_local_base_freq")  # above 0
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")  # null or above 0
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Of a folder that holds more than a language model, for all its parts.
-SHARED_KEYS = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id", "quantization_config")
+SHARED_KEYS = (
+    *("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "pad_token_id"),
+    *("quantization_config", "auto_map", "transformers_weights", "per_layer_config", "is_causal"),
+)
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:
@@ -70,7 +83,8 @@ def read_model_json(file: pathlib.Path) -> dict:
     if part is None:
         return raw
     shared = {key: raw[key] for key in SHARED_KEYS if key in raw}
-    return shared | dict(raw.get(part.section) or {}) | {"architectures": [part.architecture]}
+    outer = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}  # that of the section is not read then
+    return shared | dict(raw.get(part.section) or {}) | outer | {"architectures": [part.architecture]}
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
@@ -102,13 +116,15 @@ def read_family(folder: str | os.PathLike) -> Family:
 def parse_config(raw: dict, where: str) -> ModelConfig:
     """ModelConfig of the content of a config.json; ``where`` begins the error messages."""
     family = _find_family(raw, where)
-    _refuse_unknown(raw, family, where)
     values = family.defaults | {KEY_ALIASES.get(key, key): value for key, value in raw.items()}
+    _check_keys(raw, values, family, where)
+    _check_values(values, family, where)
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vocab, embed, mlp, num_layers, num_heads = (_positive(values, key, where) for key in sizes)
-    activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{where}: hidden_act is {activation!r}, supported are {', '.join(ACTIVATIONS)}")
+    activation_key = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    activation = values.get(activation_key) or values.get("hidden_act") or "silu"
+    if str(activation) not in ACTIVATIONS:
+        raise UserError(f"{where}: {activation_key} is {_short(activation)}, supported are {', '.join(ACTIVATIONS)}")
     if values.get("num_key_value_heads") is None:
         values["num_key_value_heads"] = num_heads
     num_kv_heads = _positive(values, "num_key_value_heads", where)
@@ -116,7 +132,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         raise UserError(
             f"{where}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    if not values.get("head_dim"):
+    if values.get("head_dim") is None:
         if embed % num_heads:
             raise UserError(
                 f"{where}: hidden_size {embed} is not a multiple of num_attention_heads and head_dim is absent"
@@ -133,17 +149,14 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=_positive(values, "head_dim", where),
         max_positions=_positive(values, "max_position_embeddings", where),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(values, "rms_norm_eps", where, default=1e-6),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         activation=ACTIVATIONS[activation],
-        init_std=float(values.get("initializer_range", 0.02)),
+        init_std=_number(values, "initializer_range", where, default=0.02),
     )
-    config = ModelConfig(**shared | ropes | family.mechanisms(values))
-    if config.moe is not None and not 1 <= config.moe.experts_per_token <= config.moe.num_experts:
-        raise UserError(
-            f"{where}: num_experts_per_tok is {config.moe.experts_per_token}, expected 1 to the number of experts, "
-            f"{config.moe.num_experts}"
-        )
+    read = values if "layer_types" in family.defaults else {k: v for k, v in values.items() if k != "layer_types"}
+    config = ModelConfig(**shared | ropes | family.mechanisms(read))
+    _check_unread_layer_types(config, values, family, where)
     return config
 
 
@@ -182,25 +195,55 @@ def write_config(
 
 
 def _find_family(raw: dict, where: str) -> Family:
-    architectures = raw.get("architectures")
+    architectures, model_type = raw.get("architectures"), raw.get("model_type")
     if not architectures:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        architectures = [by_type.get(raw.get("model_type"), f"model_type {raw.get('model_type')!r}")]
+        architectures = [by_type.get(model_type, f"model_type {model_type!r}")]
     known = [name for name in architectures if name in FAMILIES]
     if not known:
         found = ", ".join(map(str, architectures))
         raise UserError(
             f"{where}: architecture {found} is not supported; supported are {', '.join([*FAMILIES, *TEXT_PARTS])}"
         )
-    return FAMILIES[known[0]]
-
-
-def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
-    known = USED_KEYS | HARMLESS_KEYS | set(family.defaults) | set(NEUTRAL_VALUES) | {"layer_types"}
-    if unknown := sorted(key for key in raw if KEY_ALIASES.get(key, key) not in known):
+    family = FAMILIES[known[0]]
+    if model_type not in (None, family.model_type):  # `transformers` goes by the type, others by the architecture
         raise UserError(
-            f"{where}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}: this library cannot know whether "
-            "that changes the maths; delete the keys that do not from a copy of config.json"
+            f"{where}: model_type is {_short(model_type)}, but that of {known[0]} is {family.model_type}: correct the "
+            "wrong one"
+        )
+    return family
+
+
+def _check_keys(raw: dict, values: dict, family: Family, where: str) -> None:
+    """Refuses every key that may change the maths, and mentions those that nobody reads.
+
+    ``values``: ``raw`` over the family's defaults.
+    """
+    of_others = {key for other in FAMILIES.values() for key in other.defaults}
+    refused, unread = [], {}
+    for name, value in raw.items():
+        key = KEY_ALIASES.get(name, name)
+        if raw.get(key, value) != value:  # under its other name
+            refused.append(f"{name} is {_short(value)} and {key} {_short(raw[key])}")
+        if key in USED_KEYS | HARMLESS_KEYS | set(family.defaults):
+            continue
+        if key in family.fixed:
+            fits = value in (None, family.fixed[key])
+        elif key in REPEATED_KEYS:
+            fits = value in (None, values.get(REPEATED_KEYS[key]))
+        elif key in NEUTRAL_VALUES:
+            fits = value in NEUTRAL_VALUES[key]
+        else:
+            fits = value in ABSENT
+            if not fits and key not in of_others:
+                unread[key] = value
+                continue
+        if not fits:
+            refused.append(f"{name} is {_short(value)}")
+    if refused:
+        raise UserError(
+            f"{where}: {', '.join(refused)}, which this library does not compute: not supported; what changes no "
+            "logits, delete from a copy of config.json"
         )
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -209,9 +252,40 @@ def _refuse_unknown(raw: dict, family: Family, where: str) -> None:
             f"{where}: quantization_config.quant_method is {_short(method)}: of quantised weights, mxfp4 can be read; "
             "take the folder with the unquantised weights"
         )
-    for key, neutral in NEUTRAL_VALUES.items():
-        if key not in family.defaults and key in raw and raw[key] not in neutral:
-            raise UserError(f"{where}: {key} is {_short(raw[key])}, which this library does not compute: not supported")
+    if unread:
+        found = ", ".join(f"{key} = {_short(value)}" for key, value in sorted(unread.items()))
+        _mention(f"{where}: ignored, as transformers does not read it for {family.model_type}: {found}")
+
+
+@functools.cache  # once
+def _mention(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_values(values: dict, family: Family, where: str) -> None:
+    """Refuses values of another kind than expected, and those with which nothing can be computed."""
+    for key in SWITCHES:
+        if key in values:
+            if values[key] not in (None, False, True):
+                raise UserError(f"{where}: {key} is {_short(values[key])}, expected true or false")
+            values[key] = bool(values[key])
+    own = values.keys() & family.defaults.keys()
+    for key in [key for key in COUNTS if key in own]:
+        _positive(values, key, where)
+    if "num_experts_per_tok" in own:
+        used, experts = values["num_experts_per_tok"], values["num_local_experts"]
+        if isinstance(used, bool) or not isinstance(used, int) or not 1 <= used <= experts:
+            found = f"num_experts_per_tok is {_short(used)}"
+            raise UserError(f"{where}: {found}, expected 1 to the number of experts, {experts}")
+    for key in [key for key in (*NUMBERS, *CAPS) if key in own]:
+        if not (key in CAPS and values[key] is None) and _number(values, key, where) <= 0:
+            raise UserError(f"{where}: {key} is {_short(values[key])}, expected a number above 0")
+    switched = "use_sliding_window" in family.defaults  # else a window that is stated is used
+    if values.get("sliding_window") is not None and (values["use_sliding_window"] if switched else True):
+        _positive(values, "sliding_window", where)
+    start = values.get("max_window_layers", 0)
+    if switched and values["use_sliding_window"] and (isinstance(start, bool) or not isinstance(start, int)):
+        raise UserError(f"{where}: max_window_layers is {_short(start)}, expected a whole number")
 
 
 def _check_layer_types(values: dict, num_layers: int, where: str) -> None:
@@ -226,47 +300,85 @@ def _check_layer_types(values: dict, num_layers: int, where: str) -> None:
         raise UserError(f"{where}: layer_types has sliding_attention, but sliding_window is not set")
 
 
+def _check_unread_layer_types(config: ModelConfig, values: dict, family: Family, where: str) -> None:
+    """Refuses ``layer_types`` of a family that does not read them, where its layers are of other types."""
+    types = values.get("layer_types")
+    if types is None or "layer_types" in family.defaults:
+        return
+    windows = config.layer_windows or (0,) * config.num_layers
+    if types != ["sliding_attention" if window else "full_attention" for window in windows]:
+        raise UserError(
+            f"{where}: layer_types is {_short(types)}, which {family.model_type} does not read: all of its layers have "
+            f"{'a window' if config.layer_windows else 'no window'}: not supported"
+        )
+
+
 def _parse_ropes(values: dict, family: Family, where: str) -> dict[str, RopeConfig]:
     """``rope``, and ``local_rope`` where the family has one for its layers with a window.
 
     From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
     """
-    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    stated = dict(values.get(key) or {})
-    theta = float(values.get("rope_theta") or 10_000.0)
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(key) or {}, dict):
+            raise UserError(f"{where}: {key} is {_short(values[key])}, expected an object")
+    if values.get("rope_parameters") is None:  # null is as good as absent
+        values["rope_parameters"] = family.defaults.get("rope_parameters")
+    stated, scaling = (dict(values.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    theta = _number(values, "rope_theta", where, default=10_000.0)
+    original = values.get("original_max_position_embeddings")
     if not family.local_rope:
-        return {"rope": _parse_rope(stated, key, theta, values, where)}
-    by_type = stated if set(stated) & LAYER_TYPES else {"full_attention": stated}
-    local_theta = float(values["rope_local_base_freq"])
-    full, local = (by_type.get(name) or {} for name in ("full_attention", "sliding_attention"))
+        key = "rope_scaling" if scaling else "rope_parameters"
+        chosen = scaling or stated
+        if original is not None and (chosen.get("rope_type") or chosen.get("type")) in ("llama3", "yarn"):
+            chosen["original_max_position_embeddings"] = original  # that of the whole comes first
+        return {"rope": _parse_rope(chosen, key, theta, values, where)}
+
+    # By type of layer. What stands beside the types is not read, and rope_scaling is laid over the full layers' rope.
+    flat = {key: value for key, value in stated.items() if key not in LAYER_TYPES}
+    if flat and not (flat.get("rope_type", "default") == "default" and flat.get("rope_theta", theta) == theta):
+        raise UserError(
+            f"{where}: rope_parameters has {', '.join(flat)}, but {family.model_type} reads it by layer type: state "
+            "that in rope_parameters.full_attention and .sliding_attention"
+        )
+    if scaling.get("type", "default") != "default" and "rope_type" not in scaling:
+        raise UserError(f"{where}: rope_scaling.type is not read by {family.model_type}: name it rope_type")
+    full, local = (dict(stated.get(name) or {}) for name in ("full_attention", "sliding_attention"))
+    local_theta = _number(values, "rope_local_base_freq", where)
     return {
-        "rope": _parse_rope(dict(full), f"{key}.full_attention", theta, values, where),
-        "local_rope": _parse_rope(dict(local), f"{key}.sliding_attention", local_theta, values, where),
+        "rope": _parse_rope(full | scaling, "rope_parameters.full_attention", theta, values, where),
+        "local_rope": _parse_rope(local, "rope_parameters.sliding_attention", local_theta, values, where),
     }
 
 
 def _parse_rope(stated: dict, key: str, theta: float, values: dict, where: str) -> RopeConfig:
-    theta = float(stated.pop("rope_theta", None) or theta)
-    kind, old_kind = stated.pop("rope_type", None), stated.pop("type", None)
+    own_theta, kind, old_kind = (stated.pop(name, None) for name in ("rope_theta", "rope_type", "type"))
     kind = kind or old_kind or "default"
     if kind not in ROPE_KEYS:
         raise UserError(f"{where}: {key}.rope_type is {_short(kind)}, supported are {', '.join(ROPE_KEYS)}")
     if stated.get("partial_rotary_factor") in (None, 1):
         stated.pop("partial_rotary_factor", None)
-    if absent := sorted(ROPE_KEYS[kind] - set(stated)):
+    # Null: of yarn's factor, the ratio of the lengths; of truncate, false; of every other, as good as absent.
+    derived = {"factor"} & set(stated) if kind == "yarn" else set()
+    if stated.get("truncate", True) is None:
+        stated["truncate"] = False
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if absent := sorted(ROPE_KEYS[kind] - set(stated) - derived):
         raise UserError(f"{where}: {key} lacks {', '.join(absent)}, which rope type {kind} needs")
     options = YARN_OPTIONS if kind == "yarn" else set()
     if unknown := sorted(set(stated) - ROPE_KEYS[kind] - options):
         raise UserError(f"{where}: {key} has {', '.join(unknown)}, which rope type {kind} does not know here")
-    try:
-        numbers = {name: float(value) for name, value in stated.items() if value is not None}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {key} holds a value that is not a number: {_short(stated)}") from error
+    numbers = {name: _number(stated, name, f"{where}: {key}") for name in stated}
+    theta = theta if own_theta is None else _number({"rope_theta": own_theta}, "rope_theta", f"{where}: {key}")
+    for name, value in (numbers | {"rope_theta": theta}).items():
+        if name in ROPE_KEYS[kind] | {"rope_theta"} and value <= 0:
+            raise UserError(f"{where}: {key}.{name} is {value:g}, expected a number above 0")
     if kind == "yarn":
-        # The defaults of `transformers`: the attention factor is 0.1 ln(factor) + 1.
+        # The defaults of `transformers`: the attention factor is 0.1 ln(factor) + 1, and 0 rotations mean the default.
         scale = lambda factor, m=1.0: 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
         mscale, mscale_all = numbers.pop("mscale", 0.0), numbers.pop("mscale_all_dim", 0.0)
-        numbers.setdefault("factor", values["max_position_embeddings"] / numbers["original_max_position_embeddings"])
+        numbers = {name: value for name, value in numbers.items() if value or name not in ("beta_fast", "beta_slow")}
+        ratio = _positive(values, "max_position_embeddings", where) / numbers["original_max_position_embeddings"]
+        numbers.setdefault("factor", ratio)
         factor = numbers["factor"]
         usual = scale(factor, mscale) / scale(factor, mscale_all) if mscale and mscale_all else scale(factor)
         numbers.setdefault("attention_factor", usual)
@@ -281,6 +393,13 @@ def _positive(values: dict, key: str, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{where}: {key} is {_short(value)}, expected a whole number above 0")
     return value
+
+
+def _number(values: dict, key: str, where: str, default: float | None = None) -> float:
+    value = values.get(key, default)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {_short(value)}, expected a number")
+    return float(value)
 
 
 def _short(value, limit: int = 60) -> str:

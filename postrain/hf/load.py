@@ -81,13 +81,13 @@ def open_checked(
     """
     family = family or read_family(folder)
     files = open_tensors(folder)
+    if config.tie_embeddings and not others:  # the projection onto the vocabulary has no tensor of its own
+        _settle_tied(files, family.tensors)
     expected = {tensor.name: tensor.shape for tensor in list_tensors(config, family)} | (others or {})
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
     natural = lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     extra = sorted(set(files.infos) - set(expected) - set(ignored), key=natural)
-    if config.tie_embeddings and not others:  # the projection onto the vocabulary has no tensor of its own
-        extra = _drop_tied_copy(files, family.tensors, extra)
     missing = [name for name in expected if name not in files.infos]
     misshapen = [
         f"{name} {list(files.infos[name].shape)} instead of {list(shape)}"
@@ -109,12 +109,17 @@ def open_checked(
     return files, entries
 
 
-def _drop_tied_copy(files: TensorFiles, tensors: tuple[TensorName, ...], extra: list[str]) -> list[str]:
-    """A tied model may carry its embedding a second time; a copy with other values is a contradiction."""
+def _settle_tied(files: TensorFiles, tensors: tuple[TensorName, ...]) -> None:
+    """A tied model may carry its embedding twice, or as the projection alone. Copies that differ are refused."""
     names = {entry.param: entry.name for entry in tensors}
     copy, original = names["unembed.embedding"], names["embed.embedding"]
-    if copy not in extra or original not in files.infos or files.infos[copy].shape != files.infos[original].shape:
-        return extra
+    if copy not in files.infos:
+        return
+    if original not in files.infos:
+        files.rename({copy: original})
+        return
+    if files.infos[copy].shape != files.infos[original].shape:
+        return  # left over
     rows, step = files.infos[copy].shape[0], 4096
     first, second = files.read(original), files.read(copy)
     for start in range(0, rows, step):
@@ -123,7 +128,7 @@ def _drop_tied_copy(files: TensorFiles, tensors: tuple[TensorName, ...], extra: 
                 f"{files.folder}: config.json ties the embeddings, but {copy} differs from {original}: set "
                 "tie_word_embeddings to false if the model was trained untied"
             )
-    return [name for name in extra if name != copy]
+    del files.infos[copy]
 
 
 def make_reader(

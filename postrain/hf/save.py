@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 from postrain.hf.config import DTYPE_KEYS, config_file, parse_dtype, read_family, read_model_json, write_config
+from postrain.hf.families import PROJECTION
 from postrain.hf.folders import atomic_folder, copy_side_files
 from postrain.hf.load import open_checked
 from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, open_tensors, write_tensors
@@ -143,4 +144,6 @@ def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[
     weights = (folder / ONE_FILE).exists() or (folder / INDEX_FILE).exists()
     infos = open_tensors(folder).infos if weights else {}
     known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
+    if tied := known.get(PROJECTION):  # which may be the only tensor of a tied embedding
+        known = {t.name: tied for t in tensors if t.entries[0].param == "embed.embedding"} | known
     return {t.name: known.get(t.name, stated) for t in tensors}  # packed tensors are written in the stated dtype

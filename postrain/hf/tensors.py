@@ -7,6 +7,7 @@ Format: 8 bytes of header length, a JSON header (name -> dtype, shape, offsets),
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import mmap
@@ -20,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from postrain.errors import UserError, shorten
-from postrain.hf.families import find_text_part
+from postrain.hf.families import BARE_PREFIXES, find_text_part
 from postrain.hf.mxfp4 import GROUP, SUFFIXES, Mxfp4Tensor
 
 ONE_FILE = "model.safetensors"
@@ -48,13 +49,14 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    num_bytes: int
 
 
 class TensorFiles:
     """All tensors of a folder: ``infos`` by name, ``read(name)`` an array over the file's memory map.
 
-    Raises UserError, naming the file, when there is none, one is missing or unreadable, or the index and
-    the files disagree.
+    Raises UserError, naming the file, when there is none, one is missing or unreadable, when the index and
+    the files disagree, and when there are two sets of weights that differ.
     """
 
     def __init__(self, folder: str | os.PathLike, one_file: str = ONE_FILE):
@@ -62,9 +64,11 @@ class TensorFiles:
         self.infos: dict[str, TensorInfo] = {}
         self._maps: dict[pathlib.Path, mmap.mmap] = {}
         self._packed: dict[str, tuple[TensorInfo, TensorInfo]] = {}
-        index = self.folder / f"{one_file}.index.json"
-        if index.exists():
+        index = find_index(self.folder, one_file)
+        if index is not None:
             self._open_sharded(index)
+            if (self.folder / one_file).exists():
+                self._refuse_another_set(self.folder / one_file, index)
         elif (self.folder / one_file).exists():
             self.infos = read_header(self.folder / one_file)
         else:
@@ -73,7 +77,7 @@ class TensorFiles:
                 if others := sorted(path.name for path in self.folder.glob(pattern)):
                     found = f"{others[0]}: {advice}"
                     break
-            raise UserError(f"{self.folder}: expected {one_file} or {index.name}, found {found}")
+            raise UserError(f"{self.folder}: expected {one_file} or {one_file}.index.json, found {found}")
 
         # What is there as blocks and scales is one tensor, under the name that it would have unpacked.
         stems = {name.removesuffix(SUFFIXES[0]) for name in self.infos if name.endswith(SUFFIXES[0])}
@@ -83,15 +87,11 @@ class TensorFiles:
             if (blocks.dtype, scales.dtype) != ("U8", "U8") or blocks.shape != (*scales.shape, 16):
                 raise UserError(f"{blocks.file}: {name}_blocks and {name}_scales are not MXFP4: download it again")
             self._packed[name] = blocks, scales
-            self.infos[name] = TensorInfo(blocks.file, MXFP4, (experts, groups * GROUP, size_out), blocks.offset)
+            shape = (experts, groups * GROUP, size_out)
+            self.infos[name] = TensorInfo(blocks.file, MXFP4, shape, blocks.offset, blocks.num_bytes)
 
     def _open_sharded(self, index: pathlib.Path) -> None:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")
-        missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
-        if missing:
-            raise UserError(f"{index}: names files that are not there: {', '.join(missing)}: download them")
+        weight_map = read_weight_map(index)
         for file in sorted(set(weight_map.values())):
             found = read_header(self.folder / file)
             listed = {name for name, where in weight_map.items() if where == file}
@@ -101,6 +101,29 @@ class TensorFiles:
                 names = shorten(unlisted, 8)
                 raise UserError(f"{index}: has no entry for tensors of {file}: {names}: download it again")
             self.infos |= found
+
+    def _refuse_another_set(self, file: pathlib.Path, index: pathlib.Path) -> None:
+        """A whole file beside the index's: `transformers` reads that one, others the index's. They must be the same."""
+        if all(info.file == file for info in self.infos.values()):
+            return
+        others = read_header(file)
+        outline = lambda infos: {name: (info.dtype, info.shape) for name, info in infos.items()}
+        here, there = outline(others), outline(self.infos)
+        different = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        if not different:
+            raw = lambda info: self._map(dataclasses.replace(info, shape=(info.num_bytes,)), np.dtype(np.uint8))
+            pairs = ((name, raw(others[name]), raw(info)) for name, info in self.infos.items())
+            different = list(itertools.islice((name for name, a, b in pairs if not np.array_equal(a, b)), 1))
+        if different:
+            raise UserError(
+                f"{self.folder}: holds two sets of weights that differ, {file.name} and the files of {index.name}, for "
+                f"one in {different[0]}; transformers reads the former, others the latter: move away the one not meant"
+            )
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names, old -> new."""
+        self.infos = {names.get(name, name): info for name, info in self.infos.items()}
+        self._packed = {names.get(name, name): parts for name, parts in self._packed.items()}
 
     def read(self, name: str) -> np.ndarray | Mxfp4Tensor:
         """The tensor as a read-only array over the file: only the parts that are sliced or copied are read."""
@@ -126,7 +149,10 @@ class TensorFiles:
 
 
 def open_tensors(folder: str | os.PathLike) -> TensorFiles:
-    """The folder's tensors; of a folder with a text part only its tensors, named as in a folder of their own."""
+    """The folder's tensors, of a folder with a text part only its own, named as in the folder of a language model.
+
+    A folder saved without the level ``model.``, as that of a model without a head is, gets it.
+    """
     files = TensorFiles(folder)
     config = pathlib.Path(folder) / "config.json"
     part = find_text_part(read_json(config)) if config.is_file() else None
@@ -137,7 +163,43 @@ def open_tensors(folder: str | os.PathLike) -> TensorFiles:
                 prefix = next((prefix for prefix in part.prefixes if name.startswith(prefix)), "")
                 of_text[part.prefixes.get(prefix, "") + name.removeprefix(prefix)] = info
         files.infos = of_text
+    bare = [name for name in files.infos if name.startswith(BARE_PREFIXES) and f"model.{name}" not in files.infos]
+    files.rename({name: f"model.{name}" for name in bare})
     return files
+
+
+def weight_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """The files of a folder that hold its weights: those of the index, or the one; none where neither is there."""
+    index, one = find_index(pathlib.Path(folder)), pathlib.Path(folder) / ONE_FILE
+    if index is not None:
+        return [index.parent / name for name in sorted(set(read_weight_map(index).values()))]
+    return [one] if one.exists() else []
+
+
+def find_index(folder: pathlib.Path, one_file: str = ONE_FILE) -> pathlib.Path | None:
+    """The index by which weights are read: none where a whole file is there, and nothing of what the index names."""
+    index = folder / f"{one_file}.index.json"
+    if not index.exists():
+        return None
+    if not (folder / one_file).exists() or any((folder / name).exists() for name in _parse_index(index).values()):
+        return index
+    return None  # left behind by weights that are gone
+
+
+def read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Tensor -> file, of an index. Raises UserError when it is not one, and when a file is not there."""
+    weight_map = _parse_index(index)
+    missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise UserError(f"{index}: names files that are not there: {', '.join(missing)}: download them")
+    return weight_map
+
+
+def _parse_index(index: pathlib.Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")
+    return weight_map
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -164,8 +226,9 @@ def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
         raise UserError(f"{file}: not a whole safetensors file ({error}): download or write it again") from error
     header.pop("__metadata__", None)
     return {
-        name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: TensorInfo(file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
         for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
     }
 
 

@@ -95,7 +95,6 @@ def test_broken_config(one, text):
         ({"attention_multiplier": 0.5}, "attention_multiplier"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
-        ({"some_new_mechanism": 3}, "some_new_mechanism"),
         ({"hidden_size": "40"}, "hidden_size"),
         ({"num_hidden_layers": ...}, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),

@@ -34,6 +34,7 @@ from postrain.hf.peft.experts import (
     unpack_a,
     unpack_b,
 )
+from postrain.hf.peft.keys import check_keys, is_targeted, match_pattern, read_names
 from postrain.hf.peft.rows import describe_rows, needed_vocabulary, read_rows, row_tensors
 from postrain.hf.save import gather, write_folder
 from postrain.hf.tensors import TensorFiles, read_json
@@ -46,25 +47,6 @@ from postrain.trees import flatten, unflatten
 PREFIX = "base_model.model."  # PeftModel's own two levels
 LAYER = "model.layers.{}."
 LEAVES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# Keys that change the computation unless they have one of these values.
-NEUTRAL_VALUES: dict[str, tuple] = {
-    "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "use_bdlora": (None, False),
-    "use_qalora": (None, False),
-    "lora_bias": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "kasa_config": (None,),
-    # Other starts (PiSSA, OLoRA, ...) change the base weights too.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +119,7 @@ def load_adapter(
     the folder is not a LoRA adapter, uses a variant that is not supported, or does not fit the model.
     """
     raw = read_json(pathlib.Path(folder) / ADAPTER_FILE)
+    check_keys(raw, config, pathlib.Path(folder) / ADAPTER_FILE)
     files = TensorFiles(folder, one_file=ADAPTER_WEIGHTS)
     if base_folder is None and config.moe:
         raise ValueError("load_adapter: a model with experts needs base_folder")
@@ -287,18 +270,22 @@ def _find_targets(names: set[str], raw: dict, table, config: ModelConfig, folder
     modules = {module: target for target, module in _modules(table).items()}
     suffixes = "|".join(re.escape(suffix) for suffix in LEAVES.values())
     found = set()
+    where = pathlib.Path(folder) / ADAPTER_FILE
     for name in sorted(names):
         match = re.fullmatch(rf"{re.escape(PREFIX)}model\.layers\.\d+\.([\w.]+)\.({suffixes})", name)
         if match and match[1] in modules:
+            if not is_targeted(raw, name.removeprefix(PREFIX).removesuffix(f".{match[2]}"), where):
+                raise UserError(
+                    f"{where}: target_modules and exclude_modules leave {name} out: `peft` does not apply it"
+                )
             found.add(modules[match[1]])
         elif not (match and config.moe and re.fullmatch(rf"{re.escape(MODULE)}(\.base_layer)?", match[1])):
             raise UserError(f"{folder}: adapter tensor {name} belongs to no linear layer of a decoder: not supported")
-    for parameter in raw.get("target_parameters") or []:
+    for parameter in read_names(raw, "target_parameters", where):
         name = parameter.split(".")[-1]
         if not config.moe or name not in PARAMETERS:
             raise UserError(
-                f"{pathlib.Path(folder) / ADAPTER_FILE}: target_parameters has {parameter!r}, supported are "
-                f"{', '.join(PARAMETERS)} of experts"
+                f"{where}: target_parameters has {parameter!r}, supported are {', '.join(PARAMETERS)} of experts"
             )
         found.update(PARAMETERS[name])
     if not found:
@@ -306,18 +293,21 @@ def _find_targets(names: set[str], raw: dict, table, config: ModelConfig, folder
     return tuple(target for target in LINEARS if target in found)
 
 
+def _is_number(value, kinds: type = int | float) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _parse_config(raw: dict, targets, table, config: ModelConfig, folder) -> tuple[LoraConfig, dict[str, float]]:
     """The adapters' config, and by target the factor of B that makes up for `peft`'s own way of scaling."""
     where = pathlib.Path(folder) / ADAPTER_FILE
-    if raw.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type is {raw.get('peft_type')!r}, supported is LORA")
-    for key, neutral in NEUTRAL_VALUES.items():
-        if key in raw and raw[key] not in neutral:
-            raise UserError(f"{where}: {key} is {json.dumps(raw[key])}, which is not supported")
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    numbers = isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)
-    if not numbers:
+    if not (_is_number(rank, int) and rank > 0 and _is_number(alpha) and alpha > 0):
         raise UserError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}, expected numbers above 0")
+    for key, kinds, least in (("rank_pattern", int, 1), ("alpha_pattern", int | float, 0)):
+        patterns = raw.get(key) or {}
+        numbers = isinstance(patterns, dict) and all(_is_number(v, kinds) and v >= least for v in patterns.values())
+        if not numbers:
+            raise UserError(f"{where}: {key} is {json.dumps(patterns)[:60]}, expected numbers by names of modules")
     # Rank-stabilised LoRA (arXiv:2312.03732) scales by alpha / sqrt(r) where plain LoRA does by alpha / r.
     stable = lambda alpha, rank: alpha * math.sqrt(rank) if raw.get("use_rslora") else float(alpha)
     lora = LoraConfig(rank, stable(alpha, rank), targets, dora=bool(raw.get("use_dora")))
@@ -339,7 +329,8 @@ def _read_pattern(raw: dict, key: str, module: str, default, config: ModelConfig
     found = set()
     for layer in range(config.num_layers):
         name = LAYER.format(layer) + module
-        found.add(next((value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default))
+        fits = (value for p, value in patterns.items() if match_pattern(rf"(.*\.)?({p})", name, key, where))
+        found.add(next(fits, default))
     if len(found) > 1:
         raise UserError(f"{where}: {key} gives {module} other values in other layers, {sorted(found)}: not supported")
     return found.pop()
