@@ -12,27 +12,36 @@ import jax
 
 from postrain.config import Config, resolve, to_dict
 from postrain.errors import UserError
-from postrain.files import check_local, lock, write_whole
+from postrain.files import check_local, check_no_pattern, lock, write_whole
 from postrain.report.metrics import read_metrics
 
 REPORTS = ("metrics.jsonl", "samples.jsonl")
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The folder, made where it is missing. Raises UserError where it cannot be written, holds a model or is a URL."""
+    """The folder, made where it is missing.
+
+    Raises UserError where it cannot be written, holds a model, is a URL or has a name that checkpoints cannot be read
+    under.
+    """
     if not os.fspath(workdir):
         raise UserError("--workdir is empty: name a folder for the run")
     check_local(workdir, "--workdir")
+    check_no_pattern(workdir, "--workdir")
     workdir = pathlib.Path(workdir)
-    if any(workdir.glob("*.safetensors")):
-        raise UserError(
-            f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
-            "choose another place"
-        )
     try:
+        if any(workdir.glob("*.safetensors")):
+            raise UserError(
+                f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
+                "choose another place"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
-            probe.write(b"1")
+        # In a folder of its own: other processes probe at the same time. Buckets may be mounted without renaming.
+        with tempfile.TemporaryDirectory(dir=workdir, prefix=".probe") as probe:
+            written = pathlib.Path(probe, "written")
+            written.mkdir()
+            (written / "file").write_bytes(b"1")
+            written.rename(written.with_name("renamed"))
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error
     return workdir
@@ -44,7 +53,7 @@ def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     Raises UserError as make_workdir and lock_workdir do.
     """
-    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not folder.exists()]
+    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not os.path.exists(folder)]
     try:
         made = make_workdir(workdir)
         with lock_workdir(made):
