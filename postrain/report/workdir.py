@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from postrain.files import check_local, check_no_pattern, lock, write_whole
 from postrain.report.metrics import read_metrics
 
 REPORTS = ("metrics.jsonl", "samples.jsonl")
+LONGEST_PATH = 3584  # bytes: the system's most, 4,096, less what a checkpoint adds
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -28,6 +30,11 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
         raise UserError("--workdir is empty: name a folder for the run")
     check_local(workdir, "--workdir")
     check_no_pattern(workdir, "--workdir")
+    if (size := len(os.fsencode(os.path.abspath(workdir)))) > LONGEST_PATH:
+        raise UserError(
+            f"--workdir has a path of {size:,} bytes: expected at most {LONGEST_PATH:,}, as the files of checkpoints "
+            "have longer ones: choose another place"
+        )
     workdir = pathlib.Path(workdir)
     try:
         if any(workdir.glob("*.safetensors")):
@@ -36,12 +43,8 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
                 "choose another place"
             )
         workdir.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: other processes probe at the same time. Buckets may be mounted without renaming.
-        with tempfile.TemporaryDirectory(dir=workdir, prefix=".probe") as probe:
-            written = pathlib.Path(probe, "written")
-            written.mkdir()
-            (written / "file").write_bytes(b"1")
-            written.rename(written.with_name("renamed"))
+        with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
+            probe.write(b"1")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error
     return workdir
@@ -51,12 +54,14 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     """The folder, made and locked for the run of the block. Where that writes nothing, nothing is left of it.
 
-    Raises UserError as make_workdir and lock_workdir do.
+    Raises UserError as make_workdir, lock_workdir and check_renames do.
     """
     new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not os.path.exists(folder)]
     try:
         made = make_workdir(workdir)
         with lock_workdir(made):
+            if jax.process_index() == 0:
+                check_renames(made)
             yield made
     finally:
         for folder in new:
@@ -93,6 +98,23 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         stack.callback(path.unlink, missing_ok=True)
         path.write_text(str(os.getpid()), encoding="utf-8")
         yield
+
+
+def check_renames(workdir: pathlib.Path) -> None:
+    """Raises UserError where folders cannot be renamed, as checkpoints are when they are whole: in a mounted bucket."""
+    probe = workdir / ".probe"
+    shutil.rmtree(probe, ignore_errors=True)  # of a run that was killed just here
+    try:
+        (probe / "written").mkdir(parents=True)
+        (probe / "written" / "file").write_bytes(b"1")
+        (probe / "written").rename(probe / "renamed")
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir} is on a file system that cannot rename folders ({error.strerror}), which makes a "
+            "checkpoint whole or not there: choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
 
 
 def save_config(workdir: pathlib.Path, config: Config) -> None:
