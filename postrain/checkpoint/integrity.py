@@ -88,13 +88,16 @@ def _find_difference(folder: pathlib.Path, name: str, expected: tuple[int, int] 
 
 
 def _read(path: pathlib.Path, *, sync: bool = False) -> tuple[int, int]:
-    """(crc32, bytes) of a file; ``sync``: flushed to the disk first."""
+    """(crc32, bytes) of a file; ``sync``: flushed to the disk first. Raises OSError naming the file."""
     crc, size, buffer = 0, 0, memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        if sync:
-            os.fsync(file.fileno())
-        while count := file.readinto(buffer):
-            crc, size = zlib.crc32(buffer[:count], crc), size + count
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if sync:
+                os.fsync(file.fileno())
+            while count := file.readinto(buffer):
+                crc, size = zlib.crc32(buffer[:count], crc), size + count
+    except OSError as error:  # of a read has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return crc, size
 
 

@@ -110,8 +110,8 @@ def check_renames(workdir: pathlib.Path) -> None:
         (probe / "written").rename(probe / "renamed")
     except OSError as error:
         raise UserError(
-            f"--workdir {workdir} is on a file system that cannot rename folders ({error.strerror}), which makes a "
-            "checkpoint whole or not there: choose another place"
+            f"--workdir {workdir}: folders cannot be made and renamed there ({error.strerror}), as checkpoints "
+            "are when they are whole: choose another place"
         ) from error
     finally:
         shutil.rmtree(probe, ignore_errors=True)

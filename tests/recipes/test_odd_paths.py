@@ -116,7 +116,7 @@ def test_a_mount_that_cannot_rename_folders_is_refused(inputs, tmp_path, monkeyp
         raise OSError(errno.EMFILE, "Too many open files", source)  # as gcsfuse has it
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UserError, match=r"cannot rename folders \(Too many open files\), .* another place"):
+    with pytest.raises(UserError, match=r"cannot be made and renamed there \(Too many open files\), .* another place"):
         train(make_values(inputs), tmp_path / "new" / "run")
     assert list(tmp_path.iterdir()) == []
 
