@@ -10,6 +10,8 @@ Each name is loaded when it is first used, so that ``import postrain`` costs not
 
 import importlib
 
+from postrain.environment import set_up
+
 _HOMES = {
     "Config": "postrain.config",
     "UserError": "postrain.errors",
@@ -21,6 +23,7 @@ _HOMES = {
     "train": "postrain.recipes",
 }
 __all__ = list(_HOMES)
+set_up()
 
 
 def __getattr__(name: str):

@@ -5,11 +5,13 @@ modules that it needs itself, so that ``--help`` and a wrong key answer at once.
 """
 
 import argparse
+import codecs
+import contextlib
 import dataclasses
 import errno
 import functools
-import glob
-import importlib.util
+import importlib
+import io
 import json
 import os
 import sys
@@ -18,8 +20,11 @@ import warnings
 from collections.abc import Callable
 
 from postrain.errors import UserError
+from postrain.files import check_text
 
 DESCRIPTION = "Post-training of language models: a Hugging Face folder and your data in, a better folder out."
+
+MARKS = {"\u27e6": "[[", "\u27e7": "]]"}  # what the preview puts around trained tokens, for ASCII terminals
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,12 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             from postrain.cluster.stopping import leave_pid_1
 
             leave_pid_1()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     sys.unraisablehook = report_main_thread_only
-    if has_compilers_only():
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    print_anything()
     try:
         rest, overrides = split_overrides(argv)
         args = make_parser().parse_args(rest)
@@ -62,14 +63,23 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(line, 1)
 
 
-def has_compilers_only() -> bool:
-    """Whether JAX's TPU and GPU plugins are installed, as compilers for `postrain plan`, and neither device is there.
+def print_anything() -> None:
+    """Lets standard output and error take any text: what their encoding lacks is spelled in ASCII or escaped.
 
-    JAX would try both plugins, and print pages about missing devices.
+    Rows have any character, and the names of files may be no text at all.
     """
-    devices = ("/dev/nvidia*", "/dev/dxg", "/dev/accel*", "/dev/vfio/*")
-    plugins = ("libtpu", "jax_cuda13_plugin")
-    return all(importlib.util.find_spec(name) for name in plugins) and not any(glob.glob(path) for path in devices)
+    codecs.register_error("spell", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="spell")
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    """The error handler: postrain's own marks as ASCII, other characters escaped so that JSON stays the same JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    bad = error.object[error.start : error.end]
+    return "".join(MARKS.get(character) or json.dumps(character)[1:-1] for character in bad), error.end
 
 
 def report_main_thread_only(unraisable) -> None:
@@ -131,6 +141,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see `{self.prog} --help`)")
 
 
+def read_path(word: str) -> str:
+    """A path of the command line. The shell leaves the ~ of --workdir=~/run as it is."""
+    check_text(word, "path")
+    return os.path.expanduser(word)
+
+
+def read_text(word: str) -> str:
+    """A text of the command line, in UTF-8 also where the locale knows ASCII alone."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:  # bytes that are no text in the encoding of the locale
+        with contextlib.suppress(UnicodeDecodeError):
+            return os.fsencode(word).decode()
+    return word
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="postrain", description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -140,19 +166,23 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if config:
             text = "and --config.KEY=VALUE for any key"
-            command.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help=text)
+            command.add_argument("--config", type=read_path, required=True, metavar="FILE.py[:ARG]", help=text)
         return command
 
     text = "train as a config says, from the newest checkpoint in the workdir"
     command = add("train", run_train, text, config=True)
-    command.add_argument("--workdir", required=True, help="the folder of the run: everything is written there")
+    command.add_argument(
+        "--workdir", type=read_path, required=True, help="the folder of the run: everything is written there"
+    )
     several = command.add_argument_group("one of several processes (not needed under SLURM, mpirun and on TPU pods)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; the next port is used too")
     several.add_argument("--num-processes", type=int, metavar="N")
     several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
-    command.add_argument("--workdir", required=True, help="the folder of the run, on a disk that all machines share")
+    command.add_argument(
+        "--workdir", type=read_path, required=True, help="the folder of the run, on a disk that all machines share"
+    )
     command.add_argument(
         "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
     )
@@ -163,27 +193,27 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
     command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
-    command.add_argument("--html", metavar="FILE", help="also write an HTML page")
+    command.add_argument("--html", type=read_path, metavar="FILE", help="also write an HTML page")
 
     command = add("plan", run_plan, "compile a config's step for hardware that need not be present", config=True)
     command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
-    command.add_argument("--workdir", required=True)
-    command.add_argument("--output", required=True, metavar="DIR")
+    command.add_argument("--workdir", type=read_path, required=True)
+    command.add_argument("--output", type=read_path, required=True, metavar="DIR")
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
     command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
-    command.add_argument("file", metavar="FILE.gguf")
-    command.add_argument("output", metavar="OUT")
+    command.add_argument("file", type=read_path, metavar="FILE.gguf")
+    command.add_argument("output", type=read_path, metavar="OUT")
 
     command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
-    command.add_argument("model", metavar="MODEL_DIR", help="folder of a model or an adapter")
+    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
     command.add_argument("--random", action="store_true", help="with random weights: config.json is enough")
     command.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -191,12 +221,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, metavar="DIR", help="folder of a model or an adapter")
+    command.add_argument(
+        "--model", type=read_path, required=True, metavar="DIR", help="folder of a model or an adapter"
+    )
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="one user message; the answer is streamed to the terminal")
-    what.add_argument("--input", metavar="FILE.jsonl", help='lines of {"prompt": ...} or {"messages": [...]}')
-    command.add_argument("--output", metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'")
-    command.add_argument("--system", default="", help="a system message")
+    what.add_argument("--prompt", type=read_text, help="one user message; the answer is streamed to the terminal")
+    text = 'lines of {"prompt": ...} or {"messages": [...]}'
+    what.add_argument("--input", type=read_path, metavar="FILE.jsonl", help=text)
+    command.add_argument(
+        "--output", type=read_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
+    )
+    command.add_argument("--system", type=read_text, default="", help="a system message")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
     command.add_argument(
         "--thinking",

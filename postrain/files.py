@@ -1,5 +1,6 @@
 """Local files: written whole or not at all, locked, hashed; JSON lines read back."""
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -25,7 +26,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     Raises UserError when it cannot be written (a full disk, a read-only place).
     """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -41,6 +42,10 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): {advice}") from error
 
 
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".partial")
+
+
 def check_local(path: str | os.PathLike, name: str) -> None:
     """Raises UserError for an address such as ``gs://bucket/run``, which would become a folder ``gs:`` on this machine.
 
@@ -50,6 +55,35 @@ def check_local(path: str | os.PathLike, name: str) -> None:
         raise UserError(
             f"{name} {path}: expected a path of this machine, found the address of a storage: mount the bucket, or use "
             "a shared file system"
+        )
+
+
+def check_text(path: str, name: str) -> None:
+    """Raises UserError for a path that is not UTF-8, or that cannot be written in the encoding of the locale.
+
+    Libraries in C++ and Rust take neither.
+    """
+    try:
+        path.encode()
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} {ascii(path)}: expected a path in UTF-8, and a locale that has its characters: set "
+            "LC_ALL=C.UTF-8, or choose another name"
+        ) from error
+
+
+def check_no_pattern(path: str | os.PathLike, name: str) -> None:
+    """Raises UserError for a folder of checkpoints whose path the library that reads them would take for a pattern.
+
+    It would then find none of the files that it has written, or those of a folder beside it.
+    """
+    where = os.path.abspath(path)
+    check_text(where, name)
+    if found := [character for character in "*?[\\" if character in where]:
+        raise UserError(
+            f"{name} {where}: checkpoints in a folder with {' '.join(found)} in its path cannot be read again: choose "
+            "another name, or give a link to the folder whose own path has none"
         )
 
 
@@ -67,7 +101,10 @@ def check_writable(path: str | os.PathLike, name: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{name} {path} is not an ordinary file, and writing would replace it: choose another place")
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    names = (*path.absolute().relative_to(folder).parts, _partial(path).name)
     try:
+        if max(len(os.fsencode(name)) for name in names) > os.pathconf(folder, "PC_NAME_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -154,7 +191,8 @@ def spread(start: int, stop: int, count: int, size: int) -> list[tuple[int, int]
 def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line that is not blank.
 
-    Only "\\n" ends a line: JSON strings may hold U+2028, U+2029 and U+0085, at which ``str.splitlines`` splits.
+    Only "\\n" ends a line: JSON strings may hold U+2028, U+2029 and U+0085, at which ``str.splitlines`` splits. A byte
+    order mark at the start is left out.
 
     Args:
         drop_torn: leave out a last line without newline, which a kill cut off; for files that are appended to.
@@ -163,7 +201,7 @@ def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tupl
         UserError: naming file and line, for a line that is not a JSON object in UTF-8; for a file that cannot be read.
     """
     try:
-        lines = pathlib.Path(path).read_bytes().split(b"\n")
+        lines = pathlib.Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     if drop_torn:

@@ -48,21 +48,6 @@ def test_start_up_loads_nothing_heavy():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_compilers_for_other_hardware_are_not_tried_as_devices(monkeypatch):
-    """With both plugins and neither device JAX would print pages about missing devices."""
-    devices, plugins = [], {"libtpu", "jax_cuda13_plugin"}
-    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [path for path in devices if path.startswith(pattern[:-1])])
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name in plugins or None)
-    assert cli.has_compilers_only()
-    devices.append("/dev/nvidia0")
-    assert not cli.has_compilers_only()
-    devices[:] = ["/dev/vfio/0"]
-    assert not cli.has_compilers_only()
-    devices.clear()
-    plugins.remove("libtpu")
-    assert not cli.has_compilers_only()
-
-
 def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
     words = ["train", "--config=configs/sft.py", "--workdir=nowhere", "--config.optimizer.learning_rat=1"]
     script = (

@@ -42,6 +42,15 @@ def test_only_newlines_end_lines(tmp_path):
     assert [row for row, _ in _read_rows_of(path, ODD)] == [{"prompt": ODD}]
 
 
+def test_a_byte_order_mark_is_left_out_at_the_start_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "a"}\n')
+    assert [row for row, _ in _read_rows(path)] == [{"prompt": "a"}]
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="a.jsonl:2: not valid JSON"):
+        list(_read_rows(path))
+
+
 def _read_rows_of(path, text):
     path.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + "\n", encoding="utf-8")
     return list(_read_rows(path))

@@ -2,10 +2,10 @@
 
 A checkpoint ``checkpoints/STEP/`` holds ``state`` (the TrainState without ``frozen``, by Orbax), ``run/data.json`` (a
 RunRecord: data position, resolved config, fingerprints, metrics) and ``checksums.txt``, by which a file that is torn,
-missing or has a flipped bit is found and named. Orbax writes it as ``STEP.saving``; when it is whole, its checksums
-are written, all of it is on disk, and then it gets its name: a run killed at any instant finds its previous
-checkpoint. ``frozen`` is not saved: it is read again from the model folder, and a folder that has changed since is
-refused.
+missing or has a flipped bit is found and named. Orbax writes it as ``STEP.saving``; when it is whole, its record and
+the list of its arrays are read back, its checksums are written, all of it is on disk, and then it gets its name: a run
+killed at any instant finds its previous checkpoint. ``frozen`` is not saved: it is read again from the model folder,
+and a folder that has changed since is refused.
 """
 
 import concurrent.futures
@@ -35,7 +35,7 @@ from postrain.checkpoint.record import RunRecord, parse_record
 from postrain.cluster.processes import gather
 from postrain.config import CheckpointConfig
 from postrain.errors import UserError, shorten
-from postrain.files import write_whole
+from postrain.files import check_no_pattern, write_whole
 from postrain.types import TrainState
 
 UNFINISHED_SUFFIX = ".saving"  # and what Orbax adds to it
@@ -67,6 +67,7 @@ class Checkpointer:
     def __init__(
         self, folder, config: CheckpointConfig, *, read_only: bool = False, report: Callable[[str], None] = print
     ):
+        check_no_pattern(folder, "folder")
         self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
         self._read_only, self._warned = read_only, False
         if read_only and not self._folder.is_dir():
@@ -119,7 +120,8 @@ class Checkpointer:
                 written = ocp.save_checkpointables_async(unfinished, items)
         except (OSError, ValueError) as error:
             self._fail(error)
-        self._pending = self._thread.submit(self._finish, record.step, unfinished, written)
+        expected = json.dumps(values, sort_keys=True), _shapes(items["state"])
+        self._pending = self._thread.submit(self._finish, record.step, unfinished, written, expected)
         if not self._config.asynchronous:
             self.wait()
 
@@ -128,11 +130,19 @@ class Checkpointer:
         if self._lead:
             write_whole(self._folder / str(step) / LATER_METRICS, json.dumps(metrics) + "\n")
 
-    def _finish(self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse) -> None:
-        """Turn the folder that Orbax writes into a checkpoint, then delete those it replaces. Runs in a thread."""
+    def _finish(
+        self, step: int, unfinished: pathlib.Path, written: ocp.AsyncResponse, expected: tuple[str, dict[str, str]]
+    ) -> None:
+        """Turn the folder that Orbax writes into a checkpoint, then delete those it replaces. Runs in a thread.
+
+        ``expected``: its record as JSON and the shapes of its arrays, which must be read back from it.
+        """
         written.result()
         if not self._lead:
             return
+        values = json.loads((unfinished / "run" / "data.json").read_text(encoding="utf-8"))
+        if (json.dumps(values, sort_keys=True), self._read_shapes(unfinished)) != expected:
+            raise OSError("what was written cannot be read back")
         write_checksums(unfinished)
         unfinished.rename(self._folder / str(step))
         sync_folder(self._folder)
@@ -257,12 +267,14 @@ class Checkpointer:
 
     def _read_run(self, folder: pathlib.Path) -> tuple[Any, dict]:
         """The contents of run/data.json, and the shapes of the state."""
-        values = self._load(folder, {"run": None})["run"]
-        with self._context:
-            saved = _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
+        values, saved = self._load(folder, {"run": None})["run"], self._read_shapes(folder)
         if not saved:
-            raise Damaged("its list of arrays is damaged")
+            raise ValueError("its list of arrays is empty")
         return values, saved
+
+    def _read_shapes(self, folder: pathlib.Path) -> dict[str, str]:
+        with self._context:
+            return _shapes(ocp.checkpointables_metadata(folder).metadata["state"])
 
     def _load(self, folder: pathlib.Path, items: dict) -> dict:
         with self._context:
@@ -271,9 +283,9 @@ class Checkpointer:
     def _is_good(self, step: int, error: Exception | None) -> bool:
         """Whether no process met an error in this checkpoint.
 
-        After an error all processes follow one judgement, made before anything is moved: a damaged checkpoint is
-        renamed, so that the run can save that step again. Raises UserError, and moves nothing, when it may be whole or
-        the folder is open read-only.
+        After an error all processes follow one judgement, made before anything is moved: a checkpoint that contradicts
+        its checksums is renamed, so that the run can save that step again. Raises UserError, and moves nothing, after
+        any other error, as it may be whole, and where the folder is open read-only.
         """
         path = self._folder / str(step)
         judgement = error and [format_cause(error), is_damaged(path, error), is_out_of_memory(error)]

@@ -4,15 +4,13 @@
 covers the lines above it. CRC-32 finds every flipped bit, every burst of up to 32 bits, and all but one in 4e9 of any
 other damage, at the speed of memory and without Python's lock. Orbax's own checks cover its indices, not the arrays.
 
-A checkpoint that cannot be read is damaged for good, or the machine failed and it may be whole. Only a damaged one may
-be moved aside. It counts as damaged when an error names the damage (a file that is missing, cut short, not JSON, or
-contradicts its checksum) and every file that is there can be read. Errors of memory, disk and permissions are the
-machine's, and no other error is taken for damage.
+A checkpoint that cannot be read is damaged for good, or it may be whole and something else failed: the machine, a
+library. Only a damaged one may be moved aside: one that contradicts its checksums while every file that is there can be
+read. What fails after the checksums were found to hold is never taken for damage.
 """
 
 import concurrent.futures
 import errno
-import json
 import os
 import pathlib
 import zlib
@@ -26,12 +24,11 @@ _THREADS = 4
 _SHOWN = 2  # files named in one message
 
 # TensorStore's messages begin with absl's names of status codes; its exceptions say nothing else of the cause.
-DAMAGE = ("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
 MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 class Damaged(ValueError):
-    """Damage that postrain itself found."""
+    """Files that are missing or contradict their checksums."""
 
 
 # --- checksums ---
@@ -91,13 +88,16 @@ def _find_difference(folder: pathlib.Path, name: str, expected: tuple[int, int] 
 
 
 def _read(path: pathlib.Path, *, sync: bool = False) -> tuple[int, int]:
-    """(crc32, bytes) of a file; ``sync``: flushed to the disk first."""
+    """(crc32, bytes) of a file; ``sync``: flushed to the disk first. Raises OSError naming the file."""
     crc, size, buffer = 0, 0, memoryview(bytearray(_CHUNK))
-    with open(path, "rb", buffering=0) as file:
-        if sync:
-            os.fsync(file.fileno())
-        while count := file.readinto(buffer):
-            crc, size = zlib.crc32(buffer[:count], crc), size + count
+    try:
+        with open(path, "rb", buffering=0) as file:
+            if sync:
+                os.fsync(file.fileno())
+            while count := file.readinto(buffer):
+                crc, size = zlib.crc32(buffer[:count], crc), size + count
+    except OSError as error:  # of a read has no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return crc, size
 
 
@@ -115,14 +115,13 @@ def sync_folder(folder: pathlib.Path) -> None:
 
 def is_damaged(path: pathlib.Path, error: BaseException) -> bool:
     """Whether ``error``, raised while the checkpoint folder ``path`` was read, proves that the folder is damaged."""
-    causes = list_causes(error)
-    return not any(map(_is_machine_failure, causes)) and any(map(_is_damage, causes)) and _can_be_read(path)
+    return isinstance(error, Damaged) and _can_be_read(path)
 
 
 def format_cause(error: BaseException) -> str:
     """The first cause of a known sort, else the innermost, on one line; of all but Damaged at most 200 characters."""
     causes = list_causes(error)
-    known = [cause for cause in causes if _is_machine_failure(cause) or _is_damage(cause)]
+    known = [cause for cause in causes if _is_machine_failure(cause) or isinstance(cause, Damaged)]
     cause = (known or causes[-1:])[0]
     text = " ".join(str(cause).split()) or type(cause).__name__
     return text if isinstance(cause, Damaged) else text[:200]
@@ -148,14 +147,8 @@ def _is_machine_failure(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or str(error).startswith(MACHINE)
 
 
-def _is_damage(error: BaseException) -> bool:
-    if isinstance(error, ValueError) and str(error).startswith(DAMAGE):
-        return True
-    return isinstance(error, (Damaged, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError))
-
-
 def _can_be_read(path: pathlib.Path) -> bool:
-    """Whether the folder is there and all its files open: Orbax reports some read errors as missing metadata."""
+    """Whether the folder is there and all its files open: a disk that fails may show a file as missing."""
 
     def raise_error(error: OSError) -> None:
         raise error

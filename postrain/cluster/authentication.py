@@ -23,6 +23,9 @@ SECRET = "POSTRAIN_SECRET"  # the environment variable: `ps` shows every user wh
 SECONDS_TO_PROVE = 10.0
 _SHORTEST_SECRET = 16  # characters
 _LONGEST_PROOF = 4096  # bytes that a stranger may send
+# Bytes of one process's message, far above what is sent: a position in 65,536 shards has 10 MB, the fingerprint of
+# 100,000 files 20 MB.
+LONGEST = 64 << 20
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a lost machine: after 20 seconds
 
 
@@ -69,15 +72,24 @@ class Connection:
         connected.settimeout(None)
         self._socket, self._received, self._lock = connected, bytearray(), threading.Lock()
 
-    def send(self, message: dict) -> None:
-        """Does nothing when the connection is closed: its reader notices that."""
+    def send(self, message: dict, limit: int | None = None) -> None:
+        """Does nothing when the connection is closed: its reader notices that.
+
+        Raises UserError where the message has more than ``limit`` bytes, which the other end would not read.
+        """
+        line = json.dumps(message).encode() + b"\n"
+        if limit is not None and len(line) > limit:
+            raise UserError(
+                f"several processes: {len(line):,} bytes are to be sent to the others at once, expected at most "
+                f"{limit:,}: lower data.stream.shards, or keep the data in fewer files"
+            )
         try:
             with self._lock:
-                self._socket.sendall(json.dumps(message).encode() + b"\n")
+                self._socket.sendall(line)
         except OSError:
             return
 
-    def receive(self, seconds: float | None = None, limit: float = float("inf")) -> Any:
+    def receive(self, seconds: float | None = None, limit: int = LONGEST) -> Any:
         """The next value; None if the connection is closed or the next line is not JSON.
 
         None too if no whole line came within ``seconds`` or about ``limit`` bytes.
@@ -87,7 +99,7 @@ class Connection:
         except (OSError, ValueError, RecursionError):
             return None
 
-    def _read_line(self, seconds: float | None, limit: float) -> bytes:
+    def _read_line(self, seconds: float | None, limit: int) -> bytes:
         deadline, searched = None if seconds is None else time.monotonic() + seconds, 0
         while (end := self._received.find(b"\n", searched)) < 0:
             if (searched := len(self._received)) > limit:
@@ -96,7 +108,7 @@ class Connection:
                 if (left := deadline - time.monotonic()) <= 0:
                     raise TimeoutError
                 self._socket.settimeout(left)
-            part = self._socket.recv(int(min(1 << 16, limit)))
+            part = self._socket.recv(min(1 << 16, limit))
             if not part:
                 raise ConnectionError("closed")
             self._received += part

@@ -9,6 +9,7 @@ The hub listens on one address, the one that the coordinator's name stands for, 
 joined. A process that does not know the run's secret cannot join (authentication.py).
 """
 
+import contextlib
 import errno
 import ipaddress
 import os
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from postrain.cluster.authentication import SECRET, Connection, WrongSecret, admit, introduce
+from postrain.cluster.authentication import LONGEST, SECRET, Connection, WrongSecret, admit, introduce
 from postrain.errors import UserError, shorten
 
 SECONDS_TO_JOIN = 300.0  # from the first process's start to the last one's
@@ -28,7 +29,9 @@ SECONDS_TO_RESOLVE = 60.0  # process 0's own name: Kubernetes' DNS may know a ne
 SECONDS_TO_END = 5.0  # for the others to end, so that process 0, which they all depend on, is the last
 LOST = "ended without an error message (killed, out of memory, or its machine is lost)"
 LOST_CODE = 128 + signal.SIGTERM  # the run can go on from its checkpoint: launchers start it again
-_STRANGERS = 64  # connections that may be proving at one time that they know the secret
+_STRANGERS = 64  # connections besides those of the processes that may be proving that they know the secret, and
+_SECONDS_TO_LINGER = 1.0  # for how long more of them may
+_WAITING = 4096  # connections that wait to be accepted; Linux allows no more unless told otherwise
 _TICK = 0.5  # seconds between two looks at whether all processes have joined
 
 
@@ -50,8 +53,10 @@ class Failure(NamedTuple):
         return f"process {self.process} ({self.host}) {self.error}"
 
 
-def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket on one address: the first of ``host`` that is this machine's, loopback ones last.
+
+    As many connections as the system allows may wait to be accepted: a stranger's must not keep a process's out.
 
     Raises UserError if no address of ``host`` is this machine's or the port is taken, ProcessesMissing if nobody knows
     ``host`` for a minute.
@@ -74,7 +79,7 @@ def listen(host: str, port: int, backlog: int = 128) -> socket.socket:
         if ipaddress.ip_address(place[0].partition("%")[0]).is_unspecified:  # 0.0.0.0 would be every address
             continue
         try:
-            return socket.create_server(place, family=family, backlog=backlog)
+            return socket.create_server(place, family=family, backlog=_WAITING)
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 raise UserError(
@@ -107,8 +112,8 @@ class Hub:
         self._failure: Failure | None = None
         self._finished = False
         self._ended = queue.SimpleQueue()  # processes whose connection has closed
-        self._proving = threading.Semaphore(_STRANGERS)
-        self._listener = listen(*address, backlog=num_processes + 16)
+        self._proving: dict[socket.socket, float] = {}  # and when they came, the oldest first
+        self._listener = listen(*address)
         place = self._listener.getsockname()
         numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV  # with the zone of a link-local address
         self.address: tuple[str, int] = (socket.getnameinfo(place, numeric)[0], place[1])
@@ -136,6 +141,7 @@ class Hub:
         with self._listener:
             self._listener.settimeout(_TICK)
             while self.missing():
+                self._send_away()
                 try:
                     connected, place = self._listener.accept()
                 except TimeoutError:
@@ -143,17 +149,32 @@ class Hub:
                 except OSError:  # no more open files, or the other end has gone
                     time.sleep(_TICK)
                     continue
-                self._proving.acquire()  # for _serve to release
+                with self._lock:
+                    self._proving[connected] = time.monotonic()
                 threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
 
+    def _send_away(self) -> None:
+        """Closes the oldest connections where too many prove nothing, so that strangers leave room for processes."""
+        with self._lock:
+            many = len(self._proving) - self._count - _STRANGERS
+            for connected, since in list(self._proving.items())[: max(many, 0)]:
+                if time.monotonic() - since > _SECONDS_TO_LINGER:
+                    with contextlib.suppress(OSError):
+                        connected.shutdown(socket.SHUT_RDWR)  # which wakes its thread; close would not
+
     def _serve(self, connected: socket.socket, address: str) -> None:
-        connection, hello = Connection(connected), None
+        hello = None
         try:
+            connection = Connection(connected)
             hello = admit(connection, self._secret)
         except WrongSecret:
-            self._refused[address] = None
+            if len(self._refused) < _STRANGERS:
+                self._refused[address] = None
+        except OSError:  # it has gone
+            connected.close()
         finally:
-            self._proving.release()
+            with self._lock:
+                del self._proving[connected]
         if hello is None:
             return
         process = hello["process"]
@@ -180,6 +201,7 @@ class Hub:
         self._ended.put(process)
         if not self._finished:
             self._fail(Failure(process, self._hosts[process], LOST, LOST_CODE))
+        connection.close()
 
     def _handle(self, process: int, message: dict) -> None:
         if "failed" in message:  # in a thread: this one must see that the process has ended
@@ -269,7 +291,7 @@ class Channel:
             )
 
     def _listen(self) -> None:
-        while isinstance(message := self._connection.receive(), dict):
+        while isinstance(message := self._connection.receive(limit=LONGEST * self.num_processes), dict):  # all values
             failure = Failure(*message["failed"]) if "failed" in message else None
             with self._changed:
                 self.hosts = message.get("hosts", self.hosts)
@@ -290,12 +312,15 @@ class Channel:
             self._on_failure(Failure(0, self.hosts[0] if self.hosts else "the coordinator", LOST, LOST_CODE))
 
     def gather(self, value: Any) -> list:
-        """``value`` (JSON) of every process, by number. Every process must call it, as often as the others."""
+        """``value`` (JSON) of every process, by number. Every process must call it, as often as the others.
+
+        Raises UserError where ``value`` is too long for a message.
+        """
         self._gathers += 1
         return self._gather(f"value {self._gathers}", value)
 
     def _gather(self, name: str, value: Any) -> list:
-        self._connection.send({"gather": name, "value": value})
+        self._connection.send({"gather": name, "value": value}, LONGEST)
         with self._changed:
             self._changed.wait_for(lambda: name in self._gathered)
             return self._gathered.pop(name)

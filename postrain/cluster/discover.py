@@ -13,10 +13,10 @@ things are new: Open MPI 5, and one process for all GPUs of a machine, which jax
 
 import dataclasses
 import glob
+import http.client
 import importlib.util
 import os
 import re
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Mapping
@@ -212,6 +212,6 @@ def _read_metadata(name: str, environment: Mapping[str, str]) -> str | None:
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            return answer.read().decode()
-    except (urllib.error.URLError, OSError):
+            return answer.read(1 << 20).decode()
+    except (OSError, http.client.HTTPException, UnicodeDecodeError):  # something else may answer there
         return None

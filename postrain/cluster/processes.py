@@ -97,7 +97,7 @@ class Processes:
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): choose another --workdir") from error
         _flush()
-        self._terminal = os.fdopen(os.dup(2), "w")
+        self._terminal = os.fdopen(os.dup(2), "w", errors="backslashreplace")
         # The descriptors, so that it holds for C++ libraries too.
         for number in (1, 2):
             os.dup2(log, number)

@@ -22,10 +22,20 @@ from postrain.config.functions import DATASET_PREFIX, PREFIX, identify_dataset, 
 from postrain.config.rules import check_rules
 from postrain.config.schema import Config, Dataset, SourceConfig
 from postrain.errors import UserError
+from postrain.files import check_text
 from postrain.trees import flatten
 
 PLAIN = (str, int, float, bool, type(None))
 RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
+PATHS = (  # keys in which ~ is the home of the user
+    "model.path",
+    "model.tokenizer",
+    "model.new_tokens.file",
+    "data.train.path",
+    "data.eval.path",
+    "data.chat_template",
+    "data.stream.cache_folder",
+)
 HOW_TO_GET_A_MODEL = "give the folder of a model, or its name on the Hugging Face hub, such as Qwen/Qwen3-0.6B"
 
 
@@ -41,6 +51,9 @@ def load_config(spec: str, overrides: dict[str, str] | None = None) -> Config:
         UserError: no such file, an error inside it, an unknown key, a value of the wrong type or range.
     """
     path, _, arg = spec.partition(":")
+    if ".py:" in spec or spec.endswith(".py"):  # there may be colons in front of it
+        before, suffix, arg = spec.partition(".py:")
+        path = before + ".py" * bool(suffix)
     file = pathlib.Path(path)
     if file.is_dir():
         inside = ", ".join(str(one) for one in sorted(file.glob("*.py"))[:5]) if path else ""
@@ -223,7 +236,10 @@ def _read_value(value: Any, kind: Any, key: str) -> Any:
             raise UserError(f"config key '{key}' must be a finite number, found {value}")
         if expected := limits.explain_refusal(value):
             raise UserError(f"config key '{key}' must be {expected}, found {value!r}")
-    return value
+    if key not in PATHS:
+        return value
+    check_text(value, f"config key '{key}' =")
+    return os.path.expanduser(value)
 
 
 def _check_choice(value: str, choices: Iterable[str], key: str) -> None:

@@ -5,6 +5,7 @@ import typing
 
 from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection
 from postrain.errors import UserError
+from postrain.files import check_local
 
 
 def check_rules(config: Config) -> None:
@@ -101,6 +102,7 @@ def _check_sources(data: DataConfig) -> None:
             raise UserError(f"{where} expected an update after {last}: phases come in order, the first is 'data.train'")
         last = phase.step
 
+    check_local(data.stream.cache_folder, "config key 'data.stream.cache_folder'")
     if (data.stream.cache_gibibytes > 0) != bool(data.stream.cache_folder):
         raise UserError(
             "config keys 'data.stream.cache_folder' and 'data.stream.cache_gibibytes' go together: set both, or neither"

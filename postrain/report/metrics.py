@@ -175,7 +175,8 @@ class ProgressLine:
     def __init__(self, total_steps: int, *, stream=None, plain_every: float = 15.0, clock=time.monotonic):
         """``plain_every``: seconds between lines where ``stream`` (default: stdout) is not a terminal."""
         self._total, self._stream, self._clock = total_steps, stream or sys.stdout, clock
-        self._plain_every, self._live = plain_every, self._stream.isatty()
+        self._plain_every = plain_every
+        self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._first: tuple[int, float] | None = None
         self._printed_at, self._line = float("-inf"), ""
 
@@ -195,12 +196,12 @@ class ProgressLine:
         if step > first_step:
             left = (now - first_time) / (step - first_step) * (self._total - step)
             parts.append(f"{format_seconds(left)} left")
-        self._line = "  ".join(parts)
         if self._live:
+            self._line = fit(parts, _columns(self._stream))
             self._stream.write(CLEAR + self._line)
         elif now - self._printed_at >= self._plain_every or step >= self._total:
             self._printed_at = now
-            self._stream.write(self._line + "\n")
+            self._stream.write("  ".join(parts) + "\n")
         self._stream.flush()
 
     def print(self, text: str) -> None:
@@ -217,6 +218,20 @@ class ProgressLine:
             self._stream.write("\n")
             self._stream.flush()
         self._line = ""
+
+
+def fit(parts: list[str], columns: int) -> str:
+    """As many of ``parts`` as fit a line: a longer one would take two, of which CLEAR erases the second alone."""
+    while len(parts) > 1 and len("  ".join(parts)) >= columns:
+        parts = parts[:-1]
+    return "  ".join(parts)[: columns - 1]
+
+
+def _columns(stream) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError, AttributeError):  # a stream of a test or a notebook
+        return 80
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -12,24 +13,35 @@ import jax
 
 from postrain.config import Config, resolve, to_dict
 from postrain.errors import UserError
-from postrain.files import check_local, lock, write_whole
+from postrain.files import check_local, check_no_pattern, lock, write_whole
 from postrain.report.metrics import read_metrics
 
 REPORTS = ("metrics.jsonl", "samples.jsonl")
+LONGEST_PATH = 3584  # bytes: the system's most, 4,096, less what a checkpoint adds
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-    """The folder, made where it is missing. Raises UserError where it cannot be written, holds a model or is a URL."""
+    """The folder, made where it is missing.
+
+    Raises UserError where it cannot be written, holds a model, is a URL or has a name that checkpoints cannot be read
+    under.
+    """
     if not os.fspath(workdir):
         raise UserError("--workdir is empty: name a folder for the run")
     check_local(workdir, "--workdir")
-    workdir = pathlib.Path(workdir)
-    if any(workdir.glob("*.safetensors")):
+    check_no_pattern(workdir, "--workdir")
+    if (size := len(os.fsencode(os.path.abspath(workdir)))) > LONGEST_PATH:
         raise UserError(
-            f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
-            "choose another place"
+            f"--workdir has a path of {size:,} bytes: expected at most {LONGEST_PATH:,}, as the files of checkpoints "
+            "have longer ones: choose another place"
         )
+    workdir = pathlib.Path(workdir)
     try:
+        if any(workdir.glob("*.safetensors")):
+            raise UserError(
+                f"--workdir {workdir} holds the weights of a model, whose config.json the run would replace: "
+                "choose another place"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
             probe.write(b"1")
@@ -42,12 +54,14 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def open_workdir(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
     """The folder, made and locked for the run of the block. Where that writes nothing, nothing is left of it.
 
-    Raises UserError as make_workdir and lock_workdir do.
+    Raises UserError as make_workdir, lock_workdir and check_renames do.
     """
-    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not folder.exists()]
+    new = [folder for folder in (pathlib.Path(workdir), *pathlib.Path(workdir).parents) if not os.path.exists(folder)]
     try:
         made = make_workdir(workdir)
         with lock_workdir(made):
+            if jax.process_index() == 0:
+                check_renames(made)
             yield made
     finally:
         for folder in new:
@@ -84,6 +98,23 @@ def lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
         stack.callback(path.unlink, missing_ok=True)
         path.write_text(str(os.getpid()), encoding="utf-8")
         yield
+
+
+def check_renames(workdir: pathlib.Path) -> None:
+    """Raises UserError where folders cannot be renamed, as checkpoints are when they are whole: in a mounted bucket."""
+    probe = workdir / ".probe"
+    shutil.rmtree(probe, ignore_errors=True)  # of a run that was killed just here
+    try:
+        (probe / "written").mkdir(parents=True)
+        (probe / "written" / "file").write_bytes(b"1")
+        (probe / "written").rename(probe / "renamed")
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir}: folders cannot be made and renamed there ({error.strerror}), as checkpoints "
+            "are when they are whole: choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(probe, ignore_errors=True)
 
 
 def save_config(workdir: pathlib.Path, config: Config) -> None:

@@ -30,6 +30,7 @@ class Rows:
       fingerprint: of the data pipeline; a checkpoint of another one is refused.
       summary: what is known of the rows before training, several lines.
       lengths: slots of each document where all were rendered before training, else empty.
+      rows_per_epoch: packed rows of the first epoch; 0 where nobody knows them, of a mixture or a stream.
       sample: a document to show.
       layout: the arrays of its batches besides those that all have.
     """
@@ -38,6 +39,8 @@ class Rows:
         self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
         self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
+        in_memory = isinstance(train_rows.batches, MemoryBatches)
+        self.rows_per_epoch: int = train_rows.batches.get_state()["epoch_rows"] if in_memory else 0
 
     def __next__(self) -> Batch:
         self._last = next(self._batches)

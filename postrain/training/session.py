@@ -18,6 +18,7 @@ from postrain.cluster import processes
 from postrain.cluster.stopping import Watchdog
 from postrain.config import Config, check_paths, format_config
 from postrain.data.batches.in_memory import ExampleSet
+from postrain.data.batches.row_filter import count
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.hf.find_model import locate_model
@@ -47,6 +48,9 @@ from postrain.training.optimizer import format_schedule_warning
 if TYPE_CHECKING:
     from postrain.training.program import Program
     from postrain.training.rows import Rows
+
+
+FEW_UPDATES = 10  # a run of fewer has hardly left the warm-up of the learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Session:
             self.say(f"attention   {checked}")
         self.say(rows.summary + (f"\nheld out\n{held_out.report}" if held_out else ""))
         warnings = (
+            format_few_rows(self.config, rows.rows_per_epoch, program.updates),
             format_overlong_warning(rows.lengths, model.config),
             format_schedule_warning(self.config.optimizer, program.updates),
         )
@@ -138,7 +143,7 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
     that differ, a workdir in use, a mesh that the devices cannot make, an export that could not be written, a
     checkpoint in the workdir that this config cannot continue.
     """
-    started = time.monotonic()
+    started, workdir = time.monotonic(), os.path.expanduser(workdir)
     check_paths(config)
     locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if several := processes.current():
@@ -195,6 +200,32 @@ def format_undivided(model: Model, mesh: Mesh) -> list[str]:
     """Lines for the parameters that the mesh leaves whole although it names an axis for them."""
     specs = [frozen_specs(model.config), adapter_specs(model.config)]
     return [line for spec in specs for line in undivided_dimensions(axes_of(spec), mesh, shapes_of(spec))]
+
+
+def format_few_rows(config: Config, rows_per_epoch: int, updates: int) -> str:
+    """Lines where an update has more rows than an epoch, rows come again beyond the epochs, or the run is very short.
+
+    ``rows_per_epoch``: packed rows of the first epoch, 0 where nobody knows. "" where there is nothing to say.
+    """
+    size, lines = config.data.batch_size, []
+    taken, asked = updates * size, config.train.epochs * rows_per_epoch
+    what = f"{count(updates, 'update')} of {count(size, 'row')}"
+    if 0 < rows_per_epoch < size:
+        lines.append(
+            f"warning     {what} made of {count(rows_per_epoch, 'packed row')}: each comes about "
+            f"{taken / rows_per_epoch:.3g} times: lower data.batch_size or data.sequence_length"
+        )
+    elif not config.train.steps and taken > asked > 0:
+        lines.append(
+            f"rows        {what} for train.epochs = {config.train.epochs:g} of {count(rows_per_epoch, 'packed row')}: "
+            "the last is filled up with rows of a further epoch"
+        )
+    if updates < FEW_UPDATES:
+        lines.append(
+            f"warning     the whole run is {count(updates, 'update')}: unless it is a trial, raise "
+            + ("train.steps" if config.train.steps else "train.epochs or lower data.batch_size or data.sequence_length")
+        )
+    return "\n".join(lines)
 
 
 def format_overlong_warning(lengths: Sequence[int] | np.ndarray, config: ModelConfig) -> str:

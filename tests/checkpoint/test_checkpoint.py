@@ -229,6 +229,49 @@ def test_a_failing_machine_moves_nothing(tmp_path, monkeypatch, error, words, pa
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+@pytest.mark.parametrize("error", [ValueError("NOT_FOUND: no such key"), FileNotFoundError("x"), KeyError("handler")])
+@pytest.mark.parametrize("part", ["run", "shapes", "state"])
+def test_a_checkpoint_whose_checksums_hold_is_never_moved(tmp_path, monkeypatch, error, part):
+    """Whatever the library says that reads it: that it wrote it, and cannot find it, is no damage."""
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(record(1), make_state())
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        load = checkpointer._load
+
+        def fail(folder, items=None):
+            if items is None or part in items:
+                raise error
+            return load(folder, items)
+
+        monkeypatch.setattr(checkpointer, "_read_shapes" if part == "shapes" else "_load", fail)
+        with pytest.raises(UserError, match="cannot be read now .* nothing was moved"):
+            checkpointer.restore(abstract())
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("state/_METADATA", "{"), ("state/_METADATA", None), ("run/data.json", "{}")]
+)
+def test_a_checkpoint_counts_as_saved_when_it_has_been_read_back(tmp_path, monkeypatch, name, content):
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        checkpointer.save(record(1), make_state())
+        checkpointer.wait()
+        finish = checkpointer._finish
+
+        def spoil(step, unfinished, written, expected):
+            written.result()
+            (unfinished / name).write_text(content) if content else (unfinished / name).unlink()
+            finish(step, unfinished, written, expected)
+
+        monkeypatch.setattr(checkpointer, "_finish", spoil)
+        checkpointer.save(record(2), make_state())
+        with pytest.raises(UserError, match=r"was not saved \(.*\); the checkpoint of step 1 is whole") as refused:
+            checkpointer.wait()
+        assert "\n" not in str(refused.value)
+        checkpointer._failure = None  # the run would end here
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_read_only_leaves_a_live_save_and_a_damaged_checkpoint_where_they_are(tmp_path):
     with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
         checkpointer.save(record(1), make_state())

@@ -1,5 +1,6 @@
 """Several processes are one run: they find each other, and what ends one of them ends all, with its reason."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -15,7 +16,15 @@ import pytest
 
 from postrain import cli
 from postrain.cluster import channel, discover
-from postrain.cluster.authentication import SECRET, Connection, WrongSecret, introduce, make_secret, read_secret
+from postrain.cluster.authentication import (
+    LONGEST,
+    SECRET,
+    Connection,
+    WrongSecret,
+    introduce,
+    make_secret,
+    read_secret,
+)
 from postrain.cluster.channel import Channel, Hub, ProcessesMissing, listen
 from postrain.cluster.discover import Cluster, find_cluster, first_host
 from postrain.cluster.launch import find_ports
@@ -199,7 +208,7 @@ def connect(port, host="127.0.0.1"):
 
 
 def test_stalled_strangers_do_not_block_the_hub(monkeypatch):
-    """More of them than may prove themselves at a time: their places are free again after some seconds."""
+    """Others may prove themselves meanwhile."""
     monkeypatch.setattr(channel, "_STRANGERS", 2)
     monkeypatch.setattr("postrain.cluster.authentication.SECONDS_TO_PROVE", 0.3)
     hub = Hub(("127.0.0.1", 0), 2, WORD)
@@ -212,6 +221,57 @@ def test_stalled_strangers_do_not_block_the_hub(monkeypatch):
             break
         time.sleep(0.05)
     assert hub.missing() == [0]
+
+
+def test_a_crowd_of_strangers_leaves_room_for_a_process():
+    """Port scanners that say nothing, something else, or a byte at a time, far more of them than are let in."""
+    hub, begun = Hub(("127.0.0.1", 0), 2, WORD), time.monotonic()
+    crowd = [connect(hub.address[1]) for _ in range(200)]
+    tls_hello = bytes.fromhex("16030100750100007103") + os.urandom(100)
+    for number, words in enumerate((b"GET / HTTP/1.1\r\nHost: x\r\n", tls_hello, os.urandom(4000), b"\0" * 9000, b"{")):
+        crowd[number].sendall(words)
+    stopped = threading.Event()
+
+    def send_slowly():
+        with contextlib.suppress(OSError):
+            while not stopped.wait(0.02):
+                crowd[-1].sendall(b" ")
+
+    slow = threading.Thread(target=send_slowly)
+    slow.start()
+    joined = join_hub(hub.address[1])
+    assert time.monotonic() - begun < 5, "it waited until strangers were given up"
+    time.sleep(channel._SECONDS_TO_LINGER + 2 * channel._TICK)
+    assert len(hub._proving) <= 2 + channel._STRANGERS, "threads and files of those who prove nothing"
+    join_hub(hub.address[1], process=0)
+    assert joined.receive(5) == {"hosts": ["far", "far"]}
+    stopped.set()
+    slow.join()
+    for one in crowd:
+        one.close()
+
+
+def test_a_message_without_end_is_not_collected():
+    """Of a process that knows the secret, too: the run ends, and memory does not."""
+    hub = Hub(("127.0.0.1", 0), 2, WORD)
+    other, lead = join_hub(hub.address[1]), join_hub(hub.address[1], process=0)
+    assert lead.receive(5) == {"hosts": ["far", "far"]}
+    with contextlib.suppress(OSError):
+        for _ in range(LONGEST // (1 << 20) + 8):
+            other._socket.sendall(b"[" * (1 << 20))
+    assert lead.receive(10) == {"failed": [1, "far", channel.LOST, channel.LOST_CODE]}
+
+
+def test_a_value_that_the_others_would_not_read_is_refused_where_it_is(monkeypatch):
+    hub = Hub(("127.0.0.1", 0), 1, WORD)
+    own = Channel(hub.address, 0, 1, WORD, hub, lambda failure: None)
+    monkeypatch.setattr(channel, "LONGEST", 1000)
+    with pytest.raises(
+        UserError, match=r"several processes: 1,0\d\d bytes are to be sent .* at most 1,000: lower data"
+    ):
+        own.gather("x" * 1000)
+    assert own.gather("x") == ["x"]
+    own.leave()
 
 
 def test_a_proof_is_good_for_one_connection():

@@ -150,6 +150,18 @@ def test_a_folder_or_an_empty_value_is_not_a_config_file(tmp_path):
         load_config("")
 
 
+def test_a_colon_in_the_name_of_a_folder_is_no_variant(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    file = tmp_path / "a:b" / "c.py"
+    file.write_text(
+        "def get_config(arg='x'):\n    return {'model': {'path': 'm'}, 'data': {'train': arg + '.jsonl'}}\n"
+    )
+    for spec, path in ((f"{file}", "x.jsonl"), (f"{file}:y:z", "y:z.jsonl")):
+        assert load_config(spec).data.train[0].path == path
+    with pytest.raises(UserError, match=r"no file .*a:b/d.py; did you mean .*a:b/c.py"):
+        load_config(str(tmp_path / "a:b" / "d.py"))
+
+
 def test_every_shipped_config_resolves():
     for file in sorted((ROOT / "configs").glob("*.py")):
         config = load_config(str(file), {"model.path": "m", "data.train": "x.jsonl"})

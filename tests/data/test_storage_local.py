@@ -41,6 +41,46 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name(folder):
         assert names(name, folder) == [name]
 
 
+ODD = [
+    "a#b",
+    "a:b",
+    "file:a",
+    "s3:a",
+    "C:\\x",
+    "a%20b",
+    "a?b",
+    "a*b",
+    "[x]",
+    "a\\b",
+    "a\nb",
+    "-x",
+    " a ",
+    "{0..3}",
+    "~",
+    "~root",
+]
+ODD += ["$HOME", "a;b&c=d,e|f@g", "\u00e9", "e\u0301", "\x7f", "n" * 245]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_name_is_read_as_a_file_and_as_a_folder(folder, name):
+    (folder / "odd" / name).mkdir(parents=True)
+    (folder / "odd" / name / "x.jsonl").write_text("{}\n")
+    file = folder / f"{name}.jsonl"
+    file.write_text("{}\n")
+    for path in (file, file.name, folder / "odd" / name):
+        if str(path).startswith("~"):  # of the user's home, in whose place stands ./
+            path = f"./{path}"
+        [block] = list_blocks(list_files(str(path)), 1 << 20)
+        assert [row for _, row in read_block(block, "odd")] == [{}]
+
+
+def test_a_chain_of_file_systems_is_not_a_name(folder):
+    (folder / "a::b.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"a::b.jsonl: '::' stands between file systems, .*: rename it"):
+        list_files("a::b.jsonl")
+
+
 def test_all_shards_or_those_that_were_named(folder):
     for number in (0, 1, 3):
         (folder / "x" / f"s-{number:05}-of-00004.jsonl").write_text("{}\n")

@@ -14,6 +14,7 @@ from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.integrity import MANIFEST, Damaged, verify_checksums
 from postrain.checkpoint.record import RunRecord
 from postrain.config import CheckpointConfig, OptimizerConfig
+from postrain.errors import UserError
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state, init_train_state
 
@@ -118,3 +119,16 @@ def test_the_damaged_file_is_named_and_the_checkpoint_before_used(saved, tmp_pat
     [line] = lines
     assert f"{folder / '2'}: cannot be read ({name}" in line and "moved to 2.unreadable" in line, line
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2.unreadable"]
+
+
+def test_a_file_that_the_disk_cannot_read_is_named_and_nothing_is_moved(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    path = folder / "2" / "state" / "manifest.ocdbt"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # whose first page is mapped nowhere
+    with (
+        Checkpointer(folder, CheckpointConfig()) as checkpointer,
+        pytest.raises(UserError, match=f"cannot be read now .*Input/output error.*{path}.* nothing was moved"),
+    ):
+        checkpointer.restore(abstract_train_state(make_params(), {}, OPTIMIZER))
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]

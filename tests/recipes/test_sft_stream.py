@@ -120,6 +120,10 @@ def test_bad_rows_are_written_down_once(inputs, tmp_path):
         ),
         ({"mixture": {"temperature": 2.0}}, "set 'train.steps'"),
         ({"streaming": True, "stream": {"shards": 3}}, "must be a multiple of 'data.stream.shards' = 3"),
+        (
+            {"stream": {"cache_folder": "s3://b/c", "cache_gibibytes": 1.0}},
+            "config key 'data.stream.cache_folder' s3://b/c: expected a path of this machine",
+        ),
         ({"stream": {"cache_folder": "x"}}, "'data.stream.cache_folder' and 'data.stream.cache_gibibytes'"),
         ({"mixture": {"phases": [{"step": 5, "weights": [1.0, 1.0]}]}}, "2 weights for 1 sources"),
         ({"mixture": {"phases": [{"step": 5, "weights": [0.0]}]}}, "one of them above"),

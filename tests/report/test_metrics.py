@@ -1,9 +1,14 @@
 """metrics.jsonl through kill and resume, real trackers read back, the progress line."""
 
 import contextlib
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
 import sys
+import termios
 import time
 
 import jax.numpy as jnp
@@ -138,7 +143,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_on_a_terminal_rewrites_one_line():
+def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     now, stream = [100.0], Terminal()
     line = ProgressLine(600, stream=stream, clock=lambda: now[0])
     line.update(1, {"train/loss": 2.0})
@@ -151,6 +157,33 @@ def test_progress_on_a_terminal_rewrites_one_line():
     assert stream.getvalue().endswith(f"\r\x1b[Keval/loss 1.0\n{last}")
     line.close()
     assert stream.getvalue().endswith(f"{last}\n") and stream.getvalue().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "step 20/60  loss 1.2500  1,034 tokens/s"),
+        (39, "step 20/60  loss 1.2500"),
+        (11, "step 20/60"),
+        (8, "step 20"),
+    ],
+)
+def test_progress_is_one_line_on_a_narrow_terminal(monkeypatch, columns, shown):
+    """Whole figures or none; a line that wraps would stay on the screen."""
+    monkeypatch.setenv("TERM", "xterm")
+    lead, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(follower, "w") as stream:
+        ProgressLine(60, stream=stream).update(20, {"train/loss": 1.25, "perf/tokens_per_second": 1034.4})
+        assert os.read(lead, 1000).decode() == f"\r\x1b[K{shown}"
+    os.close(lead)
+
+
+def test_a_terminal_that_cannot_erase_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    ProgressLine(60, stream=stream).update(20, {"train/loss": 1.25})
+    assert stream.getvalue() == "step 20/60  loss 1.2500\n"
 
 
 def test_progress_in_a_file_is_a_plain_line_every_so_often():

@@ -181,6 +181,10 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Without access to the Hugging Face hub, what its cache holds is local.
     """
+    if ":" in url and "://" not in url and os.path.exists(url):
+        if "::" in url:
+            raise UserError(f"{url}: '::' stands between file systems, as in zip://x.jsonl::file:///a.zip: rename it")
+        return LocalFileSystem(), os.path.abspath(url)  # file:a may be a name, too
     if url.startswith("hf://") and hub.is_offline():
         url = hub.cached_path(url)
     try:
