@@ -22,6 +22,11 @@ CHATML = (
 )
 
 
+def all_templates() -> list[str]:
+    """The names of TRL's templates."""
+    return sorted(path.stem for path in get_template_path("qwen3").parent.glob("*.jinja"))
+
+
 @functools.cache
 def load_bare(name: str) -> Tokenizer:
     return load_tokenizer(get_tokenizer_folder(name))

@@ -29,26 +29,24 @@ wrapped in two noncharacters while the template runs, so that afterwards they ca
 own and encoded as ordinary text (see render.py).
 """
 
+import contextlib
 import dataclasses
-import json
 import re
-from collections.abc import Iterator
 
 from postrain.data.messages import BadRow, Conversation
-from postrain.data.rendering.template import TemplateRefusal, split_inline
+from postrain.data.rendering.row_checks import (
+    Refusal,
+    check_nothing_dropped,
+    check_reasoning,
+    contains,
+    reasoning_of,
+    shows_answer,
+)
+from postrain.data.rendering.template import TemplateRefusal
 from postrain.data.rendering.tokenizer import Tokenizer
 
 MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # messages.py refuses rows that hold them
-_PYTHON = {"true": "True", "false": "False", "null": "None"}
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
-
-
-class Refusal(Exception):
-    """A turn cannot be trained as it would be served; ``advice`` where the cause is not this row alone."""
-
-    def __init__(self, reason: str, advice: str = ""):
-        super().__init__(reason)
-        self.advice = advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +78,10 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         if message["role"] != "assistant" or message.get("train") is False:
             continue
         try:
+            check_reasoning(conversation.messages[k - renderer.added], renderer.template)
             prompt, continuation, switch = renderer.turn(k)
         except Refusal as e:
+            e = renderer.explain_first_turn(k) or e
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
@@ -211,21 +211,50 @@ class Renderer:
     def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
         """Checks that the prompt holds the tools and every message that is not the assistant's.
 
+        An answer that is context only may be missing from later prompts, if the template's own rule leaves it out
+        there (gpt-oss: words before a call), but not from the rendering that ends with it. Trained ones are checked in
+        their own turn.
+
         Raises:
           Refusal: the template dropped one.
         """
         for i, message in enumerate(self.messages[:k]):
-            if message["role"] != "assistant" and not _contains(prompt, message["content"]):
+            content, is_answer = message["content"], message["role"] == "assistant"
+            if is_answer and message.get("train") is not False:
+                continue
+            shown = shows_answer(prompt, content) if is_answer else contains(prompt, content)
+            if not shown and not (is_answer and shows_answer(self.render(i + 1, False, variables), content)):
                 which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
                 raise Refusal(f"the chat template drops the content of {which}")
         if self.tools and not self._tools_shown:
             options = {"template_date": self.date, "add_generation_prompt": True, **variables}
             if prompt == self.template.render(self.messages[:k], None, **options):
                 raise Refusal("the chat template drops the tools")
-            missing = [t["function"]["name"] for t in self.tools if not _contains(prompt, t["function"]["name"])]
+            missing = [t["function"]["name"] for t in self.tools if not contains(prompt, t["function"]["name"])]
             if missing:
                 raise Refusal(f"the chat template drops the tool {missing[0]!r}")
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
+
+    def explain_first_turn(self, k: int) -> Refusal | None:
+        """Why assistant message k was refused, if it would not be after a user's message, and none comes before it."""
+        messages, (plain, tools) = self.messages, self.plain
+        first = next((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), len(messages))
+        begins = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if begins > first:
+            return None
+        # The same conversation after a user's message, and with this first answer as context only.
+        asked = [*plain[:begins], {"role": "user", "content": "x"}, *plain[begins : k + 1]]
+        try:
+            Renderer(self.tokenizer, asked, tools, self.date, "", self.ref).turn(k + 1)
+        except Refusal:
+            return None
+        advice = "put a user message before it"
+        if k < first < len(messages):
+            with contextlib.suppress(Refusal):
+                self.render(first + 1, True, {})
+                advice = f'give it "train": false, or {advice}'
+        which = "" if k == begins else f"the conversation begins with messages[{begins - self.added}] (assistant), and "
+        return Refusal(f"{which}the chat template cannot render an answer without a user message before it", advice)
 
     def advise_on_tools(self) -> str:
         """Advice for a refusal where the conversation has tools and the template does not render them; else empty."""
@@ -236,11 +265,6 @@ class Renderer:
             f"the chat template of {self.template.origin} does not render tools: name one that does as "
             "data.chat_template=FILE, or remove tools, tool_calls and tool messages from the rows"
         )
-
-
-def reasoning_of(message: dict) -> str:
-    """The message's reasoning: its ``reasoning_content``, or a ``<think>`` block at the start of its content."""
-    return message.get("reasoning_content", "").strip() or split_inline(message["content"])[0]
 
 
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
@@ -261,56 +285,6 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
             "give it, or use a template without that (data.chat_template=FILE)",
         )
     return f"{reasoning}\n</{opened[1]}>\n\n" + whole[len(base) :].lstrip("\n")
-
-
-def check_nothing_dropped(message: dict, continuation: str) -> None:
-    """Checks that the continuation holds the reasoning, the content, and every call's name and arguments.
-
-    Each must have a place of its own.
-
-    Raises:
-      Refusal: naming what the template dropped.
-    """
-    reasoning, answer = message.get("reasoning_content", ""), message["content"]
-    if not reasoning.strip():
-        reasoning, answer = split_inline(answer)
-    pieces = [("reasoning", reasoning.strip()), ("content", answer.strip())]
-    for call in message.get("tool_calls", ()):
-        name = call["function"]["name"]
-        pieces.append((f"tool call {name!r}", name))
-        pieces += [(f"arguments of the tool call {name!r}", leaf) for leaf in _leaves(call["function"]["arguments"])]
-    # Longest first, each place used once: a short piece must not be found inside a longer one.
-    for what, piece in sorted(pieces, key=lambda p: -len(p[1])):
-        for form in _forms(piece):
-            at = continuation.find(form)
-            if at >= 0:
-                continuation = continuation[:at] + "\0" * len(form) + continuation[at + len(form) :]
-                break
-        else:
-            raise Refusal(f"the chat template drops the {what}: {piece[:40]!r} is not in what it renders")
-
-
-def _leaves(value) -> list[str]:
-    """Keys and values of a call's arguments as text, in order."""
-    if isinstance(value, dict):
-        return [text for k, v in value.items() for text in (k, *_leaves(v))]
-    if isinstance(value, list):
-        return [text for v in value for text in _leaves(v)]
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def _forms(piece: str) -> Iterator[str]:
-    """The ways to write a piece: as it is, inside a JSON string, or as Python's True, False and None."""
-    yield piece
-    yield json.dumps(piece, ensure_ascii=False)[1:-1]
-    yield json.dumps(piece)[1:-1]
-    if piece in _PYTHON:
-        yield _PYTHON[piece]
-
-
-def _contains(text: str, piece: str) -> bool:
-    piece = piece.strip()
-    return any(form in text for form in _forms(piece))
 
 
 def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
