@@ -18,7 +18,7 @@ from postrain.data.rendering.tokenizer import Tokenizer
 
 # How chat templates write turns, whatever the tokenizer. A turn opens with a token and the role's name
 # (<|im_start|>user, <|start_header_id|>user, <start_of_turn>user), a token of that name (<|user|>), or [INST].
-_TOKEN = r"<[|｜][^<>\s]{1,60}>|</?s>|<bos>|<eos>|<(?:start|end)_of_\w+>|\[gMASK\]"
+_TOKEN = r"<[|｜][^<>\s]{1,60}>|<\w{1,40}[|｜]>|</?s>|<bos>|<eos>|<(?:start|end)_of_\w+>|\[gMASK\]"
 _BRACKETS = r"\[/?INST\]|\[/?SYSTEM_PROMPT\]"
 _ROLES = {
     "system": ("[Ss]ystem|developer", r"\[SYSTEM_PROMPT\]"),

@@ -20,6 +20,7 @@ from postrain.errors import UserError
 # Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
+_REASONING_FIELDS = {"reasoning_content", "thinking"}
 _TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates read in another form
 _PROBE_TOOLS: list[dict] = [
     {
@@ -137,17 +138,19 @@ class ChatTemplate:
     @functools.cached_property
     def reads_reasoning(self) -> bool:
         """Whether the template has anything to do with reasoning: a switch, a field, or the tag that ends it."""
-        fields = {"reasoning_content", "thinking"} & self.names
-        return bool(self.switches or fields) or "</think>" in self.literals
+        return bool(self.switches or _REASONING_FIELDS & self.names) or "</think>" in self.literals
 
     @functools.cached_property
     def splits_content(self) -> bool:
         """Whether the template finds reasoning in the content, up to ``</think>``."""
-        return self.reads_reasoning and not self._takes_field_alone and "</think>" in self.literals
+        return "</think>" in self.literals and not self._takes_field_alone
 
     @functools.cached_property
     def _takes_field_alone(self) -> bool:
-        """Whether the template writes the reasoning of a field, and a block in the content otherwise."""
+        """Whether the template reads a field for reasoning, and nothing of it in the content."""
+        if not _REASONING_FIELDS & self.names or "</think>" not in self.literals:
+            return bool(_REASONING_FIELDS & self.names)
+        # It may write the tag without looking for it in the content: then the two come out differently.
         user, block = {"role": "user", "content": "x"}, "<think>\nPROBEREASON\n</think>\n\nPROBE"
         field = {"role": "assistant", "content": "PROBE", "reasoning_content": "PROBEREASON"}
         texts = [self._probe([user, m], None) for m in (field, {"role": "assistant", "content": block})]

@@ -166,10 +166,10 @@ class Renderer:
             begun, written = self._since_last_message(k, variables, prompt, whole)
             same = written.startswith(begun)
             tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
-        # It ends with the first stop token that the template wrote, not one that the row spells (it stands in a mark).
-        # Without one the model would never stop.
-        stops = self.tokenizer.stop_pattern.finditer(tail)
-        end = next((m.end() for m in stops if m.start() == 0 or tail[m.start() - 1] != MARK_OPEN), None)
+        end = self._find_stop(tail)
+        if end is None:  # some templates end a turn with the token that opens the next one (GLM's <|user|>)
+            tail += self._next_opening(k, variables)
+            end = self._find_stop(tail)
         if end is None:
             names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
             raise Refusal(
@@ -181,6 +181,31 @@ class Renderer:
         check_nothing_dropped(message, continuation)
         self._check_prompt(prompt, k, variables)
         return prompt, continuation
+
+    def _find_stop(self, text: str) -> int | None:
+        """The end of the first stop token that the template wrote, not one that the row spells (it is in a mark).
+
+        Without one the model would never stop.
+        """
+        stops = self.tokenizer.stop_pattern.finditer(text)
+        return next((m.end() for m in stops if m.start() == 0 or text[m.start() - 1] != MARK_OPEN), None)
+
+    def _next_opening(self, k: int, variables: dict) -> str:
+        """What the template writes between answer k and the content of the message after it."""
+        # Between two tags, since the text before the answer may change as soon as a message follows.
+        answer, follower = {"role": "assistant", "content": TAG}, {"role": "user", "content": TAG}
+        if calls := self.messages[k].get("tool_calls"):
+            answer["tool_calls"], last = calls, calls[-1]
+            follower |= {"role": "tool", "name": last["function"]["name"], "tool_call_id": last.get("id", "")}
+        options = {"template_date": self.date, "add_generation_prompt": False, **variables}
+        messages = [*self.messages[:k], answer]
+        try:
+            end = self.template.render(messages, self.tools, **options).partition(TAG)[2]
+            text, found, _ = self.template.render([*messages, follower], self.tools, **options).rpartition(TAG)
+        except TemplateRefusal:
+            return ""
+        between = text.partition(TAG)[2]
+        return between[len(end) :] if found and between.startswith(end) else ""
 
     def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
         """The ends of prompt and whole after the content of message k - 1.
