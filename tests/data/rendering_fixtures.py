@@ -46,9 +46,8 @@ def load_real(name: str, template: str) -> Tokenizer:
     config = json.loads((bare.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     source = template if "{" in template else get_template_path(template).read_text(encoding="utf-8")
     stops = [bare.fast.token_to_id(token) for token in PUBLISHED_STOPS.get(name, ())]
-    return Tokenizer(
-        bare.folder, bare.fast, config, {"eos_token_id": stops} if stops else None, source, "template.jinja"
-    )
+    generation = {"eos_token_id": stops} if stops else None
+    return Tokenizer(bare.folder, bare.fast, config, generation, source, "template.jinja")
 
 
 # The eos_token_id of generation_config.json, where it is not what the template shows.

@@ -99,7 +99,8 @@ QWEN3 = {
     "two_calls": [[QWEN_CALL + "\n" + QWEN_CALL_2 + "<|im_end|>"]],
     "words_and_call": [["Let me see.\n" + QWEN_CALL + "<|im_end|>"]],
 }
-QWEN35_CALL = "<tool_call>\n<function=mul>\n<parameter=a>\n4\n</parameter>\n<parameter=b>\n3\n</parameter>\n</function>\n</tool_call>"
+QWEN35_CALL = "<tool_call>\n<function=mul>\n<parameter=a>\n4\n</parameter>\n<parameter=b>\n3\n</parameter>\n"
+QWEN35_CALL += "</function>\n</tool_call>"
 QWEN35_CALL_2 = QWEN35_CALL.replace("\n4\n", "\n5\n")
 # The prompt opens <think>, or holds an empty block: what is trained begins after it.
 QWEN35 = {

@@ -86,6 +86,39 @@ def test_words_lost_in_context_are_refused_too():
         assert "56.<|im_end|>" in tokenizer.decode(rendered.tokens)
 
 
+HEAD = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+TAIL = "{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+OWN_BLOCK = HEAD + "{% if m.role == 'assistant' %}<think></think>{% endif %}" + TAIL + "{% endif %}"
+OPENS = HEAD + "{% if m.role == 'assistant' %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n' }}"
+OPENS += "{% endif %}" + TAIL + "{{ '<think>\n' }}{% endif %}"
+
+
+def test_a_block_that_the_template_writes_by_itself_is_not_put_before_another():
+    tokenizer = load_real("qwen3", OWN_BLOCK)
+    (rendered,) = render_row({"messages": [ASK, ANSWER]}, tokenizer)
+    assert trained_texts(tokenizer, rendered) == ["<think></think>56.<|im_end|>"]
+    reason = refusal({"messages": [ASK, answer("<think>Seven eights</think>56.")]}, tokenizer)
+    assert "the chat template writes a <think> block of its own before that of the content" in reason
+
+
+def test_a_prompt_that_opens_reasoning_is_not_answered_without_any():
+    """The rendering closes the block at once: trained, the model would learn not to reason where it is asked to."""
+    tokenizer = load_real("qwen3", OPENS)
+    (rendered,) = render_row({"messages": [ASK, answer("56.", reasoning_content="Seven eights")]}, tokenizer)
+    assert trained_texts(tokenizer, rendered) == ["Seven eights\n</think>\n56.<|im_end|>"]
+    reason = refusal({"messages": [ASK, ANSWER]}, tokenizer)
+    assert "opens <think>, so the model must reason first, and the message has no reasoning_content" in reason
+
+
+def test_a_template_that_cannot_do_without_tools():
+    template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}" + HEAD + TAIL + "{% endif %}"
+    tokenizer = load_real("qwen3", template)
+    (rendered,) = render_row({"messages": [ASK, ANSWER], "tools": [{"name": "mul"}]}, tokenizer)
+    assert tokenizer.decode(rendered.tokens).startswith("mul<|im_start|>user\n7 times 8?")
+    reason = refusal({"messages": [ASK, ANSWER]}, tokenizer)
+    assert "the chat template refuses this conversation: 'NoneType' object is not iterable" in reason
+
+
 # -- the assistant first -------------------------------------------------------------------------------------------
 
 WELCOME = {

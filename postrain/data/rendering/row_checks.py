@@ -164,6 +164,13 @@ def check_nothing_dropped(message: dict, continuation: str) -> None:
             raise Refusal(f"the chat template drops the {what}: {piece[:40]!r} is not in what it renders")
 
 
+def check_reasoning_once(message: dict, continuation: str) -> None:
+    """Raises Refusal where a block of the content stands behind another one, which the template wrote by itself."""
+    reasoning, answer = split_inline(message["content"])
+    if reasoning and continuation.count("</think>") > 1 + answer.count("</think>"):
+        raise Refusal("the chat template writes a <think> block of its own before that of the content")
+
+
 def shows_answer(text: str, content: str) -> bool:
     """Whether the text holds all that stands outside of the reasoning in an assistant's content."""
     return all(contains(text, piece) for piece in _BLOCK.split(content))

@@ -38,6 +38,7 @@ from postrain.data.rendering.row_checks import (
     Refusal,
     check_nothing_dropped,
     check_reasoning,
+    check_reasoning_once,
     contains,
     reasoning_of,
     shows_answer,
@@ -173,12 +174,16 @@ class Renderer:
         if end is None:
             names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
             raise Refusal(
-                f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
+                f"the chat template writes no stop token after the answer (stop tokens: {names}; it goes on "
                 f"{unmark(tail)[0][-24:]!r})",
                 "put the token that ends a turn into eos_token_id of generation_config.json",
             )
         continuation = tail[:end]
+        opened = OPENED_REASONING.search(prompt)
+        if opened and continuation.lstrip().startswith(f"</{opened[1]}>"):  # closed at once: asked to, and does not
+            raise _must_reason(opened[1])
         check_nothing_dropped(message, continuation)
+        check_reasoning_once(message, continuation)
         self._check_prompt(prompt, k, variables)
         return prompt, continuation
 
@@ -253,8 +258,9 @@ class Renderer:
                 raise Refusal(f"the chat template drops the content of {which}")
         if self.tools and not self._tools_shown:
             options = {"template_date": self.date, "add_generation_prompt": True, **variables}
-            if prompt == self.template.render(self.messages[:k], None, **options):
-                raise Refusal("the chat template drops the tools")
+            with contextlib.suppress(TemplateRefusal):  # some templates cannot do without tools
+                if prompt == self.template.render(self.messages[:k], None, **options):
+                    raise Refusal("the chat template drops the tools")
             missing = [t["function"]["name"] for t in self.tools if not contains(prompt, t["function"]["name"])]
             if missing:
                 raise Refusal(f"the chat template drops the tool {missing[0]!r}")
@@ -292,6 +298,14 @@ class Renderer:
         )
 
 
+def _must_reason(tag: str) -> Refusal:
+    return Refusal(
+        f"the generation prompt of the chat template opens <{tag}>, so the model must reason first, and the message "
+        "has no reasoning_content",
+        "give it, or use a template without that (data.chat_template=FILE)",
+    )
+
+
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
     """The text to produce after a prompt that opens the reasoning, where ``whole`` leaves the reasoning out."""
     opened = OPENED_REASONING.search(prompt)
@@ -304,11 +318,7 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
             f"goes on {prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
         )
     if not reasoning:
-        raise Refusal(
-            f"the generation prompt of the chat template opens <{opened[1]}>, so the model must reason first, and the "
-            "message has no reasoning_content",
-            "give it, or use a template without that (data.chat_template=FILE)",
-        )
+        raise _must_reason(opened[1])
     return f"{reasoning}\n</{opened[1]}>\n\n" + whole[len(base) :].lstrip("\n")
 
 
