@@ -59,8 +59,8 @@ def check_not_rendered(strings: list[tuple[str, str | None, str]], tokenizer: To
         if text.lstrip()[:1] in ("<", "[") and (begin := _find_rendered_turn(text, role, tokenizer)):
             raise BadRow(
                 ref,
-                f"a chat template has written {where} already: it begins {begin[-60:]!r}, which would be trained as "
-                "ordinary text",
+                f"a chat template has written {where} already: it begins {begin[-60:]!r}, which would be ordinary text "
+                "to the model",
                 "write messages instead, without these tokens: the tokenizer's own chat template writes them",
             )
 

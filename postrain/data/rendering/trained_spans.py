@@ -179,7 +179,7 @@ class Renderer:
                 "put the token that ends a turn into eos_token_id of generation_config.json",
             )
         continuation = tail[:end]
-        opened = OPENED_REASONING.search(prompt)
+        opened = OPENED_REASONING.search(prompt[-64:])
         if opened and continuation.lstrip().startswith(f"</{opened[1]}>"):  # closed at once: asked to, and does not
             raise _must_reason(opened[1])
         check_nothing_dropped(message, continuation)
