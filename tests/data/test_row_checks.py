@@ -173,18 +173,18 @@ def test_text_that_a_template_has_written(name, template):
                 break
     assert "Blue." in whole
     for key, row in {
-        "text": {"text": whole},
-        "prompt": {"prompt": prompt, "completion": "Blue."},
+        "'text'": {"text": whole},
+        "'prompt'": {"prompt": prompt, "completion": "Blue."},
         "messages[0].content": {"messages": [{"role": "user", "content": prompt}, answer("Blue.")]},
     }.items():
-        if key == "prompt" and "<" not in prompt:  # brackets alone, see below
+        if key == "'prompt'" and "<" not in prompt:  # brackets alone, see below
             continue
         reason = refusal(row, tokenizer)
         assert f"a chat template has written {key} already: it begins " in reason
         assert reason.endswith(
             "write messages instead, without these tokens: the tokenizer's own chat template writes them"
         )
-    with pytest.raises(BadRow, match="a chat template has written prompt already"):
+    with pytest.raises(BadRow, match="a chat template has written 'prompt' already"):
         render_prompt(whole, tokenizer)
 
 

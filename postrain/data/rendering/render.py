@@ -132,8 +132,8 @@ def _strings(example: Example) -> list[tuple[str, str | None, str]]:
     if isinstance(example, Conversation):
         return _contents(example.messages)
     if isinstance(example, PromptCompletion):
-        return [("prompt", None, example.prompt), ("completion", None, example.completion)]
-    return [("text", None, example.text)]
+        return [("'prompt'", None, example.prompt), ("'completion'", None, example.completion)]
+    return [("'text'", None, example.text)]
 
 
 def _contents(messages: Iterable[dict]) -> list[tuple[str, str | None, str]]:
@@ -195,7 +195,7 @@ def _plan_prompt(
     """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
         checked_strings(messages, "prompt", ref)
-        check_not_rendered([("prompt", None, messages)], tokenizer, ref)
+        check_not_rendered([("'prompt'", None, messages)], tokenizer, ref)
         return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     messages = parse_messages(messages, ref)
     check_not_rendered(_contents(messages), tokenizer, ref)
