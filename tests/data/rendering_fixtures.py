@@ -22,9 +22,21 @@ CHATML = (
 )
 
 
+def all_templates() -> list[str]:
+    """The names of TRL's templates."""
+    return sorted(path.stem for path in get_template_path("qwen3").parent.glob("*.jinja"))
+
+
 @functools.cache
 def load_bare(name: str) -> Tokenizer:
-    return load_tokenizer(get_tokenizer_folder(name))
+    """A real tokenizer without a template. "glm" is Llama 3's with the tokens of GLM 4.5, which no package has."""
+    if name != "glm":
+        return load_tokenizer(get_tokenizer_folder(name))
+    folder = get_tokenizer_folder("llama3")
+    fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in GLM_SPECIAL])
+    fast.add_tokens([AddedToken(t, normalized=False) for t in GLM_PLAIN])
+    return Tokenizer(folder, fast, {"eos_token": "<|endoftext|>"}, None, "", "none")
 
 
 @functools.cache
@@ -33,7 +45,18 @@ def load_real(name: str, template: str) -> Tokenizer:
     bare = load_bare(name)
     config = json.loads((bare.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     source = template if "{" in template else get_template_path(template).read_text(encoding="utf-8")
-    return Tokenizer(bare.folder, bare.fast, config, None, source, "template.jinja")
+    stops = [bare.fast.token_to_id(token) for token in PUBLISHED_STOPS.get(name, ())]
+    generation = {"eos_token_id": stops} if stops else None
+    return Tokenizer(bare.folder, bare.fast, config, generation, source, "template.jinja")
+
+
+# The eos_token_id of generation_config.json, where it is not what the template shows.
+PUBLISHED_STOPS = {
+    "phi3": ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+    "glm": ["<|endoftext|>", "<|user|>", "<|observation|>"],
+}
+GLM_SPECIAL = "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|> <|endoftext|>".split()
+GLM_PLAIN = "<think> </think> <tool_call> </tool_call> <arg_key> </arg_key> <arg_value> </arg_value>".split()
 
 
 def render_row(row: dict, tokenizer: Tokenizer, **options) -> list[Rendered]:

@@ -99,7 +99,67 @@ QWEN3 = {
     "two_calls": [[QWEN_CALL + "\n" + QWEN_CALL_2 + "<|im_end|>"]],
     "words_and_call": [["Let me see.\n" + QWEN_CALL + "<|im_end|>"]],
 }
+QWEN35_CALL = "<tool_call>\n<function=mul>\n<parameter=a>\n4\n</parameter>\n<parameter=b>\n3\n</parameter>\n"
+QWEN35_CALL += "</function>\n</tool_call>"
+QWEN35_CALL_2 = QWEN35_CALL.replace("\n4\n", "\n5\n")
+# The prompt opens <think>, or holds an empty block: what is trained begins after it.
+QWEN35 = {
+    "plain": [["4<|im_end|>"]],
+    "multi": [["4<|im_end|>"], ["12<|im_end|>"]],
+    "reason": [["add\n</think>\n\n4<|im_end|>"], ["mul\n</think>\n\n12<|im_end|>"]],
+    "inline": [["add\n</think>\n\n4<|im_end|>"], ["mul\n</think>\n\n12<|im_end|>"]],
+    "tools": [[QWEN35_CALL + "<|im_end|>", "It is 12.<|im_end|>"]],
+    "reason_tools": [
+        ["use mul\n</think>\n\n" + QWEN35_CALL + "<|im_end|>", "done\n</think>\n\nIt is 12.<|im_end|>"],
+    ],
+    "two_calls": [[QWEN35_CALL + "\n" + QWEN35_CALL_2 + "<|im_end|>"]],
+    "words_and_call": [["Let me see.\n\n" + QWEN35_CALL + "<|im_end|>"]],
+}
+GLM_CALL = (
+    "\n<tool_call>mul\n<arg_key>a</arg_key>\n<arg_value>4</arg_value>\n<arg_key>b</arg_key>\n<arg_value>3</arg_value>\n"
+)
+GLM_CALL += "</tool_call>"
+NEMO_CALL = '[TOOL_CALLS][{"name": "mul", "arguments": {"a": 4, "b": 3}, "id": "123456789"}'
 MATRIX = {
+    ("qwen3_5", "qwen3_5_think"): QWEN35,
+    ("qwen3_5", "qwen3_5_nothink"): QWEN35,
+    # The system message and the tools stand before the last question alone: every turn has a sequence of its own.
+    ("mistral_nemo", "mistral_nemo"): {
+        "plain": [["4</s>"]],
+        "multi": [["4</s>"], ["12</s>"]],
+        "reason": DROPS_REASONING,
+        "inline": [["<think>\nadd\n</think>\n\n4</s>"], ["<think>\nmul\n</think>\n\n12</s>"]],
+        "tools": [[NEMO_CALL + "]</s>", "It is 12.</s>"]],
+        "reason_tools": "drops the reasoning: 'use mul'",
+        "two_calls": [[NEMO_CALL + ", " + NEMO_CALL[13:].replace("4", "5", 1) + "]</s>"]],
+        "words_and_call": "drops the content: 'Let me see.'",
+    },
+    ("phi3", "phi3_5"): {
+        "plain": [["4<|end|>"]],
+        "multi": [["4<|end|>", "12<|end|>"]],
+        "reason": DROPS_REASONING,
+        "inline": [["<think>\nadd\n</think>\n\n4<|end|>", "<think>\nmul\n</think>\n\n12<|end|>"]],
+        "tools": NO_CALL,
+        "reason_tools": "drops the reasoning: 'use mul'",
+        "two_calls": NO_CALL,
+        "words_and_call": NO_CALL,
+    },
+    # The token that opens the next turn ends an answer.
+    ("glm", "glm4moe"): {
+        "plain": [["\n4<|user|>"]],
+        "multi": [["\n4<|user|>", "\n12<|user|>"]],
+        "reason": [["\n<think>add</think>\n4<|user|>"], ["\n<think>mul</think>\n12<|user|>"]],
+        "inline": [["\n<think>add</think>\n4<|user|>"], ["\n<think>mul</think>\n12<|user|>"]],
+        "tools": [[GLM_CALL + "<|observation|>", "\nIt is 12.<|user|>"]],
+        "reason_tools": [
+            [
+                "\n<think>use mul</think>" + GLM_CALL + "<|observation|>",
+                "\n<think>done</think>\nIt is 12.<|user|>",
+            ]
+        ],
+        "two_calls": [[GLM_CALL + GLM_CALL.replace("4", "5", 1) + "<|observation|>"]],
+        "words_and_call": [["\nLet me see." + GLM_CALL + "<|observation|>"]],
+    },
     ("qwen3", "qwen2_5"): QWEN25,
     ("qwen3", "qwen3"): QWEN3,
     ("qwen3", "qwen3_instruct_2507"): QWEN25,
@@ -154,16 +214,27 @@ CELLS = [(*key, row, expected) for key, rows in MATRIX.items() for row, expected
 
 @pytest.mark.parametrize("name, template, row, expected", CELLS, ids=[f"{c[1]}-{c[2]}" for c in CELLS])
 def test_mask_matrix(name, template, row, expected):
-    tokenizer = load_real(name, template)
+    tokenizer, row = load_real(name, template), with_ids(ROWS[row]) if name == "mistral_nemo" else ROWS[row]
     if isinstance(expected, str):
         with pytest.raises(BadRow, match="rows.jsonl:7: messages") as error:
-            render_row(ROWS[row], tokenizer)
+            render_row(row, tokenizer)
         assert expected in str(error.value) and "\n" not in str(error.value)
         return
-    rendered = render_row(ROWS[row], tokenizer)
+    rendered = render_row(row, tokenizer)
     assert [trained_texts(tokenizer, r) for r in rendered] == expected
     for sequence in rendered:
-        check_served(ROWS[row], tokenizer, sequence)
+        check_served(row, tokenizer, sequence)
+
+
+def with_ids(row):
+    """The row with the ids of calls that Mistral's template demands."""
+    messages = [dict(m) for m in row["messages"]]
+    for message in messages:
+        if "tool_calls" in message:
+            message["tool_calls"] = [call | {"id": "123456789"} for call in message["tool_calls"]]
+        if message["role"] == "tool":
+            message["tool_call_id"] = "123456789"
+    return row | {"messages": messages}
 
 
 def check_served(row, tokenizer, rendered):
@@ -172,7 +243,7 @@ def check_served(row, tokenizer, rendered):
     prompts = [
         render_prompt(row["messages"][:k], tokenizer, tools=row.get("tools"), thinking=thinking).tolist()
         for k in turns
-        for thinking in (None, False)
+        for thinking in (None, False, True)
     ]
     for start, end in trained_runs(rendered):
         assert rendered.tokens[:start].tolist() in prompts
@@ -184,7 +255,7 @@ def check_served(row, tokenizer, rendered):
 @pytest.mark.parametrize("name, template", MATRIX)
 def test_a_template_without_tools_is_said_to_have_none(name, template):
     tokenizer = load_real(name, template)
-    assert tokenizer.template.renders_tools == (template not in ("llama3", "gemma3", "deepseekv3"))
+    assert tokenizer.template.renders_tools == (template not in ("llama3", "gemma3", "deepseekv3", "phi3_5"))
     for row, expected in MATRIX[(name, template)].items():
         if expected in (NO_TOOLS, NO_CALL):
             with pytest.raises(BadRow) as error:

@@ -119,6 +119,21 @@ def test_tokens_as_html_are_the_text(folder):
     assert page.text == text and page.trained == [tokenizer.decode(ids[3:])] and page.tags == ["pre", "span"]
 
 
+def test_spelt_control_tokens_are_not_shown_as_real_ones(config, tmp_path):
+    assert "ordinary text to the model" not in preview(config, tmp_path / "page.html", color=False)
+    rows = [chat("What is <|im_end|>?", "<|im_end|> ends a turn.")]
+    train = (SourceConfig(path=str(write_jsonl(tmp_path / "spelt.jsonl", rows))),)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=train))
+    path = tmp_path / "page.html"
+    shown = preview(config, path, color=False)
+    assert "What is \u2039<|im_end|>\u203a?<|im_end|>" in shown
+    assert "\u27e6\u2039<|im_end|>\u203a ends a turn.<|im_end|>\u27e7" in shown
+    assert "control tokens that a row spells, ordinary text to the model, are between \u2039 and \u203a" in shown
+    assert "\x1b[1;32m\x1b[4m<|im_end|>\x1b[24m ends a turn.<|im_end|>\x1b[0m" in preview(config, color=True)
+    page = path.read_text(encoding="utf-8")
+    assert page.count('title="spelt in the row: ordinary text"') == 2 and "Underlined</i> control tokens" in page
+
+
 def test_what_cannot_be_done_is_said(config, tmp_path):
     with pytest.raises(UserError, match=r"model\.path"):
         preview(Config(data=config.data))

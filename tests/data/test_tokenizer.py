@@ -1,11 +1,13 @@
 """What a tokenizer folder says: ids, template, stop tokens; and what is wrong with it."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 from real_tokenizers import get_template, get_tokenizer_folder
 from rendering_fixtures import CHATML, load_bare, load_real, save_small_tokenizer
+from transformers import AutoTokenizer
 
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
@@ -38,18 +40,51 @@ def test_pad_falls_back_to_eos(tmp_path):
     assert tokenizer.pad_id == tokenizer.eos_id == tokenizer.fast.token_to_id("<|im_end|>")
 
 
-@pytest.mark.parametrize("flag, expected", [(None, ["<s>"]), (True, ["<s>"]), (False, [])])
-def test_add_bos_token_decides_over_tokenizer_json(tmp_path, flag, expected):
-    folder = save_small_tokenizer(tmp_path, bos_token="<s>", **({} if flag is None else {"add_bos_token": flag}))
-    spec = json.loads((folder / "tokenizer.json").read_text())
-    piece = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
-    spec["post_processor"] = {"type": "TemplateProcessing", "single": piece, "pair": piece, "special_tokens": special}
-    spec["post_processor"]["pair"] = piece + [{"Sequence": {"id": "B", "type_id": 1}}]
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.fast.id_to_token(1) == "<s>"
-    assert [tokenizer.fast.id_to_token(i) for i in tokenizer.prefix_ids] == expected
+BOS, EOS = ({"SpecialToken": {"id": t, "type_id": 0}} for t in ("<s>", "</s>"))
+A, B = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+
+def template_processing(*single):
+    special = {t: {"id": t, "ids": [i], "tokens": [t]} for i, t in ((1, "<s>"), (2, "</s>"))}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, B], "special_tokens": special}
+
+
+POST_PROCESSORS = {
+    "none": None,
+    "text": template_processing(A),
+    "<s> text": template_processing(BOS, A),
+    "text </s>": template_processing(A, EOS),
+    "<s> text </s>": template_processing(BOS, A, EOS),
+    "byte level": BYTE_LEVEL,
+    "sequence": {"type": "Sequence", "processors": [BYTE_LEVEL]},
+    "sequence with <s>": {"type": "Sequence", "processors": [BYTE_LEVEL, template_processing(BOS, A)]},
+    "sequence with <s> </s>": {"type": "Sequence", "processors": [BYTE_LEVEL, template_processing(BOS, A, EOS)]},
+}
+# Without those of GPT-NeoX and Code Llama, whose code has rules of its own.
+CLASSES = "PreTrainedTokenizerFast LlamaTokenizerFast LlamaTokenizer GemmaTokenizerFast Qwen2TokenizerFast".split()
+CLASSES += [*"GPT2TokenizerFast CohereTokenizerFast TokenizersBackend NotATokenizer".split(), None]
+
+
+@pytest.mark.parametrize("processor", POST_PROCESSORS)
+def test_the_bos_is_the_one_that_transformers_feeds(tmp_path, processor):
+    """For every class and both flags of tokenizer_config.json: what AutoTokenizer puts before plain text."""
+    kind = "metaspace" if processor.endswith("text") else "byte_level"
+    folder = save_small_tokenizer(tmp_path, kind, bos_token="<s>", eos_token="</s>")
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    spec["post_processor"] = POST_PROCESSORS[processor]
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    flags = (None, True, False)
+    for name, bos, eos in itertools.product(CLASSES, flags, flags):
+        given = {"tokenizer_class": name, "add_bos_token": bos, "add_eos_token": eos}
+        given = {key: value for key, value in given.items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | given), encoding="utf-8")
+        theirs = AutoTokenizer.from_pretrained(folder)
+        plain, fed = theirs("brown", add_special_tokens=False).input_ids, theirs("brown").input_ids
+        tokenizer = load_tokenizer(folder)
+        assert fed[: len(tokenizer.prefix_ids) + len(plain)] == tokenizer.prefix_ids + plain, given
+        assert tokenizer.prefix_ids == ([1] if "<s>" in processor else []), given
 
 
 # Where no generation_config.json says it, the template is asked what ends a turn.

@@ -43,11 +43,11 @@ from postrain.data.messages import (
     parse_tools,
 )
 from postrain.data.rendering.bpe_cache import Ids, encode_texts
+from postrain.data.rendering.row_checks import Refusal, check_not_rendered
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.rendering.trained_spans import (
     MARK_CLOSE,
     MARK_OPEN,
-    Refusal,
     Renderer,
     Sequence,
     mark,
@@ -113,6 +113,7 @@ def _plan(
     example: Example, tokenizer: Tokenizer, template_date: str, default_system: str
 ) -> tuple[list[Sequence], list[int], list[int]]:
     """Texts to encode, and the ids to put before and after."""
+    check_not_rendered(_strings(example), tokenizer, example.ref)
     if isinstance(example, Conversation):
         return plan_sequences(example, tokenizer, template_date, default_system), [], []
     if tokenizer.eos_id is None:
@@ -124,6 +125,19 @@ def _plan(
     body = body.removesuffix(tokenizer.special_tokens["eos_token"])
     head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
     return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
+
+
+def _strings(example: Example) -> list[tuple[str, str | None, str]]:
+    """The key of each text of a row, the role of its message or None, and the text."""
+    if isinstance(example, Conversation):
+        return _contents(example.messages)
+    if isinstance(example, PromptCompletion):
+        return [("'prompt'", None, example.prompt), ("'completion'", None, example.completion)]
+    return [("'text'", None, example.text)]
+
+
+def _contents(messages: Iterable[dict]) -> list[tuple[str, str | None, str]]:
+    return [(f"messages[{i}].content", m["role"], m["content"]) for i, m in enumerate(messages)]
 
 
 def render_prompt(
@@ -181,8 +195,10 @@ def _plan_prompt(
     """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
         checked_strings(messages, "prompt", ref)
+        check_not_rendered([("'prompt'", None, messages)], tokenizer, ref)
         return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     messages = parse_messages(messages, ref)
+    check_not_rendered(_contents(messages), tokenizer, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
     try:
@@ -201,6 +217,24 @@ def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
     untrained = np.flatnonzero(~rendered.loss_mask[:last])
     first = int(untrained[-1]) + 1 if len(untrained) else 0
     return rendered.tokens[:first], rendered.tokens[first:last]
+
+
+def decode_parts(ids: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of token ids in pieces, each with whether it spells a control token out of ordinary text."""
+    text = tokenizer.decode(ids)
+    control = frozenset(tokenizer.control_tokens.values())
+    if len(tokenizer.control_pattern.findall(text)) == sum(i in control for i in ids.tolist()):
+        return [(text, False)]
+    # The second tokenizer writes the control tokens under other names, and nothing else.
+    second = second_tokenizer(tokenizer)
+    ids_of = {true: i for i, true in second.true_ids.items()}
+    renamed = second.fast.decode([ids_of.get(i, i) for i in ids.tolist()], skip_special_tokens=False)
+    real = {name: token for token, name in second.names.items()}
+    parts = []
+    for i, piece in enumerate(re.split(f"({tokenizer.control_pattern.pattern})", renamed)):
+        piece = re.sub(f"{MARK_OPEN}.*?{MARK_CLOSE}", lambda m: real[m[0]], piece)
+        parts += [(piece, i % 2 == 1)] if piece else []
+    return parts
 
 
 # Text -> ids and mask

@@ -20,6 +20,7 @@ from postrain.errors import UserError
 # Variables by which templates turn reasoning on and off. Serving passes them as chat_template_kwargs.
 REASONING_SWITCHES = ("enable_thinking", "thinking")
 
+_REASONING_FIELDS = {"reasoning_content", "thinking"}
 _TRANSLATED = {"train", "reasoning_content", "tool_calls"}  # keys of messages that templates read in another form
 _PROBE_TOOLS: list[dict] = [
     {
@@ -123,16 +124,38 @@ class ChatTemplate:
             raise TemplateRefusal(re.sub(r"\s+", " ", str(e)) or type(e).__name__) from None
 
     def lift_reasoning(self, message: dict) -> dict:
-        """For templates that take reasoning only in a field of its own and do not know ``<think>``: a block at the
-        start of the content becomes ``reasoning_content``, else its tags would be written out as a part of the answer.
+        """For templates that take reasoning only in a field of its own: a ``<think>`` block at the start of the content
+        becomes ``reasoning_content``, else its tags would be written out as a part of the answer.
         """
-        takes_field = "reasoning_content" in self.names or "thinking" in self.names
-        if not takes_field or "</think>" in self.literals or message["role"] != "assistant":
+        if message["role"] != "assistant" or not message["content"].lstrip().startswith("<think>"):
             return message
-        if "reasoning_content" in message or not message["content"].lstrip().startswith("<think>"):
+        if "</think>" not in message["content"] or "reasoning_content" in message or not self._takes_field_alone:
             return message
         reasoning, answer = split_inline(message["content"])
-        return {**message, "reasoning_content": reasoning, "content": answer.lstrip("\n")} if reasoning else message
+        message = {**message, "content": answer.lstrip("\n")}
+        return {**message, "reasoning_content": reasoning} if reasoning else message
+
+    @functools.cached_property
+    def reads_reasoning(self) -> bool:
+        """Whether the template has anything to do with reasoning: a switch, a field, or the tag that ends it."""
+        return bool(self.switches or _REASONING_FIELDS & self.names) or "</think>" in self.literals
+
+    @functools.cached_property
+    def splits_content(self) -> bool:
+        """Whether the template finds reasoning in the content, up to ``</think>``."""
+        return "</think>" in self.literals and not self._takes_field_alone
+
+    @functools.cached_property
+    def _takes_field_alone(self) -> bool:
+        """Whether the template reads a field for reasoning, and nothing of it in the content."""
+        if not _REASONING_FIELDS & self.names or "</think>" not in self.literals:
+            return bool(_REASONING_FIELDS & self.names)
+        # It may write the tag without looking for it in the content: then the two come out differently.
+        user, block = {"role": "user", "content": "x"}, "<think>\nPROBEREASON\n</think>\n\nPROBE"
+        field = {"role": "assistant", "content": "PROBE", "reasoning_content": "PROBEREASON"}
+        texts = [self._probe([user, m], None) for m in (field, {"role": "assistant", "content": block})]
+        with_field, with_block = ("".join(t.split()) if t else "" for t in texts)
+        return "PROBEREASON" in with_field and with_field != with_block
 
     def _for_template(self, message: dict) -> dict:
         """The message with the keys that templates read: without ``train``, reasoning also as ``thinking``."""
@@ -183,11 +206,10 @@ class ChatTemplate:
 
 
 def split_inline(content: str) -> tuple[str, str]:
-    """Content with a ``<think>`` block at its start -> reasoning and answer, as reasoning templates split it."""
-    if "</think>" not in content:
-        return "", content
-    head, _, answer = content.rpartition("</think>")
-    return head.rpartition("<think>")[2].strip(), answer
+    """Content with a ``<think>`` block at its start -> reasoning and answer; the opening tag may be missing, as where
+    the prompt writes it."""
+    head, close, answer = content.partition("</think>")
+    return (head.strip().removeprefix("<think>").strip(), answer) if close else ("", content)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ class Tokenizer:
       template: ChatTemplate or None; ``chat_template`` is its Jinja text or "".
       bos_id, eos_id, pad_id: ids or None. ``pad_id`` is the end token's where none is named; nothing depends
         on its value, masks are by position.
-      prefix_ids: ids before plain text: the BOS where this tokenizer adds one, else none.
+      prefix_ids: ids before plain text: the BOS where tokenizer.json adds one, else none.
       stop_ids: the tokens at which serving stops, see ``_stop_ids``.
       control_tokens: text -> id of the tokens that only a template may write, see ``_control_tokens``.
       vocab_size: one more than the largest id.
@@ -97,14 +97,7 @@ class Tokenizer:
         self.template = ChatTemplate(template_source, self.special_tokens, str(origin)) if template_source else None
         self.added = {token.content: i for i, token in fast.get_added_tokens_decoder().items()}
         self.vocab_size = 1 + max(fast.get_vocab(with_added_tokens=True).values())
-        # ``add_bos_token`` decides; without it, what tokenizer.json adds before text.
-        self.prefix_ids: list[int] = []
-        if config.get("add_bos_token") is not None:
-            self.prefix_ids = [self.bos_id] if config["add_bos_token"] and self.bos_id is not None else []
-        else:
-            plain = fast.encode("a", add_special_tokens=False).ids
-            full = fast.encode("a", add_special_tokens=True).ids
-            self.prefix_ids = full[: len(full) - len(plain)] if plain and full[-len(plain) :] == plain else []
+        self.prefix_ids = self._prefix_ids()
         self.stop_ids = self._stop_ids(generation)
         self.control_tokens = self._control_tokens()
         self.control_pattern = any_of(self.control_tokens)
@@ -168,6 +161,17 @@ class Tokenizer:
         """Hash of everything that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
         parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
         return hashlib.sha256(json.dumps([*parts, RENDERING_VERSION]).encode()).hexdigest()
+
+    def _prefix_ids(self) -> list[int]:
+        """The ids that the post-processor of tokenizer.json puts before text.
+
+        It alone decides, as in `transformers` 5, which reads ``add_bos_token`` and ``add_eos_token`` of
+        tokenizer_config.json only where there is no tokenizer.json.
+        """
+        plain = self.fast.encode("a", add_special_tokens=False).ids
+        whole = self.fast.encode("a", add_special_tokens=True).ids
+        starts = range(len(whole) - len(plain) + 1)
+        return next((whole[:i] for i in starts if plain and whole[i : i + len(plain)] == plain), [])
 
     def _stop_ids(self, generation: dict | None) -> frozenset[int]:
         """The tokenizer's eos and the ``eos_token_id`` (one or a list) of generation_config.json.

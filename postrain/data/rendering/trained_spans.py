@@ -29,26 +29,25 @@ wrapped in two noncharacters while the template runs, so that afterwards they ca
 own and encoded as ordinary text (see render.py).
 """
 
+import contextlib
 import dataclasses
-import json
 import re
-from collections.abc import Iterator
 
 from postrain.data.messages import BadRow, Conversation
-from postrain.data.rendering.template import TemplateRefusal, split_inline
+from postrain.data.rendering.row_checks import (
+    Refusal,
+    check_nothing_dropped,
+    check_reasoning,
+    check_reasoning_once,
+    contains,
+    reasoning_of,
+    shows_answer,
+)
+from postrain.data.rendering.template import TemplateRefusal
 from postrain.data.rendering.tokenizer import Tokenizer
 
 MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # messages.py refuses rows that hold them
-_PYTHON = {"true": "True", "false": "False", "null": "None"}
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
-
-
-class Refusal(Exception):
-    """A turn cannot be trained as it would be served; ``advice`` where the cause is not this row alone."""
-
-    def __init__(self, reason: str, advice: str = ""):
-        super().__init__(reason)
-        self.advice = advice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +79,10 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
         if message["role"] != "assistant" or message.get("train") is False:
             continue
         try:
+            check_reasoning(conversation.messages[k - renderer.added], renderer.template)
             prompt, continuation, switch = renderer.turn(k)
         except Refusal as e:
+            e = renderer.explain_first_turn(k) or e
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
@@ -166,21 +167,50 @@ class Renderer:
             begun, written = self._since_last_message(k, variables, prompt, whole)
             same = written.startswith(begun)
             tail = written[len(begun) :] if same else _put_reasoning_back(begun, written, reasoning_of(message))
-        # It ends with the first stop token that the template wrote, not one that the row spells (it stands in a mark).
-        # Without one the model would never stop.
-        stops = self.tokenizer.stop_pattern.finditer(tail)
-        end = next((m.end() for m in stops if m.start() == 0 or tail[m.start() - 1] != MARK_OPEN), None)
+        end = self._find_stop(tail)
+        if end is None:  # some templates end a turn with the token that opens the next one (GLM's <|user|>)
+            tail += self._next_opening(k, variables)
+            end = self._find_stop(tail)
         if end is None:
             names = ", ".join(sorted(self.tokenizer.stop_names)) or "none"
             raise Refusal(
-                f"the chat template writes no stop token after the answer (stop tokens: {names}; it ends with "
+                f"the chat template writes no stop token after the answer (stop tokens: {names}; it goes on "
                 f"{unmark(tail)[0][-24:]!r})",
                 "put the token that ends a turn into eos_token_id of generation_config.json",
             )
         continuation = tail[:end]
+        opened = OPENED_REASONING.search(prompt[-64:])
+        if opened and continuation.lstrip().startswith(f"</{opened[1]}>"):  # closed at once: asked to, and does not
+            raise _must_reason(opened[1])
         check_nothing_dropped(message, continuation)
+        check_reasoning_once(message, continuation)
         self._check_prompt(prompt, k, variables)
         return prompt, continuation
+
+    def _find_stop(self, text: str) -> int | None:
+        """The end of the first stop token that the template wrote, not one that the row spells (it is in a mark).
+
+        Without one the model would never stop.
+        """
+        stops = self.tokenizer.stop_pattern.finditer(text)
+        return next((m.end() for m in stops if m.start() == 0 or text[m.start() - 1] != MARK_OPEN), None)
+
+    def _next_opening(self, k: int, variables: dict) -> str:
+        """What the template writes between answer k and the content of the message after it."""
+        # Between two tags, since the text before the answer may change as soon as a message follows.
+        answer, follower = {"role": "assistant", "content": TAG}, {"role": "user", "content": TAG}
+        if calls := self.messages[k].get("tool_calls"):
+            answer["tool_calls"], last = calls, calls[-1]
+            follower |= {"role": "tool", "name": last["function"]["name"], "tool_call_id": last.get("id", "")}
+        options = {"template_date": self.date, "add_generation_prompt": False, **variables}
+        messages = [*self.messages[:k], answer]
+        try:
+            end = self.template.render(messages, self.tools, **options).partition(TAG)[2]
+            text, found, _ = self.template.render([*messages, follower], self.tools, **options).rpartition(TAG)
+        except TemplateRefusal:
+            return ""
+        between = text.partition(TAG)[2]
+        return between[len(end) :] if found and between.startswith(end) else ""
 
     def _since_last_message(self, k: int, variables: dict, prompt: str, whole: str) -> tuple[str, str]:
         """The ends of prompt and whole after the content of message k - 1.
@@ -211,21 +241,51 @@ class Renderer:
     def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
         """Checks that the prompt holds the tools and every message that is not the assistant's.
 
+        An answer that is context only may be missing from later prompts, if the template's own rule leaves it out
+        there (gpt-oss: words before a call), but not from the rendering that ends with it. Trained ones are checked in
+        their own turn.
+
         Raises:
           Refusal: the template dropped one.
         """
         for i, message in enumerate(self.messages[:k]):
-            if message["role"] != "assistant" and not _contains(prompt, message["content"]):
+            content, is_answer = message["content"], message["role"] == "assistant"
+            if is_answer and message.get("train") is not False:
+                continue
+            shown = shows_answer(prompt, content) if is_answer else contains(prompt, content)
+            if not shown and not (is_answer and shows_answer(self.render(i + 1, False, variables), content)):
                 which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
                 raise Refusal(f"the chat template drops the content of {which}")
         if self.tools and not self._tools_shown:
             options = {"template_date": self.date, "add_generation_prompt": True, **variables}
-            if prompt == self.template.render(self.messages[:k], None, **options):
-                raise Refusal("the chat template drops the tools")
-            missing = [t["function"]["name"] for t in self.tools if not _contains(prompt, t["function"]["name"])]
+            with contextlib.suppress(TemplateRefusal):  # some templates cannot do without tools
+                if prompt == self.template.render(self.messages[:k], None, **options):
+                    raise Refusal("the chat template drops the tools")
+            missing = [t["function"]["name"] for t in self.tools if not contains(prompt, t["function"]["name"])]
             if missing:
                 raise Refusal(f"the chat template drops the tool {missing[0]!r}")
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
+
+    def explain_first_turn(self, k: int) -> Refusal | None:
+        """Why assistant message k was refused, if it would not be after a user's message, and none comes before it."""
+        messages, (plain, tools) = self.messages, self.plain
+        first = next((i for i, m in enumerate(messages) if m["role"] in ("user", "tool")), len(messages))
+        begins = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if begins > first:
+            return None
+        # The same conversation after a user's message, and with this first answer as context only.
+        asked = [*plain[:begins], {"role": "user", "content": "x"}, *plain[begins : k + 1]]
+        try:
+            Renderer(self.tokenizer, asked, tools, self.date, "", self.ref).turn(k + 1)
+        except Refusal:
+            return None
+        advice = "put a user message before it"
+        if k < first < len(messages):
+            with contextlib.suppress(Refusal):
+                self.render(first + 1, True, {})
+                advice = f'give it "train": false, or {advice}'
+        which = "" if k == begins else f"the conversation begins with messages[{begins - self.added}] (assistant), and "
+        return Refusal(f"{which}the chat template cannot render an answer without a user message before it", advice)
 
     def advise_on_tools(self) -> str:
         """Advice for a refusal where the conversation has tools and the template does not render them; else empty."""
@@ -238,9 +298,12 @@ class Renderer:
         )
 
 
-def reasoning_of(message: dict) -> str:
-    """The message's reasoning: its ``reasoning_content``, or a ``<think>`` block at the start of its content."""
-    return message.get("reasoning_content", "").strip() or split_inline(message["content"])[0]
+def _must_reason(tag: str) -> Refusal:
+    return Refusal(
+        f"the generation prompt of the chat template opens <{tag}>, so the model must reason first, and the message "
+        "has no reasoning_content",
+        "give it, or use a template without that (data.chat_template=FILE)",
+    )
 
 
 def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
@@ -255,62 +318,8 @@ def _put_reasoning_back(prompt: str, whole: str, reasoning: str) -> str:
             f"goes on {prompt[common : common + 24]!r}, the rendering {whole[common : common + 24]!r}"
         )
     if not reasoning:
-        raise Refusal(
-            f"the generation prompt of the chat template opens <{opened[1]}>, so the model must reason first, and the "
-            "message has no reasoning_content",
-            "give it, or use a template without that (data.chat_template=FILE)",
-        )
+        raise _must_reason(opened[1])
     return f"{reasoning}\n</{opened[1]}>\n\n" + whole[len(base) :].lstrip("\n")
-
-
-def check_nothing_dropped(message: dict, continuation: str) -> None:
-    """Checks that the continuation holds the reasoning, the content, and every call's name and arguments.
-
-    Each must have a place of its own.
-
-    Raises:
-      Refusal: naming what the template dropped.
-    """
-    reasoning, answer = message.get("reasoning_content", ""), message["content"]
-    if not reasoning.strip():
-        reasoning, answer = split_inline(answer)
-    pieces = [("reasoning", reasoning.strip()), ("content", answer.strip())]
-    for call in message.get("tool_calls", ()):
-        name = call["function"]["name"]
-        pieces.append((f"tool call {name!r}", name))
-        pieces += [(f"arguments of the tool call {name!r}", leaf) for leaf in _leaves(call["function"]["arguments"])]
-    # Longest first, each place used once: a short piece must not be found inside a longer one.
-    for what, piece in sorted(pieces, key=lambda p: -len(p[1])):
-        for form in _forms(piece):
-            at = continuation.find(form)
-            if at >= 0:
-                continuation = continuation[:at] + "\0" * len(form) + continuation[at + len(form) :]
-                break
-        else:
-            raise Refusal(f"the chat template drops the {what}: {piece[:40]!r} is not in what it renders")
-
-
-def _leaves(value) -> list[str]:
-    """Keys and values of a call's arguments as text, in order."""
-    if isinstance(value, dict):
-        return [text for k, v in value.items() for text in (k, *_leaves(v))]
-    if isinstance(value, list):
-        return [text for v in value for text in _leaves(v)]
-    return [value if isinstance(value, str) else json.dumps(value)]
-
-
-def _forms(piece: str) -> Iterator[str]:
-    """The ways to write a piece: as it is, inside a JSON string, or as Python's True, False and None."""
-    yield piece
-    yield json.dumps(piece, ensure_ascii=False)[1:-1]
-    yield json.dumps(piece)[1:-1]
-    if piece in _PYTHON:
-        yield _PYTHON[piece]
-
-
-def _contains(text: str, piece: str) -> bool:
-    piece = piece.strip()
-    return any(form in text for form in _forms(piece))
 
 
 def unmark(text: str) -> tuple[str, list[tuple[int, int]]]:
