@@ -32,12 +32,14 @@ class Rows:
       lengths: slots of each document where all were rendered before training, else empty.
       sample: a document to show.
       layout: the arrays of its batches besides those that all have.
+      notes: lines about the rows for the report.
     """
 
     def __init__(self, train_rows: TrainRows, mesh: Mesh, check: Check | None = None):
         self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
         self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
+        self.notes = train_rows.notes
 
     def __next__(self) -> Batch:
         self._last = next(self._batches)

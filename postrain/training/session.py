@@ -119,7 +119,7 @@ class Session:
             write_report(
                 self.workdir,
                 row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
-                consumed=consumed,
+                consumed=[*consumed, *rows.notes],
                 environment=environment,
                 charts=charts,
             )

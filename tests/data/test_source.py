@@ -200,7 +200,7 @@ def test_what_cannot_be_opened(tmp_path):
         with pytest.raises(UserError) as error:
             open_path(tmp_path / name if name else "")
         assert reason in str(error.value) and "\n" not in str(error.value), name
-    with pytest.raises(UserError, match="must be one of sft, preference, .*, prompt_completion, text; found 'chat'"):
+    with pytest.raises(UserError, match="must be one of sft, preference, .*, prompt_completion, text, sharegpt, alpaca; found 'chat'"):
         open_path(tmp_path / "empty.jsonl", kind="chat")
 
 
