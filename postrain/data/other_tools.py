@@ -64,12 +64,15 @@ def read_train_flag(message: dict, where: str, ref: RowRef) -> bool | None:
 def apply_row_masks(raw: dict, messages: list[dict], where: str, ref: RowRef) -> list[dict]:
     """The messages, with the row's ``loss_mask`` (a number for each) and ``mask_history`` written into them."""
     mask, history = raw.get("loss_mask"), raw.get("mask_history")
+    if isinstance(mask, str) and mask:  # of a CSV file
+        mask = parse_json(mask, "loss_mask", ref)
     if not is_empty(mask):
         if not isinstance(mask, list | tuple) or len(mask) != len(messages) or any(m not in (0, 1) for m in mask):
             raise BadRow(ref, f"'loss_mask' must be a list of 0 and 1, one for each of {where}; found {mask!r:.60}")
         pairs = enumerate(zip(messages, mask, strict=True))
         messages = [_mask(message, bool(on), f"{where}[{i}]", ref) for i, (message, on) in pairs]
-    if history is not None and not isinstance(history, bool):
+    history = {"true": True, "false": False}.get(history.lower(), history) if isinstance(history, str) else history
+    if not is_empty(history) and not isinstance(history, bool):
         raise BadRow(ref, f"'mask_history' must be true or false; found {history!r:.40}")
     if history:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -89,13 +92,20 @@ def _mask(message: dict, trained: bool, where: str, ref: RowRef) -> dict:
 
 def read_weight(raw: dict, ref: RowRef) -> float:
     """How much each trained token of the row counts, beside 1.0 of other rows; 0: the row is left out."""
-    given = {key: raw[key] for key in WEIGHT_KEYS if raw.get(key) is not None}
+    given = {key: raw[key] for key in WEIGHT_KEYS if not is_empty(raw.get(key))}
+    if not given:
+        return 1.0
     for key, value in given.items():
+        if isinstance(value, str):  # of a CSV file
+            try:
+                given[key] = value = float(value)
+            except ValueError:
+                pass
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise BadRow(ref, f"{key!r} must be a number from 0; found {value!r:.40}")
     if len(set(given.values())) > 1:
         raise BadRow(ref, f"{' and '.join(map(repr, given))} contradict each other: leave one of them")
-    return float(next(iter(given.values()), 1.0))
+    return float(next(iter(given.values())))
 
 
 # Reasoning
