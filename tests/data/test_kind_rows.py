@@ -219,7 +219,7 @@ def test_a_prompt_is_what_serving_feeds(tmp_path, tokenizer):
         ({"prompt": ""}, "expected a 'prompt'"),
         ({"prompt": "p", "tools": [{"name": "f"}]}, "has no 'tools'"),
         ({"prompt": "p", "functions": [1]}, "'functions' is not read"),
-        ({"prompt": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"prompt": [{"role": "user"}]}, "prompt[0].content is missing"),
         ({"question": "p"}, "expected a 'prompt', text or a list of messages; found 'question'"),
     ],
 )

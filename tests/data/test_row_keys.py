@@ -16,6 +16,7 @@ from postrain.config import Config, DataConfig, ModelSection, SourceConfig
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.row_filter import RowCounts, add_up
+from postrain.data.kinds.preference import parse_preference
 from postrain.data.messages import BadRow, RowRef, parse_row
 from postrain.data.preview import preview
 from postrain.data.rendering.tokenizer import load_tokenizer
@@ -345,7 +346,7 @@ def test_what_is_not_read_is_counted_exactly(tmp_path, kind, shards, tokenizer):
     tokenizer = None if kind == "events" else tokenizer
     expected = {"difficulty": 30, "split": 20, "messages[].foo": 15}
     if kind == "prompts":  # all else is metadata
-        expected = {"messages[].foo": 15}
+        expected = {"prompt[].foo": 15}
     elif kind != "sft":
         expected.pop("messages[].foo")
     if kind == "events":
@@ -367,6 +368,15 @@ def test_what_is_not_read_is_counted_exactly(tmp_path, kind, shards, tokenizer):
             assert line.startswith("source 'rows': keys that were not read: ")
             stream.close()
     assert found == expected
+
+
+def test_of_answers_their_key_is_named():
+    row = {"prompt": [USER], "chosen": [ANSWER | {"foo": 1}], "rejected": [SECOND[1] | {"bar": 1}], "margin": 2.0}
+    unread = set()
+    parse_preference(row, "pair", REF, unread)
+    assert unread == {"chosen[].foo", "rejected[].bar", "margin"}
+    with pytest.raises(BadRow, match="'weight' is not read: rows of this kind all count the same"):
+        parse_preference(row | {"weight": 2.0}, "pair", REF, set())
 
 
 def test_what_is_not_read_is_printed_for_each_source(tmp_path, folder, tokenizer):

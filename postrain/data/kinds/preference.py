@@ -103,7 +103,7 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: se
     """The common beginning of whole conversations, and the rest of each."""
     if isinstance(answers[0], str):
         raise BadRow(ref, "the row has no 'prompt', and answers that are text have no prompt in common")
-    answers = [_parse_list(answer, name, ref, unread) for answer, name in zip(answers, names, strict=True)]
+    answers = [parse_messages(answer, ref, unread, name) for answer, name in zip(answers, names, strict=True)]
     common = next(
         (i for i, turns in enumerate(zip(*answers, strict=False)) if any(turn != turns[0] for turn in turns)),
         min(map(len, answers)),
@@ -126,19 +126,12 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: se
 
 def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef, unread: set[str]) -> list[dict]:
     """The messages of an answer; where it repeats the prompt, those after the prompt."""
-    answer = _parse_list(answer, name, ref, unread)
+    answer = parse_messages(answer, ref, unread, name)
     answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
     if not answer or answer[0]["role"] != "assistant":
         found = answer[0]["role"] if answer else "nothing"
         raise BadRow(ref, f"{name} must go on after the prompt with an assistant message; found {found}")
     return answer
-
-
-def _parse_list(messages: Any, name: str, ref: RowRef, unread: set[str]) -> list[dict]:
-    try:
-        return parse_messages(messages, ref, unread)
-    except BadRow as e:
-        raise BadRow(ref, f"{name}: {e.reason}") from None
 
 
 def render_preferences(
