@@ -36,6 +36,7 @@ from postrain.data.other_tools import (
     read_sharegpt,
     read_train_flag,
     read_weight,
+    without_reasoning,
 )
 from postrain.data.row_keys import (
     CALL_KEYS,
@@ -208,7 +209,7 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
         raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
     check_keys(message, MESSAGE_KEYS, ref, unread, where)
     out = {"role": role}
-    reasoning = read_reasoning(message, where, ref)
+    reasoning = read_reasoning(message, where, ref, unread)
     if reasoning is not None:
         if role != "assistant":
             raise BadRow(ref, f"{where}: only assistant messages have reasoning_content; this one is {role!r}")
@@ -218,7 +219,7 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
             raise BadRow(ref, f"{where}: only assistant messages have tool_calls; this one is {role!r}")
         out["tool_calls"] = _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls", ref, unread)
     if "content" in message:
-        out["content"] = _read_content(message["content"], f"{where}.content", ref, unread)
+        out["content"] = _read_content(without_reasoning(message["content"]), f"{where}.content", ref, unread)
     elif "tool_calls" in out:
         out["content"] = ""
     else:

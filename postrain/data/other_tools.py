@@ -1,11 +1,14 @@
 """Words of other tools in a row, read where they mean what ours mean: what is trained, reasoning, ShareGPT, Alpaca."""
 
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type
 from postrain.data.row_keys import (
+    BLOCK_KEYS,
     FALSE_FLAGS,
     NUMBER_FLAGS,
     REASONING_BLOCKS,
@@ -111,23 +114,40 @@ def read_weight(raw: dict, ref: RowRef) -> float:
 # Reasoning
 
 
-def read_reasoning(message: dict, where: str, ref: RowRef) -> str | None:
+def read_reasoning(message: dict, where: str, ref: RowRef, unread: set[str]) -> str | None:
     """The reasoning of a message, whatever it is called; None: it has none. Raises BadRow where two differ."""
-    if _REASONING.isdisjoint(message):
+    blocks = _find_blocks(message.get("content"))
+    if _REASONING.isdisjoint(message) and not blocks:
         return None
     found: dict[str, str] = {}
+    if blocks:
+        found["content"] = _join_blocks(blocks, f"{where}.content", ref, unread)
     for key in REASONING_TEXTS:
         if not is_empty(message.get(key)):
             found[key] = check_string(message[key], f"{where}.{key}", ref)
     for key in REASONING_BLOCKS:
         if not is_empty(message.get(key)):
-            found[key] = _join_blocks(message[key], f"{where}.{key}", ref)
+            found[key] = _join_blocks(message[key], f"{where}.{key}", ref, unread)
     if len(set(found.values())) > 1:
         raise BadRow(ref, f"{where} has different reasoning in {' and '.join(map(repr, found))}: leave one of them")
     return next(iter(found.values()), None)
 
 
-def _join_blocks(blocks: Any, where: str, ref: RowRef) -> str:
+def _find_blocks(content: Any) -> list[dict]:
+    """The parts of reasoning that a list of parts begins with, as Anthropic's does."""
+    if not isinstance(content, list | tuple):
+        return []
+    is_block = lambda part: isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+    return list(itertools.takewhile(is_block, content))
+
+
+def without_reasoning(content: Any) -> Any:
+    """The content of a message less the parts that ``read_reasoning`` reads."""
+    blocks = _find_blocks(content)
+    return content[len(blocks) :] if blocks else content
+
+
+def _join_blocks(blocks: Any, where: str, ref: RowRef, unread: set[str]) -> str:
     """The text of LiteLLM's and Anthropic's ``thinking_blocks``, or of OpenRouter's ``reasoning_details``."""
     if not isinstance(blocks, list | tuple):
         raise BadRow(ref, f"{where} must be a list; found {describe_type(blocks)}")
@@ -137,6 +157,7 @@ def _join_blocks(blocks: Any, where: str, ref: RowRef) -> str:
         key = _REASONING_PARTS.get(kind) if isinstance(kind, str) else None
         if key is None:
             raise BadRow(ref, f"{where}[{i}]: only reasoning as plain text can be trained on; found {kind!r}")
+        BLOCK_KEYS.check(block, re.sub(r"\[\d+\]", "[]", f"{where}[{i}]."), unread)
         texts.append(check_string(block.get(key), f"{where}[{i}].{key}", ref))
     return "\n\n".join(texts)
 
@@ -160,11 +181,11 @@ def _read_turn(turn: Any, where: str, ref: RowRef) -> Any:
         return turn
     if not is_empty(turn.get("role")) or not is_empty(turn.get("content")):
         raise BadRow(ref, f"{where} has both 'from' and 'value' and 'role' and 'content': leave two of them")
-    role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+    role = _SHAREGPT_ROLES.get(turn["from"].lower()) if isinstance(turn["from"], str) else None
     if role is None:
         raise BadRow(ref, f"{where}.from must be one of {', '.join(_SHAREGPT_ROLES)}; found {turn['from']!r:.40}")
     message = {key: value for key, value in turn.items() if key not in TURN_KEYS.read} | {"role": role}
-    if turn["from"] != "function_call":
+    if turn["from"].lower() != "function_call":
         return message | {"content": turn.get("value")}
     calls = turn.get("value")
     if isinstance(calls, str):

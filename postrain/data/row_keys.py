@@ -125,7 +125,7 @@ ROW_KEYS = {
 # Of the objects in them
 
 NUMBER_FLAGS = ("weight", "loss_weight", "loss_mask", "loss")
-TRUE_FLAGS = ("train", "training", "trainable")
+TRUE_FLAGS = ("train", "training", "trainable", "train_on_turn")
 FALSE_FLAGS = ("ignore", "masked")
 REASONING_TEXTS = (
     "reasoning_content", "reasoning", "thinking", "think", "thought", "chain_of_thought", "cot", "reasoning_text",
@@ -160,4 +160,5 @@ CALL_KEYS = Keys(
 )
 FUNCTION_KEYS = Keys(("name", "arguments"), dict.fromkeys(("args", "input", "parameters", "kwargs"), _CALL))
 FLAT_CALL_KEYS = Keys(("name", "arguments", "id"), FUNCTION_KEYS.refused, frozenset({"type", "index"}))
+BLOCK_KEYS = Keys(("type", "thinking", "text"), {}, frozenset("id index format signature cache_control".split()))
 TURN_KEYS = Keys(("from", "value"))

@@ -140,7 +140,7 @@ FORMS = {
             "system": "Be brief.",
             "tools": json.dumps(TOOLS),
             "conversations": [
-                {"from": "human", "value": "1+1?"},
+                {"from": "Human", "value": "1+1?"},
                 {"from": "function_call", "value": json.dumps(CALL)},
                 {"from": "observation", "value": "2"},
                 {"from": "gpt", "value": "two", "loss": False},
@@ -231,6 +231,7 @@ def test_the_keys_of_an_unknown_shape_and_what_to_write_are_named(tmp_path, toke
 
 FLAGS = [
     *({word: off} for word, off in [("train", False), ("training", False), ("trainable", False), ("ignore", True)]),
+    {"train_on_turn": False},
     *({word: off} for word, off in [("masked", True), ("loss", False), ("loss", 0), ("loss_weight", 0.0)]),
     *({word: off} for word, off in [("weight", 0), ("loss_mask", 0), ("loss_mask", False)]),
 ]
@@ -268,6 +269,11 @@ BAD_WORDS = {
         {},
         r"reasoning_details\[0\]: only reasoning as plain text can be trained on; found 'reasoning.encrypted'",
     ),
+    "a late thought": (
+        {"content": [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}]},
+        {},
+        r"content\[1\]: only text parts can be trained on; found 'thinking'",
+    ),
     "harmony": ({"channel": "analysis"}, {}, "'channel' is not read: write an analysis as reasoning_content"),
     "a refusal": ({"refusal": "No."}, {}, "'refusal' is not read"),
     "arguments": ({"tool_calls": [{"name": "f", "args": {"a": 1}}]}, {}, "'args' is not read: name it 'arguments'"),
@@ -294,10 +300,13 @@ def test_a_word_that_is_refused(of_answer, of_row, reason):
         {"chain_of_thought": "why"},
         {"thinking_blocks": [{"type": "thinking", "thinking": "why", "signature": "s"}]},
         {"reasoning": "why", "reasoning_details": [{"type": "reasoning.text", "text": "why"}]},
+        {"content": [{"type": "thinking", "thinking": "why", "signature": "s"}, {"type": "text", "text": "Blue."}]},
     ],
 )
 def test_reasoning_of_other_tools(words):
-    _, answer = parse_row({"messages": [USER, ANSWER | words]}, "sft", REF).messages
+    unread = set()
+    _, answer = parse_row({"messages": [USER, ANSWER | words]}, "sft", REF, unread).messages
+    assert not unread
     assert answer == {"role": "assistant", "content": "Blue.", "reasoning_content": "why"}
 
 
