@@ -55,7 +55,9 @@ class Dataset:
 
 
 RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> a row of a known kind, or None: left out
-Kind = Literal["sft", "messages", "prompt_completion", "text", "preference", "prompts", "kd", "events"]
+Kind = Literal[
+    "sft", "messages", "prompt_completion", "text", "preference", "prompts", "kd", "events", "sharegpt", "alpaca"
+]  # fmt: skip
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 AnswerMetric = Literal["exact_match", "valid_json"]
 

@@ -39,6 +39,7 @@ class Rendered:
       fields: further arrays.
       is_prompt: what follows the last token is to be generated, so that one is read too, and nothing is trained.
       metadata: what else the row says, for whoever scores what is generated; None but for prompts.
+      weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
     """
 
     tokens: np.ndarray
@@ -49,6 +50,7 @@ class Rendered:
     fields: tuple[Field, ...] = ()
     is_prompt: bool = False
     metadata: dict[str, Any] | None = None
+    weight: float = 1.0
 
     @property
     def sequences(self) -> tuple["Rendered", ...]:
@@ -65,7 +67,7 @@ class Rendered:
 
     @property
     def num_trained(self) -> int:
-        return int(self.loss_mask[1:].sum())
+        return int(self.loss_mask[1:].sum()) if self.weight else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,9 @@ def cut_end(document: Rendered, slots: int) -> Rendered:
     answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
     fields = tuple(field._replace(values=field.values[: slots + 1]) for field in document.fields)
     switches = document.template_switches[:answers]
-    return Rendered(tokens, loss_mask, document.ref, truncated=True, template_switches=switches, fields=fields)
+    return dataclasses.replace(
+        document, tokens=tokens, loss_mask=loss_mask, truncated=True, template_switches=switches, fields=fields
+    )
 
 
 def largest_id(batch: Mapping[str, np.ndarray]) -> int:

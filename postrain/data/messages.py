@@ -1,79 +1,63 @@
 """Rows of kind sft, checked and normalised: conversations, prompt/completion pairs or plain text.
 
-They have three forms. Other top-level keys are ignored, unless they would change the prompt (``check_keys``):
+They have five forms. What becomes of their other keys is in row_keys.py:
 
 * ``{"messages": [...], "tools": [...]}``: OpenAI-style messages with the roles system, developer, user,
   assistant and tool; ``tool_calls`` with arguments as an object or as a JSON string; ``reasoning_content``
   (also spelt ``reasoning`` or ``thinking``); ``train: false`` (or OpenAI's ``weight: 0``) on an assistant
-  message keeps it out of the loss.
+  message keeps it out of the loss. Words of other tools for these: other_tools.py.
 * ``{"prompt": ..., "completion": ...}``: two strings, or lists of messages; only the completion is trained.
 * ``{"text": "..."}``: plain text, trained as a whole.
+* ``{"conversations": [...]}``, ShareGPT's turns of from/value, and ``{"instruction", "input", "output"}``, Alpaca's:
+  read as the messages that they stand for.
 
 In the result ``content`` is always a string, arguments are objects, and there are no null keys.
 """
 
 import dataclasses
-import difflib
-import functools
-import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from postrain.errors import UserError
+from postrain.data.bad_row import (
+    FUNCTION_ADVICE,
+    BadRow,
+    RowRef,
+    check_string,
+    checked_strings,
+    describe_type,
+    name_keys,
+)
+from postrain.data.other_tools import (
+    apply_row_masks,
+    parse_json,
+    read_alpaca,
+    read_reasoning,
+    read_sharegpt,
+    read_train_flag,
+    read_weight,
+    without_reasoning,
+)
+from postrain.data.row_keys import (
+    CALL_KEYS,
+    FLAT_CALL_KEYS,
+    FUNCTION_KEYS,
+    MESSAGE_KEYS,
+    PART_KEYS,
+    ROW_KEYS,
+    Keys,
+    is_empty,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SFT_FORMS = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
-# The keys of each form, and keys by which other formats change the prompt, which here would be dropped silently.
-READ_KEYS = {form: (*keys, "tools") if form != "text" else keys for form, keys in SFT_FORMS.items()}
-_ANY_KEYS = tuple(dict.fromkeys(key for keys in READ_KEYS.values() for key in keys))
-_SYSTEM = "a system message is the first of the messages, with the role 'system'"
-FOREIGN_KEYS = {
-    "functions": "it is the old form of 'tools': rename it",
-    "system": _SYSTEM,
-    "system_prompt": _SYSTEM,
-    "system_message": _SYSTEM,
-    "chat_template_kwargs": "reasoning is switched on by an answer's reasoning_content, and off where it has none",
+SFT_FORMS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
 }
-# Keys of a message that are read here or belong to the OpenAI format; others are ignored, unless they look like a
-# misspelling of one of these.
-MESSAGE_KEYS = frozenset(
-    "role content name tool_calls tool_call_id reasoning_content reasoning thinking train weight".split()
-)
-# They mark places in rendered text (trained_spans.py): Unicode reserves them for internal use, and no text holds them.
-NONCHARACTERS = frozenset("\ufdd0\ufdd1\ufdd2")
-IGNORED_KEYS = frozenset("id refusal audio annotations timestamp metadata".split())
-
-
-@dataclasses.dataclass(frozen=True)
-class RowRef:
-    """The place of a row; ``line`` counts from 1 (rows in a file without lines, such as Parquet).
-
-    ``line`` is 0 for a row found in the middle of a file, whose earlier lines are not counted; ``byte`` is then its
-    first byte, from 0.
-    """
-
-    source: str
-    file: str
-    line: int
-    byte: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.line else f"{self.file}@{self.byte}"
-
-
-class BadRow(UserError):
-    """A row that cannot be used, in one line: ``file:line: what is wrong``, and advice where there is any.
-
-    Attributes: ``ref`` and ``reason``; ``advice``, where more than this row is wrong, else empty.
-    """
-
-    def __init__(self, ref: RowRef, reason: str, advice: str = ""):
-        reason, advice = " ".join(reason.split()), " ".join(advice.split())
-        super().__init__(f"{ref}: {reason}" + (f": {advice}" if advice else ""))
-        self.ref, self.reason, self.advice = ref, reason, advice
-
-    def __reduce__(self):
-        return BadRow, (self.ref, self.reason, self.advice)
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +67,7 @@ class Conversation:
     messages: tuple[dict, ...]
     tools: tuple[dict, ...] | None
     ref: RowRef
+    weight: float = 1.0  # of each of its trained tokens, in these three
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +77,7 @@ class PromptCompletion:
     prompt: str
     completion: str
     ref: RowRef
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,72 +86,66 @@ class TextRow:
 
     text: str
     ref: RowRef
+    weight: float = 1.0
 
 
 Example = Conversation | PromptCompletion | TextRow
 
 
-def parse_row(raw: Any, form: str, ref: RowRef) -> Example:
+def parse_row(raw: Any, form: str, ref: RowRef, unread: set[str] | None = None) -> Example:
     """Checks one row of kind sft.
 
     Args:
       raw: the row, as decoded from JSON.
       form: one of ``SFT_FORMS``, or "sft": by the row's keys.
       ref: its place, for errors.
+      unread: takes the keys that are not read, at each level: ``'difficulty'``, ``messages[].foo``.
 
     Raises:
       BadRow: naming file, line, the message's index and what was expected.
     """
-    raw = check_object(raw, ref)
+    raw, unread = check_object(raw, ref), set() if unread is None else unread
     form = find_form(raw, SFT_FORMS) if form == "sft" else form
-    check_keys(raw, READ_KEYS.get(form, _ANY_KEYS), ref, is_text=form == "text")
+    check_keys(raw, ROW_KEYS[form], ref, unread)
+    if not form:
+        expected = (
+            "'messages', or 'conversations', or 'instruction' and 'output', or 'prompt' and 'completion', or 'text'"
+        )
+        raise BadRow(ref, f"expected the keys {expected}; found {name_keys(raw)}", FUNCTION_ADVICE)
+    weight = read_weight(raw, ref)
     if form == "text":
-        text = _string(raw.get("text"), "text", ref)
+        text = check_string(raw.get("text"), "text", ref)
         if not text.strip():
             raise BadRow(ref, "'text' is empty")
-        return TextRow(text, ref)
+        return TextRow(text, ref, weight)
     if form == "prompt_completion":
-        return _parse_prompt_completion(raw, ref)
-    if form == "messages":
-        messages = _parse_messages(raw.get("messages"), "messages", ref)
-        return _conversation(messages, raw.get("tools"), ref)
-    raise BadRow(ref, "expected the keys 'messages', or 'prompt' and 'completion', or 'text'; found " + name_keys(raw))
+        example = _parse_prompt_completion(raw, ref, unread)
+        return dataclasses.replace(example, weight=weight) if weight != 1 else example
+    where, messages = "messages", raw.get("messages")
+    if form == "sharegpt":
+        where, messages = "conversations", read_sharegpt(raw, ref, unread)
+    elif form == "alpaca":
+        messages = read_alpaca(raw, ref)
+    parsed = apply_row_masks(raw, parse_messages(messages, ref, unread, where), where, ref)
+    return _make_conversation(parsed, raw.get("tools"), ref, weight)
 
 
 def check_object(raw: Any, ref: RowRef) -> dict:
     """The row. Raises BadRow where it is not an object."""
     if not isinstance(raw, dict):
-        raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {_kind_of(raw)}")
+        raise BadRow(ref, f"expected an object with the keys of a row, such as 'messages'; found {describe_type(raw)}")
     return raw
 
 
-def check_keys(raw: dict, read: tuple[str, ...], ref: RowRef, *, is_text: bool = False) -> None:
-    """Raises BadRow for a key that should change the prompt or the target, and that nothing here reads.
+def check_keys(raw: dict, keys: Keys, ref: RowRef, unread: set[str], where: str = "") -> None:
+    """Raises BadRow for a key that is refused; adds those that are not read to ``unread``.
 
-    That is one of FOREIGN_KEYS, except in plain text, which has no prompt; or a likely misspelling of one of the keys
-    ``read`` that the row lacks. Other keys are the user's own.
+    ``where``: the place of ``raw`` in the row. In ``unread`` places in lists are left out: ``messages[].foo``.
     """
-    for key, value in raw.items():
-        if key in read or is_empty(value):  # in a table every row has every column
-            continue
-        if key in FOREIGN_KEYS and not is_text:
-            raise BadRow(ref, f"{key!r} is not read: {FOREIGN_KEYS[key]}")
-        near = _find_near_key(str(key), read)
-        if near and is_empty(raw.get(near)):
-            raise BadRow(ref, f"unknown key {key!r}; did you mean {near!r}?")
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a value is null, or an empty string, list or object; an array never counts as empty."""
-    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
-
-
-@functools.lru_cache(maxsize=1024)
-def _find_near_key(key: str, known: tuple[str, ...]) -> str:
-    """The known key that ``key`` misspells, or empty; ``prompt_id`` contains a known key and is not a misspelling."""
-    if set(key.split("_")) & set(known):
-        return ""
-    return next(iter(difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.85)), "")
+    if keys.known.issuperset(raw):
+        return
+    if reason := keys.check(raw, re.sub(r"\[\d+\]", "[]", where) + "." if where else "", unread):
+        raise BadRow(ref, f"{where}: {reason}" if where else reason)
 
 
 def find_form(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> str:
@@ -173,7 +153,7 @@ def find_form(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> str:
     return next((form for form, keys in forms.items() if all(key in raw for key in keys)), "")
 
 
-def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCompletion:
+def _parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conversation | PromptCompletion:
     prompt, completion = raw.get("prompt"), raw.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
@@ -182,69 +162,72 @@ def _parse_prompt_completion(raw: dict, ref: RowRef) -> Conversation | PromptCom
             raise BadRow(
                 ref, "two strings are plain text, which has no 'tools': write the prompt as a list of messages"
             )
-        return PromptCompletion(_string(prompt, "prompt", ref), _string(completion, "completion", ref), ref)
+        return PromptCompletion(check_string(prompt, "prompt", ref), check_string(completion, "completion", ref), ref)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    before = _parse_messages(prompt, "prompt", ref)
+    before = parse_messages(prompt, ref, unread, "prompt")
     # Only the completion is trained, also where the prompt holds earlier assistant turns.
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
-    after = _parse_messages(completion, "completion", ref)
-    return _conversation(before + after, raw.get("tools"), ref)
+    after = parse_messages(completion, ref, unread, "completion")
+    return _make_conversation(before + after, raw.get("tools"), ref)
 
 
-def _conversation(messages: list[dict], tools: Any, ref: RowRef) -> Conversation:
+def _make_conversation(messages: list[dict], tools: Any, ref: RowRef, weight: float = 1.0) -> Conversation:
     assistants = [m for m in messages if m["role"] == "assistant"]
     if not assistants:
         raise BadRow(ref, "no assistant message: nothing to train on")
     if not any(m.get("train", True) for m in assistants):
         raise BadRow(ref, "every assistant message has train: false: nothing to train on")
-    return Conversation(tuple(messages), parse_tools(tools, ref), ref)
+    return Conversation(tuple(messages), parse_tools(tools, ref), ref, weight)
 
 
-def parse_messages(messages: Any, ref: RowRef) -> list[dict]:
-    """A list of messages, checked and normalised; for prompts, which need no assistant turn. Raises BadRow."""
-    return _parse_messages(messages, "messages", ref)
+def parse_messages(messages: Any, ref: RowRef, unread: set[str] | None = None, where: str = "messages") -> list[dict]:
+    """A list of messages, or a JSON string of one, checked and normalised; none of them need be the assistant's.
 
-
-def _parse_messages(messages: Any, where: str, ref: RowRef) -> list[dict]:
+    ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). Raises BadRow.
+    """
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        messages = parse_json(messages, where, ref)
     if not isinstance(messages, (list, tuple)):
-        raise BadRow(ref, f"'{where}' must be a list of messages; found {_kind_of(messages)}")
+        raise BadRow(ref, f"'{where}' must be a list of messages; found {describe_type(messages)}")
     if not messages:
         raise BadRow(ref, f"'{where}' is empty")
-    return [_parse_message(m, f"{where}[{i}]", ref) for i, m in enumerate(messages)]
+    unread = set() if unread is None else unread
+    return [_parse_message(m, f"{where}[{i}]", ref, unread) for i, m in enumerate(messages)]
 
 
-def _parse_message(message: Any, where: str, ref: RowRef) -> dict:
+def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> dict:
     if not isinstance(message, dict):
-        raise BadRow(ref, f"{where} must be an object with 'role' and 'content'; found {_kind_of(message)}")
+        raise BadRow(ref, f"{where} must be an object with 'role' and 'content'; found {describe_type(message)}")
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        hint = "; rename ShareGPT's 'from' and 'value' to 'role' and 'content'" if "from" in message else ""
-        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{hint}")
-    _check_keys(message, where, ref)
+        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{_hint_at_role(message)}")
+    if "function_call" in message:
+        raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
+    check_keys(message, MESSAGE_KEYS, ref, unread, where)
     out = {"role": role}
-    reasoning = next((message[k] for k in ("reasoning_content", "reasoning", "thinking") if message.get(k)), None)
+    reasoning = read_reasoning(message, where, ref, unread)
     if reasoning is not None:
         if role != "assistant":
             raise BadRow(ref, f"{where}: only assistant messages have reasoning_content; this one is {role!r}")
-        out["reasoning_content"] = _string(reasoning, f"{where}.reasoning_content", ref)
+        out["reasoning_content"] = reasoning
     if message.get("tool_calls"):
         if role != "assistant":
             raise BadRow(ref, f"{where}: only assistant messages have tool_calls; this one is {role!r}")
-        out["tool_calls"] = _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls", ref)
+        out["tool_calls"] = _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls", ref, unread)
     if "content" in message:
-        out["content"] = _content(message["content"], f"{where}.content", ref)
+        out["content"] = _read_content(without_reasoning(message["content"]), f"{where}.content", ref, unread)
     elif "tool_calls" in out:
         out["content"] = ""
     else:
         raise BadRow(ref, f"{where}.content is missing or null")
     for key in ("name", "tool_call_id"):
         if key in message:
-            out[key] = _string(message[key], f"{where}.{key}", ref)
-    train = _train_flag(message, where, ref)
+            out[key] = check_string(message[key], f"{where}.{key}", ref)
+    train = read_train_flag(message, where, ref)
     if train is not None:
         out["train"] = train
     if role == "assistant" and train is not False and not (out["content"].strip() or out.get("tool_calls")):
@@ -252,123 +235,89 @@ def _parse_message(message: Any, where: str, ref: RowRef) -> dict:
     return out
 
 
-def _check_keys(message: dict, where: str, ref: RowRef) -> None:
-    if "function_call" in message:
-        raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
-    for key in message:
-        if key in MESSAGE_KEYS or key in IGNORED_KEYS:
-            continue
-        near = difflib.get_close_matches(str(key), MESSAGE_KEYS, n=1, cutoff=0.8)
-        if near:  # a misspelt `train` would silently train the wrong turns
-            raise BadRow(ref, f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+def _hint_at_role(message: dict) -> str:
+    if "from" in message:
+        return "; rename ShareGPT's 'from' and 'value' to 'role' and 'content', or 'messages' to 'conversations'"
+    if "type" in message:  # items of OpenAI's Responses API
+        kind = f"{message['type']!r:.40}"
+        return f"; an item of type {kind} is part of a message: reasoning_content, tool_calls, or the role tool"
+    return ""
 
 
-def _train_flag(message: dict, where: str, ref: RowRef) -> bool | None:
-    train, weight = message.get("train"), message.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise BadRow(ref, f"{where}.train must be true or false; found {train!r}")
-    if weight is not None and weight not in (0, 1):
-        raise BadRow(ref, f"{where}.weight must be 0 or 1; found {weight!r}")
-    flag = train if train is not None else (bool(weight) if weight is not None else None)
-    if flag and message["role"] != "assistant":
-        raise BadRow(ref, f"{where}: only assistant messages can be trained; this one is {message['role']!r}")
-    return flag if message["role"] == "assistant" else None
-
-
-def _content(content: Any, where: str, ref: RowRef) -> str:
+def _read_content(content: Any, where: str, ref: RowRef, unread: set[str]) -> str:
     """A string, or OpenAI's list of text parts, joined: templates treat parts differently."""
-    if isinstance(content, (list, tuple)):
-        texts = []
-        for i, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type", "text") != "text":
-                found = part.get("type") if isinstance(part, dict) else _kind_of(part)
-                raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r}")
-            texts.append(_string(part.get("text"), f"{where}[{i}].text", ref))
-        return "".join(texts)
-    return _string(content, where, ref)
+    if not isinstance(content, (list, tuple)):
+        return check_string(content, where, ref)
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
+            found = part.get("type") if isinstance(part, dict) else describe_type(part)
+            raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r}")
+        check_keys(part, PART_KEYS, ref, unread, f"{where}[{i}]")
+        texts.append(check_string(part.get("text"), f"{where}[{i}].text", ref))
+    return "".join(texts)
 
 
-def _parse_tool_calls(calls: Any, where: str, ref: RowRef) -> list[dict]:
+def _parse_tool_calls(calls: Any, where: str, ref: RowRef, unread: set[str]) -> list[dict]:
+    if isinstance(calls, str):
+        calls = parse_json(calls, where, ref)
     if not isinstance(calls, (list, tuple)):
-        raise BadRow(ref, f"{where} must be a list; found {_kind_of(calls)}")
+        raise BadRow(ref, f"{where} must be a list; found {describe_type(calls)}")
     out = []
     for i, call in enumerate(calls):
+        at = f"{where}[{i}]"
+        if isinstance(call, str):
+            call = parse_json(call, at, ref)
         if not isinstance(call, dict):
-            raise BadRow(ref, f"{where}[{i}] must be an object; found {_kind_of(call)}")
-        function = call.get("function", call)
+            raise BadRow(ref, f"{at} must be an object; found {describe_type(call)}")
+        function = call if is_empty(call.get("function")) else call["function"]
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
-            raise BadRow(ref, f"{where}[{i}].function.name is missing")
-        arguments = _arguments(function.get("arguments"), f"{where}[{i}].function.arguments", ref)
+            raise BadRow(ref, f"{at}.function.name is missing")
+        if function is call:
+            check_keys(call, FLAT_CALL_KEYS, ref, unread, at)
+        else:
+            check_keys(call, CALL_KEYS, ref, unread, at)
+            check_keys(function, FUNCTION_KEYS, ref, unread, f"{at}.function")
+        arguments = _parse_arguments(function.get("arguments"), f"{at}.function.arguments", ref)
         entry = {"type": "function", "function": {"name": name, "arguments": arguments}}
         if isinstance(call.get("id"), str):
             entry["id"] = call["id"]
-        out.append(checked_strings(entry, f"{where}[{i}]", ref))
+        out.append(checked_strings(entry, at, ref))
     return out
 
 
-def _arguments(arguments: Any, where: str, ref: RowRef) -> dict:
+def _parse_arguments(arguments: Any, where: str, ref: RowRef) -> dict:
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as e:
-            raise BadRow(ref, f"{where} is not valid JSON: {e}") from None
+        arguments = parse_json(arguments, where, ref) if arguments.strip() else {}
     if arguments is None:
         return {}
     if not isinstance(arguments, dict):
-        raise BadRow(ref, f"{where} must be an object or a JSON string of one; found {_kind_of(arguments)}")
+        raise BadRow(ref, f"{where} must be an object or a JSON string of one; found {describe_type(arguments)}")
     return arguments
 
 
 def parse_tools(tools: Any, ref: RowRef) -> tuple[dict, ...] | None:
-    """Function schemas, given as a list or as a JSON string of one; bare functions are wrapped as OpenAI does."""
+    """Function schemas, given as a list or as a JSON string of one, or each as a JSON string; bare functions are
+    wrapped as OpenAI does. A template sees all of their keys."""
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError as e:
-            raise BadRow(ref, f"tools is not valid JSON: {e}") from None
+        tools = parse_json(tools, "tools", ref) if tools.strip() else None
     if is_empty(tools):
         return None
     if not isinstance(tools, (list, tuple)):
-        raise BadRow(ref, f"'tools' must be a list of function schemas; found {_kind_of(tools)}")
+        raise BadRow(ref, f"'tools' must be a list of function schemas; found {describe_type(tools)}")
     out = []
     for i, tool in enumerate(tools):
+        if isinstance(tool, str):
+            tool = parse_json(tool, f"tools[{i}]", ref)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(ref, f"tools[{i}] must be an object with a function name")
-        tool = tool if "function" in tool else {"type": "function", "function": tool}
+        if "input_schema" in function and "parameters" not in function:
+            raise BadRow(ref, f"tools[{i}]: 'input_schema' is not read: name it 'parameters'")
+        if "function" not in tool:
+            # OpenAI's Responses API has the type beside the name.
+            is_flat = tool.get("type") == "function"
+            tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type" or not is_flat}}
         out.append(checked_strings(tool, f"tools[{i}]", ref))
     return tuple(out)
-
-
-def checked_strings(value: Any, where: str, ref: RowRef) -> Any:
-    """The value, after checking that every string inside it can be encoded."""
-    if isinstance(value, str):
-        return _string(value, where, ref)
-    if isinstance(value, dict):
-        return {_string(k, where, ref): checked_strings(v, where, ref) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [checked_strings(v, where, ref) for v in value]
-    return value
-
-
-def _string(value: Any, where: str, ref: RowRef) -> str:
-    if not isinstance(value, str):
-        raise BadRow(ref, f"{where} must be a string; found {_kind_of(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise BadRow(ref, f"{where} has a lone surrogate (half of a \\uXXXX pair) at character {e.start}") from None
-        if not NONCHARACTERS.isdisjoint(value):
-            raise BadRow(ref, f"{where} holds one of the noncharacters U+FDD0 to U+FDD2, which are not text")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
-    return "nothing (null or missing)" if value is None else names.get(type(value), type(value).__name__)
-
-
-def name_keys(raw: dict) -> str:
-    return ", ".join(repr(k) for k in list(raw)[:8]) or "no keys"

@@ -59,7 +59,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 loop.finish_step(metrics)
 
         export_state(session, loop.state, model)
-        return session.write_report(rows, CHARTS)
+        return session.write_report(rows, held_out, CHARTS)
 
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:

@@ -61,7 +61,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 loop.finish_step(metrics)  # checks, logs, evaluates and saves what is due
 
         export_state(session, loop.state, model)
-        return session.write_report(rows)
+        return session.write_report(rows, held_out)
 
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:

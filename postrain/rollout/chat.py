@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from postrain.config import MeshConfig
-from postrain.data.messages import READ_KEYS, RowRef, check_keys, parse_messages, parse_tools
+from postrain.data.messages import RowRef, check_keys, parse_messages, parse_tools
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from postrain.data.row_keys import MEDIA_KEYS, PROMPT_KEYS, Keys
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.hf.find_model import find_model
@@ -25,6 +26,7 @@ from postrain.rollout.sampler import Completion, SamplingParams
 from postrain.sharding import make_mesh
 from postrain.training.model import choose_compute_dtype
 
+_ROW_KEYS = {key: Keys((key, "tools"), PROMPT_KEYS | MEDIA_KEYS) for key in ("prompt", "messages")}
 GENERATED = "generated"  # the key of an answered line that holds its answer
 
 
@@ -249,5 +251,5 @@ def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
         if GENERATED in row:
             raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
-        check_keys(row, READ_KEYS["prompt_completion" if "prompt" in row else "messages"], ref)
+        check_keys(row, _ROW_KEYS["prompt" if "prompt" in row else "messages"], ref, set())
         yield row, ref

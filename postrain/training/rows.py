@@ -33,6 +33,7 @@ class Rows:
       rows_per_epoch: packed rows of the first epoch; 0 where nobody knows them, of a mixture or a stream.
       sample: a document to show.
       layout: the arrays of its batches besides those that all have.
+      notes: lines about the rows for the report.
     """
 
     def __init__(self, train_rows: TrainRows, mesh: Mesh, check: Check | None = None):
@@ -41,6 +42,7 @@ class Rows:
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
         in_memory = isinstance(train_rows.batches, MemoryBatches)
         self.rows_per_epoch: int = train_rows.batches.get_state()["epoch_rows"] if in_memory else 0
+        self.notes = train_rows.notes
 
     def __next__(self) -> Batch:
         self._last = next(self._batches)

@@ -108,9 +108,12 @@ class Session:
             )
         processes.barrier()
 
-    def write_report(self, rows: "Rows", charts: Sequence[Chart] = CHARTS) -> dict[str, float]:
+    def write_report(
+        self, rows: "Rows", held_out: ExampleSet | None = None, charts: Sequence[Chart] = CHARTS
+    ) -> dict[str, float]:
         """Writes report.html with these charts and says where it is; returns the last value of every metric."""
         step, metrics = read_last_values(self.workdir)
+        notes = [*rows.notes, *(held_out.report.format_unread() if held_out else ())]
         consumed = rows.format_consumption(rows.join_states(processes.gather(rows.get_state())))
         if self.is_lead:
             # What the figures depend on besides the config.
@@ -124,7 +127,7 @@ class Session:
             write_report(
                 self.workdir,
                 row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
-                consumed=consumed,
+                consumed=[*consumed, *notes],
                 environment=environment,
                 charts=charts,
             )

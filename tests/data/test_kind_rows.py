@@ -128,7 +128,9 @@ def test_a_preference_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
 @pytest.mark.parametrize(("key", "value"), [("score", 3), ("completion", "x"), ("scores", [1]), ("rank", np.ones(2))])
 def test_columns_of_its_own_are_left_to_a_pair(key, value):
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    assert parse_preference(pair | {key: value}, "pair", REF) == parse_preference(pair, "pair", REF)
+    unread = set()
+    assert parse_preference(pair | {key: value}, "pair", REF, unread) == parse_preference(pair, "pair", REF, set())
+    assert unread == {key}
 
 
 def test_answers_that_serving_would_ask_for_in_two_ways_are_refused(tmp_path):
@@ -185,9 +187,9 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
 )
 def test_metadata_that_is_no_json_is_refused(value, reason):
     with pytest.raises(BadRow, match=re.escape(reason)):
-        parse_prompt({"prompt": "p", "x": value}, "prompts", REF)
+        parse_prompt({"prompt": "p", "x": value}, "prompts", REF, set())
     given = {"x": [{"y": None, "z": (1, 2.5, True)}]}
-    assert parse_prompt({"prompt": "p"} | given, "prompts", REF).metadata == given
+    assert parse_prompt({"prompt": "p"} | given, "prompts", REF, set()).metadata == given
 
 
 def test_a_prompt_is_what_serving_feeds(tmp_path, tokenizer):
@@ -217,7 +219,7 @@ def test_a_prompt_is_what_serving_feeds(tmp_path, tokenizer):
         ({"prompt": ""}, "expected a 'prompt'"),
         ({"prompt": "p", "tools": [{"name": "f"}]}, "has no 'tools'"),
         ({"prompt": "p", "functions": [1]}, "'functions' is not read"),
-        ({"prompt": [{"role": "user"}]}, "messages[0].content is missing"),
+        ({"prompt": [{"role": "user"}]}, "prompt[0].content is missing"),
         ({"question": "p"}, "expected a 'prompt', text or a list of messages; found 'question'"),
     ],
 )
@@ -289,7 +291,7 @@ def test_a_function_may_give_arrays(make):
     ids, logprobs = make(TEACHER["top_ids"], np.uint32), make(TEACHER["top_logprobs"], np.float32)
     raw = {"tokens": make(TEACHER["tokens"], np.uint32), "top_ids": ids, "top_logprobs": logprobs}
     raw |= {"loss_mask": make([1, 0, 1], np.int8), "weights": np.ones(3), "tokenz": np.ones(3)}
-    found, expected = (parse_teacher_row(row, "kd", REF) for row in (raw, TEACHER | {"loss_mask": [1, 0, 1]}))
+    found, expected = (parse_teacher_row(row, "kd", REF, set()) for row in (raw, TEACHER | {"loss_mask": [1, 0, 1]}))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.loss_mask, expected.loss_mask)
     for one, other in zip(found.fields, expected.fields, strict=True):
@@ -301,7 +303,7 @@ def test_a_function_may_give_arrays(make):
 @pytest.mark.parametrize("key", ["tokens", "loss_mask", "top_ids", "top_logprobs"])
 def test_an_array_that_is_no_list_is_refused(key):
     with pytest.raises(BadRow, match=f"{key} must be a list; found array"):
-        parse_teacher_row(TEACHER | {key: np.array(3)}, "kd", REF)
+        parse_teacher_row(TEACHER | {key: np.array(3)}, "kd", REF, set())
 
 
 @pytest.mark.parametrize("streaming", [False, True])

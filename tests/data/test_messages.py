@@ -182,7 +182,6 @@ def test_keys_of_its_own_are_left_to_the_user():
         "tool": [],
         "title": "x",
         "test": 1,
-        "context": "y",
         3: 4,
     }
     assert parse(CHAT | own).messages == (USER, ANSWER)

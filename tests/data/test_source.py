@@ -182,7 +182,7 @@ def test_what_cannot_be_opened(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really PAR1")
     (tmp_path / "broken.arrow").write_bytes(b"not arrow at all")
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.txt").write_text("a,b")
     (tmp_path / "folder").mkdir()
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     expected = {
@@ -193,14 +193,14 @@ def test_what_cannot_be_opened(tmp_path):
         "none.parquet": "none.parquet has no rows",
         "broken.parquet": "broken.parquet is corrupt or truncated",
         "broken.arrow": "broken.arrow is corrupt or truncated",
-        "rows.csv": "rows.csv: expected a file of .jsonl, ",
+        "rows.txt": "rows.txt: expected a file of .jsonl, ",
         "folder": "folder matches no file; expected .jsonl, ",
     }
     for name, reason in expected.items():
         with pytest.raises(UserError) as error:
             open_path(tmp_path / name if name else "")
         assert reason in str(error.value) and "\n" not in str(error.value), name
-    with pytest.raises(UserError, match="must be one of sft, preference, .*, prompt_completion, text; found 'chat'"):
+    with pytest.raises(UserError, match="must be one of sft, preference, .*, text, sharegpt, alpaca; found 'chat'"):
         open_path(tmp_path / "empty.jsonl", kind="chat")
 
 

@@ -1,5 +1,6 @@
 """The recipe from config to report on a tiny model: what it writes, what it says, what it learns."""
 
+import html
 import json
 import re
 import shutil
@@ -109,8 +110,17 @@ def test_the_report_is_one_file_with_everything(finished):
 def test_what_is_printed_first(inputs, tmp_path, capsys):
     values = make_values(inputs, train={"steps": 1}, eval={"before": False}, export={"format": "none"})
     values["optimizer"]["warmup_steps"] = 20
-    postrain.train(values, tmp_path)
+    train, held_out = (tmp_path / f"{name}.jsonl" for name in ("noted", "held_out"))
+    for path, key in ((train, "level"), (held_out, "grade")):
+        rows = read_lines(inputs / "train.jsonl")
+        path.write_text("".join(json.dumps(row | {key: 1}) + "\n" for row in rows), encoding="utf-8")
+    values["data"] |= {"train": str(train), "eval": str(held_out)}
+    postrain.train(values, tmp_path / "run")
     printed = capsys.readouterr().out
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    for name, key in (("noted", "level"), ("held_out", "grade")):
+        line = f"source '{name}': keys that were not read: '{key}' (40 rows)"
+        assert printed.count(line) == 1 and line in page
     for words in (
         "* optimizer.learning_rate = 0.01",
         "1 device (cpu)",

@@ -117,6 +117,8 @@ def hash_documents(examples: Iterable[Document]) -> str:
                 hashed.update(
                     name.encode() + np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
                 )
+            if sequence.weight != 1:
+                hashed.update(b"weight" + np.float64(sequence.weight).astype("<f8").tobytes())
             if sequence.metadata is not None:
                 hashed.update(json.dumps(sequence.metadata, sort_keys=True).encode())
     return hashed.hexdigest()

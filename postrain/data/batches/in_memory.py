@@ -105,8 +105,8 @@ def load_examples(
             rows = source.rows()
             while batch := list(itertools.islice(rows, BATCH)):
                 of_source |= dict.fromkeys(row.ref.file for row in batch)
-                for documents in source.parser.render(batch, tokenizer, config):
-                    examples += row_filter.keep(documents)
+                for rendered in source.parser.render(batch, tokenizer, config):
+                    examples += row_filter.keep(rendered)
             if row_filter.rejected:
                 row_filter.check_share(row_filter.rejected[-1])
     finally:  # also when the run stops: the reasons are what its user needs then

@@ -66,6 +66,7 @@ class TrainRows:
       sample: a document to show.
       layout: the arrays that batches have besides those that all have.
       documents: all of them where they were rendered before training, else empty.
+      notes: lines about the rows for the report, besides what ``batches`` says of their consumption.
     """
 
     batches: Batches
@@ -75,6 +76,7 @@ class TrainRows:
     sample: Document
     layout: Layout
     documents: Sequence[Document] = ()
+    notes: Sequence[str] = ()
 
 
 def open_train_rows(
@@ -106,6 +108,7 @@ def open_train_rows(
         sample=example_set.examples[0],
         layout=example_set.layout,
         documents=example_set.examples,
+        notes=example_set.report.format_unread(),
     )
 
 
@@ -172,8 +175,8 @@ def _open_stream(
 def _first_document(source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout) -> Document:
     row_filter = RowFilter(None, config, source.parser.kind, layout)
     for row in source.rows():
-        (documents,) = source.parser.render([row], tokenizer, config)
-        if kept := row_filter.keep(documents):
+        (rendered,) = source.parser.render([row], tokenizer, config)
+        if kept := row_filter.keep(rendered):
             return kept[0]
     raise UserError(f"{source.where}: no row of it can be trained on: `postrain preview` shows why")
 

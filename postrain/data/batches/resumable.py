@@ -95,9 +95,9 @@ class RenderedRows(ResumableDataset):
         rows, size = iter(self._rows), _FIRST_BATCH
         rows.set_state(position)
         while batch := [(row, rows.get_state()) for row in itertools.islice(rows, size)]:
-            documents = self._parser.render([row for row, _ in batch], self._tokenizer, self._config)
-            for (_, after), found in zip(batch, documents, strict=True):
-                if kept := self._filter.keep(found):
+            rendered = self._parser.render([row for row, _ in batch], self._tokenizer, self._config)
+            for (_, after), of_row in zip(batch, rendered, strict=True):
+                if kept := self._filter.keep(of_row):
                     yield after, kept
             size = min(2 * size, BATCH)
 

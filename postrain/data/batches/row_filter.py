@@ -7,14 +7,18 @@ outcomes of one source; ``DataReport`` prints those of all sources.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from postrain.config import DataConfig
 from postrain.data.documents import Document, Rendered, SameLayout
-from postrain.data.kinds.registry import Kind
+from postrain.data.kinds.registry import Kind, RenderedRow
 from postrain.data.messages import BadRow
 from postrain.errors import UserError
 from postrain.files import read_jsonl
+
+_NAMES_KEPT, _NAMES_SHOWN, _LONGEST_NAME = 200, 20, 60  # of the keys of a source that are not read
+_OTHER = ""  # stands for those beyond
 
 
 def count(number: int, noun: str) -> str:
@@ -39,6 +43,7 @@ class RowCounts:
       longest: tokens of the longest document, before anything was left out or cut.
       left_out: rows that the source's own function left out.
       left_out_by: the name of that function.
+      unread: key that was not read -> rows that have it, of those that could be parsed.
     """
 
     name: str
@@ -54,15 +59,39 @@ class RowCounts:
     longest: int = 0
     left_out: int = 0
     left_out_by: str = ""
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def to_json(self) -> dict[str, int]:
-        """All counts by name, for a position."""
-        return {name: getattr(self, name) for name in COUNTS}
+    def to_json(self) -> dict[str, Any]:
+        """All counts by name, for a position; ``unread`` where there are any."""
+        numbers = {name: getattr(self, name) for name in COUNTS}
+        return numbers | ({"unread": dict(self.unread)} if self.unread else {})
 
-    def set(self, counts: Mapping[str, int]) -> None:
+    def set(self, counts: Mapping[str, Any]) -> None:
         """Takes the counts of ``to_json``."""
         for name in COUNTS:
             setattr(self, name, counts[name])
+        self.unread = dict(counts.get("unread", {}))
+
+    def add_unread(self, names: Iterable[str], rows: int = 1) -> None:
+        """Counts ``rows`` rows with these keys. Beyond some hundred names (keys that are ids) all others are one."""
+        for name in names:
+            name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
+            name = name if name in self.unread or len(self.unread) < _NAMES_KEPT else _OTHER
+            self.unread[name] = self.unread.get(name, 0) + rows
+
+    def format_unread(self) -> str:
+        """ "source 'x': keys that were not read: 'difficulty' (120 rows), messages[].foo (3 rows)"; "" without any."""
+        if not self.unread:
+            return ""
+        names = sorted((name for name in self.unread if name != _OTHER), key=lambda name: (-self.unread[name], name))
+        shown = [
+            f"{name if '[]' in name else repr(name)} ({count(self.unread[name], 'row')})"
+            for name in names[:_NAMES_SHOWN]
+        ]
+        more = len(names) - len(shown)
+        if more or _OTHER in self.unread:
+            shown.append(f"and {more:,}{' or more' * (_OTHER in self.unread)} others")
+        return f"source {self.name!r}: keys that were not read: {', '.join(shown)}"
 
     def format_losses(self) -> str:
         """ "of 120 rows 76 too long (...), 4 bad", or empty where nothing was left out or cut."""
@@ -81,12 +110,16 @@ class RowCounts:
 COUNTS = tuple(field.name for field in dataclasses.fields(RowCounts) if field.type is int)
 
 
-def add_up(name: str, parts: Iterable[Mapping[str, int]], left_out_by: str = "") -> RowCounts:
+def add_up(name: str, parts: Iterable[Mapping[str, Any]], left_out_by: str = "") -> RowCounts:
     """The sum of ``parts``, each of them from ``RowCounts.to_json``."""
     parts = list(parts)
     total = {c: sum(part[c] for part in parts) for c in COUNTS}
     total["longest"] = max((part["longest"] for part in parts), default=0)
-    return RowCounts(name, left_out_by=left_out_by, **total)
+    counts = RowCounts(name, left_out_by=left_out_by, **total)
+    for part in parts:
+        for key, rows in part.get("unread", {}).items():
+            counts.add_unread([key], rows)
+    return counts
 
 
 class RowFilter:
@@ -115,15 +148,17 @@ class RowFilter:
         self._counted, self._config, self._kind, self._layout = counts is not None, config, kind, layout
         self._judged_from, self._log = judged_from, log
 
-    def keep(self, documents: Sequence[Document] | BadRow | None) -> list[Document]:
-        """The documents to train on, of a row as ``RowParser.render`` gives it; None: a function has left the row out.
+    def keep(self, row: RenderedRow) -> list[Document]:
+        """The documents to train on.
 
         Raises:
           UserError: bad rows are not allowed, or exceed ``data.max_bad_fraction``; a document is too long where
             ``data.too_long`` is "error".
         """
-        counts = self.counts
+        counts, documents = self.counts, row.documents
         counts.rows += 1
+        if row.unread:
+            counts.add_unread(row.unread)
         if documents is None:
             counts.left_out += 1
             return []
@@ -285,4 +320,8 @@ class DataReport:
             for source in self.sources
             if source.left_out
         ]
-        return [packing, *switches, *functions]
+        return [packing, *switches, *functions, *self.format_unread()]
+
+    def format_unread(self) -> list[str]:
+        """For each source with keys that were not read a line with their counts."""
+        return [line for source in self.sources if (line := source.format_unread())]

@@ -123,16 +123,18 @@ class ShardedBatches:
     def format_consumption(self, position: Mapping[str, Any]) -> list[str]:
         """For each source: documents and tokens that were trained on up to ``position``, and their share.
 
-        Of a stream also the losses among the rows that were read for it in their first epoch.
+        Of a stream also, of the rows that were read for it in their first epoch, the losses and the keys not read.
         """
         shards = list(position["shards"].values())
         totals = np.sum([shard["totals"] for shard in shards], axis=0).tolist()
         all_tokens = max(sum(tokens for _, tokens in totals), 1)
         lines = []
         for i, (name, (documents, tokens)) in enumerate(zip(self._names, totals, strict=True)):
-            losses = add_up(name, [shard["counts"][i] for shard in shards]).format_losses()
+            counts = add_up(name, [shard["counts"][i] for shard in shards])
             line = f"{name}: {documents:,} documents, {tokens:,} tokens, {tokens / all_tokens:.1%}"
+            losses, unread = counts.format_losses(), counts.format_unread()
             lines.append(f"{line}; {losses}" if losses else line)
+            lines += [unread] if unread else []
         return lines
 
     def close(self) -> None:

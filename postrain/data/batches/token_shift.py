@@ -13,12 +13,13 @@ def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
       ``tokens`` int32 [L-1], ``targets`` int32 [L-1], ``loss_mask`` float32 [L-1]: at slot ``t`` the model
-      has read token ``t`` and predicts token ``t + 1``, which is trained if the document says so.
+      has read token ``t`` and predicts token ``t + 1``, which counts ``rendered.weight`` if it is trained, else 0.
     """
     tokens = np.asarray(rendered.tokens, np.int32)
     if rendered.is_prompt:  # its last token is read too; what follows it is not known yet
         return tokens, np.append(tokens[1:], np.int32(0)), np.zeros(len(tokens), np.float32)
-    return tokens[:-1], tokens[1:], np.asarray(rendered.loss_mask[1:], np.float32)
+    loss_mask = np.asarray(rendered.loss_mask[1:], np.float32)
+    return tokens[:-1], tokens[1:], loss_mask if rendered.weight == 1 else loss_mask * np.float32(rendered.weight)
 
 
 def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, np.ndarray]:

@@ -6,7 +6,8 @@ A block is the unit of reading and shuffling. The blocks of a file are known wit
 * Parquet: row groups, several small ones together (its footer is read)
 * ArrayRecord, a record being the JSON of a row: ranges of records where the file is local (its index is read), else
   the whole file, which has to be copied to the disk to be read
-* ``.jsonl.gz``, ``.jsonl.zst``, Arrow (what ``datasets`` saves): the whole file, as it can only be read from its start
+* ``.jsonl.gz``, ``.jsonl.zst``, Arrow (what ``datasets`` saves), CSV and TSV (whose first line names the columns, and
+  where a line may end inside a quoted field): the whole file, as it can only be read from its start
 
 Rows of a block come in the order of the file. Memory holds one row; of Parquet 64 rows and the compressed columns of
 the row group; of Arrow a record batch. A file that ends too early, or that its own checksums contradict, is named and
@@ -17,23 +18,25 @@ decoded.
 
 Parquet and Arrow give every row of a column the same fields: a call with the argument ``a`` next to one with ``b`` is
 stored as ``{a: ..., b: null}`` and ``{a: null, b: ...}``. Nulls inside the objects of their rows are therefore left
-out; in JSON lines they stay.
+out; in JSON lines they stay. So they do in columns of JSON text of the type ``arrow.json`` (``datasets``' ``Json()``),
+which are decoded. In CSV and TSV every value is text.
 """
 
+import csv
 import dataclasses
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from postrain.data.bad_row import BadRow, RowRef, decode_json
 from postrain.data.files import storage
 from postrain.data.files.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
-from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError, one_line
 
 RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
@@ -118,7 +121,7 @@ def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
     """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand."""
     data = line.removesuffix(b"\n")
     try:
-        return Row(ref, json.loads(data.decode("utf-8-sig" if first else "utf-8")))
+        return Row(ref, decode_json(data.decode("utf-8-sig" if first else "utf-8")))
     except UnicodeDecodeError as e:
         reason = f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line"
     except json.JSONDecodeError as e:
@@ -201,8 +204,32 @@ def _table_rows(batch: pa.RecordBatch, source: str, url: str, row: int) -> Itera
         rows = batch.to_pylist()
     except pa.ArrowInvalid:
         rows = [_decode_row(batch.slice(i, 1), RowRef(source, url, row + i + 1)) for i in range(batch.num_rows)]
+    decode = _json_decoder(pa.struct(batch.schema))
     for i, value in enumerate(rows, row + 1):
-        yield Row(RowRef(source, url, i), value if isinstance(value, BadRow) else without_nulls(value))
+        ref = RowRef(source, url, i)
+        value = value if isinstance(value, BadRow) else without_nulls(value)
+        if decode is not None and not isinstance(value, BadRow):
+            try:
+                value = decode(value)
+            except (ValueError, RecursionError) as e:
+                value = BadRow(ref, f"invalid JSON in a column of JSON text: {e}")
+        yield Row(ref, value)
+
+
+def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Decodes the JSON text inside a value of this type; None where it has none."""
+    if isinstance(kind, pa.JsonType):
+        return lambda text: text if text is None else decode_json(text)
+    if pa.types.is_struct(kind):
+        found = {field.name: _json_decoder(field.type) for field in kind.fields}
+        inner = {name: decode for name, decode in found.items() if decode is not None}
+        if inner:
+            return lambda row: row and row | {name: decode(row[name]) for name, decode in inner.items() if name in row}
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        decode_item = _json_decoder(kind.value_type)
+        if decode_item is not None:
+            return lambda items: items and [decode_item(item) for item in items]
+    return None
 
 
 def _decode_row(row: pa.RecordBatch, ref: RowRef) -> dict | BadRow:
@@ -279,6 +306,39 @@ def _record_batches(file: BinaryIO) -> Iterator[pa.RecordBatch]:
         raise EOFError("no end of the Arrow stream")
 
 
+def _read_csv(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    """Lines after the first, which names the columns; a row is named by the line in which it begins."""
+    csv.field_size_limit(2**31 - 1)  # of the whole process; 128 KiB are less than a long conversation
+    with open_file(block.file, options, 0, block.file.bytes) as f:
+        text = io.TextIOWrapper(f, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        reader, end = csv.reader(text, delimiter="\t" if block.kind == "tsv" else ",", strict=True), 0
+        try:
+            names = next(reader, [])
+            named = [name for name in names if name]  # pandas writes its index as a column without a name
+            if not named or len(set(named)) < len(named):
+                raise UserError(f"{block.file.url}:1: expected different names of columns; found {names!r:.200}")
+            end = reader.line_num
+            for fields in reader:
+                ref, end = RowRef(source, block.file.url, end + 1), reader.line_num
+                if fields:
+                    yield Row(ref, _name_fields(names, fields, ref))
+        except csv.Error as e:
+            raise UserError(
+                f"{block.file.url}:{end + 1}: the row that begins here is not {block.kind.upper()}: {e}: put fields "
+                "with quotes or line breaks between quotes, and double the quotes in them"
+            ) from e
+
+
+def _name_fields(names: list[str], fields: list[str], ref: RowRef) -> dict[str, str] | BadRow:
+    if len(fields) != len(names):
+        return BadRow(ref, f"expected {len(names)} fields, as in the first line; found {len(fields)}")
+    try:
+        "".join(fields).encode("utf-8")
+    except UnicodeEncodeError as e:
+        return BadRow(ref, f"not UTF-8: byte 0x{ord(e.object[e.start]) - 0xDC00:02x}")
+    return {name: field for name, field in zip(names, fields, strict=True) if name}
+
+
 _READERS = {
     "jsonl": _read_lines,
     "jsonl.gz": _read_compressed,
@@ -286,4 +346,6 @@ _READERS = {
     "parquet": _read_parquet,
     "array_record": _read_records,
     "arrow": _read_arrow,
+    "csv": _read_csv,
+    "tsv": _read_csv,
 }

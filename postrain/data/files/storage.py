@@ -45,7 +45,10 @@ FORMATS = {  # by the suffix
     ".array_record": "array_record",
     ".arrayrecord": "array_record",
     ".arrow": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
+_DESCRIPTIONS = (".json", ".csv", ".tsv")  # in a folder of data these are rather about it
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "mtime", "LastModified", "last_modified", "updated")
 DEFAULTS = StorageOptions()
@@ -65,9 +68,9 @@ def list_files(paths: str | Sequence[str], options: StorageOptions = DEFAULTS) -
 
     A path is a file, a folder, a glob or has braces: ``part-{00000..00031}.jsonl``, ``{a,b}/*.parquet``. A folder that
     ``datasets`` saved is the Arrow files that its state.json lists, in that order. Any other folder is all files in it
-    with a suffix of ``FORMATS``, but no ``.json``, which is rather a description there; names with ``_`` in front are
-    left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards named
-    ``NAME-00000-of-00032``, all 32 must be there.
+    with a suffix of ``FORMATS``, but no ``.json``, ``.csv`` or ``.tsv``, which rather describe the data there; names
+    with ``_`` in front are left out of it, and those with ``.`` of globs too. Where a glob or a folder gives shards
+    named ``NAME-00000-of-00032``, all 32 must be there.
 
     Raises:
       UserError: nothing there, a missing shard, a file listed twice, a folder of several splits, a storage that
@@ -356,7 +359,7 @@ def _saved_by_datasets(path: str, names: Iterable[str], state: bytes) -> list[st
 
 
 def _is_data(name: str) -> bool:
-    if any(part[:1] in ("", ".", "_") for part in name.split("/")) or name.endswith(".json"):
+    if any(part[:1] in ("", ".", "_") for part in name.split("/")) or name.endswith(_DESCRIPTIONS):
         return False
     return name.endswith(tuple(FORMATS))
 

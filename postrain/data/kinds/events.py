@@ -12,14 +12,15 @@ import numpy as np
 from postrain.data.documents import Field, Rendered
 from postrain.data.kinds.ids import MAX_ID, parse_ids
 from postrain.data.messages import BadRow, RowRef, check_keys
+from postrain.data.row_keys import LOSS_KEYS, Keys
 
 FORMS = {"events": ("items",)}
-_KEYS = ("items", "times", "actions")
+_KEYS = Keys(("items", "times", "actions"), LOSS_KEYS)
 
 
-def parse_events(raw: dict, form: str, ref: RowRef) -> Rendered:
+def parse_events(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Rendered:
     """One row of kind events, checked, as a document. Raises BadRow."""
-    check_keys(raw, _KEYS, ref, is_text=True)
+    check_keys(raw, _KEYS, ref, unread)
     items = parse_ids(raw.get("items"), "items", ref, least=2)
     fields = []
     if raw.get("times") is not None:

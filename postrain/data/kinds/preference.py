@@ -16,23 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Field, Group, Layout, Rendered
-from postrain.data.messages import (
-    BadRow,
-    Example,
-    RowRef,
-    check_keys,
-    is_empty,
-    name_keys,
-    parse_messages,
-    parse_row,
-)
+from postrain.data.messages import Example, check_keys, parse_messages, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys, is_empty
 
 FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores")}
-_READ_KEYS = {form: ("prompt", *keys, "tools") for form, keys in FORMS.items()}
-_ANY_KEYS = tuple(dict.fromkeys(key for keys in _READ_KEYS.values() for key in keys))
+_REFUSED = PROMPT_KEYS | MEDIA_KEYS | INPUT_KEYS | REASONING_KEYS | LOSS_KEYS
+_KEYS = {form: Keys(("prompt", *keys, "tools"), _REFUSED) for form, keys in FORMS.items()}
+_KEYS[""] = Keys(("prompt", *(key for keys in FORMS.values() for key in keys), "tools"))
 _LARGEST = float(np.finfo(np.float32).max)
 LAYOUT = Layout({"scores": (np.dtype(np.float32), ()), "group_ids": (np.dtype(np.int32), ())})  # of its batches
 
@@ -47,9 +41,9 @@ class Preference:
     ref: RowRef
 
 
-def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
-    """One row, checked; ``form`` is one of FORMS. Raises BadRow."""
-    check_keys(raw, _READ_KEYS.get(form, _ANY_KEYS), ref)
+def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Preference:
+    """One row, checked; ``form`` is one of FORMS, or "". ``unread`` takes the keys that are not read. Raises BadRow."""
+    check_keys(raw, _KEYS[form], ref, unread)
     missing = [name for name in FORMS.get(form, ()) if raw.get(name) is None]
     if missing:
         raise BadRow(ref, f"{missing[0]!r} is missing or null")
@@ -62,19 +56,23 @@ def parse_preference(raw: dict, form: str, ref: RowRef) -> Preference:
         names = tuple(f"completions[{i}]" for i in range(len(answers)))
     else:
         raise BadRow(
-            ref, f"expected the keys 'chosen' and 'rejected', or 'completions' and 'scores'; found {name_keys(raw)}"
+            ref,
+            f"expected the keys 'chosen' and 'rejected', or 'completions' and 'scores'; found {name_keys(raw)}",
+            FUNCTION_ADVICE,
         )
     if len({isinstance(answer, str) for answer in answers}) > 1:
         raise BadRow(ref, "expected answers that are all text or all lists of messages; found both")
     prompt = raw.get("prompt")
     if prompt is None:
-        prompt, answers = _split_prompt(answers, names, ref)
+        prompt, answers = _split_prompt(answers, names, ref, unread)
     elif is_empty(prompt):
         raise BadRow(ref, "'prompt' is empty: the answers have no prompt in common")
     elif not isinstance(answers[0], str):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prompt = parse_messages(prompt, ref)
-        answers = [_without_prompt(prompt, answer, name, ref) for answer, name in zip(answers, names, strict=True)]
+        prompt = parse_messages(prompt, ref, unread, "prompt")
+        answers = [
+            _without_prompt(prompt, answer, name, ref, unread) for answer, name in zip(answers, names, strict=True)
+        ]
     rows = [{"prompt": prompt, "completion": answer, "tools": raw.get("tools")} for answer in answers]
     parsed = []
     for row, name in zip(rows, names, strict=True):
@@ -101,11 +99,11 @@ def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
     return tuple(map(float, scores))
 
 
-def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef) -> tuple[list, list]:
+def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: set[str]) -> tuple[list, list]:
     """The common beginning of whole conversations, and the rest of each."""
     if isinstance(answers[0], str):
         raise BadRow(ref, "the row has no 'prompt', and answers that are text have no prompt in common")
-    answers = [_parse_list(answer, name, ref) for answer, name in zip(answers, names, strict=True)]
+    answers = [parse_messages(answer, ref, unread, name) for answer, name in zip(answers, names, strict=True)]
     common = next(
         (i for i, turns in enumerate(zip(*answers, strict=False)) if any(turn != turns[0] for turn in turns)),
         min(map(len, answers)),
@@ -126,21 +124,14 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef) -> tuple[l
     return answers[0][:common], rests
 
 
-def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef) -> list[dict]:
+def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef, unread: set[str]) -> list[dict]:
     """The messages of an answer; where it repeats the prompt, those after the prompt."""
-    answer = _parse_list(answer, name, ref)
+    answer = parse_messages(answer, ref, unread, name)
     answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
     if not answer or answer[0]["role"] != "assistant":
         found = answer[0]["role"] if answer else "nothing"
         raise BadRow(ref, f"{name} must go on after the prompt with an assistant message; found {found}")
     return answer
-
-
-def _parse_list(messages: Any, name: str, ref: RowRef) -> list[dict]:
-    try:
-        return parse_messages(messages, ref)
-    except BadRow as e:
-        raise BadRow(ref, f"{name}: {e.reason}") from None
 
 
 def render_preferences(

@@ -12,22 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, checked_strings, name_keys
 from postrain.data.documents import Rendered
-from postrain.data.messages import (
-    BadRow,
-    RowRef,
-    check_keys,
-    checked_strings,
-    is_empty,
-    name_keys,
-    parse_messages,
-    parse_tools,
-)
+from postrain.data.messages import check_keys, parse_messages, parse_tools
 from postrain.data.rendering.render import BATCH, encode_prompts
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.data.row_keys import MEDIA_KEYS, PROMPT_KEYS, Keys, is_empty
 
 FORMS = {"prompts": ("prompt",)}
-_READ_KEYS = ("prompt", "tools")
+# Every other key is metadata, which a function that scores answers reads: none but these is refused.
+_KEYS = Keys(("prompt", "tools"), PROMPT_KEYS | MEDIA_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,21 +34,21 @@ class Prompt:
     ref: RowRef
 
 
-def parse_prompt(raw: dict, form: str, ref: RowRef) -> Prompt:
+def parse_prompt(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Prompt:
     """One row, checked. Raises BadRow."""
-    check_keys(raw, _READ_KEYS, ref)
+    check_keys(raw, _KEYS, ref, set())
     prompt, tools = raw.get("prompt"), parse_tools(raw.get("tools"), ref)
     if is_empty(prompt):
-        raise BadRow(ref, f"expected a 'prompt', text or a list of messages; found {name_keys(raw)}")
+        raise BadRow(ref, f"expected a 'prompt', text or a list of messages; found {name_keys(raw)}", FUNCTION_ADVICE)
     if isinstance(prompt, str):
         checked_strings(prompt, "prompt", ref)
         if tools:
             raise BadRow(ref, "a string is plain text, which has no 'tools': write the prompt as a list of messages")
     else:
-        prompt = parse_messages(prompt, ref)
+        prompt = parse_messages(prompt, ref, unread, "prompt")
         if prompt[-1]["role"] == "assistant":
             raise BadRow(ref, "the prompt must not end with an assistant message, which is to be generated")
-    metadata = {key: value for key, value in raw.items() if key not in _READ_KEYS}
+    metadata = {key: value for key, value in raw.items() if key not in _KEYS.read}
     _check_json(metadata, "", ref)
     return Prompt(prompt, tools, metadata, ref)
 

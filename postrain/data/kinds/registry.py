@@ -9,14 +9,16 @@ leave a row out.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import PREFIX, identify_function
+from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Document, Rendered, cut_end
 from postrain.data.kinds import events, preference, prompts, teacher
-from postrain.data.messages import SFT_FORMS, BadRow, RowRef, check_object, find_form, name_keys, parse_row
+from postrain.data.messages import SFT_FORMS, Example, check_object, find_form, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -33,7 +35,8 @@ class Kind:
 
     Attributes:
       forms: form of row -> the keys by which it is recognised.
-      parse: (row, form or "" where it is unknown, ref) -> example; raises BadRow.
+      parse: (row, form or "" where it is unknown, ref, unread) -> example; adds the keys of the row that it does not
+        read to the set ``unread``; raises BadRow.
       render: (examples, tokenizer, template_date=, default_system=) -> the documents of each example, or its BadRow.
       cut: (document, slots) -> the document cut to length; None where part of a document cannot be used.
       is_trained: whether documents without a trained token are left out.
@@ -42,15 +45,34 @@ class Kind:
 
     name: str
     forms: Mapping[str, tuple[str, ...]]
-    parse: Callable[[dict, str, RowRef], Any]
+    parse: Callable[[dict, str, RowRef, set[str]], Any]
     render: Callable[..., Iterator[Sequence[Document] | BadRow]]
     cut: Callable[[Rendered, int], Rendered] | None
     is_trained: bool = True
     is_text: bool = True
 
 
-def _parse_sft(raw: dict, form: str, ref: RowRef) -> Any:
-    return parse_row(raw, form or "sft", ref)
+class RenderedRow(NamedTuple):
+    """What a row became: its documents, its BadRow, or None where the source's function left it out.
+
+    ``unread``: the names of its keys that were not read.
+    """
+
+    documents: Sequence[Document] | BadRow | None
+    unread: Sequence[str] = ()
+
+
+def _parse_sft(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Any:
+    return parse_row(raw, form or "sft", ref, unread)
+
+
+def _render_sft(examples: Iterable[Example], *args: Any, **options: Any) -> Iterator[list[Rendered] | BadRow]:
+    """The sequences of each row, with its weight."""
+    examples, rendered = itertools.tee(examples)
+    for example, result in zip(examples, render_many(rendered, *args, **options), strict=True):
+        if example.weight != 1 and not isinstance(result, BadRow):
+            result = [dataclasses.replace(one, weight=example.weight) for one in result]
+        yield result
 
 
 def _render_parsed(examples: Iterable[Rendered], tokenizer: Any, **_: Any) -> Iterator[list[Document] | BadRow]:
@@ -58,7 +80,7 @@ def _render_parsed(examples: Iterable[Rendered], tokenizer: Any, **_: Any) -> It
     return ([example] for example in examples)
 
 
-SFT = Kind("sft", SFT_FORMS, _parse_sft, render_many, cut_end)
+SFT = Kind("sft", SFT_FORMS, _parse_sft, _render_sft, cut_end)
 KINDS = {
     kind.name: kind
     for kind in (
@@ -113,7 +135,7 @@ class RowParser:
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
         """Finds the form, unless the config declares it, by the first row that has one. A bad row may be its BadRow."""
-        other_kinds, bad, undecided = [], [], 0
+        other_kinds, bad, shapes, undecided = [], [], [], 0
         for ref, raw in () if self._is_declared else rows:
             try:
                 row = self._apply(ref, raw)
@@ -128,14 +150,19 @@ class RowParser:
                 return
             if other := find_form(found, _FORMS):
                 other_kinds = other_kinds or [f"{ref} {_format_kind(_KIND_OF[other])}"]
+            if found and not shapes:
+                shapes = [f"{self.advice}; {ref} has the keys {name_keys(found)}: {FUNCTION_ADVICE}"]
             undecided += row is not None
             if undecided == _ENOUGH:
                 self.looked_at = f"its first {_ENOUGH:,}"
                 break
-        self.advice = next(iter([*other_kinds, *bad, self.advice]))
+        self.advice = next(iter([*other_kinds, *bad, *shapes, self.advice]))
 
-    def parse(self, ref: RowRef, raw: Any) -> Any:
-        """The example of a row; None where the function leaves it out. Raises BadRow."""
+    def parse(self, ref: RowRef, raw: Any, unread: set[str] | None = None) -> Any:
+        """The example of a row; None where the function leaves it out. Raises BadRow.
+
+        ``unread`` takes the keys that are not read: of what a function returned, where there is one.
+        """
         row = self._apply(ref, raw)
         if row is None and self._function:
             return None
@@ -143,7 +170,7 @@ class RowParser:
             row = check_object(row, ref)
             if not self.form or not all(key in row for key in _FORMS[self.form]):
                 self._refuse_other(row, ref)
-            return self.kind.parse(row, self.form, ref)
+            return self.kind.parse(row, self.form, ref, set() if unread is None else unread)
         except BadRow as e:
             if not self._function:
                 raise
@@ -152,21 +179,24 @@ class RowParser:
 
     def render(
         self, rows: Iterable[tuple[RowRef, Any]], tokenizer: Tokenizer | None, config: DataConfig
-    ) -> Iterator[Sequence[Document] | BadRow | None]:
-        """The documents of each row; its BadRow; None where the function leaves it out.
-
-        All ``rows`` are parsed first, as it is several times as fast to render many together.
-        """
+    ) -> Iterator[RenderedRow]:
+        """What each row becomes. All are parsed first, as it is several times as fast to render many together."""
         parsed: list[Any] = []
+        not_read: list[Sequence[str]] = []
         for ref, raw in rows:
+            unread: set[str] = set()
             try:
-                parsed.append(self.parse(ref, raw))
+                parsed.append(self.parse(ref, raw, unread))
             except BadRow as e:
                 parsed.append(e)
+            not_read.append(sorted(unread) if unread else ())
         examples = [example for example in parsed if not isinstance(example, BadRow | None)]
         options = {"template_date": config.template_date, "default_system": config.default_system}
         rendered = self.kind.render(examples, tokenizer, **options)
-        return (example if isinstance(example, BadRow | None) else next(rendered) for example in parsed)
+        return (
+            RenderedRow(example if isinstance(example, BadRow | None) else next(rendered), unread)
+            for example, unread in zip(parsed, not_read, strict=True)
+        )
 
     def _apply(self, ref: RowRef, raw: Any) -> Any:
         if isinstance(raw, BadRow):

@@ -11,15 +11,16 @@ import numpy as np
 from postrain.data.documents import Field, Rendered
 from postrain.data.kinds.ids import MAX_ID, parse_ids, parse_table
 from postrain.data.messages import BadRow, RowRef, check_keys
+from postrain.data.row_keys import LOSS_KEYS, Keys
 
 FORMS = {"kd": ("tokens", "top_ids", "top_logprobs")}
-_KEYS = ("tokens", "loss_mask", "top_ids", "top_logprobs")
+_KEYS = Keys(("tokens", "loss_mask", "top_ids", "top_logprobs"), LOSS_KEYS)
 _ROUNDING = 1e-3  # by which a rounded logprob may exceed 0, and the sum of the probabilities 1
 
 
-def parse_teacher_row(raw: dict, form: str, ref: RowRef) -> Rendered:
+def parse_teacher_row(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Rendered:
     """One row of kind kd, checked, as a document. Raises BadRow."""
-    check_keys(raw, _KEYS, ref, is_text=True)
+    check_keys(raw, _KEYS, ref, unread)
     tokens = parse_ids(raw.get("tokens"), "tokens", ref, least=2)
     mask = np.ones(len(tokens), bool)
     if raw.get("loss_mask") is not None:
