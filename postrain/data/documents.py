@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from postrain.data.messages import BadRow, RowRef
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.errors import UserError
 
 _ID_ARRAYS = ("tokens", "targets", "teacher_ids")  # of a batch, those that hold ids of the vocabulary

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from postrain.config import MeshConfig
-from postrain.data.messages import RowRef, check_keys, parse_messages, parse_tools
+from postrain.data.bad_row import RowRef
+from postrain.data.messages import check_keys, parse_messages, parse_tools
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer

@@ -42,9 +42,9 @@ def make_step(folder: str, steps: int, micro_batches: int):
 def make_batches(documents, length: int, rows: int, packing: str = "best_fit"):
     """The endless batches of pairs of tokens and masks, and the documents."""
     from postrain.config import DataConfig
+    from postrain.data.bad_row import RowRef
     from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
     from postrain.data.batches.row_filter import DataReport
-    from postrain.data.messages import RowRef
     from postrain.data.rendering.render import Rendered
 
     examples = [Rendered(t, m, RowRef("workload", "workload", i)) for i, (t, m) in enumerate(documents)]

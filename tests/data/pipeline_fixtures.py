@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from postrain.config import DataConfig
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.batches.row_filter import DataReport
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 
 QUICKSTART = pathlib.Path(__file__).resolve().parents[2] / "configs" / "data"

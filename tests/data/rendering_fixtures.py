@@ -7,7 +7,8 @@ import tokenizers
 from real_tokenizers import get_template_path, get_tokenizer_folder
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from postrain.data.messages import RowRef, parse_row
+from postrain.data.bad_row import RowRef
+from postrain.data.messages import parse_row
 from postrain.data.rendering.render import Rendered, render
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from postrain.data.messages import BadRow
+from postrain.data.bad_row import BadRow
 from postrain.data.rendering.template import ChatTemplate
 from postrain.data.rendering.tokenizer import Tokenizer
 

@@ -19,10 +19,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from datasets.arrow_writer import ArrowWriter
 from object_store import serve_store, upload
 
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.files import storage
 from postrain.data.files.formats import Block, list_blocks, read_block
 from postrain.data.files.storage import FORMATS, StorageOptions, list_files
-from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError
 
 ROWS = [{"text": f"ä{i} " * (i % 9), "id": i, "messages": [{"role": "user", "content": "\u2028"}]} for i in range(700)]

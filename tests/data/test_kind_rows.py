@@ -12,13 +12,13 @@ from odd_config import ODD_CONFIG
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 from rendering_fixtures import load_real
 
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.in_memory import MemoryBatches, load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.token_shift import assemble_row
 from postrain.data.kinds.preference import parse_preference
 from postrain.data.kinds.prompts import parse_prompt
 from postrain.data.kinds.teacher import parse_teacher_row
-from postrain.data.messages import BadRow, RowRef
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rendering_fixtures import load_bare, load_real, render_row, trained_runs, trained_texts
 
-from postrain.data.messages import BadRow
+from postrain.data.bad_row import BadRow
 from postrain.data.rendering.render import render_prompt
 
 SYSTEM = {"role": "system", "content": "Be brief."}

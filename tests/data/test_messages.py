@@ -4,7 +4,8 @@ import pickle
 
 import pytest
 
-from postrain.data.messages import BadRow, Conversation, PromptCompletion, RowRef, TextRow, parse_row
+from postrain.data.bad_row import BadRow, RowRef
+from postrain.data.messages import Conversation, PromptCompletion, TextRow, parse_row
 from postrain.errors import UserError
 
 REF = RowRef("train", "rows.jsonl", 12)

@@ -7,7 +7,8 @@ from real_tokenizers import get_tokenizer_folder
 from tiny_models import make_tiny_tokenizer
 
 from postrain.config import NewTokensSection
-from postrain.data.messages import RowRef, parse_row
+from postrain.data.bad_row import RowRef
+from postrain.data.messages import parse_row
 from postrain.data.rendering.render import render
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError

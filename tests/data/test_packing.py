@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pipeline_fixtures import fewest_rows, make_example_set, sample_record_lengths, sample_stress_lengths
 
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_row, shift
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 
 REF = RowRef("made", "made.jsonl", 7)

@@ -9,7 +9,7 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import Config, DataConfig, ModelSection, SourceConfig
-from postrain.data.messages import RowRef
+from postrain.data.bad_row import RowRef
 from postrain.data.preview import preview, render_tokens_html
 from postrain.data.rendering.render import Rendered
 from postrain.data.rendering.tokenizer import load_tokenizer

@@ -22,7 +22,8 @@ from rendering_fixtures import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from postrain.data.messages import BadRow, parse_row
+from postrain.data.bad_row import BadRow
+from postrain.data.messages import parse_row
 from postrain.data.rendering.render import encode_sequences, render_many, render_prompt, split_prompt
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.data.rendering.tokenizer import load_tokenizer

@@ -6,7 +6,7 @@ import pytest
 from real_tokenizers import get_template
 from rendering_fixtures import CHATML, REF, all_templates, load_bare, load_real, render_row, trained_texts
 
-from postrain.data.messages import BadRow
+from postrain.data.bad_row import BadRow
 from postrain.data.rendering.render import decode_parts, encode_prompts, render_prompt
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 

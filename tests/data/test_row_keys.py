@@ -13,11 +13,12 @@ from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 from rendering_fixtures import load_real, render_row, trained_texts
 
 from postrain.config import Config, DataConfig, ModelSection, SourceConfig
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.row_filter import RowCounts, add_up
 from postrain.data.kinds.preference import parse_preference
-from postrain.data.messages import BadRow, RowRef, parse_row
+from postrain.data.messages import parse_row
 from postrain.data.preview import preview
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.data.row_keys import (

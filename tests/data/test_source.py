@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from postrain.config import DataConfig, SourceConfig
+from postrain.data.bad_row import BadRow
 from postrain.data.batches.source import open_source
 from postrain.data.files.formats import RECORDS
-from postrain.data.messages import BadRow, PromptCompletion, TextRow
+from postrain.data.messages import PromptCompletion, TextRow
 from postrain.errors import UserError
 
 

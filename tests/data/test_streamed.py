@@ -10,6 +10,7 @@ import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
 from postrain.config import DataConfig, MixtureSection, PhaseConfig, SourceConfig, StreamSection
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches import source as source_module
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.open import open_train_rows, read_documents
@@ -17,7 +18,6 @@ from postrain.data.batches.row_filter import RejectedLog
 from postrain.data.batches.source import open_source
 from postrain.data.batches.token_shift import shift
 from postrain.data.documents import SameLayout
-from postrain.data.messages import BadRow, RowRef
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError

@@ -12,9 +12,9 @@ import numpy as np
 from odd_config import ODD_CONFIG
 
 from postrain.config import DataConfig, OptimizerConfig
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.models.config import LoraConfig
 from postrain.models.lora import lora_specs

@@ -15,10 +15,10 @@ import trl
 from safetensors.numpy import load_file
 from tiny_models import make_tiny_model
 
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, layout_of
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained

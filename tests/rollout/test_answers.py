@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from tiny_models import make_tiny_tokenizer
 
-from postrain.data.messages import RowRef, parse_row
+from postrain.data.bad_row import RowRef
+from postrain.data.messages import parse_row
 from postrain.data.rendering.render import Rendered, render, render_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.files import read_jsonl

@@ -10,7 +10,8 @@ from real_tokenizers import get_template_path, get_tokenizer_folder
 from tiny_models import make_tiny_model
 
 from postrain import cli
-from postrain.data.messages import RowRef, parse_row
+from postrain.data.bad_row import RowRef
+from postrain.data.messages import parse_row
 from postrain.data.rendering.render import render, render_prompt, split_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError

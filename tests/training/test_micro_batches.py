@@ -6,8 +6,8 @@ import optax
 import pytest
 from tiny_models import make_tiny_model
 
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.token_shift import assemble_row
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
 from postrain.objectives.sft import make_sft_loss

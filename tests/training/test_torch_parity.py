@@ -8,9 +8,9 @@ from tiny_models import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from postrain.config import OptimizerConfig
+from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_row
-from postrain.data.messages import RowRef
 from postrain.data.rendering.render import Rendered
 from postrain.hf.load import load_pretrained
 from postrain.objectives.sft import make_sft_loss

@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from postrain.config import DataConfig, SourceConfig
+from postrain.data.bad_row import BadRow
 from postrain.data.batches.epoch_order import EpochOrder, permutation
 from postrain.data.batches.fingerprint import fingerprint_rows
 from postrain.data.batches.packing import pack
@@ -30,7 +31,6 @@ from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
 from postrain.data.kinds.registry import SFT, Kind, find_kind
-from postrain.data.messages import BadRow
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten

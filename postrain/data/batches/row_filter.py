@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from postrain.config import DataConfig
+from postrain.data.bad_row import BadRow
 from postrain.data.documents import Document, Rendered, SameLayout
 from postrain.data.kinds.registry import Kind, RenderedRow
-from postrain.data.messages import BadRow
 from postrain.errors import UserError
 from postrain.files import read_jsonl
 

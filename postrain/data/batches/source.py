@@ -25,13 +25,13 @@ import numpy as np
 from postrain.config import DataConfig, SourceConfig
 from postrain.config.functions import identify_dataset
 from postrain.config.schema import StreamSection
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.epoch_order import permutation
 from postrain.data.batches.resumable import ResumableDataset
 from postrain.data.batches.row_filter import count
 from postrain.data.files.formats import Block, Row, list_blocks, read_block
 from postrain.data.files.storage import StorageOptions, StoredFile, list_files, source_name
 from postrain.data.kinds.registry import RowParser
-from postrain.data.messages import BadRow, RowRef
 from postrain.errors import UserError
 
 _LEAST_BLOCKS = 16  # of a shard, where files can be divided: with fewer, some shards would have much more than others

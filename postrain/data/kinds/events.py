@@ -9,9 +9,10 @@ import dataclasses
 
 import numpy as np
 
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.documents import Field, Rendered
 from postrain.data.kinds.ids import MAX_ID, parse_ids
-from postrain.data.messages import BadRow, RowRef, check_keys
+from postrain.data.messages import check_keys
 from postrain.data.row_keys import LOSS_KEYS, Keys
 
 FORMS = {"events": ("items",)}

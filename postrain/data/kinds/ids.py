@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from postrain.data.messages import BadRow, RowRef
+from postrain.data.bad_row import BadRow, RowRef
 
 MAX_ID = 2**31 - 1  # int32
 

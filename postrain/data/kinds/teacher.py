@@ -8,9 +8,10 @@ a batch are ``teacher_ids`` and ``teacher_logprobs``.
 
 import numpy as np
 
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.documents import Field, Rendered
 from postrain.data.kinds.ids import MAX_ID, parse_ids, parse_table
-from postrain.data.messages import BadRow, RowRef, check_keys
+from postrain.data.messages import check_keys
 from postrain.data.row_keys import LOSS_KEYS, Keys
 
 FORMS = {"kd": ("tokens", "top_ids", "top_logprobs")}

@@ -31,17 +31,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from postrain.data.bad_row import BadRow, RowRef, checked_strings
 from postrain.data.documents import Rendered
-from postrain.data.messages import (
-    BadRow,
-    Conversation,
-    Example,
-    PromptCompletion,
-    RowRef,
-    checked_strings,
-    parse_messages,
-    parse_tools,
-)
+from postrain.data.messages import Conversation, Example, PromptCompletion, parse_messages, parse_tools
 from postrain.data.rendering.bpe_cache import Ids, encode_texts
 from postrain.data.rendering.row_checks import Refusal, check_not_rendered
 from postrain.data.rendering.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from postrain.data.messages import BadRow, RowRef
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.rendering.template import ChatTemplate, split_inline
 from postrain.data.rendering.tokenizer import Tokenizer
 

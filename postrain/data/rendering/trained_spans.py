@@ -33,7 +33,8 @@ import contextlib
 import dataclasses
 import re
 
-from postrain.data.messages import BadRow, Conversation
+from postrain.data.bad_row import BadRow
+from postrain.data.messages import Conversation
 from postrain.data.rendering.row_checks import (
     Refusal,
     check_nothing_dropped,
