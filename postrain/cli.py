@@ -24,7 +24,8 @@ from postrain.files import check_text
 
 DESCRIPTION = "Post-training of language models: a Hugging Face folder and your data in, a better folder out."
 
-MARKS = {"\u27e6": "[[", "\u27e7": "]]"}  # what the preview puts around trained tokens, for ASCII terminals
+# What the preview puts around trained tokens, and around spelt control tokens, for ASCII terminals.
+MARKS = {"\u27e6": "[[", "\u27e7": "]]", "\u2039": "<<", "\u203a": ">>"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -284,6 +285,8 @@ def run_launch(args, overrides) -> int:
 
 
 def run_preview(args, overrides) -> None:
+    if args.rows < 0:
+        raise UserError(f"--rows {args.rows}: expected 0 or more")
     config = load_checked_config(args, overrides)
     from postrain.data.preview import preview
 

@@ -151,7 +151,12 @@ class Hub:
                     continue
                 with self._lock:
                     self._proving[connected] = time.monotonic()
-                threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
+                try:
+                    threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
+                except RuntimeError:  # no more threads
+                    connected.close()
+                    with self._lock:
+                        del self._proving[connected]
 
     def _send_away(self) -> None:
         """Closes the oldest connections where too many prove nothing, so that strangers leave room for processes."""

@@ -1,6 +1,7 @@
 """The config of a run: its keys (``schema``), read from files, checked and made immutable (``load``)."""
 
 from postrain.config.load import (
+    RECIPE_KINDS,
     check_config,
     check_model_path,
     check_paths,
@@ -29,6 +30,7 @@ from postrain.config.schema import (
 )
 
 __all__ = [
+    "RECIPE_KINDS",
     "CheckpointConfig",
     "Config",
     "DataConfig",

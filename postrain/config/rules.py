@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 
-from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection
+from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection, OptimizerConfig, PreferenceSection
 from postrain.errors import UserError
 from postrain.files import check_local
 
@@ -49,6 +49,9 @@ def check_rules(config: Config) -> None:
     _check_model(config.model)
     if config.model.lora.rank == 0 and config.export.format == "adapter":
         raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    if config.eval.generate_rows and not data.eval:
+        raise UserError("config key 'eval.generate_rows' needs held-out rows: give 'data.eval', or set it to 0")
+    _check_unread(config)
     if config.checkpoint.keep_best:
         _check_best(config)
     if config.recipe == "preference":
@@ -153,6 +156,26 @@ def _check_model(model: ModelSection) -> None:
             f"{where}train_alone' is True and 'model.lora.rank' is {model.lora.rank}: set one of them; with adapters "
             "the rows of new tokens train beside them anyway"
         )
+
+
+def _check_unread(config: Config) -> None:
+    """Refuses values of keys that the chosen optimizer, schedule or recipe does not read."""
+    optimizer, default = config.optimizer, OptimizerConfig()
+    reads = {"adamw": {"b1", "b2", "eps"}, "muon": {"b1", "b2", "eps", "momentum"}, "lion": {"b1", "b2"}}
+    unread = {"b1", "b2", "eps", "momentum"} - (reads | {"sgd": {"momentum"}}).get(optimizer.name, set())
+    for key in sorted(unread):
+        if getattr(optimizer, key) != getattr(default, key):
+            raise UserError(
+                f"config key 'optimizer.{key}' = {getattr(optimizer, key)} is not read by optimizer "
+                f"{optimizer.name!r}: leave it out, or choose another 'optimizer.name'"
+            )
+    if optimizer.decay_steps and optimizer.schedule != "wsd":
+        raise UserError(
+            f"config key 'optimizer.decay_steps' = {optimizer.decay_steps} is read by schedule 'wsd' alone, and "
+            f"'optimizer.schedule' is {optimizer.schedule!r}: leave it out, or set the schedule"
+        )
+    if config.recipe != "preference" and config.preference != PreferenceSection():
+        raise UserError(f"config keys 'preference.*' are not read by recipe {config.recipe!r}: leave them out")
 
 
 def _check_best(config: Config) -> None:

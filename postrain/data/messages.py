@@ -29,6 +29,7 @@ from postrain.data.bad_row import (
     name_keys,
 )
 from postrain.data.other_tools import (
+    add_system,
     apply_row_masks,
     parse_json,
     read_alpaca,
@@ -53,9 +54,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SFT_FORMS = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
     "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
+    "alpaca": ("instruction", "output"),  # before text: some tables have both, and their text is the rendered rest
+    "text": ("text",),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -123,10 +124,12 @@ def parse_row(raw: Any, form: str, ref: RowRef, unread: set[str] | None = None) 
         return dataclasses.replace(example, weight=weight) if weight != 1 else example
     where, messages = "messages", raw.get("messages")
     if form == "sharegpt":
-        where, messages = "conversations", read_sharegpt(raw, ref, unread)
+        where, messages = "conversations", read_sharegpt(raw, ref)
     elif form == "alpaca":
         messages = read_alpaca(raw, ref)
     parsed = apply_row_masks(raw, parse_messages(messages, ref, unread, where), where, ref)
+    if form != "messages":
+        parsed = add_system(raw.get("system"), parsed, ref)
     return _make_conversation(parsed, raw.get("tools"), ref, weight)
 
 
@@ -168,6 +171,8 @@ def _parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conver
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     before = parse_messages(prompt, ref, unread, "prompt")
+    if (trained := next((i for i, m in enumerate(before) if m.get("train")), None)) is not None:
+        raise BadRow(ref, f"prompt[{trained}] is to be trained, and a prompt is not: write the row as messages")
     # Only the completion is trained, also where the prompt holds earlier assistant turns.
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after = parse_messages(completion, ref, unread, "completion")
@@ -281,8 +286,8 @@ def _parse_tool_calls(calls: Any, where: str, ref: RowRef, unread: set[str]) -> 
             check_keys(function, FUNCTION_KEYS, ref, unread, f"{at}.function")
         arguments = _parse_arguments(function.get("arguments"), f"{at}.function.arguments", ref)
         entry = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        if isinstance(call.get("id"), str):
-            entry["id"] = call["id"]
+        if not is_empty(call.get("id")):
+            entry["id"] = check_string(call["id"], f"{at}.id", ref)
         out.append(checked_strings(entry, at, ref))
     return out
 

@@ -1,9 +1,7 @@
 """Words of other tools in a row, read where they mean what ours mean: what is trained, reasoning, ShareGPT, Alpaca."""
 
 import itertools
-import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type
@@ -79,6 +77,9 @@ def apply_row_masks(raw: dict, messages: list[dict], where: str, ref: RowRef) ->
         raise BadRow(ref, f"'mask_history' must be true or false; found {history!r:.40}")
     if history:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i in answers[:-1]:
+            if messages[i].get("train") or (mask and mask[i]):
+                raise BadRow(ref, f"{where}[{i}] is to be trained, and 'mask_history' contradicts that: leave one")
         messages = [m | {"train": False} if i in answers[:-1] else m for i, m in enumerate(messages)]
     return messages
 
@@ -104,8 +105,9 @@ def read_weight(raw: dict, ref: RowRef) -> float:
                 given[key] = value = float(value)
             except ValueError:
                 pass
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise BadRow(ref, f"{key!r} must be a number from 0; found {value!r:.40}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (value == 0 or 1e-6 <= value <= 1e6):  # what sums in float32 can hold
+            raise BadRow(ref, f"{key!r} must be 0, or a number from 1e-6 to 1e6; found {value!r:.40}")
     if len(set(given.values())) > 1:
         raise BadRow(ref, f"{' and '.join(map(repr, given))} contradict each other: leave one of them")
     return float(next(iter(given.values())))
@@ -128,7 +130,7 @@ def read_reasoning(message: dict, where: str, ref: RowRef, unread: set[str]) -> 
     for key in REASONING_BLOCKS:
         if not is_empty(message.get(key)):
             found[key] = _join_blocks(message[key], f"{where}.{key}", ref, unread)
-    if len(set(found.values())) > 1:
+    if len({text.strip() for text in found.values()}) > 1:
         raise BadRow(ref, f"{where} has different reasoning in {' and '.join(map(repr, found))}: leave one of them")
     return next(iter(found.values()), None)
 
@@ -157,7 +159,8 @@ def _join_blocks(blocks: Any, where: str, ref: RowRef, unread: set[str]) -> str:
         key = _REASONING_PARTS.get(kind) if isinstance(kind, str) else None
         if key is None:
             raise BadRow(ref, f"{where}[{i}]: only reasoning as plain text can be trained on; found {kind!r}")
-        BLOCK_KEYS.check(block, re.sub(r"\[\d+\]", "[]", f"{where}[{i}]."), unread)
+        if reason := BLOCK_KEYS.check(block, re.sub(r"\[\d+\]", "[]", f"{where}[{i}]."), unread):
+            raise BadRow(ref, f"{where}[{i}]: {reason}")
         texts.append(check_string(block.get(key), f"{where}[{i}].{key}", ref))
     return "\n\n".join(texts)
 
@@ -165,15 +168,14 @@ def _join_blocks(blocks: Any, where: str, ref: RowRef, unread: set[str]) -> str:
 # ShareGPT and Alpaca, as messages that are yet to be checked
 
 
-def read_sharegpt(raw: dict, ref: RowRef, unread: set[str]) -> list:
-    """``conversations`` of from/value or role/content, with ``system`` in front. Raises BadRow."""
+def read_sharegpt(raw: dict, ref: RowRef) -> list:
+    """``conversations`` of from/value or role/content. Raises BadRow."""
     turns = raw.get("conversations")
     if isinstance(turns, str):
         turns = parse_json(turns, "conversations", ref)
     if not isinstance(turns, list | tuple):
         raise BadRow(ref, f"'conversations' must be a list of turns; found {describe_type(turns)}")
-    messages = [_read_turn(turn, f"conversations[{i}]", ref) for i, turn in enumerate(turns)]
-    return _add_system(raw.get("system"), messages, ref)
+    return [_read_turn(turn, f"conversations[{i}]", ref) for i, turn in enumerate(turns)]
 
 
 def _read_turn(turn: Any, where: str, ref: RowRef) -> Any:
@@ -194,7 +196,7 @@ def _read_turn(turn: Any, where: str, ref: RowRef) -> Any:
 
 
 def read_alpaca(raw: dict, ref: RowRef) -> list:
-    """``instruction`` and ``input``, a line each, and ``output``; after ``system`` and the turns of ``history``."""
+    """``instruction`` and ``input``, a line each, and ``output``; after the turns of ``history``. Raises BadRow."""
     history = raw.get("history") or []
     if isinstance(history, str):
         history = parse_json(history, "history", ref)
@@ -211,17 +213,18 @@ def read_alpaca(raw: dict, ref: RowRef) -> list:
     output = check_string(raw.get("output"), "output", ref)
     if not output.strip():
         raise BadRow(ref, "'output' is empty")
-    return _add_system(raw.get("system"), [*messages, *_exchange("\n".join(parts), output)], ref)
+    return [*messages, *_exchange("\n".join(parts), output)]
 
 
 def _exchange(question: Any, answer: Any) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def _add_system(system: Any, messages: Sequence[Any], ref: RowRef) -> list:
+def add_system(system: Any, messages: list[dict], ref: RowRef) -> list[dict]:
+    """The checked messages with the row's ``system`` in front. Raises BadRow."""
     if is_empty(system):
-        return list(messages)
-    if messages and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer"):
+        return messages
+    if messages and messages[0]["role"] in ("system", "developer"):
         raise BadRow(ref, "'system' stands beside a first turn that is a system message, too: leave one of them")
     return [{"role": "system", "content": check_string(system, "system", ref)}, *messages]
 

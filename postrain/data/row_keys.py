@@ -47,6 +47,8 @@ LOSS_KEYS = (
     | dict.fromkeys(("completion_mask", "assistant_masks"), "what is trained is found by rendering: take the key out")
     | {"train_on_inputs": 'prompts are not trained: write all of it as {"text": ...}'}
 )
+# Values of these keys that ask for what is done anyway.
+_HARMLESS = {"train_on_inputs": (False, "false", "False")} | dict.fromkeys(WEIGHT_KEYS, (1, 1.0, "1"))
 _IGNORED = frozenset("id _id uuid source metadata timestamp created created_at updated_at".split())
 
 
@@ -65,7 +67,7 @@ class Keys:
     read: tuple[str, ...]
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: frozenset[str] = _IGNORED
-    harmless: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: {"train_on_inputs": (False,)})
+    harmless: Mapping[str, tuple] = dataclasses.field(default_factory=lambda: _HARMLESS)
     strict: bool = False
 
     @functools.cached_property
@@ -153,12 +155,20 @@ MESSAGE_KEYS = Keys(
 )  # fmt: skip
 PART_KEYS = Keys(("type", "text"), MEDIA_KEYS, frozenset({"id", "annotations", "cache_control", "logprobs"}))
 _CALL = "name it 'arguments'"
+_FUNCTIONS = "only calls of functions can be trained on"
 CALL_KEYS = Keys(
     ("function", "id"),
-    dict.fromkeys(("name", "arguments", "args", "input", "parameters"), "beside 'function' it is not: put it in there"),
-    frozenset({"type", "index"}),
+    dict.fromkeys(("name", "arguments", "args", "input", "parameters"), "beside 'function' it is not: put it in there")
+    | {"type": _FUNCTIONS},
+    frozenset({"index"}),
+    harmless={"type": ("function",)},
 )
 FUNCTION_KEYS = Keys(("name", "arguments"), dict.fromkeys(("args", "input", "parameters", "kwargs"), _CALL))
-FLAT_CALL_KEYS = Keys(("name", "arguments", "id"), FUNCTION_KEYS.refused, frozenset({"type", "index"}))
+FLAT_CALL_KEYS = Keys(
+    ("name", "arguments", "id"),
+    {**FUNCTION_KEYS.refused, "type": _FUNCTIONS},
+    frozenset({"index"}),
+    harmless={"type": ("function", "function_call")},
+)
 BLOCK_KEYS = Keys(("type", "thinking", "text"), {}, frozenset("id index format signature cache_control".split()))
 TURN_KEYS = Keys(("from", "value"))

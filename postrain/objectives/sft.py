@@ -12,9 +12,9 @@ def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Calla
 
     ``compute_nll(params, batch) -> (nll_sum, correct_sum, RowTerms | None)`` is the model: float32 [], weighted by
     ``batch.loss_mask`` (``postrain.training.model.Forward.nll``). The loss of an update is its total over all devices
-    and micro-batches by the number of trained tokens: each counts the same, wherever it lies. ``router_losses``: add
-    those of a mixture of experts, each row's counted once for each of its trained tokens; metric ``nll`` is then the
-    loss without them.
+    and micro-batches by the number of trained tokens: each counts the same (or by its row's weight), wherever it
+    lies. ``router_losses``: add those of a mixture of experts, each row's counted once for each of its trained tokens;
+    metric ``nll`` is then the loss without them.
     """
 
     def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:

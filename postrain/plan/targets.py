@@ -22,7 +22,7 @@ from postrain.errors import UserError
 from postrain.training.throughput import PEAK_FLOPS, simplify_kind
 
 GIB = 2**30
-INSTALL = "pip install 'postrain[plan]' (Linux)"
+INSTALL = "pip install -e '.[plan]' (Linux)"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,11 +155,19 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def check_trackers(config: TrackersConfig) -> None:
+    """Raises UserError where the package of a tracker is not installed."""
+    wanted = {"tensorboardX": ("tensorboard", config.tensorboard), "wandb": ("wandb", config.wandb != "off")}
+    for package, (key, is_on) in wanted.items():
+        if is_on:
+            _import(package, key)
+
+
 def _import(package: str, key: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        advice = "pip install 'postrain[log]', or switch the tracker off"
+        advice = "pip install -e '.[log]', or switch the tracker off"
         raise UserError(f"trackers.{key}: needs the package {package}, which is not installed: {advice}") from error
 
 

@@ -59,7 +59,8 @@ class SamplingParams:
 
     def __post_init__(self):
         rules = {
-            "temperature": ("at least 0", self.temperature >= 0),
+            # Below, float32 divides by 0; above, every token is as likely as any other.
+            "temperature": ("0 (greedy), or 1e-6 to 1e6", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6),
             "top_p": ("above 0 and at most 1", 0 < self.top_p <= 1),
             "top_k": ("at least 0", self.top_k >= 0),
             "max_new_tokens": (f"1 to {MAX_NEW_TOKENS}", 1 <= self.max_new_tokens <= MAX_NEW_TOKENS),

@@ -1,4 +1,4 @@
-"""Whether a run can continue from the checkpoint in its workdir: the data, model and optimizer must be the same.
+"""Whether a run can continue from the checkpoint in its workdir: with the same recipe, data, model and optimizer.
 
 ``check_resumable`` knows the newest checkpoint's record and the files that the config names now, and so refuses before
 any row is rendered and the model is loaded. ``check_record`` compares once more when they are, with the rendered
@@ -75,15 +75,16 @@ def check_record(
             datas = []
         if any(change.startswith("model.new_tokens") for change in models):  # which make it another tokenizer
             datas = [change for change in datas if not change.startswith("the tokenizer")]
-    changes = [*datas, *models, *_compare_optimizers(record.config["optimizer"], config.optimizer)]
+    recipe = record.config["recipe"]
+    recipes = [f"recipe: was {recipe!r}, is {config.recipe!r}"] if recipe != config.recipe else []
+    changes = [*recipes, *datas, *models, *_compare_optimizers(record.config["optimizer"], config.optimizer)]
     if not changes:
         return
     ways = ["change it back", "use another workdir"]
-    if len(changes) == len(datas):  # other weights or another optimizer are another run
+    if len(changes) == len(datas):  # another recipe, other weights or another optimizer are another run
         ways.append(f"start the changed data anew at step {record.step} by --config.data.accept_change={code}")
     raise UserError(
-        f"{place}: the run cannot {action} from here, since what it stands on has changed: "
-        f"{shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
+        f"{place}: the run cannot {action}: this has changed: {shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
     )
 
 

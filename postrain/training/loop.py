@@ -24,6 +24,7 @@ from postrain.cluster.stopping import Interrupted, StopRequest, catch_stop_signa
 from postrain.config import to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints
 from postrain.data.batches.in_memory import ExampleSet
+from postrain.errors import UserError
 from postrain.models.flops import BatchStats, count_batch
 from postrain.report.metrics import MetricsWriter, ProgressLine
 from postrain.report.workdir import find_changed_reports, report_facts, save_config
@@ -234,6 +235,11 @@ class Loop:
                 self._say(f"stopped in the evaluation of step {self.step}; the same command goes on from there")
                 raise SystemExit(128 + (self._stop.number or 0))
             line |= scores
+            wanted = self._config.checkpoint.metric
+            if self._config.checkpoint.keep_best and wanted.startswith("eval/") and wanted not in scores:
+                raise UserError(
+                    f"config key 'checkpoint.metric' = {wanted!r} is not measured; found {', '.join(sorted(scores))}"
+                )
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
         if line:

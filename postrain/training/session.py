@@ -30,6 +30,7 @@ from postrain.models.config import ModelConfig
 from postrain.models.flops import format_formula
 from postrain.models.lora import adapter_specs
 from postrain.models.params import axes_of, frozen_specs, shapes_of
+from postrain.report.metrics import check_trackers
 from postrain.report.page import CHARTS, Chart, write_report
 from postrain.report.workdir import open_workdir, read_last_values
 from postrain.sharding import (
@@ -148,6 +149,7 @@ def open_session(config: Config, workdir: str | os.PathLike) -> Iterator[Session
     """
     started, workdir = time.monotonic(), os.path.expanduser(workdir)
     check_paths(config)
+    check_trackers(config.trackers)
     locate_model(config.model.path, weights=False)  # a wrong name on the hub is refused before the workdir is made
     if several := processes.current():
         check_processes(several, config, workdir)

@@ -1,5 +1,6 @@
 """Every kind of data goes the same way: one layout, in memory and in streams, from any position, on any processes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -149,7 +150,13 @@ def test_metadata_stands_beside_its_prompt(tmp_path, tokenizer, way):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_preview_shows_every_kind(kind, paths, tokenizer_folder, tmp_path, streaming):
     model = "" if kind == "events" else str(tokenizer_folder)
-    config = Config(data=make_config(*paths, kind=kind, streaming=streaming), model=ModelSection(tokenizer=model))
+    recipe = "preference" if kind.startswith("preference") else "sft"
+    data = make_config(*paths, kind=kind, streaming=streaming)
+    config = Config(recipe=recipe, data=data, model=ModelSection(tokenizer=model))
+    if kind in ("sft", "preference"):
+        other = dataclasses.replace(config, recipe="sft" if recipe == "preference" else "preference")
+        with pytest.raises(UserError, match=f"rows of kind {kind}, but recipe {other.recipe!r} reads rows of kind"):
+            preview(other, color=False)
     text = preview(config, tmp_path / "page.html", rows=2, color=False)
     page = (tmp_path / "page.html").read_text()
     row = make_rows(kind, 1)[0]
@@ -186,7 +193,10 @@ def test_a_recipe_refuses_rows_of_another_kind(tmp_path, tokenizer, streaming):
 def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(found, 3))
     kind = found.partition("/")[0]
-    with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}: set kind='{kind}' for the source"):
+    advice = f": set kind='{kind}' for the source"
+    if kind == "preference":
+        advice = ", for recipe 'preference': use a config like configs/preference.py"
+    with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 
 
@@ -197,6 +207,10 @@ def test_a_row_that_misses_a_key_is_not_taken_for_a_prompt(tmp_path, tokenizer):
         config = make_config(write_jsonl(tmp_path / "rows.jsonl", rows), kind=kind)
         with pytest.raises(UserError, match=f"rows.jsonl:2: '{key}' "):
             open_batches(config, tokenizer)
+        config = make_config(write_jsonl(tmp_path / "alone.jsonl", rows[1:]), kind=kind)
+        with pytest.raises(UserError, match="alone.jsonl:1: ") as error:
+            open_batches(config, tokenizer)
+        assert kind == "sft" or "prompts" not in str(error.value)
 
 
 def test_pairs_and_lists_are_two_forms(tmp_path, tokenizer):

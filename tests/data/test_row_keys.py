@@ -262,8 +262,12 @@ BAD_WORDS = {
     "of a question": ({}, {"loss_mask": [1, 1, 0, 1]}, r"'loss_mask' is 1 for messages\[0\]"),
     "of both": ({"train": True}, {"loss_mask": [0, 0, 0, 1]}, r"messages\[1\] and the row's 'loss_mask' contradict"),
     "history": ({}, {"mask_history": 3}, "'mask_history' must be true or false; found 3"),
-    "a weight": ({}, {"weight": -1}, "'weight' must be a number from 0; found -1"),
-    "infinity": ({}, {"sample_weight": float("inf")}, "'sample_weight' must be a number from 0; found inf"),
+    "a weight": ({}, {"weight": -1}, "'weight' must be 0, or a number from 1e-6 to 1e6; found -1"),
+    "infinity": (
+        {},
+        {"sample_weight": float("inf")},
+        "'sample_weight' must be 0, or a number from 1e-6 to 1e6; found inf",
+    ),
     "two weights": ({}, {"weight": 1, "loss_weight": 2}, "'weight' and 'loss_weight' contradict each other"),
     "encrypted": (
         {"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
@@ -606,3 +610,88 @@ def test_what_is_ignored_or_counted_changes_neither_tokens_nor_mask(qwen3):
             for key in rng.sample([*sorted(keys.ignored), "xq", "xz_w"], 3):
                 target[key] = rng.choice(["text", 3, True, ["a"], {"b": None}])
         assert tokens_and_mask(row, qwen3) == expected
+
+
+def test_alpaca_with_its_rendered_text_is_alpaca():
+    row = {"instruction": "Name a film.", "input": "", "output": "Heat.", "text": "Below is an instruction. Heat."}
+    unread = set()
+    example = parse_row(row, "sft", RowRef("s", "f", 1), unread)
+    assert [m["content"] for m in example.messages] == ["Name a film.", "Heat."] and unread == {"text"}
+
+
+@pytest.mark.parametrize("weight", [1e39, "1e39", 1e-50, 10**400, -1, True, "much"])
+def test_a_weight_that_float32_cannot_hold_is_refused(weight):
+    with pytest.raises(BadRow, match="'weight' must be 0, or a number from 1e-6 to 1e6; found "):
+        parse_row({"text": "a", "weight": weight}, "sft", RowRef("s", "f", 1))
+
+
+def make_turns(*, train=None):
+    first = {"role": "assistant", "content": "b"} | ({} if train is None else {"train": train})
+    user = {"role": "user", "content": "a"}
+    return [user, first, user, {"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"messages": make_turns(train=True), "mask_history": True},
+            "messages.1. is to be trained, and 'mask",
+        ),
+        (
+            {"messages": make_turns(), "mask_history": True, "loss_mask": [0, 1, 0, 1]},
+            "messages.1. is to be trained, and 'mask",
+        ),
+        ({"prompt": make_turns(train=True), "completion": "d"}, "prompt.1. is to be trained, and a prompt is not"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "", "tool_calls": [{"id": 3, "function": {"name": "f"}}]},
+                ]
+            },
+            "messages.1..tool_calls.0..id must be a string; found a number",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "", "tool_calls": [{"type": "custom", "function": {"name": "f"}}]},
+                ]
+            },
+            "'type' is not read: only calls of functions can be trained on",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {
+                        "role": "assistant",
+                        "content": "b",
+                        "thinking_blocks": [{"type": "thinking", "thinking": "a", "texts": "b"}],
+                    },
+                ]
+            },
+            "unknown key 'texts'; did you mean 'text'",
+        ),
+    ],
+)
+def test_what_contradicts_itself_or_would_be_dropped_is_refused(row, words):
+    with pytest.raises(BadRow, match=words):
+        parse_row(row, "sft", RowRef("s", "f", 1))
+
+
+def test_a_loss_mask_is_of_the_turns_beside_a_system_key():
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "S"}
+    example = parse_row(row | {"loss_mask": [0, 1]}, "sft", RowRef("s", "f", 1))
+    assert [m["role"] for m in example.messages] == ["system", "user", "assistant"]
+    row["conversations"][0]["value"] = None
+    with pytest.raises(BadRow, match="conversations.0..content is missing or null"):
+        parse_row(row, "sft", RowRef("s", "f", 1))
+
+
+def test_names_of_unread_keys_are_printed_escaped():
+    counts = RowCounts("x")
+    counts.add_unread(["messages[].\ud800x", "\x1b[2J"])
+    line = counts.format_unread()
+    assert line.isprintable() and line.encode("utf-8") and "messages[].\\ud800x (1 row)" in line

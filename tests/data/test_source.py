@@ -124,7 +124,7 @@ def test_a_bad_first_line_is_that_rows_error(tmp_path):
 
 def test_a_json_list_in_place_of_lines_is_explained(tmp_path):
     (tmp_path / "rows.json").write_text("[\n" + json.dumps(chat(0)) + "\n]")
-    with pytest.raises(BadRow, match="one JSON object per line is expected, not a list"):
+    with pytest.raises(BadRow, match="expected one JSON object on each line"):
         open_path(tmp_path / "rows.json")[0]
 
 

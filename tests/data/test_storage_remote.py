@@ -129,8 +129,8 @@ def test_a_file_that_changed_is_refused(proxy):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://b/a.jsonl", r"not installed: .*gcsfs.*: pip install 'postrain\[gcs\]'"),
-        ("zip://a.jsonl::gs://b/a.zip", r"not installed: .*gcsfs.*: pip install 'postrain\[gcs\]'"),
+        ("gs://b/a.jsonl", r"not installed: .*gcsfs.*: pip install -e '.\[gcs\]'"),
+        ("zip://a.jsonl::gs://b/a.zip", r"not installed: .*gcsfs.*: pip install -e '.\[gcs\]'"),
         ("nope://a", "Protocol not known: nope"),
     ],
 )

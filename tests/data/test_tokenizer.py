@@ -171,9 +171,17 @@ def test_what_cannot_be_loaded(tmp_path):
         return tmp_path / name
 
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}")
     cases = [
         (tmp_path / "missing", "tokenizer folder", "does not exist"),
-        (tmp_path / "empty", "has no tokenizer.json", "model.tokenizer"),
+        (tmp_path / "empty", "has neither config.json nor tokenizer.json", "give the folder of a model"),
+        (tmp_path / "bare", "has no tokenizer.json", "model.tokenizer"),
+        (
+            broken("b6", "generation_config.json", '{"eos_token_id": "2"}'),
+            "eos_token_id holds '2': expected",
+        ),
+        (broken("b7", "generation_config.json", '{"eos_token_id": [2, null]}'), "eos_token_id holds None: expected"),
         (broken("b1", "tokenizer.json", "{"), "tokenizer.json: cannot be read as a tokenizer"),
         (broken("b2", "tokenizer_config.json", "{"), "tokenizer_config.json: not valid JSON"),
         (broken("b3", "tokenizer_config.json", "[]"), "expected a JSON object"),

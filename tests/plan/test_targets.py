@@ -38,10 +38,10 @@ def test_a_missing_compiler_names_the_extra(name, what, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(UserError) as caught:
         open_target(name)
-    expected = f"--target={name}: the {what} compiler is not installed: pip install 'postrain[plan]' (Linux)"
+    expected = f"--target={name}: the {what} compiler is not installed: pip install -e '.[plan]' (Linux)"
     assert str(caught.value) == expected
-    assert "postrain[plan]" in explain_compiler("UNAVAILABLE: No PTX compilation provider is available. Neither ...")
-    assert "postrain[plan]" in explain_compiler("INTERNAL: libdevice not found at ./libdevice.10.bc")
+    assert ".[plan]" in explain_compiler("UNAVAILABLE: No PTX compilation provider is available. Neither ...")
+    assert ".[plan]" in explain_compiler("INTERNAL: libdevice not found at ./libdevice.10.bc")
 
 
 @pytest.mark.parametrize(

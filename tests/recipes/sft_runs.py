@@ -51,6 +51,8 @@ def make_values(inputs, **sections):
     }
     for section, keys in sections.items():
         values[section] = {**values.get(section, {}), **keys}
+    if not values["data"]["eval"]:  # nothing to answer
+        values["eval"]["generate_rows"] = 0
     return values
 
 

@@ -73,6 +73,7 @@ CONFIGS = {
         "config key 'model.new_tokens.special' is True, but there are no new tokens",
     ),
     "number": ({"optimizer": {"b1": 1.5}}, "config key 'optimizer.b1' must be below 1, found 1.5"),
+    "tracker": ({"trackers": {"wandb": "offline"}}, "trackers.wandb: needs the package wandb"),
     "long rows": ({"data": {"too_long": "error", "sequence_length": 20}}, "train.jsonl:1"),
     "all rows long": ({"data": {"sequence_length": 20}}, "too long for data.sequence_length = 20"),
 }
@@ -103,9 +104,18 @@ def test_a_bad_model_folder(name, inputs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_bad_config(name, inputs, tmp_path, capsys):
+def test_a_bad_config(name, inputs, tmp_path, capsys, monkeypatch):
     sections, words = CONFIGS[name]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     assert words in fail_training(make_values(inputs, **sections), tmp_path, capsys)
+
+
+def test_a_metric_that_nobody_measures(inputs, tmp_path):
+    best = {"every": 1, "keep_best": 1, "metric": "eval/losss"}
+    values = make_values(inputs, eval={"every": 1}, checkpoint=best)
+    with pytest.raises(UserError, match="'checkpoint.metric' = 'eval/losss' is not measured; found eval/accuracy, "):
+        train(values, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

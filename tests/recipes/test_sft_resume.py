@@ -171,7 +171,7 @@ def test_all_that_changed_is_named_at_once_and_before_anything_is_loaded(inputs,
     values["model"] = {"path": str(tmp_path / "model"), "lora": {"rank": 8, "targets": ["q"]}}
     for module, name in (("training.rows", "open_batches"), ("hf.load", "load_pretrained")):
         monkeypatch.setattr(f"postrain.{module}.{name}", lambda *_, name=name: pytest.fail(f"{name} was called"))
-    with pytest.raises(UserError, match=f"{workdir}/checkpoints/6: the run cannot go on from here") as caught:
+    with pytest.raises(UserError, match=f"{workdir}/checkpoints/6: the run cannot go on: this has changed: ") as caught:
         postrain.train(values, workdir)
     error = str(caught.value)
     for words in (
@@ -230,6 +230,14 @@ def test_another_adapter_is_refused(inputs, finished, lora, words):
     values = make_values(inputs)
     values["model"]["lora"] = lora
     with pytest.raises(UserError, match=f"has changed: {words} change it back, or use another workdir"):
+        postrain.train(values, workdir)
+
+
+def test_another_recipe_is_refused(inputs, finished):
+    workdir, _ = finished
+    values = make_values(inputs) | {"recipe": "preference"}
+    values["eval"]["generate_rows"] = 0
+    with pytest.raises(UserError, match="has changed: recipe: was 'sft', is 'preference'.*, or use another workdir$"):
         postrain.train(values, workdir)
 
 

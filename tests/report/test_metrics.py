@@ -126,7 +126,7 @@ def test_wandb_offline_makes_a_run_with_the_metrics(tmp_path, monkeypatch):
 def test_trackers_that_cannot_start_say_what_to_do(tmp_path, monkeypatch):
     for package, config in (("tensorboardX", {"tensorboard": True}), ("wandb", {"wandb": "offline"})):
         monkeypatch.setitem(sys.modules, package, None)  # what import finds where it is not installed
-        with pytest.raises(UserError, match=rf"needs the package {package}, .* pip install 'postrain\[log\]'"):
+        with pytest.raises(UserError, match=rf"needs the package {package}, .* pip install -e '.\[log\]'"):
             MetricsWriter(tmp_path, TrackersConfig(**config))
 
 

@@ -276,3 +276,16 @@ def test_logits_that_are_not_numbers_stop_generation(llama):
     for sampling in (SamplingParams(), SamplingParams(temperature=1.0)):
         with pytest.raises(UserError, match="prompt 3: expected finite logits"):
             generate(broken, llama.config, make_prompts(), sampling)
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-40, 1e39, float("inf"), float("nan"), -1.0])
+def test_a_temperature_that_float32_cannot_divide_by_is_refused(temperature):
+    with pytest.raises(UserError, match="sampling.temperature must be 0 .greedy., or 1e-6 to 1e6, found"):
+        SamplingParams(temperature=temperature)
+
+
+def test_the_least_temperature_is_as_good_as_greedy(llama):
+    prompts = [[3, 5, 7], [11, 2]]
+    sampled = generate(llama.params, llama.config, prompts, SamplingParams(temperature=1e-6, max_new_tokens=6))
+    greedy = generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=6))
+    assert [one.tokens for one in sampled] == [one.tokens for one in greedy]

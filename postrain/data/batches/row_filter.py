@@ -85,7 +85,8 @@ class RowCounts:
             return ""
         names = sorted((name for name in self.unread if name != _OTHER), key=lambda name: (-self.unread[name], name))
         shown = [
-            f"{name if '[]' in name else repr(name)} ({count(self.unread[name], 'row')})"
+            # A name with control characters, or halves of surrogate pairs, is printed escaped.
+            f"{repr(name)[1:-1] if '[]' in name else repr(name)} ({count(self.unread[name], 'row')})"
             for name in names[:_NAMES_SHOWN]
         ]
         more = len(names) - len(shown)

@@ -125,7 +125,7 @@ def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
     except UnicodeDecodeError as e:
         reason = f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line"
     except json.JSONDecodeError as e:
-        hint = "; one JSON object per line is expected, not a list" if first and data[:1] == b"[" else ""
+        hint = "; expected one JSON object on each line" if first else ""
         reason = f"invalid JSON: {e.msg} at column {e.colno}{hint}"
     except (ValueError, RecursionError) as e:
         reason = f"invalid JSON: {e}"

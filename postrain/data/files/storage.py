@@ -194,7 +194,7 @@ def _filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         return fsspec.core.url_to_fs(url)
     except ImportError as e:
         protocol = url.partition("::")[2].partition("://")[0] or url.partition("://")[0]
-        advice = f": pip install 'postrain[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
+        advice = f": pip install -e '.[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else ""
         raise UserError(f"{url} needs a package that is not installed: {e}{advice}") from e
     except ValueError as e:
         raise UserError(f"{url} cannot be read: {e}; expected a path or an fsspec URL such as s3://BUCKET/KEY") from e

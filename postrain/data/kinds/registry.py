@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from postrain.config import DataConfig, SourceConfig
+from postrain.config import RECIPE_KINDS, DataConfig, SourceConfig
 from postrain.config.functions import PREFIX, identify_function
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Document, Rendered, cut_end
@@ -148,7 +148,7 @@ class RowParser:
             if form := find_form(found, self._allowed):
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
-            if other := find_form(found, _FORMS):
+            if other := self._find_other_form(found):
                 other_kinds = other_kinds or [f"{ref} {_format_kind(_KIND_OF[other])}"]
             if found and not shapes:
                 shapes = [f"{self.advice}; {ref} has the keys {name_keys(found)}: {FUNCTION_ADVICE}"]
@@ -189,6 +189,7 @@ class RowParser:
                 parsed.append(self.parse(ref, raw, unread))
             except BadRow as e:
                 parsed.append(e)
+                unread = set()
             not_read.append(sorted(unread) if unread else ())
         examples = [example for example in parsed if not isinstance(example, BadRow | None)]
         options = {"template_date": config.template_date, "default_system": config.default_system}
@@ -210,10 +211,18 @@ class RowParser:
         except (Exception, SystemExit) as e:  # any error of the user's function names its row
             raise BadRow(ref, f"{self.left_out}: {type(e).__name__}: {e}") from e
 
+    def _find_other_form(self, row: dict) -> str:
+        """The form that a row has instead of the source's; empty where it has none, or only lacks a key of its own."""
+        form = find_form(row, _FORMS)
+        if form in prompts.FORMS:  # rows of many kinds have a prompt
+            own = {key for keys in self.kind.forms.values() for key in keys} - {"prompt"}
+            return "" if self.form or not own.isdisjoint(row) else form
+        return form
+
     def _refuse_other(self, row: dict, ref: RowRef) -> None:
         """Raises BadRow for a row of another form than the source's; a row of no form is refused by ``Kind.parse``."""
-        other = find_form(row, _FORMS)
-        if not other or (self.form and other in prompts.FORMS):  # rows of many kinds have a prompt
+        other = self._find_other_form(row)
+        if not other:
             return
         kind, same = _KIND_OF[other], _KIND_OF[other] is self.kind
         expected, found = (self.form, other) if same else (self.kind.name, kind.name)
@@ -231,6 +240,10 @@ class RowParser:
 
 
 def _format_kind(kind: Kind) -> str:
+    """What to do with a row of another kind than the recipe reads."""
+    recipes = {"sft": "sft"} | {kind: recipe for recipe, kind in RECIPE_KINDS.items()}
+    if recipe := recipes.get(kind.name):
+        return f"is a row of kind {kind.name}, for recipe {recipe!r}: use a config like configs/{recipe}.py"
     return f"is a row of kind {kind.name}: set kind='{kind.name}' for the source"
 
 

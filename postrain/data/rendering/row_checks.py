@@ -167,7 +167,8 @@ def check_nothing_dropped(message: dict, continuation: str) -> None:
 def check_reasoning_once(message: dict, continuation: str) -> None:
     """Raises Refusal where a block of the content stands behind another one, which the template wrote by itself."""
     reasoning, answer = split_inline(message["content"])
-    if reasoning and continuation.count("</think>") > 1 + answer.count("</think>"):
+    arguments = [text for call in message.get("tool_calls", ()) for text in _leaves(call["function"]["arguments"])]
+    if reasoning and continuation.count("</think>") > 1 + "\n".join([answer, *arguments]).count("</think>"):
         raise Refusal("the chat template writes a <think> block of its own before that of the content")
 
 

@@ -25,7 +25,7 @@ from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.errors import UserError, shorten
 
 # Bump when a code change would give other tokens or another mask for the same row and tokenizer.
-RENDERING_VERSION = 1
+RENDERING_VERSION = 2
 PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
 _SHOWN = 8  # wrong new tokens in one message
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -183,7 +183,13 @@ class Tokenizer:
         stops = set() if self.eos_id is None else {self.eos_id}
         if generation is not None and generation.get("eos_token_id") is not None:
             ids = generation["eos_token_id"]
-            return frozenset(stops | set(ids if isinstance(ids, list) else [ids]))
+            ids = ids if isinstance(ids, list) else [ids]
+            if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0]:
+                raise UserError(
+                    f"{self.folder}/generation_config.json: eos_token_id holds {wrong[0]!r}: expected "
+                    "a token id, or a list of them"
+                )
+            return frozenset(stops | set(ids))
         if self.template is None or not self.added:
             return frozenset(stops)
         call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": {"a": PROBE}}}
@@ -254,6 +260,8 @@ def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection
         raise UserError(f"tokenizer folder {folder} does not exist; give a Hugging Face folder with a tokenizer.json")
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has neither config.json nor tokenizer.json: give the folder of a model")
         raise UserError(
             f"{folder} has no tokenizer.json; save the tokenizer there with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...), or name another folder as model.tokenizer"

@@ -47,7 +47,7 @@ from postrain.data.rendering.row_checks import (
 from postrain.data.rendering.template import TemplateRefusal
 from postrain.data.rendering.tokenizer import Tokenizer
 
-MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # messages.py refuses rows that hold them
+MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # bad_row.py refuses rows that hold them
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
