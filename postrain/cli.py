@@ -170,8 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--config", type=read_path, required=True, metavar="FILE.py[:ARG]", help=text)
         return command
 
-    text = "train as a config says, from the newest checkpoint in the workdir"
-    command = add("train", run_train, text, config=True)
+    command = add("train", run_train, "train as a config says, from the workdir's newest checkpoint", config=True)
     command.add_argument(
         "--workdir", type=read_path, required=True, help="the folder of the run: everything is written there"
     )
