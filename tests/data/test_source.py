@@ -201,7 +201,7 @@ def test_what_cannot_be_opened(tmp_path):
         with pytest.raises(UserError) as error:
             open_path(tmp_path / name if name else "")
         assert reason in str(error.value) and "\n" not in str(error.value), name
-    with pytest.raises(UserError, match="must be one of sft, preference, .*, text, sharegpt, alpaca; found 'chat'"):
+    with pytest.raises(UserError, match="must be one of sft, preference, .*, sharegpt, alpaca, text; found 'chat'"):
         open_path(tmp_path / "empty.jsonl", kind="chat")
 
 
