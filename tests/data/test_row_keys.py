@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -436,7 +437,6 @@ def test_of_a_function_only_what_it_returned_counts(tmp_path, tokenizer):
 
 
 def test_columns_of_json_are_decoded(tmp_path, qwen3):
-    datasets = pytest.importorskip("datasets")
     tool = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"b": {"default": None}}}}}
     row = chat("1+1?", "2") | {"tools": [tool]}
     text = {"role": datasets.Value("string"), "content": datasets.Value("string")}
