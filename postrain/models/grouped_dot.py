@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from postrain.models.config import accumulation_dtype
 from postrain.models.quantized import dequantize, is_quantized, shape_of
@@ -41,11 +40,10 @@ def grouped_dot(x_MI, w_GIO, group_sizes_G, backend: str):
 
     The first ``group_sizes_G[0]`` rows are group 0's and so on (int32, 0 allowed). Rows past the last group give 0
     and cost next to nothing. ``backend``: of BACKENDS. ``w_GIO`` may be quantised, and then has no gradient: blocks
-    dequantise one group's matrix at a time, "ragged_dot" all of them. Rematerialisation knows the result as
-    "grouped_dot".
+    dequantise one group's matrix at a time, "ragged_dot" all of them.
     """
     product = _quantized_grouped_dot if is_quantized(w_GIO) else _grouped_dot
-    return checkpoint_name(product(x_MI, w_GIO, group_sizes_G, backend), "grouped_dot")
+    return product(x_MI, w_GIO, group_sizes_G, backend)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from postrain.models.config import MoeConfig, accumulation_dtype
@@ -92,6 +93,7 @@ def route(x_ND, p_router: dict, config: MoeConfig, routing_Nk=None):
         raise ValueError(f"router {config.router!r}: expected one of {', '.join(ROUTERS)}")
     dtype = accumulation_dtype(x_ND.dtype)
     logits = jnp.dot(x_ND.astype(dtype), p_router["kernel"].astype(dtype), precision=HIGHEST)
+    logits = checkpoint_name(logits, "router")
     if "bias" in p_router:
         logits = logits + p_router["bias"].astype(dtype)
     scores = jax.nn.softmax(logits, axis=-1) if config.router == "softmax_topk" else logits
@@ -354,7 +356,9 @@ def _run_experts(x_ND, local_ids_Nk, weights_Nk, p, config: MoeConfig, activatio
         """Kernel, adapter and bias of each row's expert: [M, O]."""
         y = grouped_dot(x_MI, p["kernel"], group_sizes, backend)
         if "lora_a" in p:
-            y = y + grouped_dot(grouped_dot(x_MI, p["lora_a"], group_sizes, backend), p["lora_b"], group_sizes, backend)
+            narrow = checkpoint_name(grouped_dot(x_MI, p["lora_a"], group_sizes, backend), "linear")
+            y = y + grouped_dot(narrow, p["lora_b"], group_sizes, backend)
+        y = checkpoint_name(y, "linear")  # as transformer.linear does
         if "bias" in p:
             # A product with ones and zeros, exact at full precision, so that its gradient is a product and no scatter.
             rows = jnp.dot(jax.nn.one_hot(ids_M, group_sizes.size), p["bias"], precision=HIGHEST)

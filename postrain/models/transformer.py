@@ -10,6 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from postrain.models.attention.chunked import soft_cap
 from postrain.models.attention.dispatch import attention, cached_attention, compute_visible_starts
@@ -45,10 +46,13 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
     if "lora_a" in p:
         scale = adapter_scale(config.lora.alpha, p["lora_a"])
         wide = jnp.promote_types(p["lora_b"].dtype, x.dtype)
-        y = y + (rows @ p["lora_a"].astype(x.dtype)) @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
-        if "magnitude" in p:
-            norms = column_norms(p, scale, accumulation_dtype(x.dtype))
-            y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
+        narrow = checkpoint_name(rows @ p["lora_a"].astype(x.dtype), "linear")
+        y = y + narrow @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
+    y = checkpoint_name(y, "linear")  # the sum, not its two products: what rematerialisation keeps is kept once
+    if "magnitude" in p:
+        norms = column_norms(p, adapter_scale(config.lora.alpha, p["lora_a"]), accumulation_dtype(x.dtype))
+        norms = checkpoint_name(norms, "linear")
+        y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
     y = y.reshape(*x.shape[:-1], -1)
@@ -163,10 +167,7 @@ def _rematerialize(layer, policy: str):
     if policy == "full":
         return jax.checkpoint(layer, prevent_cse=False)
     if policy == "dots":
-        policies = jax.checkpoint_policies
-        keep = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names("attention", "grouped_dot")
-        )
+        keep = jax.checkpoint_policies.save_only_these_names("linear", "attention", "router")
         return jax.checkpoint(layer, policy=keep, prevent_cse=False)
     raise ValueError(f"remat {policy!r}: expected one of none, dots, full")
 

@@ -1,6 +1,7 @@
 """The transformer as a whole: packing, rematerialisation, adapters, cache, program size."""
 
 import dataclasses
+import math
 import os
 
 import jax
@@ -281,6 +282,29 @@ def test_products_of_experts_are_computed_again_only_under_full_rematerialisatio
     # Forward, and to input and matrix of each: gate, up, down. What comes out of the last one backward does not need.
     assert num_loops("none") == num_loops("dots") == 2 + 3 * 3
     assert num_loops("full") == 3 + 3 * 3 + 2
+
+
+@pytest.mark.parametrize("kind", ["dense", "DoRA", "experts"])
+def test_adapters_add_to_what_rematerialisation_keeps_by_their_rank_alone(kind):
+    """An adapted layer's output is kept once, not as the two products that it is the sum of."""
+    base = dataclasses.replace(EXPERTS if kind == "experts" else CONFIG, remat="dots")
+    # The magnitudes of a layer's last product would need its output, which nothing else does.
+    targets = ("q", "k", "v", "o", "gate", "up") if kind == "DoRA" else ("q", "k", "v", "o", "gate", "up", "down")
+    lora = LoraConfig(rank=3, alpha=6.0, targets=targets, dora=kind == "DoRA")
+    batch = make_batch([[0, 1, 2, 3, 4]], make_documents(), 80)
+
+    def count_kept(config):
+        """Numbers that the layers leave for the backward pass, parameters and what is as narrow as a rank aside."""
+        params = make_params(dataclasses.replace(config, lora=None))
+        if config.lora:
+            params = merge_params(init_lora(config, jax.random.key(0), params), params)
+        loss = lambda p: transformer.compute_hidden(p, config, batch.tokens, batch.segment_ids, batch.positions).sum()
+        residuals = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
+        known = {x.shape for x in jax.tree.leaves(params)}
+        stacked = [x.shape for x in residuals if x.shape[:1] == (config.num_layers,) and x.shape not in known]
+        return sum(math.prod(shape) for shape in stacked if shape[-1] > lora.rank)
+
+    assert count_kept(dataclasses.replace(base, lora=lora)) == count_kept(base) > 0
 
 
 ROUTED = dataclasses.replace(
