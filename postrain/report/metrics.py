@@ -177,13 +177,19 @@ def _import(package: str, key: str):
 class ProgressLine:
     """``step 120/600  loss 1.2345  1,034 tokens/s  MFU 41.2%  3m12s left``.
 
-    The time left is estimated from the steps after the first update, which compiles.
+    The time left is estimated from the steps after the first update, which compiles, and from the newest evaluation;
+    once a few steps were timed, a line says what a run of more than a minute has before it.
     """
 
-    def __init__(self, total_steps: int, *, stream=None, plain_every: float = 15.0, clock=time.monotonic):
-        """``plain_every``: seconds between lines where ``stream`` (default: stdout) is not a terminal."""
+    def __init__(
+        self, total_steps: int, eval_every: int = 0, *, stream=None, plain_every: float = 15.0, clock=time.monotonic
+    ):
+        """``eval_every``: steps between evaluations, 0: after the last step alone. ``plain_every``: seconds between
+        lines where ``stream`` (default: stdout) is not a terminal."""
         self._total, self._stream, self._clock = total_steps, stream or sys.stdout, clock
-        self._plain_every = plain_every
+        self._eval_every, self._plain_every = eval_every, plain_every
+        self._evaluation = self._evaluating = 0.0  # seconds: of the newest evaluation, of all since the first line
+        self._has_forecast = False
         self._live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
         self._first: tuple[int, float] | None = None
         self._printed_at, self._line = float("-inf"), ""
@@ -202,8 +208,13 @@ class ProgressLine:
             parts.append(f"MFU {metrics['perf/mfu']:.1%}")
         first_step, first_time = self._first
         if step > first_step:
-            left = (now - first_time) / (step - first_step) * (self._total - step)
+            seconds, evaluations = (now - first_time - self._evaluating) / (step - first_step), self._count_left(step)
+            left = seconds * (self._total - step) + evaluations * self._evaluation
             parts.append(f"{format_seconds(left)} left")
+            if step - first_step >= 3 and not self._has_forecast:
+                self._has_forecast = True
+                if left >= 60:
+                    self.print(self._forecast(step, seconds, evaluations, left))
         if self._live:
             self._line = fit(parts, _columns(self._stream))
             self._stream.write(CLEAR + self._line)
@@ -211,6 +222,22 @@ class ProgressLine:
             self._printed_at = now
             self._stream.write("  ".join(parts) + "\n")
         self._stream.flush()
+
+    def add_evaluation(self, seconds: float) -> None:
+        """An evaluation took so long, and is no part of a step's time."""
+        self._evaluation = seconds
+        if self._first is not None:
+            self._evaluating += seconds
+
+    def _count_left(self, step: int) -> int:
+        """Evaluations after ``step``: one at the end, and those that are due before."""
+        return 1 + ((self._total - 1) // self._eval_every - step // self._eval_every if self._eval_every else 0)
+
+    def _forecast(self, step: int, seconds: float, evaluations: int, left: float) -> str:
+        parts = f"{self._total - step:,} steps of {seconds:.2g} s"
+        if self._evaluation:
+            parts += f", {evaluations} evaluation{'s' * (evaluations > 1)} of {format_seconds(self._evaluation)}"
+        return f"forecast: {format_seconds(left)} more ({parts}), then the export"
 
     def print(self, text: str) -> None:
         """A line of its own above the live one."""

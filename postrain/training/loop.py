@@ -70,7 +70,7 @@ def open_loop(
         checkpointer = stack.enter_context(checkpoints)
         stack.enter_context(stop_all_on_error())  # before a save is waited for in which the others take part
         stop = stack.enter_context(catch_stop_signals())
-        progress = ProgressLine(total_steps)
+        progress = ProgressLine(total_steps, session.config.eval.every)
         stack.callback(progress.close)
         stack.callback(_close, source)
         loop = Loop(session, program, model, source, total_steps, evaluators, held_out, checkpointer, stop, progress)
@@ -285,6 +285,7 @@ class Loop:
     def _evaluate(self) -> dict[str, float] | None:
         """The scores of the state, printed; None when a signal to stop the run came before they were there."""
         scores: dict[str, float] = {}
+        started = time.perf_counter()
         with self._watchdog.phase("evaluation"):
             try:
                 with self._stop.interrupts():
@@ -295,6 +296,7 @@ class Loop:
             except Interrupted:
                 return None
         if scores:
+            self._progress.add_evaluation(time.perf_counter() - started)
             self._say(format_metrics(self.step, scores))
         return scores
 

@@ -152,11 +152,12 @@ def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
     now[0] += 19 * 2
     line.update(20, {"train/loss": 1.25, "perf/tokens_per_second": 1034.4, "perf/mfu": 0.412})
     last = "step  20/600  loss 1.2500  1,034 tokens/s  MFU 41.2%  19m20s left"
-    assert stream.getvalue().endswith(f"\r\x1b[K{last}")
+    forecast = "forecast: 19m20s more (580 steps of 2 s), then the export"
+    assert stream.getvalue().endswith(f"\r\x1b[K{forecast}\nstep   1/600  loss 2.0000\r\x1b[K{last}")
     line.print("eval/loss 1.0")
     assert stream.getvalue().endswith(f"\r\x1b[Keval/loss 1.0\n{last}")
     line.close()
-    assert stream.getvalue().endswith(f"{last}\n") and stream.getvalue().count("\n") == 2
+    assert stream.getvalue().endswith(f"{last}\n") and stream.getvalue().count("\n") == 3
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,27 @@ def test_progress_in_a_file_is_a_plain_line_every_so_often():
             line.update(step, {})
         line.print("done")
     lines = stream.getvalue().splitlines()
+    lines.remove("forecast: 1m36s more (96 steps of 1 s), then the export")
     assert [text.split()[1] for text in lines[:-1]] == [f"{s}/100" for s in [*range(1, 100, 10), 100]]
     assert lines[-1] == "done" and "\r" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(("every", "evaluations"), [(0, "1 evaluation"), (100, "2 evaluations"), (30, "4 evaluations")])
+def test_the_forecast_counts_evaluations_apart_from_steps(every, evaluations):
+    """Those to come at what the newest took; none of their time is taken for that of a step."""
+    now, stream = [0.0], io.StringIO()
+    line = ProgressLine(120, every, stream=stream, plain_every=0, clock=lambda: now[0])
+    line.add_evaluation(90)  # before the first step, with what it compiles
+    line.update(1, {})
+    now[0] += 50
+    line.add_evaluation(50)
+    now[0] += 3 * 2
+    line.update(4, {})
+    left = format_seconds(116 * 2 + int(evaluations[0]) * 50)
+    assert stream.getvalue().splitlines()[1:] == [
+        f"forecast: {left} more (116 steps of 2 s, {evaluations} of 50s), then the export",
+        f"step   4/120  {left} left",
+    ]
 
 
 @pytest.mark.parametrize(
