@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from postrain.errors import UserError
@@ -60,14 +61,19 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def checked_strings(value: Any, where: str, ref: RowRef) -> Any:
-    """The value, after checking that every string inside it can be encoded."""
+def checked_json(value: Any, where: str, ref: RowRef) -> Any:
+    """The value, after checking that every string inside it can be encoded, and that every number is one of JSON.
+
+    Python reads and writes NaN and Infinity, which JSON does not have: a model would learn to write them.
+    """
     if isinstance(value, str):
         return check_string(value, where, ref)
     if isinstance(value, dict):
-        return {check_string(k, where, ref): checked_strings(v, where, ref) for k, v in value.items()}
+        return {check_string(k, where, ref): checked_json(v, where, ref) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [checked_strings(v, where, ref) for v in value]
+        return [checked_json(v, where, ref) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(ref, f"{where} holds {json.dumps(value)}, which is not JSON: write a number, null or a string")
     return value
 
 

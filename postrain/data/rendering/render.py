@@ -31,13 +31,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from postrain.data.bad_row import BadRow, RowRef, checked_strings
+from postrain.data.bad_row import BadRow, RowRef, check_string
 from postrain.data.documents import Rendered
 from postrain.data.messages import Conversation, Example, PromptCompletion, parse_messages, parse_tools
 from postrain.data.rendering.bpe_cache import Ids, encode_texts
 from postrain.data.rendering.row_checks import Refusal, check_not_rendered
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.rendering.trained_spans import (
+    DEFAULT_SYSTEM,
     MARK_CLOSE,
     MARK_OPEN,
     Renderer,
@@ -76,6 +77,7 @@ def render_many(
     examples: Iterable[Example], tokenizer: Tokenizer, *, template_date: str = TEMPLATE_DATE, default_system: str = ""
 ) -> Iterator[list[Rendered] | BadRow]:
     """``render`` for many rows, in order and faster; a refused row comes out as its BadRow instead of raising."""
+    _check_default_system(default_system)
     examples = iter(examples)
     while batch := list(itertools.islice(examples, BATCH)):
         plans: list[tuple[list[Sequence], list[int], list[int]] | BadRow] = []
@@ -114,9 +116,25 @@ def _plan(
         head, body = example.prompt, example.completion
     else:
         head, body = "", example.text
-    body = body.removesuffix(tokenizer.special_tokens["eos_token"])
+    eos = tokenizer.special_tokens["eos_token"]
+    body = body.removesuffix(eos)
+    if body.rstrip().endswith(eos):
+        where = "'completion'" if isinstance(example, PromptCompletion) else "'text'"
+        raise BadRow(
+            example.ref,
+            f"{where} ends with {eos!r} twice, or before whitespace: only one at the very end is taken as the end, "
+            "and any other would be trained as ordinary text: leave it out, it is added to every row",
+        )
     head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
     return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
+
+
+def _check_default_system(text: str) -> None:
+    """Raises UserError for text that is not Unicode: bytes of a command line that are not UTF-8, for instance."""
+    try:
+        check_string(text, DEFAULT_SYSTEM, RowRef("", "", 0))
+    except BadRow as e:
+        raise UserError(e.reason) from None
 
 
 def _strings(example: Example) -> list[tuple[str, str | None, str]]:
@@ -167,6 +185,7 @@ def encode_prompts(
     thinking: bool | None = None,
 ) -> Iterator[np.ndarray | BadRow]:
     """``render_prompt`` for many at once, each (messages, tools, ref); a refused one comes out as its BadRow."""
+    _check_default_system(default_system)
     plans: list[tuple[Sequence, list[int]] | BadRow] = []
     for messages, tools, ref in prompts:
         try:
@@ -186,17 +205,21 @@ def _plan_prompt(
 ) -> tuple[Sequence, list[int]]:
     """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
-        checked_strings(messages, "prompt", ref)
+        check_string(messages, "prompt", ref)
         check_not_rendered([("'prompt'", None, messages)], tokenizer, ref)
         return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
-    messages = parse_messages(messages, ref)
+    # Earlier answers are context: what the template drops of them is refused as it is in training.
+    messages = [m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref)]
     check_not_rendered(_contents(messages), tokenizer, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
+    end = len(renderer.messages)
     try:
-        return Sequence(renderer.render(len(renderer.messages), True, variables), ()), []
+        text = renderer.render(end, True, variables)
+        renderer.check_prompt(text, end, variables)
     except Refusal as e:
-        raise BadRow(ref, str(e), e.advice) from None
+        raise BadRow(ref, str(e), e.advice or renderer.advise_on_tools()) from None
+    return Sequence(text, ()), []
 
 
 def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
