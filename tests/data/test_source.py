@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.data.bad_row import BadRow
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.source import open_source
 from postrain.data.files.formats import RECORDS
 from postrain.data.messages import PromptCompletion, TextRow
@@ -68,6 +68,39 @@ def test_kinds(tmp_path):
     assert isinstance(open_path(tmp_path / "p.jsonl", kind="text")[0], TextRow)
 
 
+def test_columns_of_nulls_do_not_decide_the_form(tmp_path):
+    empty = {"messages": None, "prompt": None, "completion": None}
+    source = open_path(
+        write_lines(tmp_path / "t.jsonl", [empty | {"text": "x"}, empty | {"text": "y"}, empty | chat(0)])
+    )
+    assert source.parser.form == "text" and source[1].text == "y"
+    with pytest.raises(
+        BadRow, match="t.jsonl:3: expected a row of kind text, as the first .*found one of kind messages"
+    ):
+        source[2]
+    source = open_path(write_lines(tmp_path / "m.jsonl", [chat(0), empty, {"prompt": "a", "completion": None}]))
+    with pytest.raises(BadRow, match="m.jsonl:2: 'messages' must be a list of messages; found nothing"):
+        source[1]
+    with pytest.raises(
+        BadRow, match="m.jsonl:3: expected a row of kind messages.* found one of kind prompt_completion"
+    ):
+        source[2]
+
+
+def test_a_row_of_two_forms_is_refused_until_the_config_says_which(tmp_path):
+    path = write_lines(tmp_path / "two.jsonl", [chat(0) | {"prompt": "x", "completion": "PC", "text": "T"}])
+    said = "two.jsonl:1: the row is one of 'messages' and of 'prompt' and 'completion', and only one of them is trained"
+    with pytest.raises(BadRow, match=f"{said}: say which with kind='messages' or kind='prompt_completion' for the"):
+        open_path(path)
+    assert open_path(path, kind="messages")[0].messages[0]["content"] == "q0"
+    assert open_path(path, kind="prompt_completion")[0] == PromptCompletion("x", "PC", RowRef("two", str(path), 1))
+    lists = {"prompt": "a", "chosen": "b", "rejected": "c", "completions": ["b", "c"], "scores": [1, 0]}
+    with pytest.raises(
+        BadRow, match="one of 'chosen' and 'rejected' and of 'completions' and 'scores'.*take the other"
+    ):
+        open_path(write_lines(tmp_path / "p.jsonl", [lists]), kind="preference")
+
+
 @pytest.mark.parametrize(
     ("rows", "line", "found", "expected"),
     [
@@ -122,10 +155,53 @@ def test_a_bad_first_line_is_that_rows_error(tmp_path):
     assert source[1].text == "fine"
 
 
-def test_a_json_list_in_place_of_lines_is_explained(tmp_path):
-    (tmp_path / "rows.json").write_text("[\n" + json.dumps(chat(0)) + "\n]")
-    with pytest.raises(BadRow, match="expected one JSON object on each line"):
-        open_path(tmp_path / "rows.json")[0]
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n"])
+def test_a_json_file_may_be_one_array(tmp_path, indent, before):
+    rows = [chat(0), chat(1), {"text": "x"}]
+    (tmp_path / "rows.json").write_bytes(before + json.dumps(rows, indent=indent, ensure_ascii=False).encode())
+    source = open_path(tmp_path / "rows.json")
+    assert [source[i].messages[0]["content"] for i in (0, 1)] == ["q0", "q1"] and len(source) == 3
+    with pytest.raises(BadRow, match=r"rows.json:3: expected a row of kind messages, as the first at .*rows.json:1"):
+        source[2]
+    streamed = open_source(SourceConfig(path=str(tmp_path / "rows.json")), DataConfig(streaming=True))
+    assert [str(row.ref) for row in streamed.rows()] == [f"{tmp_path}/rows.json:{i}" for i in (1, 2, 3)]
+    write_lines(tmp_path / "lines.json", rows[:2])
+    assert open_path(tmp_path / "lines.json")[1].messages[0]["content"] == "q1"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_in_place_of_lines_is_explained(tmp_path, indent):
+    written = json.dumps([chat(0)], indent=indent).encode()
+    (tmp_path / "rows.jsonl").write_bytes(written)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(written))
+    for name in ("rows.jsonl", "rows.json.gz"):
+        with pytest.raises(UserError, match=f"{name} is one JSON array; expected one JSON object on each line: rename"):
+            open_path(tmp_path / name)
+    for end, reason in (
+        (b",]", r"invalid JSON: .* at column \d+, in a file that is one array"),
+        (b'{"a":1,"a":2}]', ""),
+    ):
+        (tmp_path / "rows.json").write_bytes(written[:-1].rstrip() + end)
+        with pytest.raises(UserError, match=r"rows.json:\d+: " + reason):
+            open_path(tmp_path / "rows.json")
+
+
+def test_a_path_without_files_is_named_with_its_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    paths = {
+        "none.jsonl": f"none.jsonl matches no file; expected .jsonl, .*; looked for {tmp_path}/none.jsonl$",
+        "no/x*.jsonl": rf"a folder; looked for {tmp_path}/no/x\*.jsonl, and there is no folder {tmp_path}/no$",
+        f"{tmp_path}/none.jsonl": "a glob of them, or a folder$",
+        "here": "a folder, in which .json, .csv, .tsv are left out: name such files themselves$",
+        "[a.jsonl": "looks like part of a list that lacks a bracket: write lists as",
+    }
+    for path, reason in paths.items():
+        one = SourceConfig(path=path)
+        for key in ("train", "eval"):
+            with pytest.raises(UserError, match=f"^config key 'data.{key}': .*{reason}"):
+                open_source(one, DataConfig(**{key: (one,)}))
 
 
 def test_parquet_over_row_groups(tmp_path):

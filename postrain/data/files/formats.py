@@ -6,6 +6,7 @@ A block is the unit of reading and shuffling. The blocks of a file are known wit
 * Parquet: row groups, several small ones together (its footer is read)
 * ArrayRecord, a record being the JSON of a row: ranges of records where the file is local (its index is read), else
   the whole file, which has to be copied to the disk to be read
+* a ``.json`` that is one array of rows instead of lines: the whole file, which is held in memory
 * ``.jsonl.gz``, ``.jsonl.zst``, Arrow (what ``datasets`` saves), CSV and TSV (whose first line names the columns, and
   where a line may end inside a quoted field): the whole file, as it can only be read from its start
 
@@ -22,6 +23,7 @@ out; in JSON lines they stay. So they do in columns of JSON text of the type ``a
 which are decoded. In CSV and TSV every value is text.
 """
 
+import codecs
 import csv
 import dataclasses
 import gzip
@@ -42,6 +44,7 @@ from postrain.errors import UserError, one_line
 RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
 # What the readers of the formats raise for a damaged file.
 _READER_ERRORS = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)
+_LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
 _ARROW_FILE = b"ARROW1"  # first bytes of Arrow's random-access format; datasets writes the streaming format
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; pyarrow reads one without them as whole
 
@@ -58,7 +61,7 @@ class Block:
     """``start``, ``stop``: bytes (jsonl), row groups (parquet), records (array_record); None: up to the end."""
 
     file: StoredFile
-    kind: str  # one of FORMATS' values
+    kind: str  # one of FORMATS' values, or "array"
     start: int = 0
     stop: int | None = None
 
@@ -102,6 +105,8 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
     if suffix is None:
         raise UserError(f"{file.url}: expected a file of {', '.join(FORMATS)}")
     kind = FORMATS[suffix]
+    if name.endswith(".json") and _begins_array(file, options):
+        return [Block(file, "array")]
     if kind == "jsonl":
         begins = range(0, file.bytes, block_bytes)
         return [Block(file, kind, begin, min(begin + block_bytes, file.bytes)) for begin in begins]
@@ -118,8 +123,16 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
 
 
 def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
-    """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand."""
+    """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand.
+
+    Raises UserError where the file is one JSON array instead of lines.
+    """
     data = line.removesuffix(b"\n")
+    if first and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        raise UserError(
+            f"{ref.file} is one JSON array; expected one JSON object on each line: rename it to .json, which may be an "
+            "array, or make lines of it, as with jq -c '.[]'"
+        )
     try:
         return Row(ref, decode_json(data.decode("utf-8-sig" if first else "utf-8")))
     except UnicodeDecodeError as e:
@@ -149,6 +162,31 @@ def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[
                 ref = RowRef(source, url, 0, position) if block.start else RowRef(source, url, number)
                 yield _decode(line, ref, first=position == 0)
             position += len(line)
+
+
+def _begins_array(file: StoredFile, options: StorageOptions) -> bool:
+    with open_file(file, options) as f:
+        return f.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _read_array(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    """The elements of a file that is one JSON array, counted from 1. It is read whole."""
+    url = block.file.url
+    if block.file.bytes > _LARGEST_ARRAY:
+        raise UserError(f"{url} is one JSON array of {block.file.bytes:,} bytes: make lines of it, as with jq -c '.[]'")
+    with open_file(block.file, options, 0, block.file.bytes) as f:
+        data = f.read()
+    try:
+        values = decode_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{url}: not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1}") from e
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{url}:{e.lineno}: invalid JSON: {e.msg} at column {e.colno}, in a file that is one array"
+        ) from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{url}: invalid JSON: {e}") from e
+    yield from (Row(RowRef(source, url, number), value) for number, value in enumerate(values, 1))
 
 
 def _read_compressed(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
@@ -341,6 +379,7 @@ def _name_fields(names: list[str], fields: list[str], ref: RowRef) -> dict[str, 
 
 _READERS = {
     "jsonl": _read_lines,
+    "array": _read_array,
     "jsonl.gz": _read_compressed,
     "jsonl.zst": _read_compressed,
     "parquet": _read_parquet,
