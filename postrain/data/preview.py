@@ -63,8 +63,12 @@ def preview(
             f"config key 'data.train': rows of kind {kind.name}, but recipe {config.recipe!r} reads rows of kind "
             f"{wanted}: use a config of another recipe"
         )
+    if config.recipe == "preference":
+        _check_pairs(examples)
     if config.data.eval:
         sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data)
+        if config.recipe == "preference":
+            _check_pairs(sets["data.eval"].examples)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
@@ -82,6 +86,16 @@ def preview(
         for document in shown
     ]
     return "\n\n".join(blocks)
+
+
+def _check_pairs(documents: list[Document]) -> None:
+    """Raises UserError for a row that the recipe would refuse: of scored answers it reads two."""
+    for document in documents:
+        if (answers := len(document.sequences)) != 2:
+            raise UserError(
+                f"{document.ref}: a row of preferences has {answers} answers, and recipe 'preference' expects 2, a "
+                "chosen and a rejected one: make rows of two out of longer lists"
+            )
 
 
 def use_color() -> bool:

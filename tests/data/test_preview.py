@@ -147,3 +147,37 @@ def test_the_first_rows_of_a_stream_are_shown(config):
     shown, whole = (preview(dataclasses.replace(config, data=d), color=False) for d in (data, config.data))
     assert shown.startswith("data.train (the first rows)\n")
     assert shown.split("\n", 1)[1] == whole.split("\n", 1)[1]  # all of so few rows
+
+
+def test_a_list_of_three_answers_is_refused_as_training_refuses_it(config, tmp_path):
+    rows = [{"prompt": "2+2=", "completions": [" 4", " 5", " four"], "scores": [1, 0, 0.5]}]
+    source = SourceConfig(path=str(write_jsonl(tmp_path / "three.jsonl", rows)), kind="preference")
+    pairs = SourceConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", [pair()])), kind="preference")
+    for keys in ({"train": (source,), "eval": ()}, {"train": (pairs,), "eval": (source,)}):
+        changed = dataclasses.replace(config, recipe="preference", data=dataclasses.replace(config.data, **keys))
+        with pytest.raises(UserError, match=r"three.jsonl:1: a row of preferences has 3 answers, .* expects 2"):
+            preview(changed)
+
+
+def pair():
+    return {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
+
+
+def test_what_the_length_costs_is_told(config):
+    data = dataclasses.replace(config.data, sequence_length=40, eval=())
+    shown = preview(dataclasses.replace(config, data=data), color=False)
+    told = (
+        r"source 'train': 2 of 3 documents left out, longer than data.sequence_length = 40 \(the longest has \d+ tokens"
+    )
+    assert re.search(told, shown)
+    assert "left out" not in preview(config, color=False)
+
+
+def test_a_misspelt_key_is_told_with_a_guess(config, tmp_path):
+    rows = [chat("a", "b") | {"mesages": 1, "difficulty": 2}, chat("a", "b") | {"complation": "c"}]
+    train = (SourceConfig(path=str(write_jsonl(tmp_path / "odd.jsonl", rows))),)
+    shown = preview(dataclasses.replace(config, data=dataclasses.replace(config.data, train=train)), color=False)
+    told = (
+        "'complation' (1 row; did you mean 'completion'?), 'difficulty' (1 row), 'mesages' (1 row; did you mean 'messag"
+    )
+    assert told in shown
