@@ -290,20 +290,20 @@ def _check_named_tokens(folder: pathlib.Path, fast: tokenizers.Tokenizer, config
 
     `transformers`, and servers that use it, add such a token, so that text is split in another way than here.
     """
-    named: list[tuple[str, str, Any]] = []  # file, key, token
+    named: list[tuple[str, str, Any]] = []  # file, what it says of the token, token
     for file, facts in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
         for key, value in facts.items():
             if key in _TOKEN_LISTS:
                 tokens = list(value.values()) if isinstance(value, dict) else value or []
-                named += [(file, key, token) for token in tokens]
+                named += [(file, f"{key} names", token) for token in tokens]
             elif key.endswith("_token"):
-                named.append((file, key, value))
-    named += [("added_tokens.json", "a key", text) for text in _read_json(folder / "added_tokens.json") or {}]
-    for file, key, token in named:
+                named.append((file, f"{key} is", value))
+    named += [("added_tokens.json", "it names", text) for text in _read_json(folder / "added_tokens.json") or {}]
+    for file, says, token in named:
         text = token.get("content") if isinstance(token, dict) else token
         if text and isinstance(text, str) and fast.token_to_id(text) is None:
             raise UserError(
-                f"{folder}/{file}: {key} is {text!r}, which tokenizer.json does not have: transformers would add it, "
+                f"{folder}/{file}: {says} {text!r}, which tokenizer.json does not have: transformers would add it, "
                 "and split text in another way than training: save the tokenizer there again with transformers' "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
