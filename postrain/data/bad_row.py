@@ -57,7 +57,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice in an object")
     return made
 
 
@@ -96,4 +96,4 @@ def describe_type(value: Any) -> str:
 
 
 def name_keys(raw: dict) -> str:
-    return ", ".join(repr(k) for k in list(raw)[:8]) or "no keys"
+    return ", ".join(f"{k!r:.40}" for k in list(raw)[:8]) or "no keys"

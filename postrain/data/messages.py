@@ -241,7 +241,7 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{_hint_at_role(message)}")
+        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r:.40}{_hint_at_role(message)}")
     if "function_call" in message:
         raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
     check_keys(message, MESSAGE_KEYS, ref, unread, where)
@@ -301,7 +301,7 @@ def _read_content(content: Any, where: str, ref: RowRef, unread: set[str]) -> st
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
             found = part.get("type") if isinstance(part, dict) else describe_type(part)
-            raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r}")
+            raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r:.40}")
         check_keys(part, PART_KEYS, ref, unread, f"{where}[{i}]")
         texts.append(check_string(part.get("text"), f"{where}[{i}].text", ref))
     return "".join(texts)

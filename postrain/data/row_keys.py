@@ -88,7 +88,7 @@ class Keys:
             if not empty or self.strict:
                 near = find_near_key(str(key), self.read, self.strict)
                 if near and (self.strict or is_empty(raw.get(near))):
-                    return f"unknown key {key!r}; did you mean {near!r}?"
+                    return f"unknown key {key!r:.60}; did you mean {near!r}?"
             if not empty:
                 unread.add(f"{where}{key}")
         return ""

@@ -9,6 +9,7 @@ from rendering_fixtures import CHATML, REF, all_templates, load_bare, load_real,
 from postrain.data.bad_row import BadRow
 from postrain.data.rendering.render import decode_parts, encode_prompts, render_prompt
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
+from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "7 times 8?"}, {"role": "assistant", "content": "56."}
@@ -194,6 +195,15 @@ def test_text_with_more_than_one_end_is_refused(end):
     assert trained_texts(tokenizer, once) == trained_texts(tokenizer, render_row({"text": "abc"}, tokenizer)[0])
     for row in ({"text": "abc" + end}, {"prompt": "ab", "completion": "c" + end}):
         assert f"'{list(row)[-1]}' ends with '<|im_end|>' twice, or before whitespace" in refusal(row, tokenizer)
+
+
+def test_an_end_token_that_looks_like_html_may_be_text():
+    tokenizer = load_bare("phi3")
+    tokenizer = Tokenizer(tokenizer.folder, tokenizer.fast, {"eos_token": "</s>"}, None, "", "none")
+    (rendered,) = render_row({"text": "<s>struck</s>\n"}, tokenizer)
+    assert tokenizer.decode(rendered.tokens).endswith("<s>struck</s>\n</s>")
+    assert tokenizer.eos_id not in rendered.tokens[:-1]
+    assert "ends with '</s>' twice" in refusal({"text": "struck</s> </s>"}, tokenizer)
 
 
 # -- written by a chat template already ----------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
         raise BadRow(ref, f"expected at least 2 completions to compare; found {len(answers)}")
     for i, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < _LARGEST:
-            raise BadRow(ref, f"scores[{i}] must be a finite number; found {score!r}")
+            raise BadRow(ref, f"scores[{i}] must be a finite number; found {score!r:.40}")
     if len(set(scores)) == 1:
         raise BadRow(ref, f"all scores are {scores[0]}: nothing is preferred")
     return tuple(map(float, scores))

@@ -117,8 +117,10 @@ def _plan(
     else:
         head, body = "", example.text
     eos = tokenizer.special_tokens["eos_token"]
+    # </s> before a line break may well be HTML, other end tokens are hardly ever text.
+    may_be_text = re.fullmatch(r"</?\w+>", eos) and not body.endswith(eos)
     body = body.removesuffix(eos)
-    if body.rstrip().endswith(eos):
+    if body.rstrip().endswith(eos) and not may_be_text:
         where = "'completion'" if isinstance(example, PromptCompletion) else "'text'"
         raise BadRow(
             example.ref,

@@ -265,7 +265,7 @@ class Renderer:
                     raise Refusal("the chat template drops the tools")
             missing = [t["function"]["name"] for t in self.tools if not contains(prompt, t["function"]["name"])]
             if missing:
-                raise Refusal(f"the chat template drops the tool {missing[0]!r}")
+                raise Refusal(f"the chat template drops the tool {missing[0]!r:.40}")
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
 
     def explain_first_turn(self, k: int) -> Refusal | None:
