@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 from postrain.errors import UserError
@@ -51,6 +52,13 @@ class BadRow(UserError):
 def decode_json(text: str | bytes) -> Any:
     """``json.loads``, but a key that stands twice in an object is a ValueError: one of its values would be dropped."""
     return json.loads(text, object_pairs_hook=_make_object)
+
+
+def explain_quotes(text: str) -> str:
+    """A hint for text that is no JSON because Python wrote it: "; ..."; else ""."""
+    if re.match(r"[\[{\s]*'\w+'\s*:", text):
+        return "; it is Python's spelling of an object, as str() writes it: write it with json.dumps()"
+    return ""
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import itertools
 import re
 from typing import Any
 
-from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type
+from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type, explain_quotes
 from postrain.data.row_keys import (
     BLOCK_KEYS,
     FALSE_FLAGS,
@@ -234,4 +234,4 @@ def parse_json(text: str, where: str, ref: RowRef) -> Any:
     try:
         return decode_json(text)
     except (ValueError, RecursionError) as e:
-        raise BadRow(ref, f"{where} is not valid JSON: {e}") from None
+        raise BadRow(ref, f"{where} is not valid JSON: {e}{explain_quotes(text)}") from None

@@ -123,6 +123,10 @@ BAD = {
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
         "must be an object or a JSON string of one; found a list",
     ),
+    "messages as Python writes them": (
+        {"messages": str([USER, ANSWER])},
+        "it is Python's spelling of an object, as str() writes it: write it with json.dumps()",
+    ),
     "tools no list": ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "'tools' must be a list of function schemas"),
     "tools not JSON": ({"messages": [USER, ANSWER], "tools": "[{"}, "tools is not valid JSON"),
     "tool without name": (

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import pyarrow as pa
@@ -132,6 +133,7 @@ def test_the_kind_that_the_config_gives_holds(tmp_path):
 BAD_LINES = {
     "not JSON": (b'{"text": "a" "b"}', "invalid JSON: Expecting ',' delimiter at column 14"),
     "cut off": (b'{"text": "a', "invalid JSON: Unterminated string"),
+    "single quotes": (b"{'text': 'a'}", "column 2; it is Python's spelling of an object, as str() writes it"),
     "two objects": (b'{"text": "a"} {"text": "b"}', "invalid JSON: Extra data"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 14 of the line"),
     "too deep": (b"[" * 100_000, "invalid JSON: "),
@@ -185,6 +187,40 @@ def test_an_array_in_place_of_lines_is_explained(tmp_path, indent):
         (tmp_path / "rows.json").write_bytes(written[:-1].rstrip() + end)
         with pytest.raises(UserError, match=r"rows.json:\d+: " + reason):
             open_path(tmp_path / "rows.json")
+
+
+STARTS = {
+    "rows.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.jsonl.gz": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.csv": ("prompt,completion\na b,c\n".encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "text.jsonl": ('{"text": "a b"}\n'.encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "packed.jsonl": (gzip.compress(b'{"text": "a b"}\n'), "compressed by gzip: let its name end in .gz"),
+    "table.json": (b"PAR1\x15\x04", "a Parquet file: let its name end in .parquet"),
+    "sheet.csv": (b"PK\x03\x04\x14\x00", "a zip archive, or a spreadsheet"),
+    "page.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page: download the file itself"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_file_that_is_not_what_its_name_says_is_told_what_it_is(tmp_path, name):
+    data, what = STARTS[name]
+    (tmp_path / name).write_bytes(data)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))} is {what}"):
+            open_source(SourceConfig(path=str(tmp_path / name)), DataConfig(streaming=streaming))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "expected"), [("a.csv", "prompt;completion", "commas"), ("a.tsv", "a,b", "tabs")]
+)
+def test_columns_between_other_separators_are_explained(tmp_path, name, line, expected):
+    (tmp_path / name).write_text(f"{line}\nx;y\n")
+    reason = (
+        f"{name}:1: expected names of columns with {expected} between them; found one name, '{line}': save the file"
+    )
+    with pytest.raises(UserError, match=reason):
+        open_path(tmp_path / name)
 
 
 def test_a_path_without_files_is_named_with_its_key(tmp_path, monkeypatch):
