@@ -189,6 +189,14 @@ def test_what_cannot_be_loaded(tmp_path):
             broken("b4", "tokenizer_config.json", '{"eos_token": "<nope>"}'),
             "eos_token is '<nope>', which tokenizer.json",
         ),
+        (broken("b8", "tokenizer_config.json", '{"unk_token": "\\ud800"}'), "not valid JSON", "surrogates not allowed"),
+        *(
+            (
+                broken(f"t{i}", "tokenizer_config.json", f'{{"chat_template": {value}}}'),
+                "expected chat_template to be a",
+            )
+            for i, value in enumerate(("5", "[5]", '[{"name": "default"}]', '[{"name": "default", "template": 5}]'))
+        ),
         (broken("b5", "chat_template.jinja", "{% for %}"), "chat_template.jinja: the chat template is not valid Jinja"),
     ]
     for folder, *reasons in cases:

@@ -294,8 +294,8 @@ def _check_named_tokens(folder: pathlib.Path, fast: tokenizers.Tokenizer, config
     for file, facts in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
         for key, value in facts.items():
             if key in _TOKEN_LISTS:
-                tokens = list(value.values()) if isinstance(value, dict) else value or []
-                named += [(file, f"{key} names", token) for token in tokens]
+                tokens = list(value.values()) if isinstance(value, dict) else value
+                named += [(file, f"{key} names", token) for token in tokens] if isinstance(tokens, list) else []
             elif key.endswith("_token"):
                 named.append((file, f"{key} is", value))
     named += [("added_tokens.json", "it names", text) for text in _read_json(folder / "added_tokens.json") or {}]
@@ -319,10 +319,12 @@ def _template_source(folder: pathlib.Path, config: dict, override: str) -> tuple
         return _read_text(path, "chat template", "utf-8-sig"), path
     path = folder / "tokenizer_config.json"
     source = config.get("chat_template") or ""
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        source = {str(entry.get("name")): entry.get("template") for entry in source}
     if isinstance(source, dict):
         source = source.get("default", "")
+    if not isinstance(source, str):
+        raise UserError(f"{path}: expected chat_template to be a template, or a list of {{'name', 'template'}}")
     return source, path
 
 
@@ -338,6 +340,7 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
     try:
         value = json.loads(_read_text(path, "tokenizer"))
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell halves of surrogate pairs, which no text holds
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(value, dict):
