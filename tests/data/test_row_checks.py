@@ -154,6 +154,8 @@ def test_the_advice_is_one_that_the_template_takes():
     assert "the chat template refuses this conversation" in reason
 
 
+NAMED = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+
 # -- prompts that are generated to ---------------------------------------------------------------------------------
 
 PARTS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{% if p.type == 'text' %}"
@@ -195,6 +197,29 @@ def test_text_with_more_than_one_end_is_refused(end):
     assert trained_texts(tokenizer, once) == trained_texts(tokenizer, render_row({"text": "abc"}, tokenizer)[0])
     for row in ({"text": "abc" + end}, {"prompt": "ab", "completion": "c" + end}):
         assert f"'{list(row)[-1]}' ends with '<|im_end|>' twice, or before whitespace" in refusal(row, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral_nemo", "phi3"])
+def test_a_bos_that_text_begins_with_is_the_one_that_the_tokenizer_adds(name):
+    tokenizer = load_bare(name)
+    bos, eos = tokenizer.special_tokens["bos_token"], tokenizer.special_tokens["eos_token"]
+    for plain, spelt in (
+        ({"text": "a b c"}, {"text": f"{bos}a b c{eos}"}),
+        ({"prompt": "Q:", "completion": " A"}, {"prompt": f"{bos}Q:", "completion": f" A{eos}"}),
+    ):
+        (one,), (other,) = render_row(plain, tokenizer), render_row(spelt, tokenizer)
+        assert one.tokens.tolist() == other.tokens.tolist() and one.loss_mask.tolist() == other.loss_mask.tolist()
+    assert f"'text' begins with '{bos}'" in refusal({"text": f"{bos}{bos}a b c{eos}"}, tokenizer)
+    if bos != "<s>":
+        assert render_prompt(bos + "Q:", tokenizer).tolist() == render_prompt("Q:", tokenizer).tolist()
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_refused():
+    qwen = load_bare("qwen3")
+    tokenizer = Tokenizer(qwen.folder, qwen.fast, NAMED, None, "", "none")
+    reason = refusal({"text": "<|endoftext|>a b c"}, tokenizer)
+    assert "'text' begins with '<|endoftext|>', which would be ordinary text to the model: leave it out" in reason
+    assert "puts none before text" in reason
 
 
 def test_an_end_token_that_looks_like_html_may_be_text():

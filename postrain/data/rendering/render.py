@@ -6,7 +6,8 @@ the same two steps: trained_spans.py decides which text is prompt and which is t
 
 Plain text gets the tokenizer's BOS, where it adds one, and its EOS at the end. A prompt/completion row of two
 strings is plain text of which the completion and the EOS are trained. Special tokens spelt in rows are encoded as
-ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end.
+ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end, and so is the BOS that the
+tokenizer adds at the beginning.
 
 The text is encoded once, as a whole, and the spans are found in its tokens. Two cases need more:
 
@@ -116,19 +117,47 @@ def _plan(
         head, body = example.prompt, example.completion
     else:
         head, body = "", example.text
-    eos = tokenizer.special_tokens["eos_token"]
-    # </s> before a line break may well be HTML, other end tokens are hardly ever text.
-    may_be_text = re.fullmatch(r"</?\w+>", eos) and not body.endswith(eos)
-    body = body.removesuffix(eos)
-    if body.rstrip().endswith(eos) and not may_be_text:
-        where = "'completion'" if isinstance(example, PromptCompletion) else "'text'"
-        raise BadRow(
-            example.ref,
-            f"{where} ends with {eos!r} twice, or before whitespace: only one at the very end is taken as the end, "
-            "and any other would be trained as ordinary text: leave it out, it is added to every row",
-        )
+    head, body = _without_named_tokens(head, body, tokenizer, example)
     head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
     return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
+
+
+# Tokens that are tags of HTML too: text that begins or ends with one may mean the tag.
+_HTML = ("<s>", "</s>")
+
+
+def _without_named_tokens(head: str, body: str, tokenizer: Tokenizer, example: Example) -> tuple[str, str]:
+    """Plain text without the BOS that it begins with and the EOS that it ends with, which are put there as tokens.
+
+    Raises BadRow where they would be trained as ordinary text: a second one, or a BOS that the tokenizer does not add.
+    """
+    begin, end = ("'prompt'", "'completion'") if isinstance(example, PromptCompletion) else ("'text'", "'text'")
+    eos, closed = tokenizer.special_tokens["eos_token"], body.endswith(tokenizer.special_tokens["eos_token"])
+    body = body.removesuffix(eos)
+    if body.rstrip().endswith(eos) and (closed or eos not in _HTML):
+        raise BadRow(
+            example.ref,
+            f"{end} ends with {eos!r} twice, or before whitespace: only one at the very end is taken as the end, "
+            "and any other would be trained as ordinary text: leave it out, it is added to every row",
+        )
+    if head:
+        return _without_bos(head, begin, closed, tokenizer, example.ref), body
+    return head, _without_bos(body, begin, closed, tokenizer, example.ref)
+
+
+def _without_bos(text: str, where: str, closed: bool, tokenizer: Tokenizer, ref: RowRef) -> str:
+    bos = tokenizer.special_tokens.get("bos_token")
+    if not bos or not text.startswith(bos) or (bos in _HTML and not closed):
+        return text
+    added = "one" if tokenizer.bos_id in tokenizer.prefix_ids else "none"
+    text = text.removeprefix(bos)
+    if added == "none" or text.startswith(bos):
+        raise BadRow(
+            ref,
+            f"{where} begins with {bos!r}, which would be ordinary text to the model: leave it out (this tokenizer "
+            f"puts {added} before text)",
+        )
+    return text
 
 
 def _check_default_system(text: str) -> None:
@@ -209,7 +238,8 @@ def _plan_prompt(
     if isinstance(messages, str):
         check_string(messages, "prompt", ref)
         check_not_rendered([("'prompt'", None, messages)], tokenizer, ref)
-        return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
+        text = _without_bos(messages, "'prompt'", False, tokenizer, ref)
+        return Sequence(mark(text, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     # Earlier answers are context: what the template drops of them is refused as it is in training.
     messages = [m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref)]
     check_not_rendered(_contents(messages), tokenizer, ref)
@@ -343,10 +373,15 @@ class Encoded:
             return ids, first, last
         right = next((i for i in range(before, len(places)) if int(ids[places[i]]) in anchors), None)
         after, stop = (len(ids), len(self.text)) if right is None else (places[right], starts[right])
-        # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
-        rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
         decode = functools.partial(self.fast.decode, skip_special_tokens=False)
-        if decode([*head, *rest]) != decode(ids[anchor:after].tolist()):
+        # After the anchor or a line break, not at the beginning of a text, where some tokenizers put a space in front.
+        for lead in (anchor_text, "\n"):
+            lead_ids, rest = _encode_short(self.fast, lead), _encode_short(self.fast, lead + self.text[begin:stop])
+            if rest[: len(lead_ids)] == lead_ids:
+                rest = rest[len(lead_ids) :]
+                if decode([*head, *rest]) == decode(ids[anchor:after].tolist()):
+                    break
+        else:
             raise Refusal(
                 "a token lies over the end of the generation prompt, and its sides cannot be encoded separately"
             )
