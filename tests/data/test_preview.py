@@ -149,18 +149,16 @@ def test_the_first_rows_of_a_stream_are_shown(config):
     assert shown.split("\n", 1)[1] == whole.split("\n", 1)[1]  # all of so few rows
 
 
-def test_a_list_of_three_answers_is_refused_as_training_refuses_it(config, tmp_path):
-    rows = [{"prompt": "2+2=", "completions": [" 4", " 5", " four"], "scores": [1, 0, 0.5]}]
-    source = SourceConfig(path=str(write_jsonl(tmp_path / "three.jsonl", rows)), kind="preference")
-    pairs = SourceConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", [pair()])), kind="preference")
-    for keys in ({"train": (source,), "eval": ()}, {"train": (pairs,), "eval": (source,)}):
-        changed = dataclasses.replace(config, recipe="preference", data=dataclasses.replace(config.data, **keys))
-        with pytest.raises(UserError, match=r"three.jsonl:1: a row of preferences has 3 answers, .* expects 2"):
-            preview(changed)
-
-
-def pair():
-    return {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
+def test_lists_that_training_refuses_are_told(config, tmp_path):
+    pair = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
+    three = {"prompt": "2+2=", "completions": [" 4", " 5", " four"], "scores": [1, 0, 0.5]}
+    lists = SourceConfig(path=str(write_jsonl(tmp_path / "lists.jsonl", [three, three])), kind="preference")
+    pairs = SourceConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", [pair])), kind="preference")
+    data = dataclasses.replace(config.data, train=(pairs,), eval=(lists,))
+    shown = preview(dataclasses.replace(config, recipe="preference", data=data), tmp_path / "page.html", color=False)
+    told = f"would refuse 2 rows with more, the first at {tmp_path}/lists.jsonl:1: make rows of two out of longer lists"
+    assert shown.count(told) == 1 and told in shown.partition("data.eval")[2]
+    assert told in _Page((tmp_path / "page.html").read_text()).text
 
 
 def test_what_the_length_costs_is_told(config):
