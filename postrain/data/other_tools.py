@@ -4,7 +4,7 @@ import itertools
 import re
 from typing import Any
 
-from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type
+from postrain.data.bad_row import BadRow, RowRef, check_string, decode_json, describe_type, explain_quotes
 from postrain.data.row_keys import (
     BLOCK_KEYS,
     FALSE_FLAGS,
@@ -158,7 +158,7 @@ def _join_blocks(blocks: Any, where: str, ref: RowRef, unread: set[str]) -> str:
         kind = block.get("type") if isinstance(block, dict) else describe_type(block)
         key = _REASONING_PARTS.get(kind) if isinstance(kind, str) else None
         if key is None:
-            raise BadRow(ref, f"{where}[{i}]: only reasoning as plain text can be trained on; found {kind!r}")
+            raise BadRow(ref, f"{where}[{i}]: only reasoning as plain text can be trained on; found {kind!r:.40}")
         if reason := BLOCK_KEYS.check(block, re.sub(r"\[\d+\]", "[]", f"{where}[{i}]."), unread):
             raise BadRow(ref, f"{where}[{i}]: {reason}")
         texts.append(check_string(block.get(key), f"{where}[{i}].{key}", ref))
@@ -234,4 +234,4 @@ def parse_json(text: str, where: str, ref: RowRef) -> Any:
     try:
         return decode_json(text)
     except (ValueError, RecursionError) as e:
-        raise BadRow(ref, f"{where} is not valid JSON: {e}") from None
+        raise BadRow(ref, f"{where} is not valid JSON: {e}{explain_quotes(text)}") from None

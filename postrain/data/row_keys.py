@@ -86,9 +86,9 @@ class Keys:
                     continue
                 return f"{key!r} is not read: {self.refused[key]}"
             if not empty or self.strict:
-                near = _find_near_key(str(key), self.read, self.strict)
+                near = find_near_key(str(key), self.read, self.strict)
                 if near and (self.strict or is_empty(raw.get(near))):
-                    return f"unknown key {key!r}; did you mean {near!r}?"
+                    return f"unknown key {key!r:.60}; did you mean {near!r}?"
             if not empty:
                 unread.add(f"{where}{key}")
         return ""
@@ -100,7 +100,7 @@ def is_empty(value: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _find_near_key(key: str, known: tuple[str, ...], strict: bool) -> str:
+def find_near_key(key: str, known: tuple[str, ...], strict: bool = False) -> str:
     """The known key that ``key`` misspells, or empty; ``prompt_id`` contains a known key and is not a misspelling."""
     if not strict and set(key.split("_")) & set(known):
         return ""
@@ -123,6 +123,9 @@ ROW_KEYS = {
     # Of no form: only what a key may have meant is of interest.
     "": Keys(("messages", "tools", "prompt", "completion", "text", "conversations", "instruction", "output")),
 }
+
+# Where a row's text is: what an unread key beside them may be another spelling of.
+DATA_KEYS = (*ROW_KEYS[""].read, "chosen", "rejected", "completions", "scores")
 
 # Of the objects in them
 

@@ -11,7 +11,7 @@ import re
 
 import pytest
 import tokenizers
-from real_tokenizers import get_template
+from real_tokenizers import LLAMA_CPP_TEMPLATES, get_template
 from rendering_fixtures import all_templates, load_bare, load_real, render_row, trained_runs
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -29,6 +29,10 @@ REAL = {
     "glm4moe": "glm",
     "mistral_nemo": "mistral_nemo",
     "phi3_5": "phi3",
+    "smollm3": "smollm3",
+    "granite3_3": "granite3_3",
+    "mistral_small": "mistral_small",
+    "glm4_7": "glm",
 }
 # Templates of models that see: they read content as a list of parts alone, and ours is a string.
 READ_PARTS = {name + training for name in ("idefics3", "llava_next", "smolvlm") for training in ("", "_training")}
@@ -156,7 +160,7 @@ def check_words(tokenizer, row, rendered):
     assert all(run.count(f"say{i}") == 1 for i in range(3 + ("reasoning_content" in answer))), row
 
 
-@pytest.mark.parametrize("template", [*all_templates(), "mistral_nemo"])
+@pytest.mark.parametrize("template", [*all_templates(), "mistral_nemo", *LLAMA_CPP_TEMPLATES])
 def test_random_conversations_are_those_of_transformers(template):
     tokenizer, rng, accepted = load(template), random.Random(template), 0
     rows = [(row, check_row) for row in (make_row(rng), make_row(rng), make_row(rng), make_row(rng, simple=True))]

@@ -115,6 +115,12 @@ def test_answers_in_other_words_begin_with_the_same_ids(tmp_path):
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1, 10**60]}, "scores[1] must be a finite number"),
         ({"prompt": "p", "completions": ["a", "b"], "scores": [1, "2"]}, "scores[1] must be a finite number"),
         ({"prompt": "p", "completions": "ab", "scores": [1, 2]}, "'completions' must be a list"),
+        (
+            {"prompt": "Q: 2+2? A:", "chosen": "Q: 2+2? A: 4", "rejected": "Q: 2+2? A: 5"},
+            "each of the answers begins with the whole prompt, which would then stand there twice",
+        ),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": [USER, assistant("")]}, "rejected[1]: the assistant message"),
+        ({"chosen": [USER, GOOD], "rejected": [USER, assistant("")]}, "rejected[1]: the assistant message is empty"),
         ({"prompt": "p", "chosen": "a", "rejected": [BAD]}, "all text or all lists of messages; found both"),
         ({"prompt": "p", "chosen": "a", "rejected": " "}, "rejected: 'completion' is empty"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "has no 'tools'"),
@@ -123,6 +129,16 @@ def test_answers_in_other_words_begin_with_the_same_ids(tmp_path):
 )
 def test_a_preference_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
     assert reason in refuse(tmp_path, "preference", row, tokenizer)
+
+
+def test_one_answer_alone_may_repeat_the_prompt(tmp_path, tokenizer):
+    """A worse answer may well be one that only repeats the question."""
+    row = {"prompt": "Q: 2+2? A:", "chosen": " 4", "rejected": "Q: 2+2? A: what?"}
+    (document,) = load(tmp_path, "preference", [row], tokenizer).examples
+    assert [tokenizer.decode(s.tokens[s.loss_mask]) for s in document.sequences] == [
+        " 4<|im_end|>",
+        "Q: 2+2? A: what?<|im_end|>",
+    ]
 
 
 @pytest.mark.parametrize(("key", "value"), [("score", 3), ("completion", "x"), ("scores", [1]), ("rank", np.ones(2))])

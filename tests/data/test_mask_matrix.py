@@ -120,7 +120,53 @@ GLM_CALL = (
 )
 GLM_CALL += "</tool_call>"
 NEMO_CALL = '[TOOL_CALLS][{"name": "mul", "arguments": {"a": 4, "b": 3}, "id": "123456789"}'
+GLM47_CALL = "<tool_call>mul<arg_key>a</arg_key><arg_value>4</arg_value><arg_key>b</arg_key><arg_value>3</arg_value>"
+GLM47_CALL += "</tool_call>"
+TEKKEN_CALL = '[TOOL_CALLS]mul[CALL_ID]123456789[ARGS]{"a": 4, "b": 3}'
 MATRIX = {
+    # It writes neither reasoning_content nor tools and calls; reasoning in the content stays as it is.
+    ("smollm3", "smollm3"): {
+        "plain": [["4<|im_end|>"]],
+        "multi": [["4<|im_end|>", "12<|im_end|>"]],
+        "reason": DROPS_REASONING,
+        "inline": [["<think>\nadd\n</think>\n\n4<|im_end|>", "<think>\nmul\n</think>\n\n12<|im_end|>"]],
+        "tools": NO_CALL,
+        "reason_tools": "drops the reasoning: 'use mul'",
+        "two_calls": NO_CALL,
+        "words_and_call": NO_CALL,
+    },
+    # It writes the tools, and drops the calls.
+    ("granite3_3", "granite3_3"): {
+        "plain": [["4<|end_of_text|>"]],
+        "multi": [["4<|end_of_text|>", "12<|end_of_text|>"]],
+        "reason": DROPS_REASONING,
+        "inline": [["<think>\nadd\n</think>\n\n4<|end_of_text|>", "<think>\nmul\n</think>\n\n12<|end_of_text|>"]],
+        "tools": NO_CALL,
+        "reason_tools": "drops the reasoning: 'use mul'",
+        "two_calls": NO_CALL,
+        "words_and_call": NO_CALL,
+    },
+    ("mistral_small", "mistral_small"): {
+        "plain": [["4</s>"]],
+        "multi": [["4</s>", "12</s>"]],
+        "reason": DROPS_REASONING,
+        "inline": [["<think>\nadd\n</think>\n\n4</s>", "<think>\nmul\n</think>\n\n12</s>"]],
+        "tools": [[TEKKEN_CALL + "</s>", "It is 12.</s>"]],
+        "reason_tools": "drops the reasoning: 'use mul'",
+        "two_calls": [[TEKKEN_CALL + TEKKEN_CALL.replace("4,", "5,") + "</s>"]],
+        "words_and_call": "drops the content: 'Let me see.'",
+    },
+    # The prompt opens <think>, or closes it at once; earlier reasoning goes when the next question comes.
+    ("glm", "glm4_7"): {
+        "plain": [["4<|user|>"]],
+        "multi": [["4<|user|>", "12<|user|>"]],
+        "reason": [["add</think>4<|user|>"], ["mul</think>12<|user|>"]],
+        "inline": [["add</think>4<|user|>"], ["mul</think>12<|user|>"]],
+        "tools": [[GLM47_CALL + "<|observation|>", "It is 12.<|user|>"]],
+        "reason_tools": [["use mul</think>" + GLM47_CALL + "<|observation|>", "done</think>It is 12.<|user|>"]],
+        "two_calls": [[GLM47_CALL + GLM47_CALL.replace("4", "5") + "<|observation|>"]],
+        "words_and_call": [["Let me see." + GLM47_CALL + "<|observation|>"]],
+    },
     ("qwen3_5", "qwen3_5_think"): QWEN35,
     ("qwen3_5", "qwen3_5_nothink"): QWEN35,
     # The system message and the tools stand before the last question alone: every turn has a sequence of its own.
@@ -214,7 +260,7 @@ CELLS = [(*key, row, expected) for key, rows in MATRIX.items() for row, expected
 
 @pytest.mark.parametrize("name, template, row, expected", CELLS, ids=[f"{c[1]}-{c[2]}" for c in CELLS])
 def test_mask_matrix(name, template, row, expected):
-    tokenizer, row = load_real(name, template), with_ids(ROWS[row]) if name == "mistral_nemo" else ROWS[row]
+    tokenizer, row = load_real(name, template), with_ids(ROWS[row]) if "mistral" in name else ROWS[row]
     if isinstance(expected, str):
         with pytest.raises(BadRow, match="rows.jsonl:7: messages") as error:
             render_row(row, tokenizer)
@@ -252,10 +298,13 @@ def check_served(row, tokenizer, rendered):
     assert rendered.loss_mask[-1]  # nothing stands after the last stop token
 
 
+WITHOUT_TOOLS = ("llama3", "gemma3", "deepseekv3", "phi3_5", "smollm3")
+
+
 @pytest.mark.parametrize("name, template", MATRIX)
 def test_a_template_without_tools_is_said_to_have_none(name, template):
     tokenizer = load_real(name, template)
-    assert tokenizer.template.renders_tools == (template not in ("llama3", "gemma3", "deepseekv3", "phi3_5"))
+    assert tokenizer.template.renders_tools == (template not in WITHOUT_TOOLS)
     for row, expected in MATRIX[(name, template)].items():
         if expected in (NO_TOOLS, NO_CALL):
             with pytest.raises(BadRow) as error:

@@ -1,5 +1,7 @@
 """Rows -> checked examples; every mistake names file, line and what was wrong, in one line."""
 
+import json
+import math
 import pickle
 
 import pytest
@@ -10,6 +12,7 @@ from postrain.errors import UserError
 
 REF = RowRef("train", "rows.jsonl", 12)
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+EMPTY = {"role": "assistant", "content": ""}
 
 CHAT = {"messages": [USER, ANSWER]}
 
@@ -120,6 +123,10 @@ BAD = {
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
         "must be an object or a JSON string of one; found a list",
     ),
+    "messages as Python writes them": (
+        {"messages": str([USER, ANSWER])},
+        "it is Python's spelling of an object, as str() writes it: write it with json.dumps()",
+    ),
     "tools no list": ({"messages": [USER, ANSWER], "tools": {"a": 1}}, "'tools' must be a list of function schemas"),
     "tools not JSON": ({"messages": [USER, ANSWER], "tools": "[{"}, "tools is not valid JSON"),
     "tool without name": (
@@ -153,6 +160,32 @@ BAD = {
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": "\\udc00"}'}]}]},
         "lone surrogate",
     ),
+    "NaN in arguments": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": [NaN]}'}]}]},
+        "messages[1].tool_calls[0] holds NaN, which is not JSON",
+    ),
+    "infinite arguments": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": -math.inf}}]}]},
+        "messages[1].tool_calls[0] holds -Infinity, which is not JSON",
+    ),
+    "NaN in tools": (CHAT | {"tools": [{"name": "f", "parameters": {"default": math.nan}}]}, "tools[0] holds NaN"),
+    "parameters not JSON": (CHAT | {"tools": [{"name": "f", "parameters": "{"}]}, "tools[0].parameters is not valid"),
+    "parameters no object": (
+        CHAT | {"tools": [{"name": "f", "parameters": "[]"}]},
+        "tools[0].parameters must be a JSON schema, an object; found a list as JSON text",
+    ),
+    "prompt twice": (
+        {"prompt": "Q: 2+2? A:", "completion": "Q: 2+2? A: 4"},
+        "'completion' begins with the whole prompt, which would then stand there twice",
+    ),
+    "messages of the prompt twice": (
+        {"prompt": [USER, ANSWER, USER], "completion": [USER, ANSWER, USER, ANSWER]},
+        "'completion' begins with the messages of 'prompt'",
+    ),
+    "empty and trained by the mask": (
+        {"messages": [USER, EMPTY, USER, ANSWER], "loss_mask": [0, 1, 0, 1]},
+        "messages[1]: the assistant message is empty",
+    ),
     "noncharacter": ({"text": "a\ufdd0b"}, "holds one of the noncharacters"),
 }
 
@@ -164,6 +197,53 @@ def test_bad_rows(raw, reason):
     assert str(error.value).startswith("rows.jsonl:12: ") and "\n" not in str(error.value)
     assert reason in str(error.value)
     assert isinstance(error.value, UserError) and error.value.ref == REF
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, EMPTY, USER, ANSWER], "loss_mask": [0, 0, 0, 1]},
+        {"messages": [USER, EMPTY, USER, ANSWER], "mask_history": True},
+        {"messages": [USER, EMPTY | {"weight": 0}, USER, ANSWER]},
+        {"prompt": [USER, EMPTY, USER], "completion": [ANSWER]},
+    ],
+)
+def test_an_empty_answer_that_is_not_trained_is_context(row):
+    assert parse(row).messages == (USER, EMPTY | {"train": False}, USER, ANSWER)
+
+
+def test_an_answer_may_repeat_a_word_or_all_of_its_prompt():
+    for prompt, completion in (("run", "running"), ("He goes to school", "He goes to school"), ("a b\n", "a b c")):
+        assert parse({"prompt": prompt, "completion": completion}).completion == completion
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "", None, []])
+def test_no_tools_and_no_calls_however_they_are_written(value):
+    assert parse(CHAT | {"tools": value}) == parse({"messages": [USER, ANSWER | {"tool_calls": value}]}) == parse(CHAT)
+
+
+def test_a_function_as_text_is_the_function():
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "w", "parameters": schema}
+    text = function | {"parameters": json.dumps(schema)}
+    expected = ({"type": "function", "function": function},)
+    for tool in (function, text, {"type": "function", "function": text}, {"type": "function", **text}):
+        assert parse(CHAT | {"tools": [tool]}).tools == parse(CHAT | {"tools": [json.dumps(tool)]}).tools == expected
+    assert parse(CHAT | {"tools": [{"type": "function", "function": json.dumps(text)}]}).tools == expected
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"messages": None, "prompt": None, "completion": None, "text": "Sky."}, TextRow("Sky.", REF)),
+        ({"messages": None, "prompt": "2+2=", "completion": " 4"}, PromptCompletion("2+2=", " 4", REF)),
+        ({"text": None, "conversations": None, "messages": [USER, ANSWER]}, Conversation((USER, ANSWER), None, REF)),
+    ],
+)
+def test_a_null_is_a_column_that_the_row_does_not_have(row, expected):
+    assert parse(row) == expected
+    with pytest.raises(BadRow, match="'messages' must be a list of messages; found nothing"):
+        parse({"messages": None, "id": 1})
 
 
 def test_keys_of_its_own_are_left_to_the_user():

@@ -147,3 +147,35 @@ def test_the_first_rows_of_a_stream_are_shown(config):
     shown, whole = (preview(dataclasses.replace(config, data=d), color=False) for d in (data, config.data))
     assert shown.startswith("data.train (the first rows)\n")
     assert shown.split("\n", 1)[1] == whole.split("\n", 1)[1]  # all of so few rows
+
+
+def test_lists_that_training_refuses_are_told(config, tmp_path):
+    pair = {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
+    three = {"prompt": "2+2=", "completions": [" 4", " 5", " four"], "scores": [1, 0, 0.5]}
+    lists = SourceConfig(path=str(write_jsonl(tmp_path / "lists.jsonl", [three, three])), kind="preference")
+    pairs = SourceConfig(path=str(write_jsonl(tmp_path / "pairs.jsonl", [pair])), kind="preference")
+    data = dataclasses.replace(config.data, train=(pairs,), eval=(lists,))
+    shown = preview(dataclasses.replace(config, recipe="preference", data=data), tmp_path / "page.html", color=False)
+    told = f"would refuse 2 rows with more, the first at {tmp_path}/lists.jsonl:1: make rows of two out of longer lists"
+    assert shown.count(told) == 1 and told in shown.partition("data.eval")[2]
+    assert told in _Page((tmp_path / "page.html").read_text()).text
+
+
+def test_what_the_length_costs_is_told(config):
+    data = dataclasses.replace(config.data, sequence_length=40, eval=())
+    shown = preview(dataclasses.replace(config, data=data), color=False)
+    told = (
+        r"source 'train': 2 of 3 documents left out, longer than data.sequence_length = 40 \(the longest has \d+ tokens"
+    )
+    assert re.search(told, shown)
+    assert "left out" not in preview(config, color=False)
+
+
+def test_a_misspelt_key_is_told_with_a_guess(config, tmp_path):
+    rows = [chat("a", "b") | {"mesages": 1, "difficulty": 2}, chat("a", "b") | {"complation": "c"}]
+    train = (SourceConfig(path=str(write_jsonl(tmp_path / "odd.jsonl", rows))),)
+    shown = preview(dataclasses.replace(config, data=dataclasses.replace(config.data, train=train)), color=False)
+    told = (
+        "'complation' (1 row; did you mean 'completion'?), 'difficulty' (1 row), 'mesages' (1 row; did you mean 'messag"
+    )
+    assert told in shown

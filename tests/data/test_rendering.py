@@ -278,6 +278,21 @@ def test_a_newline_never_merges_into_the_prompt():
     assert second.tokens[: len(prompt)].tolist() == prompt.tolist()
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "llama3", "mistral_nemo"])
+@pytest.mark.parametrize("completion", ["c", "lo wor", " 4", "語です", "\n y", "  z"])
+def test_a_completion_may_go_on_within_a_word(name, completion):
+    """Also under SentencePiece, which puts a space in front of text that is encoded by itself."""
+    tokenizer = load_bare(name)
+    for prompt in ("a b", "hel", "日本", "x ", "x\n"):
+        (rendered,) = render_row({"prompt": prompt, "completion": completion}, tokenizer)
+        ((start, end),) = trained_runs(rendered)
+        assert rendered.tokens[:start].tolist() == [*tokenizer.prefix_ids, *tokenizer.encode_text(prompt)]
+        assert (
+            tokenizer.decode(rendered.tokens[1:end]).removeprefix(" ")
+            == prompt + completion + (tokenizer.special_tokens["eos_token"])
+        )
+
+
 PLAIN = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

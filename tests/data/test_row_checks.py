@@ -9,6 +9,8 @@ from rendering_fixtures import CHATML, REF, all_templates, load_bare, load_real,
 from postrain.data.bad_row import BadRow
 from postrain.data.rendering.render import decode_parts, encode_prompts, render_prompt
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
+from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.errors import UserError
 
 ASK, ANSWER = {"role": "user", "content": "7 times 8?"}, {"role": "assistant", "content": "56."}
 
@@ -150,6 +152,83 @@ def test_the_advice_is_one_that_the_template_takes():
     # What else is wrong is said as ever.
     reason = refusal({"messages": [answer("hi", reasoning_content="hm"), *rest]}, tokenizer)
     assert "the chat template refuses this conversation" in reason
+
+
+NAMED = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+
+# -- prompts that are generated to ---------------------------------------------------------------------------------
+
+PARTS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}{% if p.type == 'text' %}"
+PARTS += "{{ p.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+PARTS += "{{ '<|im_start|>assistant\n' }}{% endif %}"
+NO_SYSTEM = HEAD.replace("in messages", "in messages if m.role != 'system'") + TAIL + "{% endif %}"
+NO_HISTORY = HEAD.replace("in messages", "in messages if m.role == 'user'") + TAIL + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "options", "dropped"),
+    [
+        (PARTS, [ASK], {}, r"the content of messages\[0\] \(user\)"),
+        (NO_SYSTEM, [{"role": "system", "content": "In French."}, ASK], {}, r"the content of messages\[0\] \(system\)"),
+        (NO_SYSTEM, [ASK], {"default_system": "In French."}, r"the content of data.default_system \(--system in "),
+        (NO_HISTORY, [ASK, ANSWER, ASK], {}, r"the content of messages\[1\] \(assistant\)"),
+        (NO_SYSTEM, [ASK], {"tools": [{"name": "mul"}]}, "the tools: the chat template of .* does not render tools"),
+    ],
+)
+def test_a_prompt_of_which_the_template_drops_a_part_is_refused(template, messages, options, dropped):
+    with pytest.raises(BadRow, match=f"the chat template drops {dropped}"):
+        render_prompt(messages, load_real("qwen3", template), **options)
+
+
+def test_a_system_message_that_is_no_text_is_named():
+    tokenizer = load_real("qwen3", CHATML)
+    for render in (
+        lambda: render_prompt([ASK], tokenizer, default_system="\udcff"),
+        lambda: render_row({"messages": [ASK, ANSWER]}, tokenizer, default_system="\udcff"),
+    ):
+        with pytest.raises(UserError, match=r"^data.default_system \(--system in `.*`\) has a lone surrogate"):
+            render()
+
+
+@pytest.mark.parametrize("end", ["<|im_end|><|im_end|>", "<|im_end|>\n", "<|im_end|> <|im_end|>"])
+def test_text_with_more_than_one_end_is_refused(end):
+    tokenizer = load_bare("qwen3")
+    (once,) = render_row({"text": "abc<|im_end|>"}, tokenizer)
+    assert trained_texts(tokenizer, once) == trained_texts(tokenizer, render_row({"text": "abc"}, tokenizer)[0])
+    for row in ({"text": "abc" + end}, {"prompt": "ab", "completion": "c" + end}):
+        assert f"'{list(row)[-1]}' ends with '<|im_end|>' twice, or before whitespace" in refusal(row, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "mistral_nemo", "phi3"])
+def test_a_bos_that_text_begins_with_is_the_one_that_the_tokenizer_adds(name):
+    tokenizer = load_bare(name)
+    bos, eos = tokenizer.special_tokens["bos_token"], tokenizer.special_tokens["eos_token"]
+    for plain, spelt in (
+        ({"text": "a b c"}, {"text": f"{bos}a b c{eos}"}),
+        ({"prompt": "Q:", "completion": " A"}, {"prompt": f"{bos}Q:", "completion": f" A{eos}"}),
+    ):
+        (one,), (other,) = render_row(plain, tokenizer), render_row(spelt, tokenizer)
+        assert one.tokens.tolist() == other.tokens.tolist() and one.loss_mask.tolist() == other.loss_mask.tolist()
+    assert f"'text' begins with '{bos}'" in refusal({"text": f"{bos}{bos}a b c{eos}"}, tokenizer)
+    if bos != "<s>":
+        assert render_prompt(bos + "Q:", tokenizer).tolist() == render_prompt("Q:", tokenizer).tolist()
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_refused():
+    qwen = load_bare("qwen3")
+    tokenizer = Tokenizer(qwen.folder, qwen.fast, NAMED, None, "", "none")
+    reason = refusal({"text": "<|endoftext|>a b c"}, tokenizer)
+    assert "'text' begins with '<|endoftext|>', which would be ordinary text to the model: leave it out" in reason
+    assert "puts none before text" in reason
+
+
+def test_an_end_token_that_looks_like_html_may_be_text():
+    tokenizer = load_bare("phi3")
+    tokenizer = Tokenizer(tokenizer.folder, tokenizer.fast, {"eos_token": "</s>"}, None, "", "none")
+    (rendered,) = render_row({"text": "<s>struck</s>\n"}, tokenizer)
+    assert tokenizer.decode(rendered.tokens).endswith("<s>struck</s>\n</s>")
+    assert tokenizer.eos_id not in rendered.tokens[:-1]
+    assert "ends with '</s>' twice" in refusal({"text": "struck</s> </s>"}, tokenizer)
 
 
 # -- written by a chat template already ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from postrain.config import DataConfig, SourceConfig
-from postrain.data.bad_row import BadRow
+from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.source import open_source
 from postrain.data.files.formats import RECORDS
 from postrain.data.messages import PromptCompletion, TextRow
@@ -68,6 +69,39 @@ def test_kinds(tmp_path):
     assert isinstance(open_path(tmp_path / "p.jsonl", kind="text")[0], TextRow)
 
 
+def test_columns_of_nulls_do_not_decide_the_form(tmp_path):
+    empty = {"messages": None, "prompt": None, "completion": None}
+    source = open_path(
+        write_lines(tmp_path / "t.jsonl", [empty | {"text": "x"}, empty | {"text": "y"}, empty | chat(0)])
+    )
+    assert source.parser.form == "text" and source[1].text == "y"
+    with pytest.raises(
+        BadRow, match="t.jsonl:3: expected a row of kind text, as the first .*found one of kind messages"
+    ):
+        source[2]
+    source = open_path(write_lines(tmp_path / "m.jsonl", [chat(0), empty, {"prompt": "a", "completion": None}]))
+    with pytest.raises(BadRow, match="m.jsonl:2: 'messages' must be a list of messages; found nothing"):
+        source[1]
+    with pytest.raises(
+        BadRow, match="m.jsonl:3: expected a row of kind messages.* found one of kind prompt_completion"
+    ):
+        source[2]
+
+
+def test_a_row_of_two_forms_is_refused_until_the_config_says_which(tmp_path):
+    path = write_lines(tmp_path / "two.jsonl", [chat(0) | {"prompt": "x", "completion": "PC", "text": "T"}])
+    said = "two.jsonl:1: the row is one of 'messages' and of 'prompt' and 'completion', and only one of them is trained"
+    with pytest.raises(BadRow, match=f"{said}: say which with kind='messages' or kind='prompt_completion' for the"):
+        open_path(path)
+    assert open_path(path, kind="messages")[0].messages[0]["content"] == "q0"
+    assert open_path(path, kind="prompt_completion")[0] == PromptCompletion("x", "PC", RowRef("two", str(path), 1))
+    lists = {"prompt": "a", "chosen": "b", "rejected": "c", "completions": ["b", "c"], "scores": [1, 0]}
+    with pytest.raises(
+        BadRow, match="one of 'chosen' and 'rejected' and of 'completions' and 'scores'.*take the other"
+    ):
+        open_path(write_lines(tmp_path / "p.jsonl", [lists]), kind="preference")
+
+
 @pytest.mark.parametrize(
     ("rows", "line", "found", "expected"),
     [
@@ -99,6 +133,7 @@ def test_the_kind_that_the_config_gives_holds(tmp_path):
 BAD_LINES = {
     "not JSON": (b'{"text": "a" "b"}', "invalid JSON: Expecting ',' delimiter at column 14"),
     "cut off": (b'{"text": "a', "invalid JSON: Unterminated string"),
+    "single quotes": (b"{'text': 'a'}", "column 2; it is Python's spelling of an object, as str() writes it"),
     "two objects": (b'{"text": "a"} {"text": "b"}', "invalid JSON: Extra data"),
     "not UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8: byte 0xe9 at byte 14 of the line"),
     "too deep": (b"[" * 100_000, "invalid JSON: "),
@@ -122,10 +157,87 @@ def test_a_bad_first_line_is_that_rows_error(tmp_path):
     assert source[1].text == "fine"
 
 
-def test_a_json_list_in_place_of_lines_is_explained(tmp_path):
-    (tmp_path / "rows.json").write_text("[\n" + json.dumps(chat(0)) + "\n]")
-    with pytest.raises(BadRow, match="expected one JSON object on each line"):
-        open_path(tmp_path / "rows.json")[0]
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b" \n"])
+def test_a_json_file_may_be_one_array(tmp_path, indent, before):
+    rows = [chat(0), chat(1), {"text": "x"}]
+    (tmp_path / "rows.json").write_bytes(before + json.dumps(rows, indent=indent, ensure_ascii=False).encode())
+    source = open_path(tmp_path / "rows.json")
+    assert [source[i].messages[0]["content"] for i in (0, 1)] == ["q0", "q1"] and len(source) == 3
+    with pytest.raises(BadRow, match=r"rows.json:3: expected a row of kind messages, as the first at .*rows.json:1"):
+        source[2]
+    streamed = open_source(SourceConfig(path=str(tmp_path / "rows.json")), DataConfig(streaming=True))
+    assert [str(row.ref) for row in streamed.rows()] == [f"{tmp_path}/rows.json:{i}" for i in (1, 2, 3)]
+    write_lines(tmp_path / "lines.json", rows[:2])
+    assert open_path(tmp_path / "lines.json")[1].messages[0]["content"] == "q1"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_in_place_of_lines_is_explained(tmp_path, indent):
+    written = json.dumps([chat(0)], indent=indent).encode()
+    (tmp_path / "rows.jsonl").write_bytes(written)
+    (tmp_path / "rows.json.gz").write_bytes(gzip.compress(written))
+    for name in ("rows.jsonl", "rows.json.gz"):
+        with pytest.raises(UserError, match=f"{name} is one JSON array; expected one JSON object on each line: rename"):
+            open_path(tmp_path / name)
+    for end, reason in (
+        (b",]", r"invalid JSON: .* at column \d+, in a file that is one array"),
+        (b'{"a":1,"a":2}]', ""),
+    ):
+        (tmp_path / "rows.json").write_bytes(written[:-1].rstrip() + end)
+        with pytest.raises(UserError, match=r"rows.json:\d+: " + reason):
+            open_path(tmp_path / "rows.json")
+
+
+STARTS = {
+    "rows.jsonl": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.jsonl.gz": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "a pointer of Git LFS"),
+    "rows.csv": ("prompt,completion\na b,c\n".encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "text.jsonl": ('{"text": "a b"}\n'.encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+    "packed.jsonl": (gzip.compress(b'{"text": "a b"}\n'), "compressed by gzip: let its name end in .gz"),
+    "table.json": (b"PAR1\x15\x04", "a Parquet file: let its name end in .parquet"),
+    "sheet.csv": (b"PK\x03\x04\x14\x00", "a zip archive, or a spreadsheet"),
+    "page.jsonl": (b"<!DOCTYPE html>\n<html>", "a web page: download the file itself"),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_file_that_is_not_what_its_name_says_is_told_what_it_is(tmp_path, name):
+    data, what = STARTS[name]
+    (tmp_path / name).write_bytes(data)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / name))} is {what}"):
+            open_source(SourceConfig(path=str(tmp_path / name)), DataConfig(streaming=streaming))
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "expected"), [("a.csv", "prompt;completion", "commas"), ("a.tsv", "a,b", "tabs")]
+)
+def test_columns_between_other_separators_are_explained(tmp_path, name, line, expected):
+    (tmp_path / name).write_text(f"{line}\nx;y\n")
+    reason = (
+        f"{name}:1: expected names of columns with {expected} between them; found one name, '{line}': save the file"
+    )
+    with pytest.raises(UserError, match=reason):
+        open_path(tmp_path / name)
+
+
+def test_a_path_without_files_is_named_with_its_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    paths = {
+        "none.jsonl": f"none.jsonl matches no file; expected .jsonl, .*; looked for {tmp_path}/none.jsonl$",
+        "no/x*.jsonl": rf"a folder; looked for {tmp_path}/no/x\*.jsonl, and there is no folder {tmp_path}/no$",
+        f"{tmp_path}/none.jsonl": "a glob of them, or a folder$",
+        "here": "a folder, in which .json, .csv, .tsv are left out: name such files themselves$",
+        "[a.jsonl": "looks like part of a list that lacks a bracket: write lists as",
+    }
+    for path, reason in paths.items():
+        one = SourceConfig(path=path)
+        for key in ("train", "eval"):
+            with pytest.raises(UserError, match=f"^config key 'data.{key}': .*{reason}"):
+                open_source(one, DataConfig(**{key: (one,)}))
 
 
 def test_parquet_over_row_groups(tmp_path):

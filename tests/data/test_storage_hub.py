@@ -128,6 +128,6 @@ def test_the_command_line_reads_from_the_hub(hub, tmp_path, streaming):
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert result.returncode == 2
     assert result.stderr == (
-        f"error: {url} cannot be read: the cache {tmp_path}/home/hub does not hold it, and HF_HUB_OFFLINE is set: "
-        "unset it, or first fetch it by `hf download`\n"
+        f"error: config key 'data.train': {url} cannot be read: the cache {tmp_path}/home/hub does not hold it, and "
+        "HF_HUB_OFFLINE is set: unset it, or first fetch it by `hf download`\n"
     )

@@ -130,9 +130,9 @@ def test_where_the_template_comes_from(tmp_path):
     assert load_tokenizer(folder).chat_template == "in config"
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "by name"}]
     assert load_tokenizer(save_small_tokenizer(tmp_path / "b", template=named)).chat_template == "by name"
-    (folder / "chat_template.jinja").write_text("in file")
+    (folder / "chat_template.jinja").write_text("\ufeffin file", encoding="utf-8")  # with a byte order mark
     assert load_tokenizer(folder).chat_template == "in file"
-    (tmp_path / "mine.jinja").write_text("mine")
+    (tmp_path / "mine.jinja").write_text("\ufeffmine", encoding="utf-8")
     assert load_tokenizer(folder, str(tmp_path / "mine.jinja")).chat_template == "mine"
     assert load_tokenizer(save_small_tokenizer(tmp_path / "c", template=None)).chat_template == ""
 
@@ -189,11 +189,40 @@ def test_what_cannot_be_loaded(tmp_path):
             broken("b4", "tokenizer_config.json", '{"eos_token": "<nope>"}'),
             "eos_token is '<nope>', which tokenizer.json",
         ),
+        (broken("b8", "tokenizer_config.json", '{"unk_token": "\\ud800"}'), "not valid JSON", "surrogates not allowed"),
+        *(
+            (
+                broken(f"t{i}", "tokenizer_config.json", f'{{"chat_template": {value}}}'),
+                "expected chat_template to be a",
+            )
+            for i, value in enumerate(("5", "[5]", '[{"name": "default"}]', '[{"name": "default", "template": 5}]'))
+        ),
         (broken("b5", "chat_template.jinja", "{% for %}"), "chat_template.jinja: the chat template is not valid Jinja"),
     ]
     for folder, *reasons in cases:
         with pytest.raises(UserError) as error:
             load_tokenizer(folder)
         assert all(r in str(error.value) for r in reasons) and "\n" not in str(error.value), str(error.value)
+    token = "which tokenizer.json does not have: transformers would add it"
+    for key, value in {
+        "unk_token": "<new>",
+        "image_token": {"__type": "AddedToken", "content": "<new>"},
+        "added_tokens_decoder": {"9000": {"content": "<new>", "special": False}},
+        "additional_special_tokens": ["<s>", "<new>"],
+        "extra_special_tokens": {"tag": "<new>"},
+        "model_specific_special_tokens": {"tag": "<new>"},
+    }.items():
+        folder = save_small_tokenizer(tmp_path / key, **{key: value})
+        assert "<new>" in AutoTokenizer.from_pretrained(folder).get_vocab()
+        with pytest.raises(UserError, match=f"tokenizer_config.json: {key} (is|names) '<new>', {token}"):
+            load_tokenizer(folder)
+    for file, text in {
+        "added_tokens.json": '{"<new>": 9000}',
+        "special_tokens_map.json": '{"additional_special_tokens": ["<new>"]}',
+    }.items():
+        folder = broken(file, file, text)
+        assert "<new>" in AutoTokenizer.from_pretrained(folder).get_vocab()
+        with pytest.raises(UserError, match=f"{file}: .* names '<new>', {token}"):
+            load_tokenizer(folder)
     with pytest.raises(UserError, match="data.chat_template: .*none.jinja cannot be read"):
         load_tokenizer(good, str(tmp_path / "none.jinja"))

@@ -14,10 +14,12 @@ from postrain.config import DataConfig
 from postrain.data.bad_row import BadRow
 from postrain.data.documents import Document, Rendered, SameLayout
 from postrain.data.kinds.registry import Kind, RenderedRow
+from postrain.data.row_keys import DATA_KEYS, find_near_key
 from postrain.errors import UserError
 from postrain.files import read_jsonl
 
 _NAMES_KEPT, _NAMES_SHOWN, _LONGEST_NAME = 200, 20, 60  # of the keys of a source that are not read
+_MANY = 0.05  # the share of documents left out for their length that a line of its own tells
 _OTHER = ""  # stands for those beyond
 
 
@@ -80,15 +82,20 @@ class RowCounts:
             self.unread[name] = self.unread.get(name, 0) + rows
 
     def format_unread(self) -> str:
-        """ "source 'x': keys that were not read: 'difficulty' (120 rows), messages[].foo (3 rows)"; "" without any."""
+        """ "source 'x': keys that were not read: 'difficulty' (120 rows), messages[].foo (3 rows)"; "" without any.
+
+        A key that looks like a misspelt one of the row's text is followed by that one.
+        """
         if not self.unread:
             return ""
         names = sorted((name for name in self.unread if name != _OTHER), key=lambda name: (-self.unread[name], name))
-        shown = [
+        shown = []
+        for name in names[:_NAMES_SHOWN]:
+            near = find_near_key(name, DATA_KEYS)
+            guess = f"; did you mean {near!r}?" if near not in ("", name) else ""
             # A name with control characters, or halves of surrogate pairs, is printed escaped.
-            f"{repr(name)[1:-1] if '[]' in name else repr(name)} ({count(self.unread[name], 'row')})"
-            for name in names[:_NAMES_SHOWN]
-        ]
+            escaped = repr(name)[1:-1] if "[]" in name else repr(name)
+            shown.append(f"{escaped} ({count(self.unread[name], 'row')}{guess})")
         more = len(names) - len(shown)
         if more or _OTHER in self.unread:
             shown.append(f"and {more:,}{' or more' * (_OTHER in self.unread)} others")
@@ -304,7 +311,8 @@ class DataReport:
 
     def format_notes(self) -> list[str]:
         """How many rows there are and how much of them is used. Then a line for each switch of the chat template that
-        answers were trained after, as serving must set it too, and for each function of a source that left rows out."""
+        answers were trained after, as serving must set it too, for each source that lost many documents to the length,
+        and for each function of a source that left rows out."""
         slots = self.packed_rows * self.sequence_length
         fill = self.used_slots / slots if slots else 0.0
         packing = (
@@ -316,12 +324,19 @@ class DataReport:
             f"(postrain generate --thinking {'off' if switch.endswith('False') else 'on'})"
             for switch, number in self.template_switches.items()
         ]
+        lengths = [
+            f"source {source.name!r}: {source.too_long:,} of {count(source.too_long + source.documents, 'document')} "
+            f"left out, longer than data.sequence_length = {self.sequence_length} (the longest has "
+            f"{count(source.longest, 'token')})"
+            for source in self.sources
+            if source.too_long > _MANY * (source.too_long + source.documents)
+        ]
         functions = [
             f"{source.name}: {count(source.left_out, 'row')} of {source.rows:,} left out by {source.left_out_by}"
             for source in self.sources
             if source.left_out
         ]
-        return [packing, *switches, *functions, *self.format_unread()]
+        return [packing, *switches, *lengths, *functions, *self.format_unread()]
 
     def format_unread(self) -> list[str]:
         """For each source with keys that were not read a line with their counts."""

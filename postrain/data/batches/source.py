@@ -128,7 +128,11 @@ class FileSource(Source):
         if data.streaming:
             cache_bytes = int(stream.cache_gibibytes * 2**30)
             self.options = StorageOptions(cache_folder=stream.cache_folder, cache_bytes=cache_bytes)
-        self.files: list[StoredFile] = list_files(config.path, self.options)
+        try:
+            self.files: list[StoredFile] = list_files(config.path, self.options)
+        except UserError as e:
+            key = next((key for key in ("train", "eval") if any(one is config for one in getattr(data, key))), "")
+            raise UserError(f"config key 'data.{key}': {e}" if key else str(e)) from e
         self.size = sum(file.bytes for file in self.files)
         size = max((file.bytes for file in self.files), default=0)
         if data.streaming:

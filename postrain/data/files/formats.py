@@ -6,6 +6,7 @@ A block is the unit of reading and shuffling. The blocks of a file are known wit
 * Parquet: row groups, several small ones together (its footer is read)
 * ArrayRecord, a record being the JSON of a row: ranges of records where the file is local (its index is read), else
   the whole file, which has to be copied to the disk to be read
+* a ``.json`` that is one array of rows instead of lines: the whole file, which is held in memory
 * ``.jsonl.gz``, ``.jsonl.zst``, Arrow (what ``datasets`` saves), CSV and TSV (whose first line names the columns, and
   where a line may end inside a quoted field): the whole file, as it can only be read from its start
 
@@ -22,6 +23,7 @@ out; in JSON lines they stay. So they do in columns of JSON text of the type ``a
 which are decoded. In CSV and TSV every value is text.
 """
 
+import codecs
 import csv
 import dataclasses
 import gzip
@@ -34,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from postrain.data.bad_row import BadRow, RowRef, decode_json
+from postrain.data.bad_row import BadRow, RowRef, decode_json, explain_quotes
 from postrain.data.files import storage
 from postrain.data.files.storage import DEFAULTS, FORMATS, StorageOptions, StoredFile, local_copy, open_file
 from postrain.errors import UserError, one_line
@@ -42,6 +44,19 @@ from postrain.errors import UserError, one_line
 RECORDS = 64  # rows of Parquet, Arrow and ArrayRecord that are decoded together
 # What the readers of the formats raise for a damaged file.
 _READER_ERRORS = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RuntimeError)
+_START = 64  # bytes that tell what a file is
+_SIGNATURES = {  # first bytes -> the suffix that says so, what the file is, and what to do
+    b"version https://git-lfs": ("", "a pointer of Git LFS in place of the file: fetch it with `git lfs pull`"),
+    b"<!DOCTYPE": ("", "a web page: download the file itself"),
+    b"<html": ("", "a web page: download the file itself"),
+    b"\xff\xfe": ("", "text in UTF-16: save it as UTF-8"),
+    b"\xfe\xff": ("", "text in UTF-16: save it as UTF-8"),
+    b"PK\x03\x04": ("", "a zip archive, or a spreadsheet: unpack it, or save the sheet as CSV"),
+    b"\x1f\x8b": (".gz", "compressed by gzip: let its name end in .gz"),
+    b"\x28\xb5\x2f\xfd": (".zst", "compressed by Zstandard: let its name end in .zst"),
+    b"PAR1": (".parquet", "a Parquet file: let its name end in .parquet"),
+}
+_LARGEST_ARRAY = 1 << 30  # bytes of a JSON array, which is read whole
 _ARROW_FILE = b"ARROW1"  # first bytes of Arrow's random-access format; datasets writes the streaming format
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # last bytes of a stream; pyarrow reads one without them as whole
 
@@ -58,7 +73,7 @@ class Block:
     """``start``, ``stop``: bytes (jsonl), row groups (parquet), records (array_record); None: up to the end."""
 
     file: StoredFile
-    kind: str  # one of FORMATS' values
+    kind: str  # one of FORMATS' values, or "array"
     start: int = 0
     stop: int | None = None
 
@@ -87,8 +102,24 @@ def read_block(block: Block, source: str = "", options: StorageOptions = DEFAULT
     try:
         yield from _READERS[block.kind](block, source, options)
     except _READER_ERRORS as e:
-        raise UserError(_format_damage(block.file, e)) from e
+        raise _explain_damage(block.file, e, options) from e
     storage.check_unchanged(block.file, options)
+
+
+def _check_start(url: str, start: bytes) -> None:
+    """Raises UserError for a file that begins as one of another kind than its name says."""
+    for magic, (suffix, what) in _SIGNATURES.items():
+        if start.startswith(magic) and not (suffix and url.endswith(suffix)):
+            raise UserError(f"{url} is {what}")
+
+
+def _explain_damage(file: StoredFile, cause: Exception, options: StorageOptions) -> UserError:
+    try:
+        with open_file(file, options) as f:
+            _check_start(file.url, f.read(_START))
+    except UserError as e:  # what it is, or that it cannot be read
+        return e
+    return UserError(_format_damage(file, cause))
 
 
 def _format_damage(file: StoredFile, cause: Exception | str) -> str:
@@ -102,6 +133,8 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
     if suffix is None:
         raise UserError(f"{file.url}: expected a file of {', '.join(FORMATS)}")
     kind = FORMATS[suffix]
+    if name.endswith(".json") and _begins_array(file, options):
+        return [Block(file, "array")]
     if kind == "jsonl":
         begins = range(0, file.bytes, block_bytes)
         return [Block(file, kind, begin, min(begin + block_bytes, file.bytes)) for begin in begins]
@@ -113,20 +146,30 @@ def _divide(file: StoredFile, block_bytes: int, options: StorageOptions) -> list
         if kind == "array_record" and storage.is_local(file.url):
             return _divide_records(file, block_bytes)
     except _READER_ERRORS as e:
-        raise UserError(_format_damage(file, e)) from e
+        raise _explain_damage(file, e, options) from e
     return [Block(file, kind)]
 
 
 def _decode(line: bytes, ref: RowRef, *, first: bool = False) -> Row:
-    """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand."""
+    """The row of a line of JSON; ``first`` of its file, where a byte order mark may stand.
+
+    Raises UserError where the file is one JSON array instead of lines, or no JSON at all.
+    """
     data = line.removesuffix(b"\n")
+    if first:
+        _check_start(ref.file, data)
+    if first and data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
+        raise UserError(
+            f"{ref.file} is one JSON array; expected one JSON object on each line: rename it to .json, which may be an "
+            "array, or make lines of it, as with jq -c '.[]'"
+        )
     try:
         return Row(ref, decode_json(data.decode("utf-8-sig" if first else "utf-8")))
     except UnicodeDecodeError as e:
         reason = f"not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1} of the line"
     except json.JSONDecodeError as e:
         hint = "; expected one JSON object on each line" if first else ""
-        reason = f"invalid JSON: {e.msg} at column {e.colno}{hint}"
+        reason = f"invalid JSON: {e.msg} at column {e.colno}{hint}{explain_quotes(e.doc)}"
     except (ValueError, RecursionError) as e:
         reason = f"invalid JSON: {e}"
     return Row(ref, BadRow(ref, reason))
@@ -149,6 +192,31 @@ def _read_lines(block: Block, source: str, options: StorageOptions) -> Iterator[
                 ref = RowRef(source, url, 0, position) if block.start else RowRef(source, url, number)
                 yield _decode(line, ref, first=position == 0)
             position += len(line)
+
+
+def _begins_array(file: StoredFile, options: StorageOptions) -> bool:
+    with open_file(file, options) as f:
+        return f.read(1 << 10).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _read_array(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
+    """The elements of a file that is one JSON array, counted from 1. It is read whole."""
+    url = block.file.url
+    if block.file.bytes > _LARGEST_ARRAY:
+        raise UserError(f"{url} is one JSON array of {block.file.bytes:,} bytes: make lines of it, as with jq -c '.[]'")
+    with open_file(block.file, options, 0, block.file.bytes) as f:
+        data = f.read()
+    try:
+        values = decode_json(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{url}: not UTF-8: byte 0x{data[e.start]:02x} at byte {e.start + 1}") from e
+    except json.JSONDecodeError as e:
+        raise UserError(
+            f"{url}:{e.lineno}: invalid JSON: {e.msg} at column {e.colno}, in a file that is one array"
+        ) from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{url}: invalid JSON: {e}") from e
+    yield from (Row(RowRef(source, url, number), value) for number, value in enumerate(values, 1))
 
 
 def _read_compressed(block: Block, source: str, options: StorageOptions) -> Iterator[Row]:
@@ -310,10 +378,18 @@ def _read_csv(block: Block, source: str, options: StorageOptions) -> Iterator[Ro
     """Lines after the first, which names the columns; a row is named by the line in which it begins."""
     csv.field_size_limit(2**31 - 1)  # of the whole process; 128 KiB are less than a long conversation
     with open_file(block.file, options, 0, block.file.bytes) as f:
+        _check_start(block.file.url, f.read(_START))
+        f.seek(0)
         text = io.TextIOWrapper(f, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader, end = csv.reader(text, delimiter="\t" if block.kind == "tsv" else ",", strict=True), 0
         try:
             names = next(reader, [])
+            if len(names) == 1 and any(separator in names[0] for separator in ",;\t|"):
+                expected = "tabs" if block.kind == "tsv" else "commas"
+                raise UserError(
+                    f"{block.file.url}:1: expected names of columns with {expected} between them; found one name, "
+                    f"{names[0]!r:.80}: save the file with {expected}"
+                )
             named = [name for name in names if name]  # pandas writes its index as a column without a name
             if not named or len(set(named)) < len(named):
                 raise UserError(f"{block.file.url}:1: expected different names of columns; found {names!r:.200}")
@@ -341,6 +417,7 @@ def _name_fields(names: list[str], fields: list[str], ref: RowRef) -> dict[str, 
 
 _READERS = {
     "jsonl": _read_lines,
+    "array": _read_array,
     "jsonl.gz": _read_compressed,
     "jsonl.zst": _read_compressed,
     "parquet": _read_parquet,

@@ -328,11 +328,27 @@ def _list_braces(fs, path: str, options: StorageOptions) -> list[StoredFile]:
     """Files at each of the paths that the braces of ``path`` stand for, sorted by name. Raises UserError."""
     patterns = _expand(path)
     if patterns == [path]:
-        raise UserError(f"{path} matches no file; expected {', '.join(FORMATS)}, a glob of them, or a folder")
+        raise UserError(_explain_nothing(fs, path))
     found = parallel(lambda p: _list_one(fs, _filesystem(p)[1], p, options), patterns)
     if missing := [p for p, files in zip(patterns, found, strict=True) if not files]:
         raise UserError(f"{path}: {len(missing)} of {len(patterns)} names match no file, the first is {missing[0]}")
     return sorted(itertools.chain.from_iterable(found), key=lambda f: f.url)
+
+
+def _explain_nothing(fs, path: str) -> str:
+    """Why there is no file of data at a path without braces."""
+    if path.count("[") != path.count("]"):
+        return f"{path} matches no file, and looks like part of a list that lacks a bracket: write lists as [a,b]"
+    problem = f"{path} matches no file; expected {', '.join(FORMATS)}, a glob of them, or a folder"
+    if not isinstance(fs, LocalFileSystem):
+        return problem
+    place = pathlib.Path(_filesystem(path)[1])
+    if place.is_dir():
+        return f"{problem}, in which {', '.join(_DESCRIPTIONS)} are left out: name such files themselves"
+    missing = next((folder for folder in reversed(place.parents) if not folder.exists()), None)
+    if missing is None or any(c in str(missing) for c in "*?["):
+        return problem if str(place) == path else f"{problem}; looked for {place}"
+    return f"{problem}; looked for {place}, and there is no folder {missing}"
 
 
 def _saved_by_datasets(path: str, names: Iterable[str], state: bytes) -> list[str]:

@@ -23,7 +23,7 @@ def parse_ids(
     if len(array) and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > largest):
         values = array.tolist()
         wrong = next((v for v in values if not isinstance(v, int) or not 0 <= v <= largest), values[0])
-        raise BadRow(ref, f"{where} must be whole numbers from 0 to {largest:,}; found {wrong}")
+        raise BadRow(ref, f"{where} must be whole numbers from 0 to {largest:,}; found {wrong!s:.40}")
     return array.astype(np.int32) if largest <= MAX_ID else array.astype(np.int64)
 
 

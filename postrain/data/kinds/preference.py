@@ -18,7 +18,15 @@ import numpy as np
 
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Field, Group, Layout, Rendered
-from postrain.data.messages import Example, check_keys, parse_messages, parse_row
+from postrain.data.messages import (
+    REPEATED,
+    Example,
+    check_answers,
+    check_keys,
+    parse_messages,
+    parse_prompt_completion,
+    repeats_prompt,
+)
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys, is_empty
@@ -67,7 +75,10 @@ def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Pre
         prompt, answers = _split_prompt(answers, names, ref, unread)
     elif is_empty(prompt):
         raise BadRow(ref, "'prompt' is empty: the answers have no prompt in common")
-    elif not isinstance(answers[0], str):
+    elif isinstance(answers[0], str):
+        if isinstance(prompt, str) and all(repeats_prompt(prompt, answer) for answer in answers):
+            raise BadRow(ref, f"each of the answers {REPEATED}")
+    else:
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = parse_messages(prompt, ref, unread, "prompt")
         answers = [
@@ -77,7 +88,7 @@ def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Pre
     parsed = []
     for row, name in zip(rows, names, strict=True):
         try:
-            parsed.append(parse_row(row, "prompt_completion", ref))
+            parsed.append(parse_prompt_completion(row, ref, set()))
         except BadRow as e:
             raise BadRow(ref, f"{name}: {e.reason}") from None
     return Preference(tuple(parsed), scores, names, ref)
@@ -93,7 +104,7 @@ def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
         raise BadRow(ref, f"expected at least 2 completions to compare; found {len(answers)}")
     for i, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < _LARGEST:
-            raise BadRow(ref, f"scores[{i}] must be a finite number; found {score!r}")
+            raise BadRow(ref, f"scores[{i}] must be a finite number; found {score!r:.40}")
     if len(set(scores)) == 1:
         raise BadRow(ref, f"all scores are {scores[0]}: nothing is preferred")
     return tuple(map(float, scores))
@@ -114,6 +125,7 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: se
     if not common:
         raise BadRow(ref, "the answers have no prompt in common: their first messages differ")
     for name, rest in zip(names, rests, strict=True):
+        check_answers(rest, name, ref, common)
         if not rest or rest[0]["role"] != "assistant":
             found = rest[0]["role"] if rest else "nothing"
             raise BadRow(
@@ -127,7 +139,9 @@ def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: se
 def _without_prompt(prompt: list[dict], answer: Any, name: str, ref: RowRef, unread: set[str]) -> list[dict]:
     """The messages of an answer; where it repeats the prompt, those after the prompt."""
     answer = parse_messages(answer, ref, unread, name)
-    answer = answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer
+    start = len(prompt) if answer[: len(prompt)] == prompt else 0
+    answer = answer[start:]
+    check_answers(answer, name, ref, start)
     if not answer or answer[0]["role"] != "assistant":
         found = answer[0]["role"] if answer else "nothing"
         raise BadRow(ref, f"{name} must go on after the prompt with an assistant message; found {found}")

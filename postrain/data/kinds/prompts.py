@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, checked_strings, name_keys
+from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, check_string, name_keys
 from postrain.data.documents import Rendered
 from postrain.data.messages import check_keys, parse_messages, parse_tools
 from postrain.data.rendering.render import BATCH, encode_prompts
@@ -41,7 +41,7 @@ def parse_prompt(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Prompt:
     if is_empty(prompt):
         raise BadRow(ref, f"expected a 'prompt', text or a list of messages; found {name_keys(raw)}", FUNCTION_ADVICE)
     if isinstance(prompt, str):
-        checked_strings(prompt, "prompt", ref)
+        check_string(prompt, "prompt", ref)
         if tools:
             raise BadRow(ref, "a string is plain text, which has no 'tools': write the prompt as a list of messages")
     else:

@@ -18,9 +18,10 @@ from postrain.config.functions import PREFIX, identify_function
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Document, Rendered, cut_end
 from postrain.data.kinds import events, preference, prompts, teacher
-from postrain.data.messages import SFT_FORMS, Example, check_object, find_form, parse_row
+from postrain.data.messages import SFT_FORMS, Example, check_object, find_form, find_forms, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.data.row_keys import find_near_key
 from postrain.errors import UserError
 
 # Part of the data fingerprint: bump when a code change would make other documents of rows that are not of kind sft.
@@ -146,6 +147,7 @@ class RowParser:
                 row = e
             found = row if isinstance(row, dict) else {}
             if form := find_form(found, self._allowed):
+                self._check_one_form(found, ref)
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
             if other := self._find_other_form(found):
@@ -168,7 +170,7 @@ class RowParser:
             return None
         try:
             row = check_object(row, ref)
-            if not self.form or not all(key in row for key in _FORMS[self.form]):
+            if not self.form or any(row.get(key) is None for key in _FORMS[self.form]):
                 self._refuse_other(row, ref)
             return self.kind.parse(row, self.form, ref, set() if unread is None else unread)
         except BadRow as e:
@@ -211,12 +213,30 @@ class RowParser:
         except (Exception, SystemExit) as e:  # any error of the user's function names its row
             raise BadRow(ref, f"{self.left_out}: {type(e).__name__}: {e}") from e
 
+    def _check_one_form(self, row: dict, ref: RowRef) -> None:
+        """Raises BadRow for a row of two forms of a kind: one of them would be trained, and the other one dropped.
+
+        Text beside another form is taken as that form rendered by a template, which some tables have.
+        """
+        forms = [form for form in find_forms(row, self._allowed) if form != "text"]
+        if len(forms) > 1 and len({_KIND_OF[form].name for form in forms}) == 1:
+            keys = " and of ".join(" and ".join(map(repr, _FORMS[form])) for form in forms)
+            advice = f"have {self.left_out} return one of them" if self.left_out else ""
+            if not advice and all(form in SFT_FORMS for form in forms):
+                advice = f"say which with kind={' or kind='.join(map(repr, forms))} for the source"
+            raise BadRow(
+                ref, f"the row is one of {keys}, and only one of them is trained", advice or "take the other keys out"
+            )
+
     def _find_other_form(self, row: dict) -> str:
         """The form that a row has instead of the source's; empty where it has none, or only lacks a key of its own."""
         form = find_form(row, _FORMS)
+        if form == self.form:
+            return ""
         if form in prompts.FORMS:  # rows of many kinds have a prompt
             own = {key for keys in self.kind.forms.values() for key in keys} - {"prompt"}
-            return "" if self.form or not own.isdisjoint(row) else form
+            misspelt = any(find_near_key(str(key), tuple(sorted(own))) for key in row)
+            return "" if self.form or misspelt or not own.isdisjoint(row) else form
         return form
 
     def _refuse_other(self, row: dict, ref: RowRef) -> None:

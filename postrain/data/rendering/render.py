@@ -6,7 +6,8 @@ the same two steps: trained_spans.py decides which text is prompt and which is t
 
 Plain text gets the tokenizer's BOS, where it adds one, and its EOS at the end. A prompt/completion row of two
 strings is plain text of which the completion and the EOS are trained. Special tokens spelt in rows are encoded as
-ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end.
+ordinary text, everywhere; an EOS spelt at the end of plain text is taken as the end, and so is the BOS that the
+tokenizer adds at the beginning.
 
 The text is encoded once, as a whole, and the spans are found in its tokens. Two cases need more:
 
@@ -31,13 +32,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from postrain.data.bad_row import BadRow, RowRef, checked_strings
+from postrain.data.bad_row import BadRow, RowRef, check_string
 from postrain.data.documents import Rendered
 from postrain.data.messages import Conversation, Example, PromptCompletion, parse_messages, parse_tools
 from postrain.data.rendering.bpe_cache import Ids, encode_texts
 from postrain.data.rendering.row_checks import Refusal, check_not_rendered
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.rendering.trained_spans import (
+    DEFAULT_SYSTEM,
     MARK_CLOSE,
     MARK_OPEN,
     Renderer,
@@ -76,6 +78,7 @@ def render_many(
     examples: Iterable[Example], tokenizer: Tokenizer, *, template_date: str = TEMPLATE_DATE, default_system: str = ""
 ) -> Iterator[list[Rendered] | BadRow]:
     """``render`` for many rows, in order and faster; a refused row comes out as its BadRow instead of raising."""
+    _check_default_system(default_system)
     examples = iter(examples)
     while batch := list(itertools.islice(examples, BATCH)):
         plans: list[tuple[list[Sequence], list[int], list[int]] | BadRow] = []
@@ -114,9 +117,55 @@ def _plan(
         head, body = example.prompt, example.completion
     else:
         head, body = "", example.text
-    body = body.removesuffix(tokenizer.special_tokens["eos_token"])
+    head, body = _without_named_tokens(head, body, tokenizer, example)
     head, body = (mark(text, tokenizer.control_pattern) for text in (head, body))
     return [Sequence(head + body, ((len(head), len(head) + len(body)),))], tokenizer.prefix_ids, [tokenizer.eos_id]
+
+
+# Tokens that are tags of HTML too: text that begins or ends with one may mean the tag.
+_HTML = ("<s>", "</s>")
+
+
+def _without_named_tokens(head: str, body: str, tokenizer: Tokenizer, example: Example) -> tuple[str, str]:
+    """Plain text without the BOS that it begins with and the EOS that it ends with, which are put there as tokens.
+
+    Raises BadRow where they would be trained as ordinary text: a second one, or a BOS that the tokenizer does not add.
+    """
+    begin, end = ("'prompt'", "'completion'") if isinstance(example, PromptCompletion) else ("'text'", "'text'")
+    eos, closed = tokenizer.special_tokens["eos_token"], body.endswith(tokenizer.special_tokens["eos_token"])
+    body = body.removesuffix(eos)
+    if body.rstrip().endswith(eos) and (closed or eos not in _HTML):
+        raise BadRow(
+            example.ref,
+            f"{end} ends with {eos!r} twice, or before whitespace: only one at the very end is taken as the end, "
+            "and any other would be trained as ordinary text: leave it out, it is added to every row",
+        )
+    if head:
+        return _without_bos(head, begin, closed, tokenizer, example.ref), body
+    return head, _without_bos(body, begin, closed, tokenizer, example.ref)
+
+
+def _without_bos(text: str, where: str, closed: bool, tokenizer: Tokenizer, ref: RowRef) -> str:
+    bos = tokenizer.special_tokens.get("bos_token")
+    if not bos or not text.startswith(bos) or (bos in _HTML and not closed):
+        return text
+    added = "one" if tokenizer.bos_id in tokenizer.prefix_ids else "none"
+    text = text.removeprefix(bos)
+    if added == "none" or text.startswith(bos):
+        raise BadRow(
+            ref,
+            f"{where} begins with {bos!r}, which would be ordinary text to the model: leave it out (this tokenizer "
+            f"puts {added} before text)",
+        )
+    return text
+
+
+def _check_default_system(text: str) -> None:
+    """Raises UserError for text that is not Unicode: bytes of a command line that are not UTF-8, for instance."""
+    try:
+        check_string(text, DEFAULT_SYSTEM, RowRef("", "", 0))
+    except BadRow as e:
+        raise UserError(e.reason) from None
 
 
 def _strings(example: Example) -> list[tuple[str, str | None, str]]:
@@ -167,6 +216,7 @@ def encode_prompts(
     thinking: bool | None = None,
 ) -> Iterator[np.ndarray | BadRow]:
     """``render_prompt`` for many at once, each (messages, tools, ref); a refused one comes out as its BadRow."""
+    _check_default_system(default_system)
     plans: list[tuple[Sequence, list[int]] | BadRow] = []
     for messages, tools, ref in prompts:
         try:
@@ -186,17 +236,22 @@ def _plan_prompt(
 ) -> tuple[Sequence, list[int]]:
     """The text of a prompt and the ids before it."""
     if isinstance(messages, str):
-        checked_strings(messages, "prompt", ref)
+        check_string(messages, "prompt", ref)
         check_not_rendered([("'prompt'", None, messages)], tokenizer, ref)
-        return Sequence(mark(messages, tokenizer.control_pattern), ()), tokenizer.prefix_ids
-    messages = parse_messages(messages, ref)
+        text = _without_bos(messages, "'prompt'", False, tokenizer, ref)
+        return Sequence(mark(text, tokenizer.control_pattern), ()), tokenizer.prefix_ids
+    # Earlier answers are context: what the template drops of them is refused as it is in training.
+    messages = [m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref)]
     check_not_rendered(_contents(messages), tokenizer, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
+    end = len(renderer.messages)
     try:
-        return Sequence(renderer.render(len(renderer.messages), True, variables), ()), []
+        text = renderer.render(end, True, variables)
+        renderer.check_prompt(text, end, variables)
     except Refusal as e:
-        raise BadRow(ref, str(e), e.advice) from None
+        raise BadRow(ref, str(e), e.advice or renderer.advise_on_tools()) from None
+    return Sequence(text, ()), []
 
 
 def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
@@ -318,10 +373,15 @@ class Encoded:
             return ids, first, last
         right = next((i for i in range(before, len(places)) if int(ids[places[i]]) in anchors), None)
         after, stop = (len(ids), len(self.text)) if right is None else (places[right], starts[right])
-        # After the anchor, not at the beginning of a text, where some tokenizers would put a space in front.
-        rest = _encode_short(self.fast, anchor_text + self.text[begin:stop])[int(bool(anchor_text)) :]
         decode = functools.partial(self.fast.decode, skip_special_tokens=False)
-        if decode([*head, *rest]) != decode(ids[anchor:after].tolist()):
+        # After the anchor or a line break, not at the beginning of a text, where some tokenizers put a space in front.
+        for lead in (anchor_text, "\n"):
+            lead_ids, rest = _encode_short(self.fast, lead), _encode_short(self.fast, lead + self.text[begin:stop])
+            if rest[: len(lead_ids)] == lead_ids:
+                rest = rest[len(lead_ids) :]
+                if decode([*head, *rest]) == decode(ids[anchor:after].tolist()):
+                    break
+        else:
             raise Refusal(
                 "a token lies over the end of the generation prompt, and its sides cannot be encoded separately"
             )

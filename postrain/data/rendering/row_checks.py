@@ -151,8 +151,10 @@ def check_nothing_dropped(message: dict, continuation: str) -> None:
     pieces = [("reasoning", reasoning.strip()), ("content", answer.strip())]
     for call in message.get("tool_calls", ()):
         name = call["function"]["name"]
-        pieces.append((f"tool call {name!r}", name))
-        pieces += [(f"arguments of the tool call {name!r}", leaf) for leaf in _leaves(call["function"]["arguments"])]
+        pieces.append((f"tool call {name!r:.40}", name))
+        pieces += [
+            (f"arguments of the tool call {name!r:.40}", leaf) for leaf in _leaves(call["function"]["arguments"])
+        ]
     # Longest first, each place used once: a short piece must not be found inside a longer one.
     for what, piece in sorted(pieces, key=lambda p: -len(p[1])):
         for form in _forms(piece):

@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -28,6 +28,9 @@ from postrain.errors import UserError, shorten
 RENDERING_VERSION = 2
 PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
 _SHOWN = 8  # wrong new tokens in one message
+_TOKEN_LISTS = (  # of the files beside tokenizer.json
+    "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
+)  # fmt: skip
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -275,31 +278,59 @@ def load_tokenizer(folder, chat_template: str = "", new_tokens: NewTokensSection
     config = _read_json(folder / "tokenizer_config.json") or {}
     named = _read_json(folder / "special_tokens_map.json") or {}
     config = {**{k: named[k] for k in NAMED_TOKENS if k in named}, **{k: v for k, v in config.items() if v is not None}}
+    _check_named_tokens(folder, fast, config, named)
     source, origin = _template_source(folder, config, chat_template)
     added = read_new_tokens(new_tokens) if new_tokens is not None else ()
     grown = add_new_tokens(fast, added, new_tokens.special) if new_tokens is not None and added else None
     return Tokenizer(folder, fast, config, _read_json(folder / "generation_config.json"), source, origin, grown)
 
 
+def _check_named_tokens(folder: pathlib.Path, fast: tokenizers.Tokenizer, config: dict, special: dict) -> None:
+    """Raises UserError for a token that the files beside tokenizer.json name, and that it does not have.
+
+    `transformers`, and servers that use it, add such a token, so that text is split in another way than here.
+    """
+    named: list[tuple[str, str, Any]] = []  # file, what it says of the token, token
+    for file, facts in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+        for key, value in facts.items():
+            if key in _TOKEN_LISTS:
+                tokens = list(value.values()) if isinstance(value, dict) else value
+                named += [(file, f"{key} names", token) for token in tokens] if isinstance(tokens, list) else []
+            elif key.endswith("_token"):
+                named.append((file, f"{key} is", value))
+    named += [("added_tokens.json", "it names", text) for text in _read_json(folder / "added_tokens.json") or {}]
+    for file, says, token in named:
+        text = token.get("content") if isinstance(token, dict) else token
+        if text and isinstance(text, str) and fast.token_to_id(text) is None:
+            raise UserError(
+                f"{folder}/{file}: {says} {text!r}, which tokenizer.json does not have: transformers would add it, "
+                "and split text in another way than training: save the tokenizer there again with transformers' "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+
+
 def _template_source(folder: pathlib.Path, config: dict, override: str) -> tuple[str, pathlib.Path]:
     """The override, else chat_template.jinja, else tokenizer_config.json's (of several: the one named default)."""
+    # Without a byte order mark, which some editors write: it would begin every prompt.
     if override:
-        return _read_text(pathlib.Path(override), "data.chat_template"), pathlib.Path(override)
+        return _read_text(pathlib.Path(override), "data.chat_template", "utf-8-sig"), pathlib.Path(override)
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return _read_text(path, "chat template"), path
+        return _read_text(path, "chat template", "utf-8-sig"), path
     path = folder / "tokenizer_config.json"
     source = config.get("chat_template") or ""
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        source = {str(entry.get("name")): entry.get("template") for entry in source}
     if isinstance(source, dict):
         source = source.get("default", "")
+    if not isinstance(source, str):
+        raise UserError(f"{path}: expected chat_template to be a template, or a list of {{'name', 'template'}}")
     return source, path
 
 
-def _read_text(path: pathlib.Path, what: str) -> str:
+def _read_text(path: pathlib.Path, what: str, encoding: str = "utf-8") -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{what}: {path} cannot be read: {e}") from None
 
@@ -309,6 +340,7 @@ def _read_json(path: pathlib.Path) -> dict | None:
         return None
     try:
         value = json.loads(_read_text(path, "tokenizer"))
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can spell halves of surrogate pairs, which no text holds
     except ValueError as e:
         raise UserError(f"{path}: not valid JSON: {e}") from None
     if not isinstance(value, dict):

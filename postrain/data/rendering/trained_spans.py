@@ -48,6 +48,7 @@ from postrain.data.rendering.template import TemplateRefusal
 from postrain.data.rendering.tokenizer import Tokenizer
 
 MARK_OPEN, MARK_CLOSE, TAG = "\ufdd0", "\ufdd1", "\ufdd2"  # bad_row.py refuses rows that hold them
+DEFAULT_SYSTEM = "data.default_system (--system in `postrain generate`)"
 OPENED_REASONING = re.compile(r"<(\w+)>\s*$")
 
 
@@ -185,7 +186,7 @@ class Renderer:
             raise _must_reason(opened[1])
         check_nothing_dropped(message, continuation)
         check_reasoning_once(message, continuation)
-        self._check_prompt(prompt, k, variables)
+        self.check_prompt(prompt, k, variables)
         return prompt, continuation
 
     def _find_stop(self, text: str) -> int | None:
@@ -239,7 +240,7 @@ class Renderer:
             texts.append(tail)
         return texts[0], texts[1]
 
-    def _check_prompt(self, prompt: str, k: int, variables: dict) -> None:
+    def check_prompt(self, prompt: str, k: int, variables: dict) -> None:
         """Checks that the prompt holds the tools and every message that is not the assistant's.
 
         An answer that is context only may be missing from later prompts, if the template's own rule leaves it out
@@ -255,7 +256,7 @@ class Renderer:
                 continue
             shown = shows_answer(prompt, content) if is_answer else contains(prompt, content)
             if not shown and not (is_answer and shows_answer(self.render(i + 1, False, variables), content)):
-                which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else "data.default_system"
+                which = f"messages[{i - self.added}] ({message['role']})" if i >= self.added else DEFAULT_SYSTEM
                 raise Refusal(f"the chat template drops the content of {which}")
         if self.tools and not self._tools_shown:
             options = {"template_date": self.date, "add_generation_prompt": True, **variables}
@@ -264,7 +265,7 @@ class Renderer:
                     raise Refusal("the chat template drops the tools")
             missing = [t["function"]["name"] for t in self.tools if not contains(prompt, t["function"]["name"])]
             if missing:
-                raise Refusal(f"the chat template drops the tool {missing[0]!r}")
+                raise Refusal(f"the chat template drops the tool {missing[0]!r:.40}")
             self._tools_shown = True  # once is enough: every prompt of a conversation shows them alike
 
     def explain_first_turn(self, k: int) -> Refusal | None:
