@@ -12,7 +12,7 @@ several in a step. Every process of a run makes these calls in the same order: s
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -173,6 +173,8 @@ class Loop:
         self._check_steps(leave=0 if stopping or logs or evaluates or saves else 1)
         with self._watchdog.phase("run"):
             line, pending = self._make_line(updates) | further if logs else {}, None
+            if logs:
+                self._check_best_metric("train/", line)
             if evaluates and self._evaluators:
                 scores = self._evaluate()
                 if scores is None:
@@ -242,11 +244,6 @@ class Loop:
                 self._say(f"stopped in the evaluation of step {self.step}; the same command goes on from there")
                 raise SystemExit(128 + (self._stop.number or 0))
             line |= scores
-            wanted = self._config.checkpoint.metric
-            if self._config.checkpoint.keep_best and wanted.startswith("eval/") and wanted not in scores:
-                raise UserError(
-                    f"config key 'checkpoint.metric' = {wanted!r} is not measured; found {', '.join(sorted(scores))}"
-                )
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
         if line:
@@ -299,7 +296,16 @@ class Loop:
                 return None
         if scores:
             self._say(format_metrics(self.step, scores))
+        self._check_best_metric("eval/", scores)
         return scores
+
+    def _check_best_metric(self, group: str, found: Iterable[str]) -> None:
+        """Raises UserError where the best checkpoints are chosen by a metric of ``group`` that is not in ``found``."""
+        config, names = self._config.checkpoint, sorted(name for name in found if name.startswith(group))
+        if config.keep_best and config.metric.startswith(group) and config.metric not in names:
+            raise UserError(
+                f"config key 'checkpoint.metric' = {config.metric!r} is not measured; found {', '.join(names)}"
+            )
 
     # --- saving and stopping ---
 
