@@ -92,6 +92,17 @@ def test_keeps_the_newest_and_the_best(tmp_path, mode, best):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, [*best, 7, 8]))
 
 
+def test_of_equally_good_ones_the_newer_stays_also_where_the_best_are_kept_from_a_resume_on(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path, CheckpointConfig(keep=4)) as checkpointer:
+        for step, metrics in enumerate(({}, {"eval/loss": 1.0}, {"eval/loss": 1.0}, {"eval/loss": 3.0}), start=1):
+            checkpointer.save(record(step, metrics=metrics), state)
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=1)) as checkpointer:
+        checkpointer.save(record(5, metrics={"eval/loss": 2.0}), state)
+        checkpointer.wait()
+        assert checkpointer.steps() == [3, 5]
+
+
 def test_a_checkpoint_whose_evaluation_came_later_is_ranked_by_it(tmp_path):
     """A signal had stopped it: the checkpoint was saved without its scores."""
     with Checkpointer(tmp_path, CheckpointConfig(keep=1, keep_best=1)) as checkpointer:
