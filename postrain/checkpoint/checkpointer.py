@@ -69,7 +69,7 @@ class Checkpointer:
     ):
         check_no_pattern(folder, "folder")
         self._folder, self._config, self._report = pathlib.Path(folder).absolute(), config, report
-        self._read_only, self._warned = read_only, False
+        self._read_only = read_only
         if read_only and not self._folder.is_dir():
             raise UserError(f"{self._folder}: no finished checkpoint in it, expected the checkpoints of a run")
         self._lead = jax.process_index() == 0
@@ -104,14 +104,6 @@ class Checkpointer:
         if self._read_only:
             raise ValueError(f"{self._folder} was opened read-only")
         self.wait()
-        wanted, group = self._config.metric, self._config.metric.partition("/")[0] + "/"
-        others = sorted(name for name in record.metrics if name.startswith(group))
-        if self._config.keep_best and others and wanted not in record.metrics and not self._warned:
-            self._warned = True
-            found = ", ".join(others)
-            self._report(
-                f"checkpoint.metric: step {record.step} has no {wanted!r}, so it ranks as worst; found {found}"
-            )
         values = json.loads(json.dumps(dataclasses.asdict(record)))
         items = {"state": state.replace(frozen={}), "run": values}
         unfinished = self._folder / f"{record.step}{UNFINISHED_SUFFIX}"

@@ -34,6 +34,8 @@ class RunRecord:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of this step
     pending_metrics: dict[str, float] | None = None  # a line not yet written, since its evaluation was interrupted
     reports: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the files that a run appends to
+    total_updates: int = 0  # of the whole run as it was planned, which its learning rates follow; 0: nobody knows
+    unlogged: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # StepMeans of steps without a line yet
 
 
 def parse_record(folder: pathlib.Path, values: Any) -> RunRecord:

@@ -174,6 +174,16 @@ def _check_unread(config: Config) -> None:
             f"config key 'optimizer.decay_steps' = {optimizer.decay_steps} is read by schedule 'wsd' alone, and "
             f"'optimizer.schedule' is {optimizer.schedule!r}: leave it out, or set the schedule"
         )
+    if optimizer.final_fraction and optimizer.schedule == "constant":
+        raise UserError(
+            f"config key 'optimizer.final_fraction' = {optimizer.final_fraction} is not read by schedule 'constant', "
+            "which stays at the peak: leave it out, or choose another 'optimizer.schedule'"
+        )
+    if not optimizer.weight_decay and optimizer.weight_decay_exclude != default.weight_decay_exclude:
+        raise UserError(
+            "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
+            "set the decay"
+        )
     if config.recipe != "preference" and config.preference != PreferenceSection():
         raise UserError(f"config keys 'preference.*' are not read by recipe {config.recipe!r}: leave them out")
 

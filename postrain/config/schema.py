@@ -206,7 +206,7 @@ class OptimizerConfig:
     b1: Decay = 0.9  # decay of the average of gradients
     b2: Decay = 0.999  # decay of the average of squared gradients
     eps: Positive = 1e-8  # added to the root of that average
-    momentum: Decay = 0.0  # of sgd
+    momentum: Decay = 0.0  # of sgd, and of muon's matrices (0: 0.95)
     weight_decay: NotNegative = 0.0  # decoupled; applied to matrices only
     weight_decay_exclude: tuple[str, ...] = ("norm", "bias", "embed")  # parts of a parameter's path
     max_grad_norm: NotNegative = 1.0  # 0: no clipping
@@ -241,7 +241,7 @@ class TrainSection:
     epochs: Annotated[float, Range(0, 100_000)] = 1.0  # used when steps is 0
     micro_batches: Size = 1  # splits of a batch; the result does not depend on it
     seed: Seed = 0  # of new parameters and of all random numbers of training
-    log_every: Times = 1  # steps between lines of metrics.jsonl
+    log_every: Times = 1  # steps that a line of metrics.jsonl has the means of
     hang_timeout: NotNegative = 1800.0  # seconds without progress after which the run stops, naming where; 0: never
     spike: SpikeSection = SpikeSection()
     count_moved: bool = False  # log the share of weights that an update changes; holds the parameters twice

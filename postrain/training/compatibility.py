@@ -7,8 +7,11 @@ documents.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
+
+import jax.numpy as jnp
 
 from postrain.checkpoint.integrity import verify_checksums
 from postrain.checkpoint.record import RunRecord, fingerprint_model, parse_record
@@ -16,8 +19,9 @@ from postrain.config import Config, OptimizerConfig, to_dict
 from postrain.data.batches.fingerprint import compare_fingerprints, digest_change, fingerprint_config
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
+from postrain.sharding import to_host
 from postrain.training.model import make_lora_config
-from postrain.training.optimizer import state_structure
+from postrain.training.optimizer import make_schedule, state_structure
 from postrain.trees import flatten
 
 _SHOWN = 8  # changes in one message
@@ -119,6 +123,24 @@ def format_config_changes(record: RunRecord, config: Config, held_out: dict | No
     return f"; changed since: {', '.join(changed)}" if changed else ""
 
 
+def format_rate_jump(record: RunRecord, config: OptimizerConfig, total_updates: int, update: int) -> str:
+    """A line with both learning rates where update ``update`` (from 0) has another one than the run had planned for it.
+
+    A longer run, or other rows, stretch the schedule: a run that ended at a rate of 0 would go on at half of the peak.
+    ``total_updates``: of the whole run now. "" where the rate is the same, or nobody knows what was planned.
+    """
+    if not record.total_updates:
+        return ""
+    planned = make_schedule(_saved_optimizer(record.config["optimizer"]), record.total_updates)
+    before, now = (float(to_host(rate(jnp.int32(update)))) for rate in (planned, make_schedule(config, total_updates)))
+    if math.isclose(before, now, rel_tol=1e-6, abs_tol=1e-6 * config.learning_rate):
+        return ""
+    return (
+        f"the learning rate jumps at step {record.step + 1}: to {now:.3g}, by the schedule of {total_updates:,} "
+        f"updates, where {before:.3g} was planned, by that of {record.total_updates:,}"
+    )
+
+
 def _read_newest(checkpoints: pathlib.Path) -> tuple[pathlib.Path, RunRecord] | tuple[None, None]:
     """The newest checkpoint that can be read. Damaged ones are for restore to report."""
     steps = [path for path in checkpoints.glob("*") if path.name.isdigit()]
@@ -161,10 +183,16 @@ def _compare_new_tokens(before: dict, after: dict) -> list[str]:
     return [f"model.new_tokens.{key}: was {before[key]}, is {after.get(key)}" for key in keys]
 
 
+def _saved_optimizer(saved: dict) -> OptimizerConfig:
+    """The section of a checkpoint's config."""
+    fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    return OptimizerConfig(**{key: saved[key] for key in fields if key in saved})
+
+
 def _compare_optimizers(saved: dict, now: OptimizerConfig) -> list[str]:
     """The keys that give the optimizer's state other arrays; all others may change."""
     fields = [field.name for field in dataclasses.fields(OptimizerConfig)]
-    before = OptimizerConfig(**{key: saved[key] for key in fields if key in saved})
+    before = _saved_optimizer(saved)
     shape = state_structure(before)
     if state_structure(now) == shape:
         return []

@@ -12,7 +12,7 @@ several in a step. Every process of a run makes these calls in the same order: s
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,14 @@ from postrain.models.flops import BatchStats, count_batch
 from postrain.report.metrics import MetricsWriter, ProgressLine
 from postrain.report.workdir import find_changed_reports, report_facts, save_config
 from postrain.sharding import data_process, to_host
-from postrain.training.compatibility import check_record, format_config_changes
+from postrain.training.compatibility import check_record, format_config_changes, format_rate_jump
 from postrain.training.evaluate import Evaluator
 from postrain.training.model import Model
 from postrain.training.program import Program
 from postrain.training.session import Session, format_metrics
 from postrain.training.spikes import check_step
 from postrain.training.step import init_train_state
+from postrain.training.step_means import StepMeans
 from postrain.training.throughput import compute_perf
 from postrain.types import Source, TrainState
 
@@ -115,6 +116,7 @@ class Loop:
         self._checkpointer, self._stop, self._progress = checkpointer, stop, progress
         self._saved_step = 0  # of the newest checkpoint
         self._line: dict[str, float] = {}  # of the last step
+        self._means = StepMeans()  # of the steps since the last line
         # The line of `step` where its evaluation is still to come: that of step 0, or one that a signal interrupted.
         self._pending: dict[str, float] | None = {} if self._config.eval.before else None
         # Steps whose loss and gradient are still to be checked: number, updates, what names their rows.
@@ -149,7 +151,8 @@ class Loop:
         """Checks the step, then logs, evaluates and saves what is due.
 
         Args:
-          metrics: of the step's update; a list of them where it made several, which are averaged.
+          metrics: of the step's update; a list of them where it made several. A line has the means of all updates
+            since the line before (``StepMeans``).
           further: numbers for the step's line besides those of its updates.
 
         Raises UserError where a loss or gradient is not finite, or not usual and ``train.spike`` has that stop the run;
@@ -170,6 +173,8 @@ class Loop:
         self._check_steps(leave=0 if stopping or logs or evaluates or saves else 1)
         with self._watchdog.phase("run"):
             line, pending = self._make_line(updates) | further if logs else {}, None
+            if logs:
+                self._check_best_metric("train/", line)
             if evaluates and self._evaluators:
                 scores = self._evaluate()
                 if scores is None:
@@ -210,7 +215,7 @@ class Loop:
             record, state = restored
             self.state = state.replace(frozen=model.frozen)
             self.step = self._saved_step = record.step
-            self._pending = record.pending_metrics
+            self._pending, self._means = record.pending_metrics, StepMeans(record.unlogged)
             if changes := compare_fingerprints(record.data_fingerprint, source.fingerprint):
                 source.set_state(None, self.step)
                 self._say(f"the data changed, as accepted ({'; '.join(changes)}): it begins anew at this step")
@@ -221,6 +226,10 @@ class Loop:
                     self._say(line)
                 save_config(session.workdir, self._config)
             self._say(f"goes on from step {self.step}{format_config_changes(record, self._config, self._held_out)}")
+            updates = int(to_host(self.state.history["updates"]))
+            jump = format_rate_jump(record, self._config.optimizer, program.updates, updates)
+            if jump and self.step < self.total_steps:
+                self._say(jump)
         # A line whose evaluation is pending has not been written yet.
         step = self.step - (self._pending is not None) if self.step else None
         run_config = to_dict(self._config)
@@ -235,11 +244,6 @@ class Loop:
                 self._say(f"stopped in the evaluation of step {self.step}; the same command goes on from there")
                 raise SystemExit(128 + (self._stop.number or 0))
             line |= scores
-            wanted = self._config.checkpoint.metric
-            if self._config.checkpoint.keep_best and wanted.startswith("eval/") and wanted not in scores:
-                raise UserError(
-                    f"config key 'checkpoint.metric' = {wanted!r} is not measured; found {', '.join(sorted(scores))}"
-                )
             if self.step:
                 self._checkpointer.add_metrics(self.step, line)
         if line:
@@ -255,6 +259,7 @@ class Loop:
             name_rows = lambda name_own=name_own: ", ".join(dict.fromkeys(gather(name_own())))
             for metrics in updates:
                 check_step(self._config.train.spike, step, metrics, name_rows, self._progress.print)
+                self._means.add(metrics)
 
     def _is_due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and after the last one, happens after this one."""
@@ -266,12 +271,7 @@ class Loop:
     def _make_line(self, updates: Sequence[Metrics]) -> dict[str, float]:
         seconds = time.perf_counter() - self._clock
         _, row_groups = data_process(self._session.mesh)
-        values: dict[str, list[float]] = {}
-        for metrics in updates:
-            for name in metrics:
-                if name.startswith("train/"):
-                    values.setdefault(name, []).append(float(to_host(metrics[name])))
-        line = {name: sum(own) / len(own) for name, own in values.items()}
+        line, self._means = self._means.values(), StepMeans()
         if updates and self._config.train.spike.policy == "skip":
             line["train/skipped"] = float(to_host(updates[-1]["skipped"]))
         if len(updates) != 1:
@@ -298,7 +298,16 @@ class Loop:
         if scores:
             self._progress.add_evaluation(time.perf_counter() - started)
             self._say(format_metrics(self.step, scores))
+        self._check_best_metric("eval/", scores)
         return scores
+
+    def _check_best_metric(self, group: str, found: Iterable[str]) -> None:
+        """Raises UserError where the best checkpoints are chosen by a metric of ``group`` that is not in ``found``."""
+        config, names = self._config.checkpoint, sorted(name for name in found if name.startswith(group))
+        if config.keep_best and config.metric.startswith(group) and config.metric not in names:
+            raise UserError(
+                f"config key 'checkpoint.metric' = {config.metric!r} is not measured; found {', '.join(names)}"
+            )
 
     # --- saving and stopping ---
 
@@ -317,6 +326,8 @@ class Loop:
             metrics=line,
             pending_metrics=pending,
             reports=report_facts(self._session.workdir) if self._session.is_lead else {},
+            total_updates=self._program.updates,
+            unlogged=self._means.to_json(),
         )
         with self._watchdog.phase("checkpoint"):
             self._checkpointer.save(record, self.state)

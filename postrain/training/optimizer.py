@@ -99,7 +99,7 @@ def decay_mask(params, config: OptimizerConfig):
 
     def decays(path, leaf) -> bool:
         words = {word for part in _parts(path) for word in (part, *part.split("_"))}
-        return _num_dimensions(path, leaf) >= 2 and not words.intersection(config.weight_decay_exclude)
+        return _is_matrix(path, leaf) and not words.intersection(config.weight_decay_exclude)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -108,9 +108,13 @@ def _parts(path) -> list[str]:
     return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
-def _num_dimensions(path, leaf) -> int:
-    """Of one layer's parameter: those under ``layers`` are stacked on a leading axis."""
-    return leaf.ndim - (_parts(path)[0] == "layers")
+def _is_matrix(path, leaf) -> bool:
+    """Whether one layer's parameter is a matrix, or one for each expert, whose biases [experts, out] are vectors.
+
+    Parameters under ``layers`` are stacked on a leading axis.
+    """
+    parts = _parts(path)
+    return leaf.ndim - (parts[0] == "layers") >= 2 and parts[-1] != "bias"
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -128,7 +132,7 @@ def _sgd(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     def is_layer_matrix(path, leaf) -> str:
-        return "muon" if _parts(path)[0] == "layers" and _num_dimensions(path, leaf) >= 2 else "adam"
+        return "muon" if _parts(path)[0] == "layers" and _is_matrix(path, leaf) else "adam"
 
     def last_two_axes(params):
         return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)

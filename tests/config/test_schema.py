@@ -124,6 +124,8 @@ def test_to_dict_and_back():
         ("optimizer.momentum", 0.9, "'optimizer.momentum' = 0.9 is not read by optimizer 'adamw'"),
         ("optimizer", {"name": "adafactor", "b1": 0.5}, "'optimizer.b1' = 0.5 is not read by optimizer 'adafactor'"),
         ("optimizer.decay_steps", 50, "'optimizer.decay_steps' = 50 is read by schedule 'wsd' alone"),
+        ("optimizer", {"schedule": "constant", "final_fraction": 0.1}, "is not read by schedule 'constant'"),
+        ("optimizer.weight_decay_exclude", ["norm"], "'optimizer.weight_decay_exclude' is set, but 'optimizer.weight"),
         ("preference.beta", 0.5, "config keys 'preference.*' are not read by recipe 'sft'"),
         ("eval.generate_rows", 5, "config key 'eval.generate_rows' needs held-out rows"),
         ("optimizer.momentum", 1, "config key 'optimizer.momentum' must be below 1"),

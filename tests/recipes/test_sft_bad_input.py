@@ -110,10 +110,13 @@ def test_a_bad_config(name, inputs, tmp_path, capsys, monkeypatch):
     assert words in fail_training(make_values(inputs, **sections), tmp_path, capsys)
 
 
-def test_a_metric_that_nobody_measures(inputs, tmp_path):
-    best = {"every": 1, "keep_best": 1, "metric": "eval/losss"}
-    values = make_values(inputs, eval={"every": 1}, checkpoint=best)
-    with pytest.raises(UserError, match="'checkpoint.metric' = 'eval/losss' is not measured; found eval/accuracy, "):
+@pytest.mark.parametrize(("metric", "before"), [("eval/losss", True), ("eval/losss", False), ("train/losss", False)])
+def test_a_metric_that_nobody_measures(inputs, tmp_path, metric, before):
+    """Refused at the first measurement, not at the first checkpoint, which may come hours later."""
+    best = {"every": 2, "keep_best": 1, "metric": metric}
+    values = make_values(inputs, eval={"every": 1, "before": before, "generate_rows": 0}, checkpoint=best)
+    found = metric.replace("losss", "accuracy, ")
+    with pytest.raises(UserError, match=f"'checkpoint.metric' = '{metric}' is not measured; found {found}"):
         train(values, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 

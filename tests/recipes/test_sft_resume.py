@@ -16,12 +16,12 @@ from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf
 import postrain
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.checkpoint.record import RunRecord
-from postrain.config import MeshConfig, resolve, to_dict
+from postrain.config import MeshConfig, OptimizerConfig, resolve, to_dict
 from postrain.errors import UserError
 from postrain.export import export_workdir
 from postrain.report.workdir import lock_workdir
 from postrain.sharding import make_mesh
-from postrain.training.compatibility import format_config_changes
+from postrain.training.compatibility import format_config_changes, format_rate_jump
 from postrain.training.model import load_model
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import abstract_train_state
@@ -299,4 +299,16 @@ def test_what_else_changed_is_told(inputs, tmp_path, capsys):
     values = make_values(inputs, train={"steps": 3}, eval={"generate_rows": 1}, optimizer={"learning_rate": 2e-2})
     postrain.train(values, tmp_path)
     changed = "optimizer.learning_rate 0.01 -> 0.02, train.steps 2 -> 3, eval.generate_rows 0 -> 1"
-    assert f"goes on from step 2; changed since: {changed}\n" in capsys.readouterr().out
+    jump = "to 0.005, by the schedule of 3 updates, where 0 was planned, by that of 2"
+    told = f"goes on from step 2; changed since: {changed}\nthe learning rate jumps at step 3: {jump}\n"
+    assert told in capsys.readouterr().out
+
+
+def test_a_jump_of_the_learning_rate_is_told_with_both_rates():
+    cosine = {"learning_rate": 1e-5, "schedule": "cosine"}
+    planned = RunRecord(5, {}, {"optimizer": cosine}, {}, {}, total_updates=10)
+    line = "the learning rate jumps at step 6: to 8.54e-06, by the schedule of 20 updates, where 5e-06 was planned, "
+    assert format_rate_jump(planned, OptimizerConfig(**cosine), 20, 5) == line + "by that of 10"
+    assert format_rate_jump(planned, OptimizerConfig(**cosine), 10, 5) == ""
+    constant = RunRecord(5, {}, {"optimizer": {"schedule": "constant"}}, {}, {}, total_updates=10)
+    assert format_rate_jump(constant, OptimizerConfig(schedule="constant"), 20, 5) == ""

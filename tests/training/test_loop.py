@@ -136,6 +136,27 @@ def test_steps_and_updates_are_two_counters_and_a_run_that_crashed_ends_in_the_s
     assert metrics[0] == metrics[1]
 
 
+def test_a_line_has_the_means_of_the_steps_since_the_last_one_also_of_a_run_that_crashed(inputs, tmp_path):
+    train(values_of(inputs), tmp_path / "each")
+    values = values_of(inputs)
+    values["train"]["log_every"] = 3
+    with pytest.raises(MemoryError):
+        train(values, tmp_path / "cut", 3)
+    train(values, tmp_path / "cut")
+    each = {line["step"]: line for line in read_lines(tmp_path / "each" / "metrics.jsonl")}
+    lines = {line["step"]: line for line in read_lines(tmp_path / "cut" / "metrics.jsonl")}
+    logged = [step for step, line in lines.items() if "train/loss" in line]
+    assert list(lines) == [0, 2, 3, 4] and logged == [3, 4], "evaluated at 0, 2 and 4"
+    steps = [each[step] for step in (1, 2, 3)]
+    weights = [line["train/weight"] for line in steps]
+    assert len(set(weights)) > 1
+    for name, counts in (("train/loss", weights), ("train/loss/size", weights), ("train/grad_norm", None)):
+        mean = np.average([line[name] for line in steps], weights=counts)
+        assert lines[3][name] == pytest.approx(mean, rel=1e-6), name
+    assert lines[3]["train/learning_rate"] == each[3]["train/learning_rate"]
+    assert without_perf([lines[4]]) == without_perf([each[4]])
+
+
 def test_each_of_several_losses_is_logged_and_their_sum_is_the_loss(inputs, tmp_path):
     train(values_of(inputs), tmp_path / "run")
     for line in read_lines(tmp_path / "run" / "metrics.jsonl"):

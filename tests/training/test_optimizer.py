@@ -9,7 +9,7 @@ import pytest
 
 from postrain.config import OptimizerConfig
 from postrain.errors import UserError
-from postrain.models.config import ModelConfig
+from postrain.models.config import ModelConfig, MoeConfig
 from postrain.models.params import abstract_params
 from postrain.training.optimizer import (
     decay_mask,
@@ -44,17 +44,31 @@ def test_schedule_points(changes, points):
 def test_decay_is_for_matrices_that_are_not_excluded():
     model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, qk_norm="head", qkv_bias=True)
     mask = decay_mask(abstract_params(model), CONFIG)
-    names = {
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, decays in jax.tree_util.tree_leaves_with_path(mask)
-        if decays
-    }
+    names = {_name(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
     kernels = {f"layers.attention.{name}.kernel" for name in "qkvo"} | {
         f"layers.mlp.{name}.kernel" for name in ("gate", "up", "down")
     }
     assert names == kernels | {"unembed.embedding"}
     everything = decay_mask(abstract_params(model), dataclasses.replace(CONFIG, weight_decay_exclude=()))
     assert everything["embed"]["embedding"] and not everything["layers"]["attention_norm"]["scale"]
+
+
+def test_biases_of_experts_are_vectors_to_the_decay_and_to_muon():
+    experts = MoeConfig(4, 2, 16, router_bias=True, expert_bias=True)
+    model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, o_bias=True, qkv_bias=True, moe=experts)
+    params = abstract_params(model)
+    mask = decay_mask(params, dataclasses.replace(CONFIG, weight_decay_exclude=("norm",)))
+    found = {_name(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert leaves["layers.moe.gate.bias"].ndim == 3, "stacked, one for each expert"
+    assert found == {name for name in leaves if name.endswith(("kernel", "embedding"))}
+    state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="muon"), 10)[0].init, params)
+    orthogonal = jax.tree_util.tree_leaves_with_path(state[0].inner_states["muon"].inner_state[0].mu)
+    assert {_name(path) for path, _ in orthogonal} == {name for name in found if name.startswith("layers")}
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def first_update(config, params, grads):
