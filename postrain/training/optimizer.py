@@ -17,6 +17,7 @@ from optax import contrib
 
 from postrain.config import OptimizerConfig
 from postrain.errors import UserError
+from postrain.models.params import VECTORS
 
 Schedule = Callable[[jax.Array], jax.Array]  # int32 [] number of the update, from 0 -> float32 [] learning rate
 
@@ -93,13 +94,14 @@ SCHEDULES = {
 def decay_mask(params, config: OptimizerConfig):
     """True for the leaves that decay: matrices whose path has none of ``weight_decay_exclude``.
 
-    A name excludes a part of the path that equals it or has it between underscores: "norm" excludes
-    ``layers.attention_norm.scale`` and "embed" ``embed.embedding``, but not ``unembed.embedding``.
+    Anything else never decays, whatever that key says. A name excludes a part of the path that equals it or has it
+    between underscores: "norm" excludes ``layers.attention_norm.scale`` and "embed" ``embed.embedding``, but not
+    ``unembed.embedding``.
     """
 
     def decays(path, leaf) -> bool:
         words = {word for part in _parts(path) for word in (part, *part.split("_"))}
-        return _num_dimensions(path, leaf) >= 2 and not words.intersection(config.weight_decay_exclude)
+        return _is_matrix(path, leaf) and not words.intersection(config.weight_decay_exclude)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -108,9 +110,13 @@ def _parts(path) -> list[str]:
     return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
-def _num_dimensions(path, leaf) -> int:
-    """Of one layer's parameter: those under ``layers`` are stacked on a leading axis."""
-    return leaf.ndim - (_parts(path)[0] == "layers")
+def _is_matrix(path, leaf) -> bool:
+    """Whether one layer's parameter, or one expert's, is a matrix: those under ``layers`` are stacked.
+
+    The biases of experts are stacked twice, [layers, experts, out], so that dimensions alone do not tell.
+    """
+    parts = _parts(path)
+    return parts[-1] not in VECTORS and leaf.ndim - (parts[0] == "layers") >= 2
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -128,7 +134,7 @@ def _sgd(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     def is_layer_matrix(path, leaf) -> str:
-        return "muon" if _parts(path)[0] == "layers" and _num_dimensions(path, leaf) >= 2 else "adam"
+        return "muon" if _parts(path)[0] == "layers" and _is_matrix(path, leaf) else "adam"
 
     def last_two_axes(params):
         return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
