@@ -69,13 +69,13 @@ def print_anything() -> None:
 
     Rows have any character, and the names of files may be no text at all.
     """
-    codecs.register_error("spell", spell)
+    codecs.register_error("escape_missing", escape_missing)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="spell")
+            stream.reconfigure(errors="escape_missing")
 
 
-def spell(error: UnicodeError) -> tuple[str, int]:
+def escape_missing(error: UnicodeError) -> tuple[str, int]:
     """The error handler: postrain's own marks as ASCII, other characters escaped so that JSON stays the same JSON."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -144,6 +144,8 @@ class Parser(argparse.ArgumentParser):
 
 def read_path(word: str) -> str:
     """A path of the command line. The shell leaves the ~ of --workdir=~/run as it is."""
+    if not word:  # of a variable that is not set; it would mean the current folder
+        raise argparse.ArgumentTypeError("is empty, expected a path")
     check_text(word, "path")
     return os.path.expanduser(word)
 
