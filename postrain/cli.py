@@ -144,10 +144,15 @@ class Parser(argparse.ArgumentParser):
 
 def read_path(word: str) -> str:
     """A path of the command line. The shell leaves the ~ of --workdir=~/run as it is."""
-    if not word:  # of a variable that is not set; it would mean the current folder
-        raise argparse.ArgumentTypeError("is empty, expected a path")
     check_text(word, "path")
     return os.path.expanduser(word)
+
+
+def read_nonempty_path(word: str) -> str:
+    """A path where "" (a variable that is not set) would mean the current folder, and no one later refuses it."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty, expected a path")
+    return read_path(word)
 
 
 def read_text(word: str) -> str:
@@ -202,14 +207,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
-    command.add_argument("--workdir", type=read_path, required=True)
-    command.add_argument("--output", type=read_path, required=True, metavar="DIR")
+    command.add_argument("--workdir", type=read_nonempty_path, required=True)
+    command.add_argument("--output", type=read_nonempty_path, required=True, metavar="DIR")
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
     command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
-    command.add_argument("file", type=read_path, metavar="FILE.gguf")
-    command.add_argument("output", type=read_path, metavar="OUT")
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.gguf")
+    command.add_argument("output", type=read_nonempty_path, metavar="OUT")
 
     command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
@@ -229,9 +234,9 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", type=read_text, help="one user message; the answer is streamed to the terminal")
     text = 'lines of {"prompt": ...} or {"messages": [...]}'
-    what.add_argument("--input", type=read_path, metavar="FILE.jsonl", help=text)
+    what.add_argument("--input", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
     command.add_argument(
-        "--output", type=read_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
+        "--output", type=read_nonempty_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
     )
     command.add_argument("--system", type=read_text, default="", help="a system message")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
