@@ -188,7 +188,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
     command.add_argument(
-        "--workdir", type=read_path, required=True, help="the folder of the run, on a disk that all machines share"
+        "--workdir",
+        type=read_nonempty_path,
+        required=True,
+        help="the folder of the run, on a disk that all machines share",
     )
     command.add_argument(
         "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"

@@ -85,6 +85,10 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
         (["import", "nowhere.gguf", "out"], "nowhere.gguf: expected a GGUF file, found nothing of that name: check"),
         (["import", "configs", "out"], "configs: expected a GGUF file, found a folder: give the .gguf file itself"),
         (["import", "x.gguf", ""], "argument OUT: is empty, expected a path"),
+        (
+            ["launch", "--config=configs/sft.py", "--workdir=", "--target=slurm:2", "--dry-run"],
+            "argument --workdir: is empty, expected a path",
+        ),
         (["export", "--workdir=x", "--output="], "argument --output: is empty, expected a path"),
         (["generate", "--model=x", "--input="], "argument --input: is empty, expected a path"),
         (["generate", "--model=", "--prompt=hi"], "--model is empty: give the folder of a model, or its name on the"),

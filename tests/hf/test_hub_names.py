@@ -141,6 +141,11 @@ def test_a_filled_cache_is_enough_without_a_network(hub, tmp_path, monkeypatch):
         point_at(monkeypatch, url, tmp_path / "cache", offline=offline)
         hub.requests.clear()
         assert locate_model(NAME) == folder == locate_model(f"{NAME}@{folder.name}") and not hub.requests
+    listings = list((tmp_path / "cache").rglob("trees/*.json"))
+    for listing in listings:  # older versions of the client kept none
+        listing.unlink()
+    forget()
+    assert listings and locate_model(NAME) == folder
 
 
 def closed_port() -> int:
