@@ -69,13 +69,13 @@ def print_anything() -> None:
 
     Rows have any character, and the names of files may be no text at all.
     """
-    codecs.register_error("spell", spell)
+    codecs.register_error("escape_missing", escape_missing)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="spell")
+            stream.reconfigure(errors="escape_missing")
 
 
-def spell(error: UnicodeError) -> tuple[str, int]:
+def escape_missing(error: UnicodeError) -> tuple[str, int]:
     """The error handler: postrain's own marks as ASCII, other characters escaped so that JSON stays the same JSON."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -148,6 +148,13 @@ def read_path(word: str) -> str:
     return os.path.expanduser(word)
 
 
+def read_nonempty_path(word: str) -> str:
+    """A path where "" (a variable that is not set) would mean the current folder, and no one later refuses it."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty, expected a path")
+    return read_path(word)
+
+
 def read_text(word: str) -> str:
     """A text of the command line, in UTF-8 also where the locale knows ASCII alone."""
     try:
@@ -181,7 +188,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
     command.add_argument(
-        "--workdir", type=read_path, required=True, help="the folder of the run, on a disk that all machines share"
+        "--workdir",
+        type=read_nonempty_path,
+        required=True,
+        help="the folder of the run, on a disk that all machines share",
     )
     command.add_argument(
         "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
@@ -200,14 +210,14 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
-    command.add_argument("--workdir", type=read_path, required=True)
-    command.add_argument("--output", type=read_path, required=True, metavar="DIR")
+    command.add_argument("--workdir", type=read_nonempty_path, required=True)
+    command.add_argument("--output", type=read_nonempty_path, required=True, metavar="DIR")
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
     command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
-    command.add_argument("file", type=read_path, metavar="FILE.gguf")
-    command.add_argument("output", type=read_path, metavar="OUT")
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.gguf")
+    command.add_argument("output", type=read_nonempty_path, metavar="OUT")
 
     command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
@@ -227,9 +237,9 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", type=read_text, help="one user message; the answer is streamed to the terminal")
     text = 'lines of {"prompt": ...} or {"messages": [...]}'
-    what.add_argument("--input", type=read_path, metavar="FILE.jsonl", help=text)
+    what.add_argument("--input", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
     command.add_argument(
-        "--output", type=read_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
+        "--output", type=read_nonempty_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
     )
     command.add_argument("--system", type=read_text, default="", help="a system message")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")

@@ -82,7 +82,17 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
             "does not hold it, and HF_HUB_OFFLINE is set: unset it",
         ),
         (["export", "--workdir=nowhere", "--output=x"], "nowhere: no run in it, expected nowhere/config.json"),
-        (["import", "nowhere.gguf", "out"], "nowhere.gguf"),
+        (["import", "nowhere.gguf", "out"], "nowhere.gguf: expected a GGUF file, found nothing of that name: check"),
+        (["import", "configs", "out"], "configs: expected a GGUF file, found a folder: give the .gguf file itself"),
+        (["import", "x.gguf", ""], "argument OUT: is empty, expected a path"),
+        (
+            ["launch", "--config=configs/sft.py", "--workdir=", "--target=slurm:2", "--dry-run"],
+            "argument --workdir: is empty, expected a path",
+        ),
+        (["export", "--workdir=x", "--output="], "argument --output: is empty, expected a path"),
+        (["generate", "--model=x", "--input="], "argument --input: is empty, expected a path"),
+        (["generate", "--model=", "--prompt=hi"], "--model is empty: give the folder of a model, or its name on the"),
+        (["generate", "--model=models/qwen", "--prompt=hi"], "models/qwen is not a folder here, and the cache"),
         (["verify", "nowhere"], "MODEL_DIR = 'nowhere' is a folder that does not exist"),
         (
             ["train", "--config=configs", "--workdir=x"],

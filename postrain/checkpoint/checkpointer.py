@@ -23,7 +23,6 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from postrain.checkpoint.integrity import (
-    Damaged,
     format_cause,
     is_damaged,
     is_out_of_memory,
@@ -176,7 +175,7 @@ class Checkpointer:
             error = pending.exception()
             others = gather(format_cause(error) if error else "")
             if error is not None or any(others):
-                self._fail(error or Damaged(next(filter(None, others))))
+                self._fail(error or OSError(next(filter(None, others))))  # of another process
 
     def _fail(self, error: BaseException) -> None:
         if self._lead:

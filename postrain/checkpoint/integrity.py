@@ -28,7 +28,7 @@ MACHINE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_E
 
 
 class Damaged(ValueError):
-    """Files that are missing or contradict their checksums."""
+    """Files of a checkpoint are missing, or contradict their checksums, or the list of these is broken."""
 
 
 # --- checksums ---

@@ -13,7 +13,7 @@ from postrain.config import NewTokensSection
 from postrain.data.rendering.tokenizer import read_new_tokens
 from postrain.errors import UserError
 from postrain.files import digest, spread
-from postrain.hf.tensors import read_header, weight_files
+from postrain.hf.tensors import list_weight_files, read_header
 from postrain.models.config import LoraConfig
 
 WHOLE_BYTES = 20 * 10**9  # of a folder: up to here every byte is hashed (a GB takes under a second), above it samples
@@ -85,7 +85,7 @@ def fingerprint_folder(folder: str | os.PathLike, *, whole_bytes: int = WHOLE_BY
     more than ``whole_bytes`` it is over each file's header and sixteen stretches of every tensor, its first and last
     bytes among them: no other fine-tune of a model leaves all of those as they are, but a single weight may hide.
     """
-    files = weight_files(folder)
+    files = list_weight_files(folder)
     if not files:
         raise UserError(f"model.path={folder}: expected *.safetensors files, found none: give a Hugging Face folder")
     sizes = {path: path.stat().st_size for path in files}

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Collection
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from postrain.errors import UserError
 from postrain.hf.families import (
     FAMILIES,
     HARMLESS_KEYS,
+    MEANINGS,
     NEUTRAL_VALUES,
     REPEATED_KEYS,
     TEXT_PARTS,
@@ -87,15 +89,28 @@ def read_model_json(file: pathlib.Path) -> dict:
     return shared | dict(raw.get(part.section) or {}) | outer | {"architectures": [part.architecture]}
 
 
-def is_adapter(folder: pathlib.Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter, and not the weights of a whole model too."""
-    whole = any((folder / name).exists() for name in (ONE_FILE, INDEX_FILE))
-    return not whole and (folder / ADAPTER_FILE).is_file()
+def is_adapter(folder: pathlib.Path, names: Collection[str] | None = None) -> bool:
+    """Whether ``folder`` holds a PEFT adapter. ``names``: of all its files, where not all have been fetched.
+
+    Raises UserError where it holds the weights of a whole model, too: which of the two is meant, nobody can tell.
+    """
+    if not (folder / ADAPTER_FILE).is_file():
+        return False
+    names = {path.name for path in folder.iterdir()} if names is None else names
+    if whole := next((name for name in (ONE_FILE, INDEX_FILE) if name in names), None):
+        raise UserError(
+            f"{folder}: holds an adapter ({ADAPTER_FILE}) and a whole model ({whole}); transformers reads the former, "
+            "others the latter: give a folder that has one of them alone"
+        )
+    return True
 
 
-def refuse_other_folders(folder: pathlib.Path) -> None:
-    """Raises UserError when ``folder`` is an adapter's, or a run's, which has a config.json of its own kind."""
-    if is_adapter(folder):
+def refuse_other_folders(folder: pathlib.Path, names: Collection[str] | None = None) -> None:
+    """Raises UserError when ``folder`` is an adapter's, or a run's, which has a config.json of its own kind.
+
+    ``names``: as in ``is_adapter``.
+    """
+    if is_adapter(folder, names):
         raise UserError(
             f"{folder}: expected a whole model, found an adapter: merge it into its base model first (`postrain export "
             "--format=merged` does, for a run of postrain)"
@@ -139,7 +154,7 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
             )
         values["head_dim"] = embed // num_heads
     _check_layer_types(values, num_layers, where)
-    ropes = _parse_ropes(values, family, where)
+    ropes = _parse_ropes(values, raw, family, where)
     shared = dict(
         vocab_size=vocab,
         embed_size=embed,
@@ -239,11 +254,12 @@ def _check_keys(raw: dict, values: dict, family: Family, where: str) -> None:
                 unread[key] = value
                 continue
         if not fits:
-            refused.append(f"{name} is {_short(value)}")
+            meaning = f" ({MEANINGS[key]})" if key in MEANINGS else ""
+            refused.append(f"{name} is {_short(value)}{meaning}")
     if refused:
         raise UserError(
-            f"{where}: {', '.join(refused)}, which this library does not compute: not supported; what changes no "
-            "logits, delete from a copy of config.json"
+            f"{where}: {', '.join(refused)}, which this library does not compute: take a model without it; a key that "
+            "changes no logits may be deleted, from a copy of config.json"
         )
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -313,10 +329,12 @@ def _check_unread_layer_types(config: ModelConfig, values: dict, family: Family,
         )
 
 
-def _parse_ropes(values: dict, family: Family, where: str) -> dict[str, RopeConfig]:
+def _parse_ropes(values: dict, raw: dict, family: Family, where: str) -> dict[str, RopeConfig]:
     """``rope``, and ``local_rope`` where the family has one for its layers with a window.
 
-    From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+    From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before); ``raw`` is ``values``
+    without the family's defaults. A ``rope_scaling`` beside ``rope_parameters`` must say the same: `transformers` 5
+    takes it and drops the other with its theta.
     """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(key) or {}, dict):
@@ -327,11 +345,20 @@ def _parse_ropes(values: dict, family: Family, where: str) -> dict[str, RopeConf
     theta = _number(values, "rope_theta", where, default=10_000.0)
     original = values.get("original_max_position_embeddings")
     if not family.local_rope:
-        key = "rope_scaling" if scaling else "rope_parameters"
-        chosen = scaling or stated
-        if original is not None and (chosen.get("rope_type") or chosen.get("type")) in ("llama3", "yarn"):
-            chosen["original_max_position_embeddings"] = original  # that of the whole comes first
-        return {"rope": _parse_rope(chosen, key, theta, values, where)}
+
+        def read(key: str, chosen: dict) -> RopeConfig:
+            if original is not None and (chosen.get("rope_type") or chosen.get("type")) in ("llama3", "yarn"):
+                chosen["original_max_position_embeddings"] = original  # that of the whole comes first
+            return _parse_rope(chosen, key, theta, values, where)
+
+        rope = read("rope_scaling", scaling) if scaling else read("rope_parameters", dict(stated))
+        if scaling and raw.get("rope_parameters") and read("rope_parameters", stated) != rope:
+            found = " and ".join(f"{key} is {_short(raw[key])}" for key in ("rope_parameters", "rope_scaling"))
+            raise UserError(
+                f"{where}: {found}: expected the same in both, as software reads one or the other: state all of it in "
+                "rope_parameters, theta too, and delete rope_scaling"
+            )
+        return {"rope": rope}
 
     # By type of layer. What stands beside the types is not read, and rope_scaling is laid over the full layers' rope.
     flat = {key: value for key, value in stated.items() if key not in LAYER_TYPES}

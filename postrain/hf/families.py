@@ -420,6 +420,15 @@ NEUTRAL_VALUES: dict[str, tuple] = {
     "mtp_per_layer_config": (None,),
     "mtp_hidden_states_first": (None, False),
 }
+# Of those whose name does not say it: what the model would compute.
+MEANINGS = {
+    **dict.fromkeys(
+        ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "mlp_layer_types"),
+        "layers with a dense MLP among layers of experts",
+    ),
+    "shared_expert_intermediate_size": "an expert that every token is routed to",
+    "per_layer_config": "layers of other sizes",
+}
 # Keys under which software repeats the value of another one: they must agree.
 REPEATED_KEYS = {
     "hidden_activation": "hidden_act",

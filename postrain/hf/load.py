@@ -82,7 +82,7 @@ def open_checked(
     family = family or read_family(folder)
     files = open_tensors(folder)
     if config.tie_embeddings and not others:  # the projection onto the vocabulary has no tensor of its own
-        _settle_tied(files, family.tensors)
+        _keep_one_embedding(files, family.tensors)
     expected = {tensor.name: tensor.shape for tensor in list_tensors(config, family)} | (others or {})
     entries = list_entries(config, family)
     ignored = [name for name in files.infos if any(re.fullmatch(pattern, name) for pattern in IGNORED_TENSORS)]
@@ -109,7 +109,7 @@ def open_checked(
     return files, entries
 
 
-def _settle_tied(files: TensorFiles, tensors: tuple[TensorName, ...]) -> None:
+def _keep_one_embedding(files: TensorFiles, tensors: tuple[TensorName, ...]) -> None:
     """A tied model may carry its embedding twice, or as the projection alone. Copies that differ are refused."""
     names = {entry.param: entry.name for entry in tensors}
     copy, original = names["unembed.embedding"], names["embed.embedding"]

@@ -108,11 +108,12 @@ def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor, dtype: np.dty
     if dtype is None:
         return array
     with np.errstate(over="ignore"):  # reported below, with the tensor's name
-        array = array.astype(dtype, copy=False)
-    if not np.isfinite(array).all():
-        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}"
-        raise UserError(f"export: {found}: choose another dtype")
-    return array
+        cast = array.astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        value = array[~np.isfinite(cast)].flat[0]
+        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}, such as {value:.4g}"
+        raise UserError(f"export: {found}: choose another export.dtype")
+    return cast
 
 
 def gather(param, places: tuple[int, ...] = ()) -> np.ndarray:

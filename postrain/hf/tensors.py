@@ -168,7 +168,7 @@ def open_tensors(folder: str | os.PathLike) -> TensorFiles:
     return files
 
 
-def weight_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+def list_weight_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """The files of a folder that hold its weights: those of the index, or the one; none where neither is there."""
     index, one = find_index(pathlib.Path(folder)), pathlib.Path(folder) / ONE_FILE
     if index is not None:
@@ -181,21 +181,22 @@ def find_index(folder: pathlib.Path, one_file: str = ONE_FILE) -> pathlib.Path |
     index = folder / f"{one_file}.index.json"
     if not index.exists():
         return None
-    if not (folder / one_file).exists() or any((folder / name).exists() for name in _parse_index(index).values()):
+    if not (folder / one_file).exists() or any((folder / name).exists() for name in parse_weight_map(index).values()):
         return index
     return None  # left behind by weights that are gone
 
 
 def read_weight_map(index: pathlib.Path) -> dict[str, str]:
     """Tensor -> file, of an index. Raises UserError when it is not one, and when a file is not there."""
-    weight_map = _parse_index(index)
+    weight_map = parse_weight_map(index)
     missing = sorted({file for file in weight_map.values() if not (index.parent / file).is_file()})
     if missing:
         raise UserError(f"{index}: names files that are not there: {', '.join(missing)}: download them")
     return weight_map
 
 
-def _parse_index(index: pathlib.Path) -> dict[str, str]:
+def parse_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """As ``read_weight_map``, also where the files are not there yet."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise UserError(f"{index}: expected a `weight_map` of tensor names to files: download the file again")

@@ -32,6 +32,7 @@ class ParamSpec:
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # what may have adapters, and may be quantised under them
 PARTS = ("attention", "mlp", "moe")  # of a layer, that they are in
+VECTORS = ("bias", "scale", "sinks", "magnitude")  # leaves that are vectors, or numbers, of each layer and expert
 
 
 def _linear(num_layers: int, size_in: int, size_out: int, axis_in: str, axis_out: str, bias: bool) -> dict:

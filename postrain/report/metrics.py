@@ -216,7 +216,7 @@ class ProgressLine:
                 if left >= 60:
                     self.print(self._forecast(step, seconds, evaluations, left))
         if self._live:
-            self._line = fit(parts, _columns(self._stream))
+            self._line = cut_to_width(parts, _columns(self._stream))
             self._stream.write(CLEAR + self._line)
         elif now - self._printed_at >= self._plain_every or step >= self._total:
             self._printed_at = now
@@ -255,7 +255,7 @@ class ProgressLine:
         self._line = ""
 
 
-def fit(parts: list[str], columns: int) -> str:
+def cut_to_width(parts: list[str], columns: int) -> str:
     """As many of ``parts`` as fit a line: a longer one would take two, of which CLEAR erases the second alone."""
     while len(parts) > 1 and len("  ".join(parts)) >= columns:
         parts = parts[:-1]

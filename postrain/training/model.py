@@ -21,7 +21,16 @@ from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, NewRows
 from postrain.models.heads import HeadConfig, apply_heads
 from postrain.models.lora import adapter_specs, init_lora, lora_specs
-from postrain.models.params import ParamSpec, axes_of, frozen_specs, name_broken, num_params, param_specs, shapes_of
+from postrain.models.params import (
+    PARTS,
+    ParamSpec,
+    axes_of,
+    frozen_specs,
+    name_broken,
+    num_params,
+    param_specs,
+    shapes_of,
+)
 from postrain.models.quantized import as_array, shape_of
 from postrain.models.transformer import compute_hidden_and_terms, unembedding
 from postrain.objectives.logprobs import TokenLogprobs, compute_token_logprobs, compute_weighted_nll
@@ -143,6 +152,8 @@ def configure(
             f"config key 'model.quantization' = 'nf4' packs two numbers in a byte, but the model's hidden size is "
             f"{source.embed_size}: use 'int8'"
         )
+    if lora:
+        _check_ranks(source, lora)
     ways, heads, num_kv = mesh.shape["tensor"], source.num_heads, source.num_kv_heads
     if heads % math.lcm(num_kv, ways):  # key heads are repeated until they divide
         raise UserError(
@@ -166,6 +177,19 @@ def configure(
         moe=source.moe and dataclasses.replace(source.moe, **router),
     )
     return model_config, new, rows
+
+
+def _check_ranks(config: ModelConfig, lora: LoraConfig) -> None:
+    """Refuses adapters that could only be larger than the matrices they adapt, and not express more."""
+    layers = param_specs(config)["layers"]
+    linears = {name: linear for part in PARTS for name, linear in layers.get(part, {}).items() if name in lora.targets}
+    limits = {name: min(linear["kernel"].shape[-2:]) for name, linear in linears.items()}
+    if limits and all(lora.rank_of(name) > limit for name, limit in limits.items()):
+        found = ", ".join(f"{name} {limit}" for name, limit in limits.items())
+        raise UserError(
+            f"config key 'model.lora.rank' = {lora.rank} is above the smaller dimension of every target ({found}): "
+            "lower it, or set it to 0 to train the matrices themselves"
+        )
 
 
 def choose_compute_dtype(name: str, mesh: Mesh | None = None) -> str:

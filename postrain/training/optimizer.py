@@ -17,6 +17,7 @@ from optax import contrib
 
 from postrain.config import OptimizerConfig
 from postrain.errors import UserError
+from postrain.models.params import VECTORS
 
 Schedule = Callable[[jax.Array], jax.Array]  # int32 [] number of the update, from 0 -> float32 [] learning rate
 
@@ -93,8 +94,9 @@ SCHEDULES = {
 def decay_mask(params, config: OptimizerConfig):
     """True for the leaves that decay: matrices whose path has none of ``weight_decay_exclude``.
 
-    A name excludes a part of the path that equals it or has it between underscores: "norm" excludes
-    ``layers.attention_norm.scale`` and "embed" ``embed.embedding``, but not ``unembed.embedding``.
+    Anything else never decays, whatever that key says. A name excludes a part of the path that equals it or has it
+    between underscores: "norm" excludes ``layers.attention_norm.scale`` and "embed" ``embed.embedding``, but not
+    ``unembed.embedding``.
     """
 
     def decays(path, leaf) -> bool:
@@ -109,12 +111,12 @@ def _parts(path) -> list[str]:
 
 
 def _is_matrix(path, leaf) -> bool:
-    """Whether one layer's parameter is a matrix, or one for each expert, whose biases [experts, out] are vectors.
+    """Whether one layer's parameter, or one expert's, is a matrix: those under ``layers`` are stacked.
 
-    Parameters under ``layers`` are stacked on a leading axis.
+    The biases of experts are stacked twice, [layers, experts, out], so that dimensions alone do not tell.
     """
     parts = _parts(path)
-    return leaf.ndim - (parts[0] == "layers") >= 2 and parts[-1] != "bias"
+    return parts[-1] not in VECTORS and leaf.ndim - (parts[0] == "layers") >= 2
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

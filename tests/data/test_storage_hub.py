@@ -111,6 +111,17 @@ def test_without_access_to_the_hub_its_cache_is_read(hub, tmp_path, monkeypatch)
     assert not hub.requests
 
 
+@pytest.mark.parametrize("nowhere", ["http://hub.invalid", "http://127.0.0.1:9"])  # no such name, nobody there
+def test_a_machine_without_a_network_is_told_so_in_seconds(hub, monkeypatch, nowhere):
+    """A storage that was reached before is waited for as ever (test_storage_remote)."""
+    monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": nowhere})
+    HfFileSystem.clear_instance_cache()
+    with pytest.raises(UserError) as error:
+        list_files("hf://datasets/o/d/a.jsonl", StorageOptions(tries=50, first_wait=0.01))
+    assert str(error.value).startswith("hf://datasets/o/d/a.jsonl cannot be read: 3 tries within ")
+    assert str(error.value).endswith("fetch it by `hf download` where there is one and set HF_HUB_OFFLINE")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_command_line_reads_from_the_hub(hub, tmp_path, streaming):
     """In a process of its own, as the client decides when it is loaded whether it may ask the hub at all."""

@@ -91,16 +91,20 @@ def test_the_tokenizer_of_the_run_travels(source, tmp_path):
     (tmp_path / "template.jinja").write_text(OTHER_TEMPLATE)
     run = make_run(bare, model={"path": str(bare), "tokenizer": str(other), "lora": {"rank": 2}})
     used = load_tokenizer(other, str(tmp_path / "template.jinja"))
-    assert used.stop_ids == {0, 2}
+    assert used.stop_ids == {0, 2} and used.special_tokens["eos_token"] == "<|im_end|>"
+    expected = load_tokenizer(other, str(tmp_path / "template.jinja"))
+    expected.special_tokens["eos_token"] = "<|endoftext|>"  # as the template ends answers; the rest as it was
     for format in ("merged", "adapter"):
         out = export(tmp_path / format, run, bare, format=format, tokenizer=used)
         found = load_tokenizer(out)
-        assert found.fingerprint() == used.fingerprint()
+        assert found.fingerprint() == expected.fingerprint()
         theirs = transformers.AutoTokenizer.from_pretrained(out)
         assert theirs.chat_template == OTHER_TEMPLATE and theirs.model_max_length == 77
         assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
         assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
+        assert theirs.eos_token == "<|endoftext|>"
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [0, 2]
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").eos_token_id == [0, 2]
 
 
 def test_what_the_run_did_not_change_is_copied(source, tmp_path):

@@ -214,6 +214,12 @@ def test_a_value_that_changes_the_maths_is_refused_by_its_key(architecture, keys
     assert next(iter(keys)) in message or list(keys)[-1] in message
 
 
+def test_layers_without_experts_are_named_with_what_they_would_compute():
+    message = refusal(ONE_OF_EACH["Qwen3MoeForCausalLM"] | {"mlp_only_layers": [0, 3]})
+    assert "mlp_only_layers is [0, 3] (layers with a dense MLP among layers of experts), which this lib" in message
+    assert "take a model without it" in message
+
+
 def test_what_the_whole_says_holds_for_its_text_part(tmp_path):
     """transformers ties the projection onto the vocabulary by the outer key, and takes code from there."""
     folder = write_published_config(tmp_path, "google/gemma-3-4b-it")
@@ -314,10 +320,26 @@ def test_frequencies_are_those_of_transformers(name, tiny_configs):
         ("gemma3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_theta"),
         ("gemma3", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling.type"),
         ("gemma3", {"rope_scaling": BY_TYPE}, "full_attention"),
+        # What a user adds by hand to a file of transformers 5: theta would fall back to 10,000 without a word.
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            },
+            "delete rope_scaling",
+        ),
     ],
 )
 def test_rope_that_cannot_be_computed_is_refused(family, keys, named, tiny_configs):
     assert named in refusal(tiny_configs[family] | keys)
+
+
+def test_a_rope_that_is_stated_twice_in_the_same_way(tiny_configs):
+    both = {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64, "rope_theta": 1e5}}
+    both |= {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}, "rope_theta": 1e5}
+    rope = parse_config(tiny_configs["llama"] | both, "config.json").rope
+    assert (rope.theta, rope.kind, rope.original_max_positions) == (1e5, "llama3", 64)
 
 
 # --- logits, and many keys at once ---

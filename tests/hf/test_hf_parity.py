@@ -187,7 +187,7 @@ def test_values_that_a_dtype_cannot_hold_are_refused(tmp_path):
     folder = make_tiny_model(tmp_path / "model", "llama")
     config, params = load_pretrained(folder)
     params["final_norm"]["scale"] = params["final_norm"]["scale"].at[3].set(1e6)
-    with pytest.raises(UserError, match="model.norm.weight has values that are not finite in float16"):
+    with pytest.raises(UserError, match="model.norm.weight has values that are not finite in float16, such as "):
         save_pretrained(tmp_path / "out", params, config, source_folder=folder, dtype="float16")
     assert not (tmp_path / "out").exists()
 

@@ -159,6 +159,11 @@ def test_adapter_tensors_that_are_refused(adapter_folder, tmp_path):
     save_file(tensors | {other: np.zeros((2, 40), np.float32)}, file)
     with pytest.raises(UserError, match=other):
         load_adapter(folder, config)
+    named = r"expected names such as base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    for part, by_hand in (("model.model.", "model."), ("lora_A.weight", "lora_A.default.weight")):
+        save_file({name.replace(part, by_hand): value for name, value in tensors.items()}, file)
+        with pytest.raises(UserError, match=rf"{by_hand}.* belongs to no linear layer .*{named}"):
+            load_adapter(folder, config)
     file.write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="adapter_model.safetensors"):
         load_adapter(folder, config)

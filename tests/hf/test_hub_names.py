@@ -98,6 +98,36 @@ def test_revisions_and_a_branch_that_moves(hub, model):
     }
 
 
+def test_two_sets_of_weights_in_a_repository_are_those_of_a_folder(hub, model):
+    """Fetched both, compared, and refused where they differ: no file of the repository is left out of the rule."""
+    contents = {p.name: p.read_bytes() for p in model.iterdir()}
+    whole = (model.parent / "whole" / "model.safetensors").read_bytes()
+    hub.repository("someone/both").commit(contents | {"model.safetensors": whole})
+    assert_same(postrain.load_pretrained("someone/both"), postrain.load_pretrained(model))
+    hub.requests.clear()
+    forget()
+    assert (locate_model("someone/both") / "model.safetensors").exists() and not hub.fetched()
+    changed = whole[:-1] + bytes([whole[-1] ^ 1])
+    hub.repository("someone/differ").commit(contents | {"model.safetensors": changed})
+    with pytest.raises(UserError, match="holds two sets of weights that differ"):
+        postrain.load_pretrained("someone/differ")
+    left = {name: data for name, data in contents.items() if not name.endswith(".safetensors")}
+    hub.repository("someone/stale").commit(left | {"model.safetensors": whole})
+    assert_same(postrain.load_pretrained("someone/stale"), postrain.load_pretrained(model))
+
+
+def test_a_repository_of_an_adapter_and_a_whole_model_is_refused_before_weights_are_fetched(hub, model):
+    whole = (model.parent / "whole" / "model.safetensors").read_bytes()
+    adapter = json.dumps({"peft_type": "LORA", "base_model_name_or_path": NAME}).encode()
+    both = {"adapter_config.json": adapter, "adapter_model.safetensors": b"x" * 3000, "model.safetensors": whole}
+    hub.repository("someone/both").commit(both | {"config.json": (model / "config.json").read_bytes()})
+    for weights in (False, True):
+        for find in (find_model, locate_model):
+            with pytest.raises(UserError, match=r"holds an adapter .* and a whole model .model.safetensors."):
+                find("someone/both", weights=weights)
+    assert hub.fetched() == {"adapter_config.json", "config.json"}
+
+
 def test_a_folder_wins_over_a_name(hub, model, tmp_path):
     shutil.copytree(model, tmp_path / NAME)
     hub.requests.clear()
@@ -111,6 +141,11 @@ def test_a_filled_cache_is_enough_without_a_network(hub, tmp_path, monkeypatch):
         point_at(monkeypatch, url, tmp_path / "cache", offline=offline)
         hub.requests.clear()
         assert locate_model(NAME) == folder == locate_model(f"{NAME}@{folder.name}") and not hub.requests
+    listings = list((tmp_path / "cache").rglob("trees/*.json"))
+    for listing in listings:  # older versions of the client kept none
+        listing.unlink()
+    forget()
+    assert listings and locate_model(NAME) == folder
 
 
 def closed_port() -> int:
@@ -227,6 +262,17 @@ def test_an_adapter_on_the_hub_and_its_base(hub, model, tmp_path):
     hub.requests.clear()
     assert main(["verify", "someone/adapter"]) == 0
     assert not hub.requests  # transformers and peft are given folders, and have nothing to say to the hub
+
+
+def test_a_base_at_a_revision_that_is_gone_is_named_with_its_key(hub, tmp_path):
+    """``revision`` of adapter_config.json is the base's, whatever the adapter's own was."""
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": NAME, "revision": "v9"}
+    hub.repository("someone/adapter").commit({"adapter_config.json": json.dumps(adapter).encode()})
+    first = hub.repository("someone/adapter").head()
+    with pytest.raises(UserError) as error:
+        find_model(f"someone/adapter@{first}", weights=False)
+    named = f"base_model_name_or_path with revision is '{NAME}@v9', expected the adapter's base model: {NAME}@v9 is not"
+    assert named in str(error.value) and "has no such revision of it" in str(error.value)
 
 
 def test_commands_take_names(hub, tmp_path, capsys):

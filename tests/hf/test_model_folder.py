@@ -86,6 +86,18 @@ def test_what_needs_a_whole_model_says_so(adapter):
             read(str(adapter[0]))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_of_an_adapter_and_a_whole_model_is_refused(base, adapter, name):
+    """transformers goes by adapter_config.json, servers by the model."""
+    folder, _ = adapter
+    shutil.copyfile(base / "config.json", folder / "config.json")
+    (folder / name).write_bytes((base / "model.safetensors").read_bytes())
+    for read in (find_model, locate_model, load_pretrained):
+        with pytest.raises(UserError, match="holds an adapter .* and a whole model .* give a folder that") as caught:
+            read(str(folder))
+        assert name in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("exported", [False, True])
 def test_a_workdir_is_answered_with_its_export(base, tmp_path, exported):
     workdir = tmp_path / "run"

@@ -72,6 +72,6 @@ def test_what_a_terminal_has_no_character_for_is_spelled():
         ("é 🚲", rb"\u00e9 \ud83d\udeb2"),
         ("a\udcff", rb"a\udcff"),  # of the name of a file
     ):
-        cli.codecs.register_error("spell", cli.spell)
-        assert text.encode("ascii", "spell") == expected
-    assert "é⟦".encode("latin-1", "spell") == b"\xe9[["
+        cli.codecs.register_error("escape_missing", cli.escape_missing)
+        assert text.encode("ascii", "escape_missing") == expected
+    assert "é⟦".encode("latin-1", "escape_missing") == b"\xe9[["

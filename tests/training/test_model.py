@@ -1,11 +1,14 @@
 """An abstract model is the loaded one without its numbers: what `postrain plan` compiles is what `train` runs."""
 
+from contextlib import nullcontext
+
 import jax
 import numpy as np
 import pytest
 from tiny_models import make_tiny_model
 
 from postrain.config import resolve
+from postrain.errors import UserError
 from postrain.plan.plan import count_held
 from postrain.plan.roofline import count_traced_flops
 from postrain.recipes.sft import make_program
@@ -51,6 +54,25 @@ def test_an_abstract_model_is_the_loaded_one(folder, rank, dtype):
     )
     held = count_held(step)
     assert sum(held.values()) - held["batch"] == sum(leaf.nbytes for leaf in jax.tree.leaves(numbers))
+
+
+@pytest.mark.parametrize(
+    ("lora", "refused"),
+    [
+        ({"rank": 41}, True),
+        ({"rank": 40}, False),
+        ({"rank": 65536, "targets": ["q", "up"]}, True),
+        ({"rank": 25, "targets": ["k", "v"]}, True),  # 2 heads of 12
+        ({"rank": 25, "targets": ["k", "q"]}, False),
+        ({"rank": 25, "targets": ["k"], "ranks": {"k": 8}}, False),
+        ({"rank": 8, "targets": ["k"], "ranks": {"k": 25}}, True),
+    ],
+)
+def test_adapters_larger_than_every_matrix_are_refused(folder, lora, refused):
+    config = configure(folder, 0, lora=lora)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with pytest.raises(UserError, match="rank' = .* is above the smaller .*lower it") if refused else nullcontext():
+        abstract_model(config, folder, mesh)
 
 
 @pytest.mark.parametrize(("rank", "remat"), [(0, "none"), (0, "dots"), (4, "none"), (4, "full")])

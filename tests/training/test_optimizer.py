@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published_configs import PUBLISHED
 
 from postrain.config import OptimizerConfig
 from postrain.errors import UserError
-from postrain.models.config import ModelConfig, MoeConfig
-from postrain.models.params import abstract_params
+from postrain.hf.config import parse_config
+from postrain.hf.families import FAMILIES
+from postrain.models.config import LoraConfig, ModelConfig
+from postrain.models.lora import adapter_specs
+from postrain.models.params import abstract_params, merge_params, shapes_of
 from postrain.training.optimizer import (
     decay_mask,
     format_schedule_warning,
@@ -53,22 +57,27 @@ def test_decay_is_for_matrices_that_are_not_excluded():
     assert everything["embed"]["embedding"] and not everything["layers"]["attention_norm"]["scale"]
 
 
-def test_biases_of_experts_are_vectors_to_the_decay_and_to_muon():
-    experts = MoeConfig(4, 2, 16, router_bias=True, expert_bias=True)
-    model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, o_bias=True, qkv_bias=True, moe=experts)
-    params = abstract_params(model)
-    mask = decay_mask(params, dataclasses.replace(CONFIG, weight_decay_exclude=("norm",)))
-    found = {_name(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    assert leaves["layers.moe.gate.bias"].ndim == 3, "stacked, one for each expert"
-    assert found == {name for name in leaves if name.endswith(("kernel", "embedding"))}
-    state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="muon"), 10)[0].init, params)
-    orthogonal = jax.tree_util.tree_leaves_with_path(state[0].inner_states["muon"].inner_state[0].mu)
-    assert {_name(path) for path, _ in orthogonal} == {name for name in found if name.startswith("layers")}
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("exclude", [(), ("norm",)])
+def test_only_matrices_decay_in_every_family_whatever_is_excluded(architecture, exclude):
+    """Biases of experts are stacked over layers and experts, [L, E, out], and magnitudes of DoRA over layers."""
+    model = parse_config(next(raw for raw in PUBLISHED.values() if raw["architectures"] == [architecture]), "a file")
+    model = dataclasses.replace(model, lora=LoraConfig(rank=2, dora=True))
+    tree = merge_params(shapes_of(adapter_specs(model)), abstract_params(model))
+    matrices = {path for path in paths(tree) if path.endswith(("kernel", "lora_a", "lora_b", "embedding"))}
+    for names, left in ((CONFIG.weight_decay_exclude, {"embed.embedding"}), (exclude, set())):
+        mask = decay_mask(tree, dataclasses.replace(CONFIG, weight_decay_exclude=names))
+        decaying = {path for path, decays in zip(paths(tree), jax.tree.leaves(mask), strict=True) if decays}
+        assert decaying == matrices - left
+    state = jax.eval_shape(make_optimizer(dataclasses.replace(CONFIG, name="muon"), 1)[0].init, tree)
+    orthogonal = {path.partition(".mu.")[2] for path in paths(state) if "muon" in path and ".mu." in path}
+    assert orthogonal == {path for path in matrices if path.startswith("layers.")}
 
 
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def paths(tree):
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 def first_update(config, params, grads):

@@ -52,6 +52,20 @@ def fetch_small_files(name: str) -> pathlib.Path:
     return _download(name, name.partition("@")[2], SMALL_FILES)
 
 
+def list_repository(name: str) -> frozenset[str]:
+    """Names of all files of the repository, at the commit of ``fetch_small_files``, fetched or not.
+
+    Where another version of ``huggingface_hub`` filled the cache, and the hub is out of reach, those that are there.
+    """
+    from huggingface_hub import errors, get_cached_repo_tree  # loads slowly
+
+    folder = fetch_small_files(name)
+    try:
+        return frozenset(file.path for file in get_cached_repo_tree(name.partition("@")[0], revision=folder.name))
+    except errors.CachedRepoTreeNotFoundError:
+        return frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
 def fetch_weights(name: str, files: Sequence[str]) -> pathlib.Path:
     """The folder of ``fetch_small_files``, with ``files`` in it. Raises UserError as that, or where one is missing."""
     folder = fetch_small_files(name)
@@ -137,5 +151,5 @@ def explain(error: Exception) -> str | None:
         if constants.HF_HUB_OFFLINE:
             return f"{cache} does not hold it, and HF_HUB_OFFLINE is set: unset it, or first fetch it by `hf download`"
         cause = one_line(error.__cause__ or error)
-        return f"{cache} does not hold it, and {hub} cannot be reached ({cause}): check the network"
+        return f"{cache} does not hold it, and {hub} cannot be reached ({cause}): check the network, or give a path"
     return None

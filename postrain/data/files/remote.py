@@ -31,6 +31,7 @@ import os
 import pathlib
 import queue
 import random
+import socket
 import threading
 import time
 import zlib
@@ -42,6 +43,8 @@ from postrain.errors import UserError
 from postrain.files import lock
 
 MAX_WAIT = 30.0  # seconds between two tries
+FIRST_TRIES = 3  # of a storage of which nothing has been read, and whose host cannot be reached
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 _PERMANENT = (
     FileNotFoundError,
     PermissionError,
@@ -78,8 +81,10 @@ class StorageOptions:
 # Requests
 
 
-def retry(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
+def retry(options: StorageOptions, where: str, call: Callable[[], Any], *, first: bool = False) -> Any:
     """Calls ``call`` until it succeeds, and returns its result.
+
+    ``first``: nothing has been read of this storage yet, so that a machine without a network is told so in seconds.
 
     Raises:
       UserError: naming ``where`` (``url`` or ``url@byte``), for an error that would come again, or after
@@ -97,13 +102,18 @@ def retry(options: StorageOptions, where: str, call: Callable[[], Any]) -> Any:
             if _is_permanent(error):
                 advice = "" if isinstance(error, FileNotFoundError) else " and who may read it"
                 raise UserError(f"{where} cannot be read ({cause}): check the path{advice}") from error
-            if attempt >= options.tries:
+            lost = first and _cannot_reach(error, where)
+            tries = min(FIRST_TRIES, options.tries) if lost else options.tries
+            if attempt >= tries:
+                advice = "check the storage and the network, then start the same command again"
+                if lost and where.startswith("hf://"):
+                    advice = "check the network, or fetch it by `hf download` where there is one and set HF_HUB_OFFLINE"
                 raise UserError(
                     f"{where} cannot be read: {attempt} tries within {time.monotonic() - begin:.0f} s have failed, "
-                    f"the last one with {cause}: check the storage and the network, then start the same command again"
+                    f"the last one with {cause}: {advice}"
                 ) from error
         wait = min(options.first_wait * 2 ** (attempt - 1), MAX_WAIT) * _RANDOM.uniform(0.5, 1)
-        _LOG.warning("%s: try %d of %d failed (%s); next in %.1f s", where, attempt, options.tries, cause, wait)
+        _LOG.warning("%s: try %d of %d failed (%s); next in %.1f s", where, attempt, tries, cause, wait)
         time.sleep(wait)
 
 
@@ -140,6 +150,19 @@ def real_error(error: Exception) -> Exception:
 
 def _is_of_hub(error: BaseException | None) -> bool:
     return type(error).__module__.startswith("huggingface_hub.")
+
+
+def _cannot_reach(error: BaseException | None, where: str) -> bool:
+    """Whether the name of the storage's host was not found, or there is no way to it: mostly, no network at all.
+
+    The hub itself never refuses a connection: that is a firewall, or a proxy that is not there.
+    """
+    codes = (*_NO_ROUTE, errno.ECONNREFUSED) if where.startswith("hf://") else _NO_ROUTE
+    while error is not None:
+        if isinstance(error, socket.gaierror) or getattr(error, "errno", None) in codes:
+            return True
+        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__
+    return False
 
 
 def _is_permanent(error: Exception) -> bool:

@@ -308,7 +308,8 @@ def _list_one(fs, inner: str, path: str, options: StorageOptions) -> list[Stored
         entries, state = fs.find(inner, detail=True), f"{info['name'].rstrip('/')}/state.json"
         return info, entries, fs.cat_file(state) if state in entries else b""
 
-    info, entries, state = retry(dataclasses.replace(options, timeout=LISTING * options.timeout), path, look)
+    patient = dataclasses.replace(options, timeout=LISTING * options.timeout)
+    info, entries, state = retry(patient, path, look, first=True)
     if info and info["type"] == "directory":
         inside = {n.removeprefix(info["name"]).strip("/"): n for n in entries}
         wanted = _saved_by_datasets(path, inside, state) or [n for n in inside if _is_data(n)]

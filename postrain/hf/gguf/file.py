@@ -39,8 +39,11 @@ def read_gguf(file: pathlib.Path) -> tuple[dict[str, gguf.ReaderTensor], dict[st
 
     Raises UserError when the file does not exist, is not a GGUF, is cut short or damaged.
     """
+    if file.is_dir():
+        advice = "give the .gguf file itself; the folder of a Hugging Face model needs no import"
+        raise UserError(f"{file}: expected a GGUF file, found a folder: {advice}")
     if not file.is_file():
-        raise UserError(f"{file}: expected a GGUF file, found nothing of that name")
+        raise UserError(f"{file}: expected a GGUF file, found nothing of that name: check the path")
     try:
         with open(file, "rb") as stream:
             if stream.read(4) != b"GGUF":

@@ -280,7 +280,11 @@ def _find_targets(names: set[str], raw: dict, table, config: ModelConfig, folder
                 )
             found.add(modules[match[1]])
         elif not (match and config.moe and re.fullmatch(rf"{re.escape(MODULE)}(\.base_layer)?", match[1])):
-            raise UserError(f"{folder}: adapter tensor {name} belongs to no linear layer of a decoder: not supported")
+            example = f"{PREFIX}{LAYER.format(0)}self_attn.q_proj.{LEAVES['lora_a']}"
+            raise UserError(
+                f"{folder}: adapter tensor {name} belongs to no linear layer of a decoder: expected names such as "
+                f"{example}, as PeftModel.save_pretrained writes them; adapters of other layers are not supported"
+            )
     for parameter in read_names(raw, "target_parameters", where):
         name = parameter.split(".")[-1]
         if not config.moe or name not in PARAMETERS:
