@@ -341,7 +341,7 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         ("--seed", read_whole_number, 0, "of the random numbers, where --temperature is above 0"),
         ("--batch-size", read_whole_number, 32, "lines of --input that are answered together"),
     ):
-        command.add_argument(name, type=kind, default=default, help=f"{text} (default {default:g})")
+        command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:g})")
 
 
 def load_checked_config(args, overrides):
@@ -441,7 +441,7 @@ def run_generate(args, overrides) -> None:
         sampling = SamplingParams(**{name: getattr(args, name) for name in names})
     except WrongSetting as error:
         option = error.name.replace("_", "-")
-        raise UserError(f"--{option} {error.value:g}: expected {error.rule}") from error
+        raise UserError(f"--{option} {error.value}: expected {error.rule}") from error
     thinking = {"on": True, "off": False}.get(args.thinking)
     prompt = {"system": args.system, "raw": args.raw, "thinking": thinking}
     check_model_path(args.model, "--model")
@@ -450,8 +450,11 @@ def run_generate(args, overrides) -> None:
         print(f"{count} answer{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
     else:
         write = functools.partial(print, end="", flush=True)
-        answer_prompt(load_chat_model(args.model), args.prompt, sampling, write=write, **prompt)
-        print()
+        model = load_chat_model(args.model)
+        try:
+            answer_prompt(model, args.prompt, sampling, write=write, **prompt)
+        finally:
+            print()
 
 
 def run_verify(args, overrides) -> int:

@@ -78,7 +78,7 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
         ),
         (["verify", "x", "--config.data.seed=1"], "`postrain verify` has no config"),
         (["generate", "--model=x", "--prompt=hi", "--output=o"], "--output goes with --input"),
-        (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "--top-p 2: expected above 0 and at most 1"),
+        (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "--top-p 2.0: expected above 0 and at most 1"),
         (["generate", "--model=x", "--prompt=hi", "--max-new-tokens=0"], "--max-new-tokens 0: expected 1 to 16777216"),
         (["generate", "--model=x", "--prompt=hi", "--batch-size=0"], "--batch-size 0: expected at least 1"),
         (["generate", "--model=x", "--input=f", "--top-k=1.5"], "--top-k: expected a whole number, found '1.5'"),

@@ -63,7 +63,7 @@ class SamplingParams:
     top_k: int = 0  # at most this many most probable ids; 0: all
     max_new_tokens: int = 128
     stop_ids: tuple[int, ...] = ()  # a row ends after the first of these, which is part of its tokens
-    banned_ids: tuple[int, ...] = ()  # never chosen
+    banned_ids: tuple[int, ...] = ()  # of the model's ids those that are never chosen
     seed: int = 0
 
     def __post_init__(self):
@@ -254,15 +254,15 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
     steps = 1 if streaming else CHUNK
     stop_ids = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
     stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids
-    banned = None
-    if sampling.banned_ids:  # filled up with ids that no model has, so that other tokenizers take the same program
-        banned = np.full(bucket(len(sampling.banned_ids), 8), np.iinfo(np.int32).max, np.int32)
-        banned[: len(sampling.banned_ids)] = sampling.banned_ids
+    allowed = None
+    if sampling.banned_ids:
+        allowed = np.ones(config.vocab_size, bool)
+        allowed[list(sampling.banned_ids)] = False
     choose = {
         "temperature": np.float32(sampling.temperature) if sampling.temperature > 0 else None,
         "top_p": np.float32(sampling.top_p) if sampling.top_p < 1 else None,
         "top_k": sampling.top_k,
-        "banned_ids": banned,
+        "allowed": allowed,
     }
     while remaining.any():
         needed = min(int(positions[remaining > 0].max()) + 1 + steps, last_slot)
@@ -317,7 +317,7 @@ def _decode_chunk(
     *,
     config,
     steps,
-    banned_ids,
+    allowed,
     temperature,
     top_k,
     top_p,
@@ -341,7 +341,7 @@ def _decode_chunk(
         )
         logits = compute_logits(params, config, hidden[:, 0])
         if temperature is None:
-            choice = choose_greedy(logits, vocab_size=config.vocab_size, banned_N=banned_ids)
+            choice = choose_greedy(logits, vocab_size=config.vocab_size, allowed_V=allowed)
         else:
             choice = choose_sampled(
                 logits,
@@ -350,7 +350,7 @@ def _decode_chunk(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
-                banned_N=banned_ids,
+                allowed_V=allowed,
             )
         tokens = jnp.where(active, choice.tokens, -1)
         stopped = (tokens[:, None] == stop_ids).any(-1)

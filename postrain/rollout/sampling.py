@@ -15,7 +15,7 @@ from, after temperature, banned ids, top-k and top-p: importance ratios need thi
 model's own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with. Where
 every id may be chosen they are equal.
 
-Legend: B rows, V entries of the vocabulary (padded), N banned ids, C chunks, W ids of a chunk.
+Legend: B rows, V entries of the vocabulary (padded), C chunks, W ids of a chunk.
 """
 
 import math
@@ -36,23 +36,23 @@ class Choice:
     model_logprobs: jax.Array  # float32, under softmax(logits / temperature); of temperature 1 when greedy
 
 
-def choose_greedy(logits_BV: jax.Array, *, vocab_size: int, banned_N=None) -> Choice:
+def choose_greedy(logits_BV: jax.Array, *, vocab_size: int, allowed_V=None) -> Choice:
     """The most probable id below ``vocab_size`` of every row, the lowest of those that tie.
 
-    ``banned_N``: ids that are not chosen, in any order; entries of ``vocab_size`` and above have no effect.
+    ``allowed_V``: bool [vocab_size], the ids that may be chosen; None: all.
     """
     whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
-    logits = _ban(whole, banned_N)
+    logits = _leave_out(whole, allowed_V)
     # In two levels because an argmax over a long row is not vectorised on CPU: there it costs 10x a max.
     chunks_BCW = _split(logits)
     chunk_B = jnp.argmax(chunks_BCW.max(-1), axis=-1)
     within_BW = _take_chunk(chunks_BCW, chunk_B)
     tokens = chunk_B * chunks_BCW.shape[-1] + jnp.argmax(within_BW, axis=-1)
     best_B1 = within_BW.max(-1, keepdims=True)
-    if banned_N is None:
+    if allowed_V is None:
         model_logprobs = -jnp.log(jnp.exp(whole - best_B1).sum(-1))
-    else:
-        model_logprobs = best_B1[:, 0] - jax.nn.logsumexp(whole, axis=-1)  # a banned id may be far more probable
+    else:  # an id that is left out may be far more probable
+        model_logprobs = best_B1[:, 0] - jax.nn.logsumexp(whole, axis=-1)
     return Choice(tokens.astype(jnp.int32), jnp.zeros_like(model_logprobs), model_logprobs)
 
 
@@ -64,17 +64,18 @@ def choose_sampled(
     temperature,
     top_k: int = 0,
     top_p=None,
-    banned_N=None,
+    allowed_V=None,
 ) -> Choice:
     """One id below ``vocab_size`` per row, drawn with two uniform numbers in [0, 1) per row.
 
-    ``temperature`` divides the logits; ``banned_N`` (as in choose_greedy) are left out; then at most ``top_k`` ids
-    (0: all), then the fewest most probable ids whose probabilities, renormalised after top-k, reach ``top_p`` (None:
-    all); ties are kept.
+    ``temperature`` divides the logits; ids that are not ``allowed_V`` (as in choose_greedy) are left out; then stay at
+    most ``top_k`` ids (0: all), then the fewest most probable ids whose probabilities, renormalised after top-k, reach
+    ``top_p`` (None: all); ties are kept.
     """
     whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
-    logits = _ban(whole, banned_N)
-    weights_BV = jnp.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+    logits = _leave_out(whole, allowed_V)
+    best_B1 = logits.max(-1, keepdims=True)
+    weights_BV = jnp.exp((logits - best_B1) / temperature)
     candidates_BV = weights_BV
     if 0 < top_k < vocab_size:
         kth_B = find_threshold(logits, jnp.ones_like(logits), jnp.full(logits.shape[0], top_k, jnp.float32))
@@ -89,10 +90,12 @@ def choose_sampled(
     within_B = invert_cumulative(chunk_BW, uniforms_B2[:, 1])
     log_weight_B = jnp.log(jnp.take_along_axis(chunk_BW, within_B[:, None], axis=-1)[:, 0])
     logprobs_B = log_weight_B - jnp.log(sums_BC.sum(-1))
-    model_logprobs_B = logprobs_B if candidates_BV is weights_BV else log_weight_B - jnp.log(weights_BV.sum(-1))
-    if banned_N is not None:  # the model's probability of the others, at this temperature
-        totals = [jax.nn.logsumexp(x / temperature, axis=-1) for x in (logits, whole)]
-        model_logprobs_B = model_logprobs_B + totals[0] - totals[1]
+    if allowed_V is not None:
+        model_logprobs_B = log_weight_B + best_B1[:, 0] / temperature - jax.nn.logsumexp(whole / temperature, axis=-1)
+    elif candidates_BV is weights_BV:
+        model_logprobs_B = logprobs_B
+    else:
+        model_logprobs_B = log_weight_B - jnp.log(weights_BV.sum(-1))
     tokens_B = (chunk_B * candidates_BCW.shape[-1] + within_B).astype(jnp.int32)
     return Choice(tokens=tokens_B, logprobs=logprobs_B, model_logprobs=model_logprobs_B)
 
@@ -147,10 +150,11 @@ def _mask_vocabulary(logits_BV, vocab_size):
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, jnp.finfo(logits_BV.dtype).min)
 
 
-def _ban(logits_BV, banned_N):
-    if banned_N is None:
+def _leave_out(logits_BV, allowed_V):
+    if allowed_V is None:
         return logits_BV
-    return logits_BV.at[:, banned_N].set(jnp.finfo(logits_BV.dtype).min, mode="drop")
+    allowed_V = jnp.pad(allowed_V, (0, logits_BV.shape[-1] - allowed_V.shape[-1]))
+    return jnp.where(allowed_V, logits_BV, jnp.finfo(logits_BV.dtype).min)
 
 
 def _split(x_BV):
