@@ -285,7 +285,7 @@ def _keep_lines(output: str | None, total: int) -> Iterator[Callable[[dict[int, 
             print(f"{len(lines):,} of {total:,} answers are {where}", file=sys.stderr)
 
 
-def _read_rows(path: pathlib.Path, raw: bool) -> Iterator[tuple[dict, str, RowRef]]:
+def _read_rows(path: pathlib.Path, raw: bool = False) -> Iterator[tuple[dict, str, RowRef]]:
     """The rows of a file, each with the key of its prompt, ``prompt`` or ``messages``."""
     for number, row in read_jsonl(path):
         ref = RowRef(path.stem, str(path), number)
