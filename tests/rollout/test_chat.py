@@ -244,13 +244,13 @@ def switched(tmp_path_factory):
 @pytest.fixture
 def fed(monkeypatch):
     """The prompts that the sampler is given, as they come."""
-    prompts, sample = [], sampler.generate
+    prompts, sample = [], sampler.generate_batches
 
     def record(params, config, given, *rest, **options):
         prompts.extend(given)
         return sample(params, config, given, *rest, **options)
 
-    monkeypatch.setattr(sampler, "generate", record)
+    monkeypatch.setattr(sampler, "generate_batches", record)
     return prompts
 
 
