@@ -20,14 +20,39 @@ find_python() {
 }
 
 prepare() {
-    local lock python
+    local lock="$1" python
+    if is_made "$@"; then return; fi
+    python="$VENV/bin/python"
+    fits "$python" || python="$(find_python)"
+    # One command at a time: the others wait until file 9 is closed. Where the file system has no locks they do not.
+    exec 9<"$ROOT/launch/setup.sh"
+    "$python" -c '
+import fcntl, sys
+try:
+    fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    print("waiting for another command that makes .venv", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except OSError:
+    pass'
+    if ! is_made "$@"; then make_venv "$lock" "$python"; fi
+    exec 9<&-
+}
+
+is_made() {
+    local lock
     for lock in "$@"; do  # the first that .venv was made from will do
         if cmp -s "$ROOT/requirements/$lock" "$VENV/$lock"; then return; fi
     done
-    lock="$1"
+    return 1
+}
+
+make_venv() {
+    local lock="$1" python="$2"
     echo "making .venv from requirements/$lock (once, some minutes)" >&2
-    if ! fits "$VENV/bin/python"; then
-        python="$(find_python)"
+    # One that was killed may have left a .venv without pip.
+    if ! fits "$VENV/bin/python" || ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        fits "$python" && [ "$python" != "$VENV/bin/python" ] || python="$(find_python)"
         rm -rf "$VENV"
         "$python" -m venv "$VENV"
     fi

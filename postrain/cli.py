@@ -4,20 +4,28 @@ A user's mistake is one ``error:`` line on stderr and exit code 2, never a trace
 modules that it needs itself, so that ``--help`` and a wrong key answer at once.
 """
 
+import os
+import signal
+import sys
+
+# As a program, and not as a module of another one: ^C ends it from here on, before `main` can say so.
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "postrain":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: (os.write(2, b"error: interrupted\n"), os._exit(130)))
+
 import argparse
 import codecs
 import contextlib
 import dataclasses
+import difflib
 import errno
 import functools
 import importlib
 import io
 import json
-import os
-import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from postrain.errors import UserError
 from postrain.files import check_text
@@ -34,17 +42,20 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 (the machine failed, or a check did not pass); 2 (the user can put it right); 130 (^C); 143 (a process of the
     run has ended).
     """
+    as_program = argv is None
     if argv is None:
         argv = sys.argv[1:]
         if os.getpid() == 1:
             from postrain.cluster.stopping import leave_pid_1
 
             leave_pid_1()
-    sys.unraisablehook = report_main_thread_only
+    sys.unraisablehook = report_unraisable
     print_anything()
     try:
+        if as_program and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # that of a job in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         rest, overrides = split_overrides(argv)
-        args = make_parser().parse_args(rest)
+        args = parse_words(rest)
         if overrides and not hasattr(args, "config"):
             raise UserError(f"--config.{next(iter(overrides))}: `postrain {args.command}` has no config")
         code = args.run(args, overrides) or 0
@@ -53,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        if as_program:  # a second one, while libraries are put away, has nothing more to say
+            signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
         return _fail("interrupted", 130)
     except BrokenPipeError:  # `postrain preview | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,6 +75,27 @@ def main(argv: list[str] | None = None) -> int:
         if line is None:
             raise
         return _fail(line, 1)
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Has ^C end the process in the block, which is for imports.
+
+    Libraries that try an import take a KeyboardInterrupt for a failed one, and go on half imported.
+    """
+
+    def end(number, frame):
+        del number, frame
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # the handler of a job in the background
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_anything() -> None:
@@ -83,12 +117,19 @@ def escape_missing(error: UnicodeError) -> tuple[str, int]:
     return "".join(MARKS.get(character) or json.dumps(character)[1:-1] for character in bad), error.end
 
 
-def report_main_thread_only(unraisable) -> None:
+def report_unraisable(unraisable) -> None:
     """Prints an error that nobody can catch as Python does, but not those of a library's own threads.
 
-    When the disk is full, threads that write checkpoints print dozens of copies of the main thread's error.
+    When the disk is full, threads that write checkpoints print dozens of copies of the main thread's error. A ^C that
+    came in a callback of the garbage collector is sent again, a moment later.
     """
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    else:
         sys.__unraisablehook__(unraisable)
 
 
@@ -136,10 +177,63 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line. ``commands``: of the program's parser, those of its commands by name."""
+
+    commands: dict[str, argparse.ArgumentParser] = {}
 
     def error(self, message: str):
         raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def parse_words(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command. Raises UserError for a word that it does not know, with the nearest that it does."""
+    parser = make_parser()
+    command = parser.commands.get(words[0]) if words else None
+    if command is not None:
+        known = set(command._option_string_actions)
+        options = words[1 : words.index("--")] if "--" in words else words[1:]
+        for option in options:
+            if option.startswith("--") and option.partition("=")[0] not in known:
+                raise UserError(f"{option}: {suggest_option(option, known)} (see `{command.prog} --help`)")
+    args, stray = parser.parse_known_args(words)
+    if stray:
+        advice = "a text with spaces needs quotes"
+        if command is not None and (stray[0].startswith("-") or "=" in stray[0]):
+            advice = suggest_option("--" + stray[0].lstrip("-"), known)
+        prog = parser.prog if command is None else command.prog
+        raise UserError(f"unexpected word {stray[0]!r}: {advice} (see `{prog} --help`)")
+    return args
+
+
+def suggest_option(option: str, known: set[str]) -> str:
+    """What may have been meant by an option that a command does not have: one of its own, or a key of the config."""
+    name, equals, value = option.partition("=")
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+        return f"no such option; did you mean {near[0]}{equals}{value}?"
+    if "--config" in known:
+        from postrain.config import Config, to_dict
+        from postrain.trees import flatten
+
+        keys = list(flatten(to_dict(Config())))
+        word = name.removeprefix("--").replace("-", "_")
+        by_end = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)} | {key: key for key in keys}
+        if near := difflib.get_close_matches(word, by_end, n=1, cutoff=0.8):
+            return f"no such option; did you mean --config.{by_end[near[0]]}={value or 'VALUE'}?"
+    return f"no such option; there are {', '.join(sorted(known - {'-h'}))}"
+
+
+def read_whole_number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {word!r}") from None
+
+
+def read_number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {word!r}") from None
 
 
 def read_path(word: str) -> str:
@@ -165,7 +259,7 @@ def read_text(word: str) -> str:
     return word
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(prog="postrain", description=DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -173,7 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         if config:
-            text = "and --config.KEY=VALUE for any key"
+            text = "the file with get_config(); --config.KEY=VALUE sets a key of it"
             command.add_argument("--config", type=read_path, required=True, metavar="FILE.py[:ARG]", help=text)
         return command
 
@@ -183,8 +277,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     several = command.add_argument_group("one of several processes (not needed under SLURM, mpirun and on TPU pods)")
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0; the next port is used too")
-    several.add_argument("--num-processes", type=int, metavar="N")
-    several.add_argument("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    several.add_argument("--num-processes", type=read_whole_number, metavar="N", help="how many there are")
+    several.add_argument("--process-id", type=read_whole_number, metavar="I", help="number of this process, from 0")
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
     command.add_argument(
@@ -196,28 +290,32 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
     )
-    command.add_argument("--gpus", type=int, default=8, help="GPUs of each host, for slurm and k8s (default 8)")
-    command.add_argument("--image", default="", help="image of the containers, for k8s")
-    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help="a volume that all hosts share, for k8s")
+    text = "GPUs of each host, for slurm and k8s (default 8)"
+    command.add_argument("--gpus", type=read_whole_number, default=8, help=text)
+    command.add_argument("--image", default="", help="image of the containers, needed for k8s")
+    text = "a volume that all hosts share, needed for k8s"
+    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help=text)
     command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
-    command.add_argument("--rows", type=int, default=3, help="documents to show in full (default 3)")
-    command.add_argument("--html", type=read_path, metavar="FILE", help="also write an HTML page")
+    command.add_argument("--rows", type=read_whole_number, default=3, help="documents to show in full (default 3)")
+    command.add_argument("--html", type=read_path, metavar="FILE", help="also write an HTML page (default: none)")
 
     command = add("plan", run_plan, "compile a config's step for hardware that need not be present", config=True)
     command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
-    command.add_argument("--workdir", type=read_nonempty_path, required=True)
-    command.add_argument("--output", type=read_nonempty_path, required=True, metavar="DIR")
+    command.add_argument("--workdir", type=read_nonempty_path, required=True, help="the folder of the run")
+    command.add_argument(
+        "--output", type=read_nonempty_path, required=True, metavar="DIR", help="a new folder for the model"
+    )
     command.add_argument("--format", choices=("merged", "adapter"), help="default: the run's export.format")
-    command.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    command.add_argument("--step", type=read_whole_number, help="step of the checkpoint (default: the newest)")
 
     command = add("import", run_import, "turn a GGUF file (Llama, Qwen2, Qwen3, Gemma 3) into a Hugging Face folder")
-    command.add_argument("file", type=read_nonempty_path, metavar="FILE.gguf")
-    command.add_argument("output", type=read_nonempty_path, metavar="OUT")
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.gguf", help="the file to read")
+    command.add_argument("output", type=read_nonempty_path, metavar="OUT", help="a new folder for the model")
 
     command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
@@ -225,8 +323,11 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
     command.add_argument("--random", action="store_true", help="with random weights: config.json is enough")
-    command.add_argument("--layers", type=int, metavar="N", help="with --random: only the first N layers")
+    command.add_argument(
+        "--layers", type=read_whole_number, metavar="N", help="with --random: only the first N layers (default: all)"
+    )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.commands = commands.choices
     return parser
 
 
@@ -238,22 +339,21 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--prompt", type=read_text, help="one user message; the answer is streamed to the terminal")
     text = 'lines of {"prompt": ...} or {"messages": [...]}'
     what.add_argument("--input", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
-    command.add_argument(
-        "--output", type=read_nonempty_path, metavar="FILE.jsonl", help="with --input: its lines, each with 'generated'"
-    )
-    command.add_argument("--system", type=read_text, default="", help="a system message")
+    text = "with --input: its lines, each with 'generated' (default: the terminal)"
+    command.add_argument("--output", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
+    command.add_argument("--system", type=read_text, default="", help="a system message (default: none)")
     command.add_argument("--raw", action="store_true", help="feed the prompt as it is, without the chat template")
-    command.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        help="reasoning, if the chat template has a switch (default: its own)",
-    )
-    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--top-k", type=int, default=0, help="0: off")
-    command.add_argument("--max-new-tokens", type=int, default=256)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--batch-size", type=int, default=32, help="lines generated together")
+    text = "reasoning, if the chat template has a switch (default: its own)"
+    command.add_argument("--thinking", choices=("on", "off"), help=text)
+    for name, kind, default, text in (
+        ("--temperature", read_number, 0.0, "0: the most probable token each time"),
+        ("--top-p", read_number, 1.0, "only the most probable tokens that reach this probability; 1: all"),
+        ("--top-k", read_whole_number, 0, "only so many most probable tokens; 0: all"),
+        ("--max-new-tokens", read_whole_number, 256, "a longer answer is cut"),
+        ("--seed", read_whole_number, 0, "of the random numbers, where --temperature is above 0"),
+        ("--batch-size", read_whole_number, 32, "lines of --input that are answered together"),
+    ):
+        command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:g})")
 
 
 def load_checked_config(args, overrides):
@@ -268,7 +368,6 @@ def load_checked_config(args, overrides):
 def run_train(args, overrides) -> None:
     from postrain.cluster.discover import find_cluster
     from postrain.cluster.processes import join
-    from postrain.cluster.stopping import ends_at_once
 
     with join(find_cluster(args.coordinator, args.num_processes, args.process_id), explain):
         config = load_checked_config(args, overrides)
@@ -297,11 +396,11 @@ def run_preview(args, overrides) -> None:
     if args.rows < 0:
         raise UserError(f"--rows {args.rows}: expected 0 or more")
     config = load_checked_config(args, overrides)
-    from postrain.data.preview import preview
-
-    if not config.model.tokenizer:  # the tokenizer is the model's: a model on the hub is needed here, without weights
+    with ends_at_once():
+        from postrain.data.preview import preview
         from postrain.hf.find_model import locate_model
 
+    if not config.model.tokenizer:  # the tokenizer is the model's: a model on the hub is needed here, without weights
         path = str(locate_model(config.model.path, weights=False))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
     print(preview(config, html_path=args.html, rows=args.rows))
@@ -313,21 +412,25 @@ def run_plan(args, overrides) -> int:
     config = load_config(args.config, {"data.train": "unread", **overrides})  # no row is read
     os.environ["JAX_PLATFORMS"] = "cpu"  # accelerators of this machine stay free
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's warnings; the report says whether a step is too large
-    from postrain.recipes import plan
+    with ends_at_once():
+        from postrain.recipes import plan
 
+        importlib.import_module(f"postrain.recipes.{config.recipe}")
     report = plan(config, args.target)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
     return 0 if report.fits else _fail(report.format_misfit(), 1)
 
 
 def run_export(args, overrides) -> None:
-    from postrain.export import export_workdir
+    with ends_at_once():
+        from postrain.export import export_workdir
 
     print(export_workdir(args.workdir, args.output, args.format, args.step))
 
 
 def run_import(args, overrides) -> None:
-    from postrain.hf.gguf.convert import import_gguf
+    with ends_at_once():
+        from postrain.hf.gguf.convert import import_gguf
 
     import_gguf(args.file, args.output)
     print(f"wrote {args.output}")
@@ -336,17 +439,21 @@ def run_import(args, overrides) -> None:
 def run_generate(args, overrides) -> None:
     if args.output is not None and args.input is None:
         raise UserError("--output goes with --input: a single --prompt is answered on the terminal")
-    from postrain.config import check_model_path
-    from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
-    from postrain.rollout.sampler import SamplingParams
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
+    if args.prompt == "" and not args.raw:
+        raise UserError("--prompt is empty: write what the user says; only with --raw a model begins from nothing")
+    with ends_at_once():
+        from postrain.config import check_model_path
+        from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
+        from postrain.rollout.sampler import SamplingParams, WrongSetting
 
-    sampling = SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
+    names = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
+    try:
+        sampling = SamplingParams(**{name: getattr(args, name) for name in names})
+    except WrongSetting as error:
+        option = error.name.replace("_", "-")
+        raise UserError(f"--{option} {error.value}: expected {error.rule}") from error
     thinking = {"on": True, "off": False}.get(args.thinking)
     prompt = {"system": args.system, "raw": args.raw, "thinking": thinking}
     check_model_path(args.model, "--model")
@@ -355,8 +462,11 @@ def run_generate(args, overrides) -> None:
         print(f"{count} answer{'s' * (count != 1)}{f' in {args.output}' if args.output else ''}", file=sys.stderr)
     else:
         write = functools.partial(print, end="", flush=True)
-        answer_prompt(load_chat_model(args.model), args.prompt, sampling, write=write, **prompt)
-        print()
+        model = load_chat_model(args.model)
+        try:
+            answer_prompt(model, args.prompt, sampling, write=write, **prompt)
+        finally:
+            print()
 
 
 def run_verify(args, overrides) -> int:
@@ -367,7 +477,8 @@ def run_verify(args, overrides) -> int:
         raise UserError(f"--layers {args.layers}: expected at least 1; without it all layers are verified")
     if args.layers and not args.random:
         raise UserError("--layers goes with --random: a model's own weights are verified whole")
-    from postrain.hf.verify.compare import verify, verify_random
+    with ends_at_once():
+        from postrain.hf.verify.compare import verify, verify_random
 
     report = verify_random(args.model, num_layers=args.layers or 0) if args.random else verify(args.model)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))

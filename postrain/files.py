@@ -213,7 +213,8 @@ def read_jsonl(path: str | os.PathLike, *, drop_torn: bool = False) -> list[tupl
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # of decoding too
-            raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path}:{number}: not valid JSON: {reason}") from error
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         found.append((number, row))

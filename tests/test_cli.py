@@ -21,6 +21,9 @@ def model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("cli") / "model", "llama", vocab_size=301)
 
 
+TRAIN = ("train", "--config=configs/sft.py", "--workdir=nowhere")
+
+
 def run(*words):
     command = [sys.executable, "-m", "postrain.cli", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
@@ -75,7 +78,33 @@ def test_a_wrong_key_is_answered_before_anything_heavy_is_loaded():
         ),
         (["verify", "x", "--config.data.seed=1"], "`postrain verify` has no config"),
         (["generate", "--model=x", "--prompt=hi", "--output=o"], "--output goes with --input"),
-        (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "top_p must be above 0 and at most 1, found 2.0"),
+        (["generate", "--model=x", "--prompt=hi", "--top-p=2"], "--top-p 2.0: expected above 0 and at most 1"),
+        (["generate", "--model=x", "--prompt=hi", "--max-new-tokens=0"], "--max-new-tokens 0: expected 1 to 16777216"),
+        (["generate", "--model=x", "--prompt=hi", "--batch-size=0"], "--batch-size 0: expected at least 1"),
+        (["generate", "--model=x", "--input=f", "--top-k=1.5"], "--top-k: expected a whole number, found '1.5'"),
+        (
+            ["generate", "--model=x", "--prompt=hi", "--temperature=hot"],
+            "--temperature: expected a number, found 'hot'",
+        ),
+        (["generate", "--model=x", "--prompt="], "--prompt is empty: write what the user says"),
+        (["generate", "--model=x", "--promt=hi"], "--promt=hi: no such option; did you mean --prompt=hi? (see"),
+        (["generate", "--model=x", "--prompt=hi", "you"], "unexpected word 'you': a text with spaces needs quotes"),
+        (
+            ["export", "--step=1", "-workdir=x", "--output=y", "--workdir=z"],
+            "word '-workdir=x': no such option; did you",
+        ),
+        ([*TRAIN, "--steps=3"], "--steps=3: no such option; did you mean --config.train.steps=3? (see"),
+        ([*TRAIN, "--step", "77"], "--step: no such option; did you mean --config.train.steps=VALUE?"),
+        ([*TRAIN, "--batch-size=4"], "did you mean --config.data.batch_size=4?"),
+        (
+            [*TRAIN, "train.steps=3"],
+            "unexpected word 'train.steps=3': no such option; did you mean --config.train.steps=3?",
+        ),
+        ([*TRAIN, "--frobnicate"], "--frobnicate: no such option; there are --config, --coordinator, --help, --num-"),
+        ([*TRAIN, "extra"], "unexpected word 'extra': "),
+        ([*TRAIN, "--config.train.steps=few"], "config key 'train.steps' must be a whole number, found 'few'"),
+        ([*TRAIN, "--config.optimizer.eps=none"], "config key 'optimizer.eps' must be a number, found 'none'"),
+        ([*TRAIN, "--config.data.shuffle=1"], "config key 'data.shuffle' must be true or false, found 1"),
         (["generate", "--model=nowhere", "--prompt=hi"], "--model = 'nowhere' is a folder that does not exist"),
         (
             ["generate", "--model=Qwen/Qwen3-0.6B", "--prompt=hi"],
@@ -212,6 +241,79 @@ def test_an_error_of_the_machine_is_one_line(monkeypatch, capsys, error, code, w
     found, line = errors_of(capsys, "import", "a", "b")
     assert found == code
     assert words in line
+
+
+def run_as_program(text, *words):
+    """The command line with ``text`` run before it, as `python -m postrain.cli WORDS`."""
+    start = f"""
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ['postrain', *{list(words)}]
+{text}
+runpy.run_module('postrain.cli', run_name='__main__')
+"""
+    return subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=ROOT)
+
+
+# In the first moments; while a library is loaded that takes it for a failed import; in the garbage collector.
+@pytest.mark.parametrize(
+    "text",
+    [
+        """
+import builtins
+real = builtins.__import__
+def load(name, *rest, **named):
+    if name == "argparse":
+        signal.raise_signal(signal.SIGINT)
+    return real(name, *rest, **named)
+builtins.__import__ = load
+""",
+        """
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "postrain.hf.gguf.convert":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Finder())
+""",
+        """
+import time, types
+class Trash:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def import_gguf(*paths):
+    Trash()
+    time.sleep(10)
+    sys.exit("went on")
+sys.modules["postrain.hf.gguf.convert"] = types.SimpleNamespace(import_gguf=import_gguf)
+""",
+    ],
+)
+def test_an_interrupt_is_one_line_at_any_time(text):
+    result = run_as_program(text, "import", "a.gguf", "b")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_a_second_interrupt_at_the_end_says_nothing_more():
+    text = """
+import atexit, types
+def import_gguf(*paths):
+    atexit.register(signal.raise_signal, signal.SIGINT)
+    raise KeyboardInterrupt
+sys.modules["postrain.hf.gguf.convert"] = types.SimpleNamespace(import_gguf=import_gguf)
+"""
+    result = run_as_program(text, "import", "a.gguf", "b")
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_every_option_has_a_help_and_says_its_default():
+    for name, command in cli.make_parser().commands.items():
+        for action in command._actions:
+            assert action.help, f"{name} {action.option_strings}"
+            if action.option_strings and not action.required and action.nargs != 0 and name not in ("train", "launch"):
+                assert "default" in action.help or action.dest in ("prompt", "input"), f"{name} {action.option_strings}"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -138,3 +138,29 @@ def test_the_scripts_find_a_python_and_start_at_once(tmp_path):
     result = subprocess.run([script, "train"], capture_output=True, text=True, env=environment)
     assert result.returncode != 0
     assert "error: expected Python 3.11, 3.12 or 3.13, found none in PYTHON=/nowhere/python" in result.stderr
+
+
+def test_two_first_commands_make_one_venv(tmp_path):
+    """The second waits for the first, and finds what it has made."""
+    for name in ("launch", "requirements"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    "-m venv "*) echo venv >> {tmp_path}/log; mkdir -p "$3/bin"; cp {python} "$3/bin/python"; sleep 1 ;;
+    "-m pip --version") ;;
+    "-m pip "*) echo pip >> {tmp_path}/log; sleep 0.1 ;;
+    "-m postrain.cli "*) echo "$@" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+""")
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    command = [tmp_path / "launch" / "local.sh", "train"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    started = [subprocess.Popen(command, **options) for _ in range(3)]
+    ended = [(*process.communicate(timeout=30), process.returncode) for process in started]
+    assert [(out, code) for out, _, code in ended] == [("-m postrain.cli train\n", 0)] * 3, ended
+    assert (tmp_path / "log").read_text().split() == ["venv", "pip", "pip"]
+    assert sum("making .venv" in error for _, error, _ in ended) == 1
+    assert any("waiting for another command that makes .venv" in error for _, error, _ in ended)

@@ -39,13 +39,13 @@ def test_only_newlines_end_lines(tmp_path):
     path.write_bytes(json.dumps({"x": ODD}, ensure_ascii=False).encode() + b"\r\n\n" + b'{"x": 1}')
     assert read_jsonl(path) == [(1, {"x": ODD}), (3, {"x": 1})]
     assert read_jsonl(path, drop_torn=True) == [(1, {"x": ODD})]
-    assert [row for row, _ in _read_rows_of(path, ODD)] == [{"prompt": ODD}]
+    assert [row for row, *_ in _read_rows_of(path, ODD)] == [{"prompt": ODD}]
 
 
 def test_a_byte_order_mark_is_left_out_at_the_start_alone(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\n{"prompt": "a"}\n')
-    assert [row for row, _ in _read_rows(path)] == [{"prompt": "a"}]
+    assert [row for row, *_ in _read_rows(path)] == [{"prompt": "a"}]
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
     with pytest.raises(UserError, match="a.jsonl:2: not valid JSON"):
         list(_read_rows(path))

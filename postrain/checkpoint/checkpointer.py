@@ -91,6 +91,12 @@ class Checkpointer:
                 for part in sorted(self._folder.glob(f"*{suffix}*")):
                     report(f"checkpoint {part}: an unfinished {what}, removed")
                     shutil.rmtree(part)
+            for place in self._places() if cleans else ():
+                if not place.is_dir():
+                    raise UserError(f"{place}: a file in the place of a checkpoint's folder: move it away")
+                if not any(place.iterdir()):
+                    report(f"checkpoint {place}: an empty folder, removed")
+                    place.rmdir()
         except OSError as error:
             raise UserError(f"checkpoints: cannot use folder {self._folder} ({error}): use another workdir") from error
 
@@ -193,7 +199,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending; one that is still being written is not among them."""
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        return sorted(int(place.name) for place in self._places() if place.is_dir())
+
+    def _places(self) -> list[pathlib.Path]:
+        """Whatever has the name of a finished checkpoint. Others, such as a user's notes, are left alone."""
+        return [path for path in self._folder.iterdir() if path.name.isdigit()]
 
     def find_step(self, step: int) -> int:
         """``step``; raises UserError, naming the finished checkpoints, when it is not among them."""

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from postrain.errors import UserError
@@ -123,11 +123,13 @@ class Connection:
             self._socket.close()
 
 
-def admit(connection: Connection, secret: str) -> dict | None:
+def admit(connection: Connection, secret: str, claim: Callable[[], bool] = lambda: True) -> dict | None:
     """The side of process 0: the ``hello`` of a process that knows the secret. Closes any other connection.
 
     ``hello``: ``{"process": its number, "of": how many it counts, "host": its machine}``. None if the other end does
-    not speak this protocol, or is silent for ten seconds. Raises WrongSecret if it does not know the secret.
+    not speak this protocol, or is silent for ten seconds. ``claim`` is called when the other end has proved that it
+    knows the secret, before it is told so; where it returns False, the connection is closed, and the other end tries
+    anew. Raises WrongSecret if it does not know the secret.
     """
     nonce = secrets.token_hex(32)
     connection.send({"nonce": nonce})
@@ -142,6 +144,9 @@ def admit(connection: Connection, secret: str) -> dict | None:
         connection.send({"refused": "secret"})
         connection.close()
         raise WrongSecret("another secret")
+    if not claim():
+        connection.close()
+        return None
     connection.send({"proof": _prove(secret, "accepts", theirs, nonce)})
     return hello
 

@@ -155,31 +155,38 @@ class Hub:
                     threading.Thread(target=self._serve, args=(connected, place[0]), daemon=True).start()
                 except RuntimeError:  # no more threads
                     connected.close()
-                    with self._lock:
-                        del self._proving[connected]
+                    self._claim(connected)
 
     def _send_away(self) -> None:
-        """Closes the oldest connections where too many prove nothing, so that strangers leave room for processes."""
+        """Closes the oldest connections where too many prove nothing, so that strangers leave room for processes.
+
+        None that ``_claim`` has taken is among them: a process that has been told that it is in stays in.
+        """
         with self._lock:
             many = len(self._proving) - self._count - _STRANGERS
             for connected, since in list(self._proving.items())[: max(many, 0)]:
                 if time.monotonic() - since > _SECONDS_TO_LINGER:
+                    del self._proving[connected]
                     with contextlib.suppress(OSError):
                         connected.shutdown(socket.SHUT_RDWR)  # which wakes its thread; close would not
+
+    def _claim(self, connected: socket.socket) -> bool:
+        """Takes a connection out of those that may be sent away; False: it has been."""
+        with self._lock:
+            return self._proving.pop(connected, None) is not None
 
     def _serve(self, connected: socket.socket, address: str) -> None:
         hello = None
         try:
             connection = Connection(connected)
-            hello = admit(connection, self._secret)
+            hello = admit(connection, self._secret, lambda: self._claim(connected))
         except WrongSecret:
             if len(self._refused) < _STRANGERS:
                 self._refused[address] = None
         except OSError:  # it has gone
             connected.close()
         finally:
-            with self._lock:
-                del self._proving[connected]
+            self._claim(connected)
         if hello is None:
             return
         process = hello["process"]

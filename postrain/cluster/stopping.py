@@ -75,27 +75,6 @@ def catch_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def ends_at_once() -> Iterator[None]:
-    """Has ^C end the process in the block, which is for imports.
-
-    Libraries that try an import take a KeyboardInterrupt for a failed one, and go on half imported.
-    """
-
-    def end(number, frame):
-        del frame
-        os.write(2, b"error: interrupted\n")
-        os._exit(EXIT_CODES[number])
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # the handler of a job in the background
-        signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def leave_pid_1() -> None:
     """Moves the program of a container's first process, PID 1, into a child process, and waits for it.
 

@@ -26,6 +26,7 @@ from postrain.files import check_text
 from postrain.trees import flatten
 
 PLAIN = (str, int, float, bool, type(None))
+WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}  # of their types, in messages
 RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
 PATHS = (  # keys in which ~ is the home of the user
     "model.path",
@@ -228,7 +229,7 @@ def _read_value(value: Any, kind: Any, key: str) -> Any:
     if plain is float and type(value) is int:
         value = float(value) if abs(value) < 2**1000 else math.inf
     if type(value) is not plain:  # not isinstance: True would be a number
-        raise UserError(f"config key '{key}' must be {plain.__name__}, found {value!r} ({type(value).__name__})")
+        raise UserError(f"config key '{key}' must be {WORDS[plain]}, found {value!r}")
     if origin is Literal:
         _check_choice(value, arguments, key)
     if origin is Annotated:

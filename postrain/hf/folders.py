@@ -133,8 +133,19 @@ def _hold(folder: pathlib.Path, suffix: str, replace: bool = True) -> Iterator[p
 
 
 def check_replaceable(folder: str | os.PathLike) -> None:
-    """Raises UserError unless ``folder`` is absent, empty, or holds a model or an adapter and nothing else."""
+    """Raises UserError unless ``folder`` is absent, empty, or holds a model or an adapter and nothing else.
+
+    And unless it can be written: beside it, where the new model is made before it takes the name.
+    """
     folder = pathlib.Path(folder)
+    parent = next(parent for parent in pathlib.Path(os.path.abspath(folder)).parents if os.path.lexists(parent))
+    if folder.is_dir() and (os.path.ismount(folder) or not os.access(parent, os.W_OK | os.X_OK)):
+        why = "is a mount point" if os.path.ismount(folder) else f"{parent} is not writable"
+        raise UserError(
+            f"{folder}: cannot be replaced by a whole model ({why}): give a folder inside it, as {folder / 'model'}"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be made, {parent} is not a writable folder: choose another place")
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

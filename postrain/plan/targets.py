@@ -54,6 +54,8 @@ CHIPS = {
     ),
     "h200": Chip("gpu", "NVIDIA H200", 150_754_820_096, 4.8e12, 450e9, "NVIDIA H200 SXM data sheet", (), 8, 50e9),
 }
+# Beyond, setting the devices up takes minutes and gigabytes; the largest pods have about as many chips.
+MOST_DEVICES = {"cpu": 1024, "gpu": 8192, "tpu": 8960}
 EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4, h100:1x8, h200:2x8, cpu:8"
 
 # What XLA's GPU compiler asks of a device (its DeviceDescription proto); an H200 is an H100 with other memory.
@@ -102,6 +104,9 @@ def open_target(name: str) -> Target:
     shape = tuple(int(size) for size in match[2].split("x"))
     if 0 in shape:
         raise UserError(f"--target={name}: every size must be at least 1")
+    platform = "cpu" if chip_name == "cpu" else CHIPS[chip_name].platform
+    if math.prod(shape) > MOST_DEVICES[platform]:
+        raise UserError(f"--target={name}: {math.prod(shape):,} devices, expected at most {MOST_DEVICES[platform]:,}")
     if chip_name == "cpu":
         return _open_cpu(name, shape)
     chip = CHIPS[chip_name]

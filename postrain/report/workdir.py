@@ -1,6 +1,7 @@
 """The folder of a run: made, checked, described."""
 
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
@@ -12,19 +13,24 @@ from collections.abc import Iterator
 import jax
 
 from postrain.config import Config, resolve, to_dict
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
 from postrain.files import check_local, check_no_pattern, lock, write_whole
 from postrain.report.metrics import read_metrics
 
 REPORTS = ("metrics.jsonl", "samples.jsonl")
+# What a run writes into its folder, and what may lie there before its first one: hidden files and the output of a
+# launcher or a shell, which opens it before the run begins.
+OWN = {"config.json", "checkpoints", "export", "logs", "tensorboard", "wandb", "report.html", "rejected.jsonl"}
+OWN.update(REPORTS)
+HARMLESS = ("*.partial", ".*", "*.log", "*.out", "*.err", "*.txt", "lost+found")
 LONGEST_PATH = 3584  # bytes: the system's most, 4,096, less what a checkpoint adds
 
 
 def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     """The folder, made where it is missing.
 
-    Raises UserError where it cannot be written, holds a model, is a URL or has a name that checkpoints cannot be read
-    under.
+    Raises UserError where it cannot be written, holds something else and no run, is a URL or has a name that
+    checkpoints cannot be read under.
     """
     if not os.fspath(workdir):
         raise UserError("--workdir is empty: name a folder for the run")
@@ -43,11 +49,36 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
                 "choose another place"
             )
         workdir.mkdir(parents=True, exist_ok=True)
+        _check_own(workdir)
         with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
             probe.write(b"1")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error
     return workdir
+
+
+def _check_own(workdir: pathlib.Path) -> None:
+    """Raises UserError where the folder holds files that no run has written, and no run."""
+    names = sorted(path.name for path in workdir.iterdir())
+    if "config.json" in names and _read_run_values(workdir / "config.json") is not None:
+        return
+    others = [name for name in names if name not in OWN and not any(fnmatch.fnmatch(name, one) for one in HARMLESS)]
+    if "config.json" in names and "checkpoints" not in names:
+        others.insert(0, "config.json")
+    if others:
+        raise UserError(
+            f"--workdir {workdir} holds {shorten(others, 3)} and no run: expected an empty or a new folder, or that of "
+            f"a run: choose another place, such as {workdir / 'run'}"
+        )
+
+
+def _read_run_values(path: pathlib.Path) -> dict | None:
+    """The values of a config.json; None where it is not a run's."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and {"model", "data", "optimizer"} <= set(values) else None
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from postrain.files import read_jsonl, write_whole
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
 from postrain.rollout import sampler
-from postrain.rollout.chat import to_answer
+from postrain.rollout.chat import for_tokenizer, to_answer
 from postrain.rollout.sampler import SamplingParams
 from postrain.training.evaluate import Evaluator
 from postrain.training.session import Session
@@ -77,7 +77,7 @@ def answer_questions(
     batch_size: int,
 ) -> list[Sample]:
     """Greedy answers and their scores. ``params`` is the whole tree, adapters merged or beside their kernels."""
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, stop_ids=tuple(tokenizer.stop_ids))
+    sampling = for_tokenizer(SamplingParams(max_new_tokens=max_new_tokens), tokenizer, config)
     prompts = [question.prompt for question in questions]
     completions = sampler.generate(params, config, prompts, sampling, batch_size=batch_size)
     samples = []

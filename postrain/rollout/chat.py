@@ -3,10 +3,12 @@
 Prompts are rendered by the function that renders training rows, and fed as token ids.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from postrain.data.messages import check_keys, parse_messages, parse_tools
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
-from postrain.data.row_keys import MEDIA_KEYS, PROMPT_KEYS, Keys
+from postrain.data.row_keys import MEDIA_KEYS, PROMPT_KEYS, Keys, is_empty
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.hf.find_model import find_model
@@ -133,15 +135,20 @@ def encode_prompt(
 
 def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_size: int = 32) -> list[Answer]:
     """Answers to prompts of token ids; stops at the tokenizer's stop ids."""
-    completions = sampler.generate(
-        model.params, model.config, prompts, with_stops(sampling, model.tokenizer), batch_size=batch_size
-    )
+    sampling = for_tokenizer(sampling, model.tokenizer, model.config)
+    completions = sampler.generate(model.params, model.config, prompts, sampling, batch_size=batch_size)
     return [to_answer(completion, model.tokenizer) for completion in completions]
 
 
-def with_stops(sampling: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-    """``sampling``; where it has no stop ids, with the tokenizer's."""
-    return sampling if sampling.stop_ids else dataclasses.replace(sampling, stop_ids=tuple(tokenizer.stop_ids))
+def for_tokenizer(sampling: SamplingParams, tokenizer: Tokenizer, config: ModelConfig) -> SamplingParams:
+    """``sampling`` that never chooses an id of the model that is no token; with the tokenizer's stop ids where it has
+    none.
+
+    Many models have more rows than their tokenizer has tokens. Decoding leaves those ids out without a word.
+    """
+    stops = sampling.stop_ids or tuple(tokenizer.stop_ids)
+    banned = set(range(config.vocab_size)) - tokenizer.ids - set(stops)
+    return dataclasses.replace(sampling, stop_ids=stops, banned_ids=tuple(banned.union(sampling.banned_ids)))
 
 
 def to_answer(completion: Completion, tokenizer: Tokenizer) -> Answer:
@@ -167,7 +174,7 @@ def answer_prompt(
             write(stream.push(token))
 
     ids = encode_prompt(model.tokenizer, prompt, system, raw=raw, thinking=thinking)
-    sampling = with_stops(sampling, model.tokenizer)
+    sampling = for_tokenizer(sampling, model.tokenizer, model.config)
     [completion] = sampler.generate(model.params, model.config, [ids], sampling, on_token=on_token)
     write(stream.end())
     return to_answer(completion, model.tokenizer)
@@ -209,8 +216,9 @@ def answer_file(
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
     left out and answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added, go to
-    ``output``, written when all are complete, or to the terminal. ``model``, where it is a folder, is loaded after the
-    two files have been checked.
+    ``output``, written when all are complete, or to the terminal. Where something ends it earlier, the lines answered
+    until then are in ``output`` + ".unfinished", or on the terminal. ``model``, where it is a folder, is loaded after
+    the two files have been checked.
 
     Raises:
         UserError: naming the line that is not such a row, or has a key ``generated``; naming ``output`` where it
@@ -220,37 +228,77 @@ def answer_file(
         check_writable(output, "--output")
         if os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
             raise UserError(f"--output {output} is the file of --input, which stays as it is: choose another place")
-    rows = list(_read_rows(pathlib.Path(source)))
+    rows = list(_read_rows(pathlib.Path(source), raw))
     if not rows:
         raise UserError(f"{source} has no rows: write one JSON object on each line")
     model = _as_chat_model(model)
     ids = []
-    for row, ref in rows:
-        prompt = row.get("prompt", row.get("messages"))
+    for row, key, ref in rows:
+        prompt = row[key]
         if not isinstance(prompt, str):
             prompt = parse_messages(prompt, ref)
             if prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
         tools = parse_tools(row.get("tools"), ref)
         ids.append(encode_prompt(model.tokenizer, prompt, system, tools=tools, raw=raw, thinking=thinking))
-    answers = answer_ids(model, ids, sampling, batch_size)
-    lines = [
-        json.dumps({**row, GENERATED: answer._asdict()}, ensure_ascii=False)
-        for (row, _), answer in zip(rows, answers, strict=True)
-    ]
-    if output is None:
-        print("\n".join(lines))
-        return len(lines)
-    write_whole(output, "\n".join(lines) + "\n")
-    return len(lines)
+    sampling = for_tokenizer(sampling, model.tokenizer, model.config)
+    batches = sampler.generate_batches(model.params, model.config, ids, sampling, batch_size=batch_size)
+    with _keep_lines(output, len(rows)) as add:
+        for batch in batches:
+            answers = {i: to_answer(completion, model.tokenizer)._asdict() for i, completion in batch.items()}
+            add({i: json.dumps({**rows[i][0], GENERATED: answers[i]}, ensure_ascii=False) for i in sorted(answers)})
+    return len(rows)
 
 
-def _read_rows(path: pathlib.Path) -> Iterator[tuple[dict, RowRef]]:
+@contextlib.contextmanager
+def _keep_lines(output: str | None, total: int) -> Iterator[Callable[[dict[int, str]], None]]:
+    """Takes the lines of a file by their index, in any order; the file is written when the block ends well.
+
+    Those that have come are kept, and their number is said, where it does not: beside ``output`` as they come, so that
+    not even a kill loses them, or on the terminal, where ``output`` is None.
+    """
+    lines: dict[int, str] = {}
+    unfinished = None if output is None else pathlib.Path(f"{output}.unfinished")
+
+    def add(new: dict[int, str]) -> None:
+        if unfinished is not None:
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            with unfinished.open("a" if lines else "w", encoding="utf-8", newline="") as file:
+                file.writelines(f"{line}\n" for line in new.values())
+        lines.update(new)
+
+    done = False
+    try:
+        yield add
+        text = "".join(f"{lines[i]}\n" for i in range(total))
+        if unfinished is None:
+            print(text, end="")
+        else:
+            write_whole(output, text)
+            unfinished.unlink(missing_ok=True)
+        done = True
+    finally:
+        if lines and not done:
+            if unfinished is None:
+                print("\n".join(lines[i] for i in sorted(lines)))
+            where = "above" if unfinished is None else f"in {unfinished}"
+            print(f"{len(lines):,} of {total:,} answers are {where}", file=sys.stderr)
+
+
+def _read_rows(path: pathlib.Path, raw: bool = False) -> Iterator[tuple[dict, str, RowRef]]:
+    """The rows of a file, each with the key of its prompt, ``prompt`` or ``messages``."""
     for number, row in read_jsonl(path):
         ref = RowRef(path.stem, str(path), number)
-        if not {"prompt", "messages"} & set(row):
+        keys = [key for key in _ROW_KEYS if row.get(key) is not None]
+        given = [key for key in keys if not is_empty(row[key])]
+        if not keys:
             raise UserError(f"{ref}: expected an object with 'prompt' or 'messages'")
+        if len(given) > 1:
+            raise UserError(f"{ref}: has both 'prompt' and 'messages', of which one is answered: take the other out")
+        if not given and not raw:
+            raise UserError(f"{ref}: {keys[0]!r} is empty: write what the user says")
         if GENERATED in row:
             raise UserError(f"{ref}: has a key {GENERATED!r} already, which the answer goes to: rename it")
-        check_keys(row, _ROW_KEYS["prompt" if "prompt" in row else "messages"], ref, set())
-        yield row, ref
+        key = (given or keys)[0]
+        check_keys(row, _ROW_KEYS[key], ref, set())
+        yield row, key, ref

@@ -46,15 +46,24 @@ MAX_NEW_TOKENS = 2**24  # beyond any model's context: a typing error
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
+class WrongSetting(UserError):
+    """A value out of range. ``name``: its field of SamplingParams; ``rule``: what is expected."""
+
+    def __init__(self, name: str, rule: str, value: float):
+        super().__init__(f"sampling.{name} must be {rule}, found {value!r}")
+        self.name, self.rule, self.value = name, rule, value
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. ``temperature`` 0 is greedy. Raises UserError for values out of range."""
+    """How tokens are chosen. ``temperature`` 0 is greedy. Raises WrongSetting for values out of range."""
 
     temperature: float = 0.0
     top_p: float = 1.0  # the fewest most probable ids that reach this probability; 1: all
     top_k: int = 0  # at most this many most probable ids; 0: all
     max_new_tokens: int = 128
     stop_ids: tuple[int, ...] = ()  # a row ends after the first of these, which is part of its tokens
+    banned_ids: tuple[int, ...] = ()  # of the model's ids those that are never chosen
     seed: int = 0
 
     def __post_init__(self):
@@ -68,8 +77,9 @@ class SamplingParams:
         }
         for name, (rule, holds) in rules.items():
             if not holds:
-                raise UserError(f"sampling.{name} must be {rule}, found {getattr(self, name)!r}")
-        object.__setattr__(self, "stop_ids", tuple(sorted(self.stop_ids)))
+                raise WrongSetting(name, rule, getattr(self, name))
+        for name in ("stop_ids", "banned_ids"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Completion:
     """The tokens generated for one prompt. Arrays are float32 [len(tokens)]."""
 
     tokens: list[int]  # with the stop id, when one was met
-    logprobs: np.ndarray  # under the distribution sampled from, after temperature, top-k, top-p; 0 when greedy
+    logprobs: np.ndarray  # under what was sampled from, after temperature, banned ids, top-k, top-p; 0 when greedy
     model_logprobs: np.ndarray  # under the model at that temperature, whole vocabulary; greedy: at temperature 1
     finished: bool  # by a stop id; False: cut at max_new_tokens
 
@@ -99,6 +109,21 @@ def generate(
     Raises UserError for an empty prompt, an id outside the vocabulary, and logits that are not finite. Warns
     where prompt and new tokens may pass ``config.max_positions``.
     """
+    batches = generate_batches(params, config, prompts, sampling, batch_size=batch_size, on_token=on_token)
+    completions = {row: completion for batch in batches for row, completion in batch.items()}
+    return [completions[row] for row in range(len(prompts))]
+
+
+def generate_batches(
+    params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams = SamplingParams(),
+    *,
+    batch_size: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Iterator[dict[int, Completion]]:
+    """As ``generate``; yields prompt's index -> completion, ``batch_size`` at a time, the longest prompts first."""
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     _check_prompts(prompts, config, sampling)
     batch_size = 32 if batch_size is None else batch_size
@@ -106,15 +131,13 @@ def generate(
         raise UserError(f"batch_size must be at least 1, found {batch_size}")
     mesh = find_mesh(params)
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    completions = {}
     if jax.default_backend() == "cpu":
         params = split_layers(params, config)
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             batch = _generate_batch(params, config, prompts, rows, sampling, on_token)
-            completions.update(zip(rows, batch, strict=True))
-    return [completions[row] for row in range(len(prompts))]
+        yield dict(zip(rows, batch, strict=True))
 
 
 def bucket(size: int, smallest: int = 64) -> int:
@@ -142,7 +165,7 @@ def _check_prompts(prompts, config, sampling):
         warnings.warn(
             f"{longest} prompt tokens + {sampling.max_new_tokens} new ones may pass the {config.max_positions} "
             "positions that the model was pre-trained for: text beyond them may be poor",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -231,10 +254,15 @@ def _decode(params, config, cache, last, positions, rows, last_slot, sampling, s
     steps = 1 if streaming else CHUNK
     stop_ids = np.full(bucket(len(sampling.stop_ids), 8), -1, np.int32)
     stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids
+    allowed = None
+    if sampling.banned_ids:
+        allowed = np.ones(config.vocab_size, bool)
+        allowed[list(sampling.banned_ids)] = False
     choose = {
         "temperature": np.float32(sampling.temperature) if sampling.temperature > 0 else None,
         "top_p": np.float32(sampling.top_p) if sampling.top_p < 1 else None,
         "top_k": sampling.top_k,
+        "allowed": allowed,
     }
     while remaining.any():
         needed = min(int(positions[remaining > 0].max()) + 1 + steps, last_slot)
@@ -279,7 +307,20 @@ def _prefill_piece(params, tokens_BS, positions_BS, cache, *, config):
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "top_k"), donate_argnames="cache")
 def _decode_chunk(
-    params, cache, last_B, positions_B, remaining_B, row_keys_B, stop_ids, *, config, steps, temperature, top_k, top_p
+    params,
+    cache,
+    last_B,
+    positions_B,
+    remaining_B,
+    row_keys_B,
+    stop_ids,
+    *,
+    config,
+    steps,
+    allowed,
+    temperature,
+    top_k,
+    top_p,
 ):
     """Up to ``steps`` tokens for every row whose ``remaining`` is above 0, which becomes 0 at a stop id.
 
@@ -300,7 +341,7 @@ def _decode_chunk(
         )
         logits = compute_logits(params, config, hidden[:, 0])
         if temperature is None:
-            choice = choose_greedy(logits, vocab_size=config.vocab_size)
+            choice = choose_greedy(logits, vocab_size=config.vocab_size, allowed_V=allowed)
         else:
             choice = choose_sampled(
                 logits,
@@ -309,6 +350,7 @@ def _decode_chunk(
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
+                allowed_V=allowed,
             )
         tokens = jnp.where(active, choice.tokens, -1)
         stopped = (tokens[:, None] == stop_ids).any(-1)

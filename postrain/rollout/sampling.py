@@ -11,9 +11,9 @@ patterns of float32: at most 32 passes over the row, exact, and no sort. Tokens 
 included are included too, so that the result does not depend on the order of ids.
 
 Two log-probabilities come back with each token. ``logprobs`` is under the distribution that was sampled
-from, after temperature, top-k and top-p: importance ratios need this one. ``model_logprobs`` is the model's
-own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with. Without
-top-k and top-p they are equal.
+from, after temperature, banned ids, top-k and top-p: importance ratios need this one. ``model_logprobs`` is the
+model's own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with. Where
+every id may be chosen they are equal.
 
 Legend: B rows, V entries of the vocabulary (padded), C chunks, W ids of a chunk.
 """
@@ -36,28 +36,46 @@ class Choice:
     model_logprobs: jax.Array  # float32, under softmax(logits / temperature); of temperature 1 when greedy
 
 
-def choose_greedy(logits_BV: jax.Array, *, vocab_size: int) -> Choice:
-    """The most probable id below ``vocab_size`` of every row, the lowest of those that tie."""
-    logits = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
+def choose_greedy(logits_BV: jax.Array, *, vocab_size: int, allowed_V=None) -> Choice:
+    """The most probable id below ``vocab_size`` of every row, the lowest of those that tie.
+
+    ``allowed_V``: bool [vocab_size], the ids that may be chosen; None: all.
+    """
+    whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
+    logits = _leave_out(whole, allowed_V)
     # In two levels because an argmax over a long row is not vectorised on CPU: there it costs 10x a max.
     chunks_BCW = _split(logits)
     chunk_B = jnp.argmax(chunks_BCW.max(-1), axis=-1)
     within_BW = _take_chunk(chunks_BCW, chunk_B)
     tokens = chunk_B * chunks_BCW.shape[-1] + jnp.argmax(within_BW, axis=-1)
-    log_total = jnp.log(jnp.exp(logits - within_BW.max(-1, keepdims=True)).sum(-1))
-    return Choice(tokens=tokens.astype(jnp.int32), logprobs=jnp.zeros_like(log_total), model_logprobs=-log_total)
+    best_B1 = within_BW.max(-1, keepdims=True)
+    if allowed_V is None:
+        model_logprobs = -jnp.log(jnp.exp(whole - best_B1).sum(-1))
+    else:  # an id that is left out may be far more probable
+        model_logprobs = best_B1[:, 0] - jax.nn.logsumexp(whole, axis=-1)
+    return Choice(tokens.astype(jnp.int32), jnp.zeros_like(model_logprobs), model_logprobs)
 
 
 def choose_sampled(
-    logits_BV: jax.Array, uniforms_B2: jax.Array, *, vocab_size: int, temperature, top_k: int = 0, top_p=None
+    logits_BV: jax.Array,
+    uniforms_B2: jax.Array,
+    *,
+    vocab_size: int,
+    temperature,
+    top_k: int = 0,
+    top_p=None,
+    allowed_V=None,
 ) -> Choice:
     """One id below ``vocab_size`` per row, drawn with two uniform numbers in [0, 1) per row.
 
-    ``temperature`` divides the logits; then at most ``top_k`` ids (0: all), then the fewest most probable
-    ids whose probabilities, renormalised after top-k, reach ``top_p`` (None: all); ties are kept.
+    ``temperature`` divides the logits; ids that are not ``allowed_V`` (as in choose_greedy) are left out; then stay at
+    most ``top_k`` ids (0: all), then the fewest most probable ids whose probabilities, renormalised after top-k, reach
+    ``top_p`` (None: all); ties are kept.
     """
-    logits = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
-    weights_BV = jnp.exp((logits - logits.max(-1, keepdims=True)) / temperature)
+    whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
+    logits = _leave_out(whole, allowed_V)
+    best_B1 = logits.max(-1, keepdims=True)
+    weights_BV = jnp.exp((logits - best_B1) / temperature)
     candidates_BV = weights_BV
     if 0 < top_k < vocab_size:
         kth_B = find_threshold(logits, jnp.ones_like(logits), jnp.full(logits.shape[0], top_k, jnp.float32))
@@ -72,7 +90,12 @@ def choose_sampled(
     within_B = invert_cumulative(chunk_BW, uniforms_B2[:, 1])
     log_weight_B = jnp.log(jnp.take_along_axis(chunk_BW, within_B[:, None], axis=-1)[:, 0])
     logprobs_B = log_weight_B - jnp.log(sums_BC.sum(-1))
-    model_logprobs_B = logprobs_B if candidates_BV is weights_BV else log_weight_B - jnp.log(weights_BV.sum(-1))
+    if allowed_V is not None:
+        model_logprobs_B = log_weight_B + best_B1[:, 0] / temperature - jax.nn.logsumexp(whole / temperature, axis=-1)
+    elif candidates_BV is weights_BV:
+        model_logprobs_B = logprobs_B
+    else:
+        model_logprobs_B = log_weight_B - jnp.log(weights_BV.sum(-1))
     tokens_B = (chunk_B * candidates_BCW.shape[-1] + within_B).astype(jnp.int32)
     return Choice(tokens=tokens_B, logprobs=logprobs_B, model_logprobs=model_logprobs_B)
 
@@ -125,6 +148,13 @@ def _mask_vocabulary(logits_BV, vocab_size):
     if vocab_size == logits_BV.shape[-1]:
         return logits_BV
     return jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, jnp.finfo(logits_BV.dtype).min)
+
+
+def _leave_out(logits_BV, allowed_V):
+    if allowed_V is None:
+        return logits_BV
+    allowed_V = jnp.pad(allowed_V, (0, logits_BV.shape[-1] - allowed_V.shape[-1]))
+    return jnp.where(allowed_V, logits_BV, jnp.finfo(logits_BV.dtype).min)
 
 
 def _split(x_BV):

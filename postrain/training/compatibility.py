@@ -84,11 +84,15 @@ def check_record(
     changes = [*recipes, *datas, *models, *_compare_optimizers(record.config["optimizer"], config.optimizer)]
     if not changes:
         return
+    wrong = ""
+    if datas and config.data.accept_change:
+        wrong = f" (data.accept_change = {config.data.accept_change!r} is the code of another change)"
     ways = ["change it back", "use another workdir"]
     if len(changes) == len(datas):  # another recipe, other weights or another optimizer are another run
         ways.append(f"start the changed data anew at step {record.step} by --config.data.accept_change={code}")
     raise UserError(
-        f"{place}: the run cannot {action}: this has changed: {shorten(changes, _SHOWN, '; ')}: {', or '.join(ways)}"
+        f"{place}: the run cannot {action}: this has changed: {shorten(changes, _SHOWN, '; ')}{wrong}: "
+        f"{', or '.join(ways)}"
     )
 
 

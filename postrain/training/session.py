@@ -178,14 +178,17 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
     _, hosts = data_process(mesh)  # processes that share rows count as one
     rows = data.batch_size // (train.micro_batches * hosts)
     slots = data.batch_size * data.sequence_length
+    shards = num_row_shards(mesh)
+    divided = f", its rows in {shards} parts on the devices" if shards > 1 else ""
+    splits = f"{train.micro_batches} micro-batch{'es' * (train.micro_batches != 1)}"
     lines = [
         "config (* = not the default)",
         format_config(config),
         f"devices     {format_mesh(mesh)}, jax {jax.__version__}",
         *(f"            {line}" for line in format_undivided(model, mesh)),
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
-        f"batch       {rows} rows x {data.sequence_length} tokens x {train.micro_batches} micro-batches x {hosts} hosts"
-        f" = {slots:,} tokens an update, over {num_row_shards(mesh)} row shards; {total_steps:,} updates",
+        f"batch       {count(rows, 'row')} x {count(data.sequence_length, 'token')} x {splits} x "
+        f"{count(hosts, 'host')} = {count(slots, 'token')} an update{divided}; {count(total_steps, 'update')}",
         *format_backends(model.config, mesh),
         f"MFU         {format_formula(model.config)}",
     ]

@@ -51,6 +51,28 @@ def assert_equal(a, b):
     jax.tree.map(compare, a, b)
 
 
+def test_what_is_in_the_way_of_a_checkpoint_is_put_away_or_named(tmp_path):
+    for name in ("2", "2.saving"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    said = []
+    with Checkpointer(tmp_path, CheckpointConfig(keep=1), report=said.append) as checkpointer:
+        assert checkpointer.steps() == [] and checkpointer.restore(abstract()) is None
+        for step in (1, 2):
+            checkpointer.save(record(step), make_state())
+    assert said == [
+        f"checkpoint {tmp_path / '2.saving'}: an unfinished save, removed",
+        f"checkpoint {tmp_path / '2'}: an empty folder, removed",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "notes.txt"]
+    (tmp_path / "3").write_text("mine")
+    with Checkpointer(tmp_path, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 2
+    with pytest.raises(UserError, match=f"{tmp_path / '3'}: a file in the place of a checkpoint's folder: move it"):
+        Checkpointer(tmp_path, CheckpointConfig())
+    assert (tmp_path / "3").read_text() == "mine"
+
+
 def test_goes_on_exactly_although_the_saved_arrays_are_donated_at_once(tmp_path):
     step = make_train_step(compute_loss, OPTIMIZER, ema_decay=0.9)
     state = make_state()

@@ -223,6 +223,38 @@ def test_stalled_strangers_do_not_block_the_hub(monkeypatch):
     assert hub.missing() == [0]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_process_that_proves_itself_as_the_hub_makes_room_is_in_or_tries_again(monkeypatch, late):
+    """Never is it told that it is in and then sent away."""
+    monkeypatch.setattr(channel, "_STRANGERS", -10)
+    monkeypatch.setattr(channel, "_SECONDS_TO_LINGER", -1.0)
+    monkeypatch.setattr(Hub, "_accept", lambda hub: None)
+    hub, real = Hub(("127.0.0.1", 0), 2, WORD), channel.admit
+
+    def admit_meanwhile(connection, secret, claim):
+        def claim_between():
+            if late:
+                hub._send_away()
+            claimed = claim()
+            hub._send_away()
+            return claimed
+
+        return real(connection, secret, claim_between)
+
+    monkeypatch.setattr(channel, "admit", admit_meanwhile)
+    joined = []
+    for process in (1, 0):
+        connection = Connection(connect(hub.address[1]))
+        connected, place = hub._listener.accept()
+        hub._proving[connected] = time.monotonic()
+        threading.Thread(target=hub._serve, args=(connected, place[0]), daemon=True).start()
+        if introduce(connection, WORD, {"process": process, "of": 2, "host": "far"}, 5):
+            joined.append(connection)
+    assert [one.receive(5) for one in joined] == [{"hosts": ["far", "far"]}] * (0 if late else 2)
+    assert not hub._proving
+    hub._listener.close()
+
+
 def test_a_crowd_of_strangers_leaves_room_for_a_process():
     """Port scanners that say nothing, something else, or a byte at a time, far more of them than are let in."""
     hub, begun = Hub(("127.0.0.1", 0), 2, WORD), time.monotonic()

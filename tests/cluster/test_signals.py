@@ -53,7 +53,7 @@ def test_in_another_thread_nothing_is_caught():
 def test_an_import_cannot_swallow_an_interrupt(handler, code, output):
     text = f"""
 import signal
-from postrain.cluster.stopping import ends_at_once
+from postrain.cli import ends_at_once
 signal.signal(signal.SIGINT, signal.{handler})
 with ends_at_once():
     try:

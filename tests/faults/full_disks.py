@@ -28,7 +28,7 @@ def run(values: dict, workdir: pathlib.Path, plan: dict) -> None:
     """As `postrain train` does: exit code 2 and one line for what the user can put right, 1 for other known errors."""
     kills.Instants(workdir, plan)
     cli, errors = importlib.import_module("postrain.cli"), importlib.import_module("postrain.errors")
-    sys.unraisablehook = cli.report_main_thread_only
+    sys.unraisablehook = cli.report_unraisable
     try:
         importlib.import_module("postrain.recipes").train(values, workdir)
     except errors.UserError as error:

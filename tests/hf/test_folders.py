@@ -86,6 +86,26 @@ def test_an_address_becomes_no_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [atomic_folder, staged_folder])
+def test_a_place_that_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path, make, monkeypatch):
+    """A new model is made beside its place and renamed: not possible on a mount point, or in a folder of others."""
+    (tmp_path / "out").mkdir()
+    for place, why in (("/proc", "is a mount point"), (tmp_path / "out", f"{tmp_path} is not writable")):
+        if why != "is a mount point":  # root may write everywhere
+            monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        with (
+            pytest.raises(UserError, match=f"{place}: cannot be replaced .* .{why}.: give .* {place}/model$"),
+            make(place),
+        ):
+            raise AssertionError("nothing may be written")
+    with (
+        pytest.raises(UserError, match=f"new: cannot be made, {tmp_path} is not a writable folder"),
+        make(tmp_path / "new"),
+    ):
+        raise AssertionError("nothing may be written")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("make", [atomic_folder, staged_folder])
 def test_an_older_model_stays_where_the_new_one_cannot_take_its_place(tmp_path, make, monkeypatch):
     out = tmp_path / "out"
     write("atomic_folder", out, "first")

@@ -25,7 +25,11 @@ def test_generation_does_not_depend_on_the_mesh(mesh):
     params = init_params(CONFIG, jax.random.key(0))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 301, length).tolist() for length in (3, 20, 11)]
-    for sampling in (SamplingParams(max_new_tokens=20), SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20)):
+    banned = tuple(range(0, 301, 3))
+    for sampling in (
+        SamplingParams(max_new_tokens=20),
+        SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20, banned_ids=banned),
+    ):
         expected = generate(params, CONFIG, prompts, sampling)
         sharded = jax.device_put(params, named_shardings(axes_of(param_specs(CONFIG)), mesh, params))
         out = generate(sharded, CONFIG, prompts, sampling)

@@ -23,7 +23,10 @@ from postrain.training.throughput import PEAK_FLOPS, simplify_kind
         ("h100:1x16", "--target=h100:1x16: expected NODESxGPUS with at most 8 GPUs a node"),
         ("cpu:2x4", "--target=cpu:2x4: expected cpu:NUMBER"),
         ("cpu:0", "--target=cpu:0: every size must be at least 1"),
-        ("cpu:4096", "--target=cpu:4096: JAX has already started with"),
+        ("cpu:1000", "--target=cpu:1000: JAX has already started with"),
+        ("cpu:100000", "--target=cpu:100000: 100,000 devices, expected at most 1,024"),
+        ("h100:99999x8", "--target=h100:99999x8: 799,992 devices, expected at most 8,192"),
+        ("v5p:999x999x999", "--target=v5p:999x999x999: 997,002,999 devices, expected at most 8,960"),
     ],
 )
 def test_a_wrong_target_is_refused_by_name(name, message):

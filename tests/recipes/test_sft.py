@@ -125,7 +125,7 @@ def test_what_is_printed_first(inputs, tmp_path, capsys):
         "* optimizer.learning_rate = 0.01",
         "1 device (cpu)",
         "frozen",
-        "2 rows x 96 tokens x 1 micro-batches x 1 hosts = 192 tokens an update",
+        "2 rows x 96 tokens x 1 micro-batch x 1 host = 192 tokens an update",
         "attention   chunked",
         "GiB a device",
         "FLOPs/step = ",

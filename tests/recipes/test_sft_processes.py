@@ -71,7 +71,7 @@ def two(request, inputs, tmp_path_factory):
 def test_two_processes_write_one_run(two):
     _, workdir, result = two
     assert "4 devices (cpu): fsdp=4" in result.stdout and result.stdout.count("\ndone after") == 1
-    assert "batch       4 rows x 96 tokens x 1 micro-batches x 2 hosts = 768 tokens an update" in result.stdout
+    assert "batch       4 rows x 96 tokens x 1 micro-batch x 2 hosts = 768 tokens an update" in result.stdout
     assert [line["step"] for line in read_lines(workdir / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
     assert [sample["step"] for sample in read_lines(workdir / "samples.jsonl")] == [0] * 3 + [6] * 3
     made = {"checkpoints", "config.json", "export", "logs", "metrics.jsonl", "report.html", "samples.jsonl"}

@@ -1,5 +1,6 @@
 """Text in and out: streaming adds up to the whole, prompts are rendered as rows are."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,7 +17,15 @@ from postrain.data.rendering.render import render, render_prompt, split_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.rollout import sampler
-from postrain.rollout.chat import TextStream, answer_file, answer_prompt, encode_prompt, generate, load_chat_model
+from postrain.rollout.chat import (
+    TextStream,
+    answer_file,
+    answer_prompt,
+    encode_prompt,
+    for_tokenizer,
+    generate,
+    load_chat_model,
+)
 from postrain.rollout.sampler import SamplingParams
 
 
@@ -31,6 +40,31 @@ def test_a_stream_adds_up_and_never_shows_half_a_character(model):
     pieces = [stream.push(token) for token in model.tokenizer.encode_text(text)]
     assert "".join(pieces) + stream.end() == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_ids_that_are_no_tokens_are_never_chosen(model):
+    """The tiny model has 301 rows, its tokenizer 260 tokens: decoding would leave the others out without a word."""
+    prompts = [[1, 2, 3]] * 8
+    wild = SamplingParams(max_new_tokens=40, temperature=3.0, seed=1)
+    free = sampler.generate(model.params, model.config, prompts, wild)
+    assert any(token not in model.tokenizer.ids for one in free for token in one.tokens)
+    fitted = for_tokenizer(wild, model.tokenizer, model.config)
+    assert fitted.stop_ids == tuple(sorted(model.tokenizer.stop_ids))
+    for sampling in (fitted, dataclasses.replace(fitted, temperature=0.0)):
+        out = sampler.generate(model.params, model.config, prompts, sampling)
+        assert all(token in model.tokenizer.ids for one in out for token in one.tokens)
+    pieces = []
+    answer = answer_prompt(model, "hi", wild, write=pieces.append)
+    assert "".join(pieces) == answer.text == model.tokenizer.decode(model.tokenizer.encode_text(answer.text))
+
+
+def test_a_gap_among_the_ids_and_a_stop_id_that_is_no_token(model):
+    tokenizer = load_tokenizer(get_tokenizer_folder("qwen3"))
+    config = dataclasses.replace(model.config, vocab_size=151_936)
+    fitted = for_tokenizer(SamplingParams(stop_ids=(151_700,), banned_ids=(7,)), tokenizer, config)
+    assert fitted.banned_ids == (7, *(i for i in range(tokenizer.vocab_size, 151_936) if i != 151_700))
+    exact = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    assert for_tokenizer(SamplingParams(), tokenizer, exact).banned_ids == ()
 
 
 def test_bytes_that_never_become_a_character_come_at_the_end(model):
@@ -120,6 +154,71 @@ def test_an_answer_overwrites_nothing_of_its_row(model, tmp_path):
         answer_file("no such folder", str(output), None, SamplingParams(max_new_tokens=2))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("prompt 1: expected finite logits")])
+def test_answers_are_kept_where_something_ends_it_early(model, tmp_path, monkeypatch, capsys, error):
+    source, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    rows = [{"prompt": "hi " * length} for length in (1, 3, 2)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = SamplingParams(max_new_tokens=2)
+    whole, left = sampler._generate_batch, [2]
+
+    def end_at_the_third(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return whole(*arguments)
+
+    monkeypatch.setattr(sampler, "_generate_batch", end_at_the_third)
+    for place in (str(output), None):
+        left[0] = 2
+        with pytest.raises(type(error)):
+            answer_file(model, str(source), place, sampling, batch_size=1)
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl.unfinished"]
+    kept = [json.loads(line) for line in (tmp_path / "new" / "out.jsonl.unfinished").read_text().splitlines()]
+    out, err = capsys.readouterr()
+    assert err == f"2 of 3 answers are in {output}.unfinished\n2 of 3 answers are above\n"
+    assert [row["prompt"] for row in kept] == [rows[1]["prompt"], rows[2]["prompt"]]  # the longest first
+    assert [json.loads(line) for line in out.splitlines()] == kept
+    left[0] = 3
+    assert answer_file(model, str(source), str(output), sampling, batch_size=1) == 3
+    assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in answers] == [row["prompt"] for row in rows]
+    assert answers[1:] == kept
+
+
+def test_a_prompt_that_is_null_is_absent(model, tmp_path, capsys):
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [
+        {"prompt": None, "messages": messages},
+        {"prompt": "hi", "messages": None},
+        {"prompt": "", "messages": messages},
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert answer_file(model, str(source), None, SamplingParams(max_new_tokens=3)) == 3
+    texts = [json.loads(line)["generated"]["text"] for line in capsys.readouterr().out.splitlines()]
+    assert texts == generate(model, ["hi"], max_new_tokens=3) * 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": null}', "expected an object with 'prompt' or 'messages'"),
+        ('{"prompt": ""}', "'prompt' is empty: write what the user says"),
+        ('{"messages": []}', "'messages' is empty"),
+        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "has both 'prompt' and 'messages'"),
+        ('{"prompt": "a",', "not valid JSON: Expecting property name enclosed in double quotes at column 16"),
+    ],
+)
+def test_a_row_without_one_prompt_is_named(tmp_path, line, message):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hi"}\n' + line)
+    with pytest.raises(UserError) as caught:
+        answer_file("no such folder", str(source), None, SamplingParams())
+    assert str(caught.value).startswith(f"{source}:2: {message}") and "line 1" not in str(caught.value)
+
+
 def test_answers_that_cannot_be_given_leave_the_old_ones(model, tmp_path):
     source, output = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
     source.write_text('{"prompt": "hi"}\n')
@@ -145,13 +244,13 @@ def switched(tmp_path_factory):
 @pytest.fixture
 def fed(monkeypatch):
     """The prompts that the sampler is given, as they come."""
-    prompts, sample = [], sampler.generate
+    prompts, sample = [], sampler.generate_batches
 
     def record(params, config, given, *rest, **options):
         prompts.extend(given)
         return sample(params, config, given, *rest, **options)
 
-    monkeypatch.setattr(sampler, "generate", record)
+    monkeypatch.setattr(sampler, "generate_batches", record)
     return prompts
 
 

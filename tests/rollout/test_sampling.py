@@ -55,6 +55,43 @@ def test_frequencies_are_the_probabilities(size, vocab_size):
     np.testing.assert_allclose(np.asarray(choice.model_logprobs).ravel(), np.log(probs[tokens]), atol=2e-6)
 
 
+def test_banned_ids_are_never_drawn_and_the_models_own_probability_counts_them():
+    logits = np.random.default_rng(0).standard_normal(77).astype(np.float32) * 2
+    may = ~np.isin(np.arange(70), [3, 40, 69])
+    allowed = np.flatnonzero(may)
+    logits[:70][~may] = 6.0  # more probable than any other
+    choice = sample_many(logits, 20_000, vocab_size=70, temperature=0.7, allowed_V=may)
+    tokens = np.asarray(choice.tokens).ravel()
+    assert set(tokens) <= set(allowed)
+    whole, cut = np.log(softmax(logits[:70] / 0.7)), np.full(70, -np.inf)
+    cut[allowed] = np.log(softmax(logits[allowed] / 0.7))
+    np.testing.assert_allclose(np.asarray(choice.logprobs).ravel(), cut[tokens], atol=2e-6)
+    np.testing.assert_allclose(np.asarray(choice.model_logprobs).ravel(), whole[tokens], atol=1e-5)
+    counts = np.bincount(tokens, minlength=70)
+    assert abs(counts - np.exp(cut) * len(tokens)).max() < 5 * math.sqrt(len(tokens) * np.exp(cut).max())
+
+    best = int(allowed[logits[allowed].argmax()])
+    greedy = choose_greedy(jnp.asarray(logits)[None], vocab_size=70, allowed_V=may)
+    assert greedy.tokens.tolist() == [best]
+    np.testing.assert_allclose(greedy.model_logprobs, np.log(softmax(logits[:70]))[best], atol=1e-5)
+    # So cold that the probabilities of all others are 0 beside those that are banned.
+    cold = sample_many(logits, 10, vocab_size=70, temperature=1e-6, allowed_V=may, top_k=5, top_p=0.9)
+    assert set(np.asarray(cold.tokens).ravel()) == {best} and np.isfinite(cold.model_logprobs).all()
+
+
+def test_nothing_changes_where_all_ids_may_be_chosen():
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((50, 77)), jnp.float32) * 3
+    uniforms = jax.random.uniform(jax.random.key(0), (50, 2))
+    for choose in (
+        lambda may: choose_greedy(logits, vocab_size=70, allowed_V=may),
+        lambda may: choose_sampled(logits, uniforms, vocab_size=70, temperature=1.3, top_p=0.9, allowed_V=may),
+    ):
+        before, after = choose(None), choose(np.ones(70, bool))
+        np.testing.assert_array_equal(before.tokens, after.tokens)
+        np.testing.assert_array_equal(before.logprobs, after.logprobs)
+        np.testing.assert_allclose(before.model_logprobs, after.model_logprobs, atol=1e-6)
+
+
 def test_every_uniform_gives_the_token_of_the_inverse_cumulative():
     weights = np.random.default_rng(0).random((1, 9)).astype(np.float32)
     uniforms = np.linspace(0, 1, 400, endpoint=False, dtype=np.float32)

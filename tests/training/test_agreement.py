@@ -105,6 +105,6 @@ def test_the_workdir_must_be_the_same_folder(tmp_path):
 
 
 def test_a_workdir_that_one_process_cannot_write_stops_all(tmp_path):
-    (tmp_path / "file").write_text(json.dumps("no folder"))
-    for error, code in share(tmp_path, tmp_path / "file" / "run"):
-        assert code == 2 and f"--workdir {tmp_path / 'file' / 'run'} cannot be written (Not a directory)" in error
+    (tmp_path / "file.txt").write_text(json.dumps("no folder"))
+    for error, code in share(tmp_path, tmp_path / "file.txt" / "run"):
+        assert code == 2 and f"--workdir {tmp_path / 'file.txt' / 'run'} cannot be written (Not a directory)" in error

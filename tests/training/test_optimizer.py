@@ -48,7 +48,7 @@ def test_schedule_points(changes, points):
 def test_decay_is_for_matrices_that_are_not_excluded():
     model = ModelConfig(100, 8, 16, 2, 2, 1, 4, tie_embeddings=False, qk_norm="head", qkv_bias=True)
     mask = decay_mask(abstract_params(model), CONFIG)
-    names = {_name(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if decays}
+    names = {path for path, decays in zip(paths(mask), jax.tree.leaves(mask), strict=True) if decays}
     kernels = {f"layers.attention.{name}.kernel" for name in "qkvo"} | {
         f"layers.mlp.{name}.kernel" for name in ("gate", "up", "down")
     }

@@ -2,15 +2,16 @@
 
 import concurrent.futures
 import dataclasses
+import re
 import time
 
 import numpy as np
 import pytest
 
-from postrain.config import MeshConfig
+from postrain.config import Config, MeshConfig
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig, MoeConfig
-from postrain.report.workdir import make_workdir, open_workdir
+from postrain.report.workdir import make_workdir, open_workdir, save_config
 from postrain.sharding import make_mesh
 from postrain.training.session import format_backends, format_overlong_warning
 
@@ -60,22 +61,55 @@ def test_a_run_that_fails_before_it_writes_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["notes.md"], "notes.md"),
+        (["train.py", "rows.jsonl", "a b", "x", "out.log"], "a b, rows.jsonl, train.py and 1 more"),
+        (["config.json"], "config.json"),
+        (["checkpoints", "src"], "src"),
+    ],
+)
+def test_a_folder_of_something_else_is_not_taken(tmp_path, names, found):
+    folder = tmp_path / "mine"
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text('{"architectures": []}')
+    expected = f"--workdir {folder} holds {found} and no run: expected an empty or a new folder, or that of a run"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        make_workdir(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+def test_a_folder_of_a_run_is_taken_with_whatever_else_is_there(tmp_path):
+    """Also one that was killed before it had written its config, and one whose launcher has opened a log."""
+    for name in ("train.log", "slurm-17.out", ".DS_Store", "metrics.jsonl", "lost+found", "hang.1.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "checkpoints").mkdir()
+    make_workdir(tmp_path)
+    (tmp_path / "notes.md").write_text("x")
+    with pytest.raises(UserError, match="holds notes.md and no run"):
+        make_workdir(tmp_path)
+    save_config(tmp_path, Config())
+    make_workdir(tmp_path)
+
+
 def test_one_run_at_a_time_though_the_lock_file_comes_and_goes(tmp_path):
     """Two inside at once would show: each expects to find the count as it left it."""
-    (tmp_path / "count").write_text("0")
+    (tmp_path / "count.txt").write_text("0")
 
     def run(_):
         while True:
             try:
                 with open_workdir(tmp_path):
-                    before = (tmp_path / "count").read_text()
-                    (tmp_path / "count").write_text("")
+                    before = (tmp_path / "count.txt").read_text()
+                    (tmp_path / "count.txt").write_text("")
                     time.sleep(0.0002)
-                    (tmp_path / "count").write_text(str(int(before) + 1))
+                    (tmp_path / "count.txt").write_text(str(int(before) + 1))
                 return
             except UserError:
                 time.sleep(0.0001)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(run, range(100)))
-    assert (tmp_path / "count").read_text() == "100"
+    assert (tmp_path / "count.txt").read_text() == "100"

@@ -287,7 +287,7 @@ class DataReport:
         """The counts as text: a header, a line for each source and, of several, their total."""
         header = (
             "source", "rows", "documents", "tokens", "trained", "share",
-            "too long", "truncated", "untrained", "split", "skipped", "longest",
+            "too long", "truncated", "nothing to train", "several documents", "bad", "longest",
         )  # fmt: skip
         lines = self.sources + ([self.total] if len(self.sources) > 1 else [])
         cells = [

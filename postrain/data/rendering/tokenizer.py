@@ -152,6 +152,11 @@ class Tokenizer:
         named = {k: v for k, v in self.special_tokens.items() if k in NAMED_TOKENS}
         return PreTrainedTokenizerFast(tokenizer_object=self.fast, **named, **extra)
 
+    @functools.cached_property
+    def ids(self) -> frozenset[int]:
+        """Every id that stands for a token: there may be gaps below ``vocab_size``."""
+        return frozenset(self.fast.get_vocab(with_added_tokens=True).values())
+
     def decode(self, ids) -> str:
         """The text of token ids, special tokens included."""
         return self.fast.decode([int(i) for i in ids], skip_special_tokens=False)
