@@ -201,16 +201,47 @@ def _check_best(config: Config) -> None:
         )
 
 
+# Keys of ``preference`` that a loss reads besides ``beta`` and ``nll_coef``.
+_MARGIN_KEYS = {"target_margin", "per_token", "divergence", "divergence_alpha"}
+_PREFERENCE_KEYS = {
+    **{loss: {"label_smoothing"} | _MARGIN_KEYS for loss in ("sigmoid", "robust", "exo")},
+    **{loss: {"label_smoothing", "target_margin", "per_token"} for loss in ("cpo", "simpo")},
+    **{loss: _MARGIN_KEYS for loss in ("hinge", "ipo", "discopop")},
+    **{loss: {"label_smoothing"} for loss in ("aot", "aot_unpaired")},
+}
+
+
 def _check_preference(config: Config) -> None:
+    section, default = config.preference, PreferenceSection()
+    where = f"config key 'preference.loss' = {section.loss!r}"
+    for key in ("label_smoothing", "target_margin", "per_token", "divergence", "divergence_alpha"):
+        if getattr(section, key) != getattr(default, key) and key not in _PREFERENCE_KEYS.get(section.loss, set()):
+            raise UserError(f"{where} does not read 'preference.{key}': leave it out, or choose another loss")
+    if section.divergence_alpha != default.divergence_alpha and section.divergence != "alpha":
+        raise UserError("config key 'preference.divergence_alpha' is read with 'preference.divergence' = 'alpha' alone")
+    if section.loss in ("robust", "exo") and not section.label_smoothing:
+        raise UserError(f"{where} needs 'preference.label_smoothing' above 0: the share of labels that are wrong")
+    if section.loss in ("cpo", "orpo") and not section.nll_coef:
+        raise UserError(
+            f"{where} is by its paper a sum with -log p of the chosen answers: set 'preference.nll_coef', usually to 1"
+        )
+    if section.loss in ("aot", "aot_unpaired") and config.train.micro_batches > 1:
+        raise UserError(f"{where} compares all pairs of an update with each other: set 'train.micro_batches' to 1")
+    if section.loss not in ("cpo", "simpo", "orpo"):
+        _check_reference(config)
+    if config.eval.generate_rows:
+        raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")
+
+
+def _check_reference(config: Config) -> None:
     """The reference of recipe preference is the model without its adapters: nothing else may train."""
     if not config.model.lora.rank:
         raise UserError(
-            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference"
+            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference; the "
+            "losses cpo, simpo and orpo of 'preference.loss' need none"
         )
     if config.model.new_tokens.tokens or config.model.new_tokens.file:
         raise UserError(
             "recipe 'preference' cannot train rows of 'model.new_tokens', which the reference would share: train them "
             "with recipe sft first"
         )
-    if config.eval.generate_rows:
-        raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")

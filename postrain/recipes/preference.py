@@ -1,13 +1,14 @@
-"""Preference learning: make the better of two answers to a prompt more likely, and the worse one less.
+"""Preference learning: make the better answer to a prompt more likely, and the worse one less.
 
     postrain train --config=configs/preference.py --workdir=RUN --config.model.path=DIR --config.data.train=pairs.jsonl
 
-Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the loss of a pair is -log sigmoid(beta *
-margin), where the margin is how much more the chosen answer has gained over the reference than the rejected one. The
-reference is the model without its new adapters, so no second model is in memory: adapters start without any effect.
+Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its relatives, by ``preference.loss``: the
+loss of a pair falls with its margin, which is how much more the chosen answer has gained over the reference than the
+rejected one. The reference is the model without its new adapters, so no second model is in memory: adapters start
+without any effect.
 
-The two answers of a pair are segments of one packed row. The loss of an update is the mean over its pairs, divided
-once by their number. Left out: training every parameter, which needs the reference's logprobs from elsewhere.
+The answers to a prompt are segments of one packed row. The loss of an update is the mean over its pairs, divided once
+by their number. Left out: training every parameter against a reference, whose logprobs would come from elsewhere.
 """
 
 import functools
@@ -19,7 +20,7 @@ from postrain.config import Config
 from postrain.data.kinds.preference import LAYOUT
 from postrain.export import export_state
 from postrain.models.lora import drop_adapters
-from postrain.objectives.preference import check_pairs, make_dpo_loss
+from postrain.objectives.preference import REFERENCE_FREE, check_groups, make_preference_loss
 from postrain.report.page import Chart
 from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
@@ -44,8 +45,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
     """
     with open_session(config, workdir) as session:
-        rows = open_train_rows(session, kind="preference", check=check_pairs)
-        held_out = open_eval_rows(session, kind="preference", check=check_pairs)
+        check = functools.partial(check_groups, lists=config.preference.loss == "softmax")
+        rows = open_train_rows(session, kind="preference", check=check)
+        held_out = open_eval_rows(session, kind="preference", check=check)
         total_steps = count_steps(session, rows)
 
         model = load_model(config, session.model_folder, session.mesh)
@@ -64,14 +66,11 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
-    forward, section = Forward(model.config, chunk=config.model.loss_chunk), config.preference
-    make_loss = functools.partial(
-        make_dpo_loss,
-        forward.logprobs,
-        lambda params, batch: forward.logprobs(drop_adapters(params), batch),
-        beta=section.beta,
-        label_smoothing=section.label_smoothing,
-    )
+    forward, options = Forward(model.config, chunk=config.model.loss_chunk), config.preference
+    reference = None
+    if options.loss not in REFERENCE_FREE:
+        reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs
+    make_loss = functools.partial(make_preference_loss, forward.logprobs, reference, options)
     return build_program(
         config,
         model,
@@ -79,5 +78,6 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         total_steps,
         loss_fn=make_loss(),
         eval_loss_fn=make_loss(router_losses=False),
+        loss_coefs={"nll": options.nll_coef} if options.nll_coef else None,
         layout=LAYOUT,
     )
