@@ -11,8 +11,9 @@ Gives, within ten minutes, more than 80% of held-out requests answered to the le
 says what is held out), from under 5%, and writes report.html and the exported model to the workdir. Learning rate
 and batch were chosen by quickstart_validation.jsonl; the rows evaluated here, quickstart_test.jsonl, chose nothing.
 
-`configs/quickstart.py:small` is the same on a few rows, to see that everything runs. LoRA adapters train; with
-`--config.model.lora.rank=0` every parameter does.
+`configs/quickstart.py:fast` stops at more than 60%, in three minutes on two free cores: smaller updates, six tenths of
+the rows, 40 requests answered. `configs/quickstart.py:small` is the same on a few rows, to see that everything runs.
+LoRA adapters train; with `--config.model.lora.rank=0` every parameter does.
 """
 
 import pathlib
@@ -23,8 +24,8 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "small"):
-        raise ValueError(f"no variant {arg!r}, there is 'small'")
+    if arg not in ("", "fast", "small"):
+        raise ValueError(f"no variant {arg!r}, there are 'fast' and 'small'")
     config = ConfigDict()
     config.recipe = "sft"
     config.model = {
@@ -49,6 +50,13 @@ def get_config(arg: str = "") -> ConfigDict:
         "metrics": ("exact_match", "valid_json"),
     }
     config.checkpoint = {"every": 80, "keep": 1}
+    if arg == "fast":
+        config.data.batch_size = 1
+        config.model.loss_chunk = 128
+        config.optimizer.learning_rate = 2e-3
+        config.train = {"epochs": 0.6}
+        config.eval.update({"every": 0, "generate_rows": 40, "batch_size": 40})
+        config.checkpoint.every = 0
     if arg == "small":
         config.train = {"steps": 2}
         config.data.update({"sequence_length": 128, "batch_size": 2})
