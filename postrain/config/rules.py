@@ -203,7 +203,7 @@ def _check_best(config: Config) -> None:
 
 # Keys of ``preference`` that a loss reads besides ``beta`` and ``nll_coef``.
 _MARGIN_KEYS = {"target_margin", "per_token", "divergence", "divergence_alpha"}
-_PREFERENCE_KEYS = {
+PREFERENCE_KEYS = {
     **{loss: {"label_smoothing"} | _MARGIN_KEYS for loss in ("sigmoid", "robust", "exo")},
     **{loss: {"label_smoothing", "target_margin", "per_token"} for loss in ("cpo", "simpo")},
     **{loss: _MARGIN_KEYS for loss in ("hinge", "ipo", "discopop")},
@@ -215,7 +215,7 @@ def _check_preference(config: Config) -> None:
     section, default = config.preference, PreferenceSection()
     where = f"config key 'preference.loss' = {section.loss!r}"
     for key in ("label_smoothing", "target_margin", "per_token", "divergence", "divergence_alpha"):
-        if getattr(section, key) != getattr(default, key) and key not in _PREFERENCE_KEYS.get(section.loss, set()):
+        if getattr(section, key) != getattr(default, key) and key not in PREFERENCE_KEYS.get(section.loss, set()):
             raise UserError(f"{where} does not read 'preference.{key}': leave it out, or choose another loss")
     if section.divergence_alpha != default.divergence_alpha and section.divergence != "alpha":
         raise UserError("config key 'preference.divergence_alpha' is read with 'preference.divergence' = 'alpha' alone")

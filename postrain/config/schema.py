@@ -281,20 +281,22 @@ class TrackersConfig:
     wandb_project: str = "postrain"  # the project that runs are filed under
 
 
+_OfMargins = Literal["sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "aot", "aot_unpaired"]
+_OfEachAnswer = Literal["sppo_hard", "cal_dpo", "nca", "bco_pair", "apo_zero", "apo_down"]
+PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, Literal["cpo", "simpo", "orpo"]]  # the last without a reference
+
+
 @dataclasses.dataclass(frozen=True)
 class PreferenceSection:
     """The loss of recipe preference; docs/preference.md has the formulas of ``objectives/preference.py``."""
 
-    loss: Literal[
-        "sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "sppo_hard", "cal_dpo", "nca", "bco_pair",
-        "apo_zero", "apo_down", "aot", "aot_unpaired", "cpo", "simpo", "orpo",
-    ] = "sigmoid"  # sigmoid is DPO  # fmt: skip
+    loss: PreferenceLoss = "sigmoid"  # of a pair; sigmoid is DPO
     beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
     label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
     target_margin: NotNegative = 0.0  # by how much the chosen answer is to lead, after beta (simpo's gamma)
     per_token: bool = False  # scores by the answers' lengths: log p of the mean token
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"  # from the reference
-    divergence_alpha: float = 0.5  # of divergence alpha; 1 is reverse_kl
+    divergence_alpha: Positive = 0.5  # of divergence alpha; 1 is reverse_kl
     nll_coef: NotNegative = 0.0  # factor of the second loss, -log p of the chosen answers' tokens
 
 

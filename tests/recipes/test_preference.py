@@ -164,3 +164,34 @@ def test_lists_of_three_answers_are_refused(inputs, tmp_path):
     values = values_of(inputs, tmp_path, data={"eval": []})
     with pytest.raises(UserError, match=r"train.jsonl:1: a row of preferences has 3 answers; expected 2"):
         postrain.train(values, tmp_path / "run")
+
+
+def test_a_loss_without_a_reference_trains_every_parameter(inputs, pairs, tmp_path):
+    """With a second loss, whose mean is over tokens and not over pairs."""
+    values = values_of(inputs, pairs, model={"lora": {"rank": 0}}, export={"format": "none"})
+    values |= {"preference": {"loss": "orpo", "beta": 0.2, "nll_coef": 0.5}}
+    postrain.train(values, tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    for line in lines[1:]:
+        total = line["train/loss/preference"] + 0.5 * line["train/loss/nll"]
+        assert line["train/loss"] == pytest.approx(total, rel=1e-6)
+        assert line["train/weight/nll"] > line["train/weight/preference"]
+    first, last = lines[0], lines[-1]
+    assert last["eval/loss"] < 0.95 * first["eval/loss"] and last["eval/logps/chosen"] > first["eval/logps/chosen"]
+
+
+def test_lists_are_learned_by_their_best_answer(inputs, tmp_path):
+    lines = []
+    for i in range(30):
+        answers = [WORDS[i % 6], *(WORDS[(i + 1 + j) % 6] for j in range(1 + i % 4))]
+        scores = [3.0, *(-float(j) for j in range(1, len(answers)))]
+        lines.append(
+            json.dumps({"prompt": f"{i} {WORDS[i % 6]}", "completions": answers[::-1], "scores": scores[::-1]})
+        )
+    for name, part in (("train", lines[:24]), ("eval", lines[24:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    values = values_of(inputs, tmp_path, data={"sequence_length": 256}, export={"format": "none"})
+    postrain.train(values | {"preference": {"loss": "softmax", "beta": 0.5}}, tmp_path / "run")
+    first, *_, last = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["eval/loss"] == pytest.approx(np.mean([np.log(2 + i % 4) for i in range(24, 30)]), rel=1e-5)
+    assert last["eval/loss"] < 0.95 * first["eval/loss"]
