@@ -11,6 +11,7 @@ from postrain.config.load import (
     resolve,
     to_dict,
 )
+from postrain.config.rules import choose_reference
 from postrain.config.schema import (
     CheckpointConfig,
     Config,
@@ -51,6 +52,7 @@ __all__ = [
     "check_config",
     "check_model_path",
     "check_paths",
+    "choose_reference",
     "format_config",
     "is_hub_name",
     "load_config",

@@ -227,21 +227,39 @@ def _check_preference(config: Config) -> None:
         )
     if section.loss in ("aot", "aot_unpaired") and config.train.micro_batches > 1:
         raise UserError(f"{where} compares all pairs of an update with each other: set 'train.micro_batches' to 1")
-    if section.loss not in ("cpo", "simpo", "orpo"):
-        _check_reference(config)
+    _check_reference(config)
     if config.eval.generate_rows:
         raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")
 
 
+def choose_reference(config: Config) -> str:
+    """Where recipe preference has its reference from: "none", "base" or "cached"."""
+    section, lora = config.preference, config.model.lora.rank
+    if section.loss in ("cpo", "simpo", "orpo"):
+        return "none"
+    if section.reference == "auto":
+        return "base" if lora and not has_new_tokens(config) else "cached"
+    return section.reference
+
+
+def has_new_tokens(config: Config) -> bool:
+    return bool(config.model.new_tokens.tokens or config.model.new_tokens.file)
+
+
 def _check_reference(config: Config) -> None:
-    """The reference of recipe preference is the model without its adapters: nothing else may train."""
-    if not config.model.lora.rank:
+    section, found = config.preference, choose_reference(config)
+    if found == "none" and section.reference != "auto":
         raise UserError(
-            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference; the "
-            "losses cpo, simpo and orpo of 'preference.loss' need none"
+            f"config key 'preference.loss' = {section.loss!r} has no reference: leave 'preference.reference' out"
         )
-    if config.model.new_tokens.tokens or config.model.new_tokens.file:
+    if found == "base" and not (config.model.lora.rank and not has_new_tokens(config)):
         raise UserError(
-            "recipe 'preference' cannot train rows of 'model.new_tokens', which the reference would share: train them "
-            "with recipe sft first"
+            "config key 'preference.reference' = 'base' is the model without its adapters: it needs 'model.lora.rank' "
+            "above 0, and no 'model.new_tokens', whose rows it would share; 'cached' needs neither"
+        )
+    if found == "cached" and (config.data.streaming or has_mixture(config.data)):
+        which = "'data.streaming'" if config.data.streaming else "a mixture of sources"
+        raise UserError(
+            f"the reference of recipe 'preference' is computed once for all rows, which {which} does not have: leave "
+            "it out, or train adapters ('model.lora.rank' above 0), whose reference is the model without them"
         )

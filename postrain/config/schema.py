@@ -291,6 +291,8 @@ class PreferenceSection:
     """The loss of recipe preference; docs/preference.md has the formulas of ``objectives/preference.py``."""
 
     loss: PreferenceLoss = "sigmoid"  # of a pair; sigmoid is DPO
+    # base: the model without its adapters; cached: the starting model, whose log p of all rows is computed once
+    reference: Literal["auto", "base", "cached"] = "auto"  # auto: base with adapters, cached without
     beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
     label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
     target_margin: NotNegative = 0.0  # by how much the chosen answer is to lead, after beta (simpo's gamma)

@@ -17,16 +17,14 @@ Legend: B rows, T positions, S segments of a row at most, G groups of a row at m
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.nn import log_sigmoid, sigmoid
 
 from postrain.config import PreferenceSection
-from postrain.errors import UserError
 from postrain.objectives.heads import add_router_loss
 from postrain.types import Batch, LossSums, WeightedSum
 
@@ -222,7 +220,7 @@ def make_preference_loss(
       logprobs: ``(params, batch) -> (TokenLogprobs [B, T], RowTerms | None)``, the model that is trained
         (``postrain.training.model.Forward.logprobs``).
       reference_logprobs: ``(params, batch) -> float32 [B, T]``, log p of the model to stay near; it gets ``params`` as
-        constants. With LoRA the model without its adapters. None: the loss has no reference.
+        constants. With LoRA the model without its adapters, or an array of the batch. None: there is no reference.
       options: the config's; its ``nll_coef`` is the factor of the loss ``nll``, applied by the train step.
       router_losses: whether the losses of routers count, which only training adds.
 
@@ -326,25 +324,3 @@ def find_groups(batch: Batch) -> Groups:
 def _reduce(reduce: Callable, values: jax.Array, ids: jax.Array, size: int) -> jax.Array:
     """``jax.ops.segment_sum`` and the like over each row: [B, size]."""
     return jax.vmap(lambda values, ids: reduce(values, ids, num_segments=size))(values, ids)
-
-
-def check_groups(arrays: Mapping[str, np.ndarray], *, lists: bool) -> None:
-    """Raises UserError where a group of a numpy batch is not a pair, or not a list with one best answer.
-
-    ``arrays``: ``group_ids`` and ``segment_ids`` int32 [B, T], ``scores`` float32 [B, T]. The loss could not tell.
-    """
-    inside = arrays["group_ids"] > 0
-    rows = np.broadcast_to(np.arange(inside.shape[0])[:, None], inside.shape)[inside]
-    keys = np.stack([rows, arrays["group_ids"][inside], arrays["segment_ids"][inside]])
-    (rows, groups, _), first = np.unique(keys, axis=1, return_index=True)
-    scores = arrays["scores"][inside][first]
-    _, group, sizes = np.unique(np.stack([rows, groups]), axis=1, return_inverse=True, return_counts=True)
-    if not lists and (sizes != 2).any():
-        raise UserError(
-            f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "
-            "rows of two out of longer lists, or set 'preference.loss' to 'softmax'"
-        )
-    best = np.full(len(sizes), -np.inf)
-    np.maximum.at(best, group, scores)
-    if (np.bincount(group, scores == best[group]) > 1).any():
-        raise UserError("a row of preferences has several answers of the highest score; expected one that is the best")

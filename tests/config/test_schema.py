@@ -322,7 +322,7 @@ def test_losses_without_a_reference_need_no_adapters_and_those_of_sorted_pairs_n
     for own in ({"loss": "simpo"}, {"loss": "orpo", "nll_coef": 1.0}, {"loss": "cpo", "nll_coef": 0.5}):
         resolve(values | {"preference": own})
     with pytest.raises(UserError, match="needs 'model.lora.rank' above 0"):
-        resolve(values | {"preference": {"loss": "ipo"}})
+        resolve(values | {"preference": {"loss": "ipo", "reference": "base"}})
     values |= {"model": {"path": "m", "lora": {"rank": 4}}, "train": {"micro_batches": 2}}
     with pytest.raises(UserError, match="compares all pairs of an update with each other: set 'train.micro_"):
         resolve(values | {"preference": {"loss": "aot"}})

@@ -20,6 +20,7 @@ from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, layout_of
+from postrain.data.kinds.preference import check_groups
 from postrain.data.rendering.render import Rendered
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
@@ -27,7 +28,7 @@ from postrain.hf.peft.adapter import save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora
 from postrain.models.params import merge_params
-from postrain.objectives.preference import PAIR_LOSSES, REFERENCE_FREE, check_groups, make_preference_loss
+from postrain.objectives.preference import PAIR_LOSSES, REFERENCE_FREE, make_preference_loss
 from postrain.training.model import Forward
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
