@@ -3,7 +3,15 @@
 import dataclasses
 import typing
 
-from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection, OptimizerConfig, PreferenceSection
+from postrain.config.schema import (
+    AnswerMetric,
+    Config,
+    DataConfig,
+    ModelSection,
+    OptimizerConfig,
+    PreferenceSection,
+    SftSection,
+)
 from postrain.errors import UserError
 from postrain.files import check_local
 
@@ -174,8 +182,10 @@ def _check_unread(config: Config) -> None:
             f"config key 'optimizer.decay_steps' = {optimizer.decay_steps} is read by schedule 'wsd' alone, and "
             f"'optimizer.schedule' is {optimizer.schedule!r}: leave it out, or set the schedule"
         )
-    if config.recipe != "preference" and config.preference != PreferenceSection():
-        raise UserError(f"config keys 'preference.*' are not read by recipe {config.recipe!r}: leave them out")
+    used = {"sft": config.sft != SftSection(), "preference": config.preference != PreferenceSection()}
+    for recipe, is_used in used.items():
+        if is_used and config.recipe != recipe:
+            raise UserError(f"config keys '{recipe}.*' are not read by recipe {config.recipe!r}: leave them out")
 
 
 def _check_best(config: Config) -> None:

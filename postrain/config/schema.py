@@ -281,6 +281,18 @@ class TrackersConfig:
     wandb_project: str = "postrain"  # the project that runs are filed under
 
 
+@dataclasses.dataclass(frozen=True)
+class SftSection:
+    """Variants of the loss of recipe sft; ``objectives/sft.py`` has the formula. All off: the likelihood alone."""
+
+    label_smoothing: Annotated[float, Range(0, below=1)] = 0.0  # share of the target spread over the vocabulary
+    z_loss_coef: NotNegative = 0.0  # factor of the squared log of the softmax's denominator
+    focal_gamma: NotNegative = 0.0  # weight (1 - p)^gamma: the likelier a token, the less it counts
+    probability_weights: bool = False  # weight p without its gradient: dynamic fine-tuning (DFT)
+    nll_clip: NotNegative = 0.0  # tokens with a larger -log p have no gradient; 0: none is too large
+    noise: NotNegative = 0.0  # NEFTune's alpha: uniform noise in the embeddings while training
+
+
 _OfMargins = Literal["sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "aot", "aot_unpaired"]
 _OfEachAnswer = Literal["sppo_hard", "cal_dpo", "nca", "bco_pair", "apo_zero", "apo_down"]
 PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, Literal["cpo", "simpo", "orpo"]]  # the last without a reference
@@ -324,4 +336,5 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
     export: ExportSection = ExportSection()
+    sft: SftSection = SftSection()
     preference: PreferenceSection = PreferenceSection()
