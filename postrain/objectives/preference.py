@@ -26,6 +26,7 @@ from jax.nn import log_sigmoid, sigmoid
 
 from postrain.config import PreferenceSection
 from postrain.objectives.heads import add_router_loss
+from postrain.objectives.segments import reduce_segments, sum_segments
 from postrain.types import Batch, LossSums, WeightedSum
 
 
@@ -239,7 +240,7 @@ def make_preference_loss(
         if reference_logprobs is not None:
             reference_BT = jax.lax.stop_gradient(reference_logprobs(jax.lax.stop_gradient(params), batch))
         groups = find_groups(batch)
-        count = lambda values_BT: groups.sum_segments(values_BT, batch.segment_ids)
+        count = lambda values_BT: sum_segments(values_BT.astype(jnp.float32), batch.segment_ids)
         all_BS = Answer(count(found.logprobs), count(reference_BT), count(batch.loss_mask != 0))
         chosen = Answer(*(groups.reduce(jax.ops.segment_sum, x, groups.chosen_BS) for x in all_BS))
         number_BG = groups.reduce(jax.ops.segment_sum, jnp.ones_like(all_BS.logp), groups.rejected_BS)
@@ -298,29 +299,20 @@ class Groups(NamedTuple):
     rejected_BS: jax.Array  # bool; the others
     is_group_BG: jax.Array  # bool; whether the row has such a group, with two scores or more
 
-    def sum_segments(self, values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """The sums over each segment's positions, float32 [B, S]."""
-        return _reduce(jax.ops.segment_sum, values_BT.astype(jnp.float32), segment_ids_BT, self.chosen_BS.shape[1])
-
     def reduce(self, reduce: Callable, values_BS: jax.Array, of_BS: jax.Array) -> jax.Array:
         """[B, G] of ``jax.ops.segment_sum`` and the like over those answers of each group that are in ``of_BS``."""
-        return _reduce(reduce, values_BS, jnp.where(of_BS, self.group_ids_BS, 0), self.is_group_BG.shape[1])
+        return reduce_segments(reduce, values_BS, jnp.where(of_BS, self.group_ids_BS, 0), self.is_group_BG.shape[1])
 
 
 def find_groups(batch: Batch) -> Groups:
     group_ids_BT, scores_BT, length = batch.fields["group_ids"], batch.fields["scores"], batch.segment_ids.shape[1]
     num_segments, num_groups = length + 1, length // 2 + 1  # an answer has a position or more, a group two answers
-    of_segment = lambda values_BT: _reduce(jax.ops.segment_max, values_BT, batch.segment_ids, num_segments)
+    of_segment = lambda values_BT: reduce_segments(jax.ops.segment_max, values_BT, batch.segment_ids, num_segments)
     ids_BS, scores_BS = of_segment(group_ids_BT), of_segment(scores_BT)
     ids_BS = jnp.maximum(ids_BS, 0).at[:, 0].set(0)  # of no positions: the lowest number
     best_BG, worst_BG = (
-        _reduce(of, scores_BS, ids_BS, num_groups) for of in (jax.ops.segment_max, jax.ops.segment_min)
+        reduce_segments(of, scores_BS, ids_BS, num_groups) for of in (jax.ops.segment_max, jax.ops.segment_min)
     )
     chosen_BS = (ids_BS > 0) & (scores_BS == jnp.take_along_axis(best_BG, ids_BS, axis=1))
     is_group_BG = (best_BG > worst_BG) & (jnp.arange(num_groups) > 0)  # of no answers: -inf and inf
     return Groups(ids_BS, chosen_BS, (ids_BS > 0) & ~chosen_BS, is_group_BG)
-
-
-def _reduce(reduce: Callable, values: jax.Array, ids: jax.Array, size: int) -> jax.Array:
-    """``jax.ops.segment_sum`` and the like over each row: [B, size]."""
-    return jax.vmap(lambda values, ids: reduce(values, ids, num_segments=size))(values, ids)
