@@ -20,8 +20,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Writing
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a UTF-8 file and its missing folders. A crash leaves the old file or the new one, never a part.
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, and its missing folders. A crash leaves the old file or the new one, never a part.
 
     Raises UserError when it cannot be written (a full disk, a read-only place).
     """
@@ -30,8 +30,8 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())  # else a crash may leave the new name with nothing behind it
             partial.replace(path)

@@ -70,10 +70,6 @@ ALLOWED = {
         "numpy, out of to_host; numbers",
         {"array.item()", "float(str(array))", "int(array)", "int(step)"},
     ),
-    "objectives/preference.py": (
-        "a batch before it is placed, in numpy",
-        {"np.asarray(arrays['group_ids'], np.int64)", "np.asarray(arrays['segment_ids'])"},
-    ),
     "rollout/answers.py": (
         "a rendered row, in numpy; texts",
         {"float(found.strip() == expected.strip())", "part.tolist()"},

@@ -11,6 +11,7 @@ from postrain.config.load import (
     resolve,
     to_dict,
 )
+from postrain.config.rules import choose_reference
 from postrain.config.schema import (
     CheckpointConfig,
     Config,
@@ -22,7 +23,9 @@ from postrain.config.schema import (
     NewTokensSection,
     OptimizerConfig,
     PhaseConfig,
+    PreferenceSection,
     RouterSection,
+    SftSection,
     SourceConfig,
     SpikeSection,
     StreamSection,
@@ -41,7 +44,9 @@ __all__ = [
     "NewTokensSection",
     "OptimizerConfig",
     "PhaseConfig",
+    "PreferenceSection",
     "RouterSection",
+    "SftSection",
     "SourceConfig",
     "SpikeSection",
     "StreamSection",
@@ -49,6 +54,7 @@ __all__ = [
     "check_config",
     "check_model_path",
     "check_paths",
+    "choose_reference",
     "format_config",
     "is_hub_name",
     "load_config",

@@ -3,7 +3,15 @@
 import dataclasses
 import typing
 
-from postrain.config.schema import AnswerMetric, Config, DataConfig, ModelSection, OptimizerConfig, PreferenceSection
+from postrain.config.schema import (
+    AnswerMetric,
+    Config,
+    DataConfig,
+    ModelSection,
+    OptimizerConfig,
+    PreferenceSection,
+    SftSection,
+)
 from postrain.errors import UserError
 from postrain.files import check_local
 
@@ -184,8 +192,10 @@ def _check_unread(config: Config) -> None:
             "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
             "set the decay"
         )
-    if config.recipe != "preference" and config.preference != PreferenceSection():
-        raise UserError(f"config keys 'preference.*' are not read by recipe {config.recipe!r}: leave them out")
+    used = {"sft": config.sft != SftSection(), "preference": config.preference != PreferenceSection()}
+    for recipe, is_used in used.items():
+        if is_used and config.recipe != recipe:
+            raise UserError(f"config keys '{recipe}.*' are not read by recipe {config.recipe!r}: leave them out")
 
 
 def _check_best(config: Config) -> None:
@@ -211,16 +221,65 @@ def _check_best(config: Config) -> None:
         )
 
 
+# Keys of ``preference`` that a loss reads besides ``beta`` and ``nll_coef``.
+_MARGIN_KEYS = {"target_margin", "per_token", "divergence", "divergence_alpha"}
+PREFERENCE_KEYS = {
+    **{loss: {"label_smoothing"} | _MARGIN_KEYS for loss in ("sigmoid", "robust", "exo")},
+    **{loss: {"label_smoothing", "target_margin", "per_token"} for loss in ("cpo", "simpo")},
+    **{loss: _MARGIN_KEYS for loss in ("hinge", "ipo", "discopop")},
+    **{loss: {"label_smoothing"} for loss in ("aot", "aot_unpaired")},
+}
+
+
 def _check_preference(config: Config) -> None:
-    """The reference of recipe preference is the model without its adapters: nothing else may train."""
-    if not config.model.lora.rank:
+    section, default = config.preference, PreferenceSection()
+    where = f"config key 'preference.loss' = {section.loss!r}"
+    for key in ("label_smoothing", "target_margin", "per_token", "divergence", "divergence_alpha"):
+        if getattr(section, key) != getattr(default, key) and key not in PREFERENCE_KEYS.get(section.loss, set()):
+            raise UserError(f"{where} does not read 'preference.{key}': leave it out, or choose another loss")
+    if section.divergence_alpha != default.divergence_alpha and section.divergence != "alpha":
+        raise UserError("config key 'preference.divergence_alpha' is read with 'preference.divergence' = 'alpha' alone")
+    if section.loss in ("robust", "exo") and not section.label_smoothing:
+        raise UserError(f"{where} needs 'preference.label_smoothing' above 0: the share of labels that are wrong")
+    if section.loss in ("cpo", "orpo") and not section.nll_coef:
         raise UserError(
-            "recipe 'preference' needs 'model.lora.rank' above 0: the model without its adapters is the reference"
+            f"{where} is by its paper a sum with -log p of the chosen answers: set 'preference.nll_coef', usually to 1"
         )
-    if config.model.new_tokens.tokens or config.model.new_tokens.file:
-        raise UserError(
-            "recipe 'preference' cannot train rows of 'model.new_tokens', which the reference would share: train them "
-            "with recipe sft first"
-        )
+    if section.loss in ("aot", "aot_unpaired") and config.train.micro_batches > 1:
+        raise UserError(f"{where} compares all pairs of an update with each other: set 'train.micro_batches' to 1")
+    _check_reference(config)
     if config.eval.generate_rows:
         raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")
+
+
+def choose_reference(config: Config) -> str:
+    """Where recipe preference has its reference from: "none", "base" or "cached"."""
+    section, lora = config.preference, config.model.lora.rank
+    if section.loss in ("cpo", "simpo", "orpo"):
+        return "none"
+    if section.reference == "auto":
+        return "base" if lora and not has_new_tokens(config) else "cached"
+    return section.reference
+
+
+def has_new_tokens(config: Config) -> bool:
+    return bool(config.model.new_tokens.tokens or config.model.new_tokens.file)
+
+
+def _check_reference(config: Config) -> None:
+    section, found = config.preference, choose_reference(config)
+    if found == "none" and section.reference != "auto":
+        raise UserError(
+            f"config key 'preference.loss' = {section.loss!r} has no reference: leave 'preference.reference' out"
+        )
+    if found == "base" and not (config.model.lora.rank and not has_new_tokens(config)):
+        raise UserError(
+            "config key 'preference.reference' = 'base' is the model without its adapters: it needs 'model.lora.rank' "
+            "above 0, and no 'model.new_tokens', whose rows it would share; 'cached' needs neither"
+        )
+    if found == "cached" and (config.data.streaming or has_mixture(config.data)):
+        which = "'data.streaming'" if config.data.streaming else "a mixture of sources"
+        raise UserError(
+            f"the reference of recipe 'preference' is computed once for all rows, which {which} does not have: leave "
+            "it out, or train adapters ('model.lora.rank' above 0), whose reference is the model without them"
+        )

@@ -282,11 +282,36 @@ class TrackersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceSection:
-    """The loss of recipe preference (DPO, arXiv:2305.18290)."""
+class SftSection:
+    """Variants of the loss of recipe sft; ``objectives/sft.py`` has the formula. All off: the likelihood alone."""
 
+    label_smoothing: Annotated[float, Range(0, below=1)] = 0.0  # share of the target spread over the vocabulary
+    z_loss_coef: NotNegative = 0.0  # factor of the squared log of the softmax's denominator
+    focal_gamma: NotNegative = 0.0  # weight (1 - p)^gamma: the likelier a token, the less it counts
+    probability_weights: bool = False  # weight p without its gradient: dynamic fine-tuning (DFT)
+    nll_clip: NotNegative = 0.0  # tokens with a larger -log p have no gradient; 0: none is too large
+    noise: NotNegative = 0.0  # NEFTune's alpha: uniform noise in the embeddings while training
+
+
+_OfMargins = Literal["sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "aot", "aot_unpaired"]
+_OfEachAnswer = Literal["sppo_hard", "cal_dpo", "nca", "bco_pair", "apo_zero", "apo_down"]
+PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, Literal["cpo", "simpo", "orpo"]]  # the last without a reference
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceSection:
+    """The loss of recipe preference; docs/preference.md has the formulas of ``objectives/preference.py``."""
+
+    loss: PreferenceLoss = "sigmoid"  # of a pair; sigmoid is DPO
+    # base: the model without its adapters; cached: the starting model, whose log p of all rows is computed once
+    reference: Literal["auto", "base", "cached"] = "auto"  # auto: base with adapters, cached without
     beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
     label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
+    target_margin: NotNegative = 0.0  # by how much the chosen answer is to lead, after beta (simpo's gamma)
+    per_token: bool = False  # scores by the answers' lengths: log p of the mean token
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"  # from the reference
+    divergence_alpha: Positive = 0.5  # of divergence alpha; 1 is reverse_kl
+    nll_coef: NotNegative = 0.0  # factor of the second loss, -log p of the chosen answers' tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,4 +336,5 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: TrackersConfig = TrackersConfig()
     export: ExportSection = ExportSection()
+    sft: SftSection = SftSection()
     preference: PreferenceSection = PreferenceSection()

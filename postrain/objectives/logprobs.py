@@ -28,6 +28,8 @@ class TokenLogprobs:
     logprobs: jax.Array  # log p(target)
     entropy: jax.Array  # -sum_v p log p
     logsumexp: jax.Array  # log of the softmax's denominator (for z-loss, and to compare samplers)
+    uniform: jax.Array  # log p averaged over the vocabulary (for label smoothing)
+    correct: jax.Array  # 1 where the target is the likeliest token; without a gradient
 
 
 def _sum_dtype(hidden) -> jnp.dtype:
@@ -96,15 +98,17 @@ def _token_logprobs(hidden_ND, unembed_VD, targets_N, mask_N, static):
 
     def body(index, outputs):
         rows, _, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
-        logsumexp, _ = _logsumexp(logits)
+        logsumexp, peak = _logsumexp(logits)
         target_logits = jnp.take_along_axis(logits, _take(targets_N, rows)[:, None], axis=1)[:, 0]
         # -sum p log p, not logsumexp - sum p logit, which loses the digits that the two have in common.
         log_p = logits - logsumexp[:, None]
         entropy = -jnp.where(jnp.isneginf(logits), 0.0, jnp.exp(log_p) * log_p).sum(-1)
-        values = target_logits - logsumexp, entropy, logsumexp
+        uniform = jnp.where(jnp.isneginf(logits), 0.0, log_p).sum(-1) / static.vocab_size
+        correct = (target_logits >= peak).astype(entropy.dtype)
+        values = target_logits - logsumexp, entropy, logsumexp, uniform, correct
         return tuple(o.at[rows].set(v, mode="drop") for o, v in zip(outputs, values, strict=True))
 
-    start = (jnp.zeros(targets_N.shape, _sum_dtype(hidden_ND)),) * 3
+    start = (jnp.zeros(targets_N.shape, _sum_dtype(hidden_ND)),) * 5
     return TokenLogprobs(*jax.lax.fori_loop(0, compacted.num_chunks, body, start))
 
 
@@ -121,9 +125,10 @@ def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
     compacted = _compact(mask_N, static.chunk)
     dtype, unembed_VD = unembed_VD.dtype, unembed_VD.astype(hidden_ND.dtype)
     wide = _sum_dtype(hidden_ND)
-    dense = lambda g: jnp.zeros(g.shape, wide) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
-    needs_entropy = not isinstance(grads.entropy, jax.custom_derivatives.SymbolicZero)
+    is_zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
+    dense = lambda g: jnp.zeros(g.shape, wide) if is_zero(g) else g
     dlogprob_N, dentropy_N, dlogsumexp_N = dense(grads.logprobs), dense(grads.entropy), dense(grads.logsumexp)
+    duniform_N = dense(grads.uniform)
 
     def body(index, carry):
         dhidden, dunembed = carry
@@ -132,7 +137,10 @@ def _token_logprobs_backward(static, residuals, grads: TokenLogprobs):
         p = jnp.exp(log_p)
         dlogprob, dlogsumexp = _take(dlogprob_N, rows), _take(dlogsumexp_N, rows)
         dlogits = p * (dlogsumexp - dlogprob)[:, None]
-        if needs_entropy:  # dH/dlogit_v = -p_v (log p_v + H)
+        if not is_zero(grads.uniform):
+            share = jnp.where(jnp.isneginf(logits), 0.0, 1 / static.vocab_size)
+            dlogits = dlogits + (share - p) * _take(duniform_N, rows)[:, None]
+        if not is_zero(grads.entropy):  # dH/dlogit_v = -p_v (log p_v + H)
             surprise = jnp.where(p > 0, log_p + _take(out.entropy, rows)[:, None], 0.0)
             dlogits = dlogits - p * surprise * _take(dentropy_N, rows)[:, None]
         hits = jnp.arange(logits.shape[1]) == _take(targets_N, rows)[:, None]

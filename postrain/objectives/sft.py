@@ -1,10 +1,13 @@
-"""Supervised fine-tuning: the negative log-likelihood of the trained tokens."""
+"""Supervised fine-tuning: the negative log-likelihood of the trained tokens, and variants of it."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from postrain.types import Batch, LossSums, WeightedSum
+from postrain.config import SftSection
+from postrain.objectives.logprobs import TokenLogprobs
+from postrain.types import Batch, LossSums, RowTerms, WeightedSum
 
 
 def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Callable:
@@ -20,13 +23,63 @@ def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Calla
     def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
         del rng
         nll_sum, correct_sum, terms = compute_nll(params, batch)
-        weight = batch.loss_mask.sum()
-        loss_sum, metric_sums = nll_sum, {"accuracy": correct_sum}
+        sums = {"accuracy": correct_sum}
         if router_losses and terms is not None:
-            weights_B = batch.loss_mask.sum(1)
-            metric_sums |= {name: (values_B * weights_B).sum() for name, values_B in terms.metrics.items()}
-            metric_sums["nll"], loss_sum = nll_sum, nll_sum + (terms.loss * weights_B).sum()
-        metrics = {name: WeightedSum(total, weight) for name, total in metric_sums.items()}
-        return LossSums({"sft": WeightedSum(loss_sum, weight)}, metrics)
+            sums["nll"] = nll_sum
+        return _make_sums(nll_sum, sums, terms if router_losses else None, batch)
 
     return loss_fn
+
+
+def make_token_loss(logprobs: Callable, options: SftSection, *, router_losses: bool = True) -> Callable:
+    """As ``make_sft_loss``, of ``compute_token_loss``; metric ``nll`` is the likelihood without the options.
+
+    ``logprobs(params, batch, rng) -> (TokenLogprobs [B, T], RowTerms | None)``
+    (``postrain.training.model.Forward.logprobs``, perhaps with noise in its input).
+    """
+
+    def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
+        found, terms = logprobs(params, batch, rng)
+        add = lambda values_BT: (values_BT * batch.loss_mask).sum()
+        sums = {"accuracy": add(found.correct), "nll": add(-found.logprobs)}
+        return _make_sums(add(compute_token_loss(found, options)), sums, terms if router_losses else None, batch)
+
+    return loss_fn
+
+
+def _make_sums(loss_sum, metric_sums: dict, terms: RowTerms | None, batch: Batch) -> LossSums:
+    weight = batch.loss_mask.sum()
+    if terms is not None:
+        weights_B = batch.loss_mask.sum(1)
+        metric_sums |= {name: (values_B * weights_B).sum() for name, values_B in terms.metrics.items()}
+        loss_sum = loss_sum + (terms.loss * weights_B).sum()
+    metrics = {name: WeightedSum(total, weight) for name, total in metric_sums.items()}
+    return LossSums({"sft": WeightedSum(loss_sum, weight)}, metrics)
+
+
+def compute_token_loss(found: TokenLogprobs, options: SftSection) -> jax.Array:
+    """The loss of every token, float32 [B, T].
+
+        w * ((1 - e) * nll + e * cross entropy with the uniform distribution) + z_loss_coef * logsumexp^2
+
+    with e ``label_smoothing`` (Szegedy et al. 2015, arXiv:1512.00567) and w the product of what is switched on:
+    (1 - p)^``focal_gamma`` (Lin et al. 2017, arXiv:1708.02002), and p itself, without a gradient, for
+    ``probability_weights`` (dynamic fine-tuning, DFT; Wu et al. 2025, arXiv:2508.05629). Where ``nll_clip`` is above 0,
+    a token with a larger nll counts as that much and has no gradient: what the model finds next to impossible is more
+    often an error in the data than something to learn. z-loss is PaLM's (arXiv:2204.02311).
+    """
+    nll, p = -found.logprobs, jnp.exp(found.logprobs)
+    loss = nll
+    if options.label_smoothing:
+        loss = (1 - options.label_smoothing) * nll - options.label_smoothing * found.uniform
+    if options.focal_gamma:
+        # -expm1, not 1 - p, whose power has no gradient at p = 1.
+        unlikely = jnp.maximum(-jnp.expm1(found.logprobs), jnp.finfo(p.dtype).tiny)
+        loss = unlikely**options.focal_gamma * loss
+    if options.probability_weights:
+        loss = jax.lax.stop_gradient(p) * loss
+    if options.nll_clip:
+        loss = jnp.where(nll > options.nll_clip, options.nll_clip, loss)
+    if options.z_loss_coef:
+        loss = loss + options.z_loss_coef * jnp.square(found.logsumexp)
+    return loss

@@ -7,17 +7,17 @@ when served. Documents are packed into rows without attending to each other. The
 trained tokens of -log p(token | prefix), divided once by their number: it does not depend on how a batch is split into
 micro-batches, devices or hosts.
 
-To change the loss, write another objectives/sft.py; to change the loop, copy this file. Left out: dropout and noise on
-embeddings (NEFTune), which short runs on chat data do not need.
+To change the loss, write another objectives/sft.py; to change the loop, copy this file. Left out: dropout, which short
+runs on chat data do not need.
 """
 
 import os
 
 from jax.sharding import Mesh
 
-from postrain.config import Config
+from postrain.config import Config, SftSection
 from postrain.export import export_state
-from postrain.objectives.sft import make_sft_loss
+from postrain.objectives.sft import make_sft_loss, make_token_loss
 from postrain.rollout.answers import make_answer_evaluator
 from postrain.training.evaluate import make_loss_evaluator
 from postrain.training.loop import open_loop
@@ -66,12 +66,19 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
-    forward = Forward(model.config, chunk=config.model.loss_chunk)
+    forward, options = Forward(model.config, chunk=config.model.loss_chunk), config.sft
+    loss_fn = make_sft_loss(forward.nll)
+    if (
+        options != SftSection()
+    ):  # not a weighted likelihood alone, which the former computes in three quarters of the time
+        noisy = lambda params, batch, rng: forward.noisy_logprobs(params, batch, rng, options.noise)
+        plain = lambda params, batch, rng: forward.logprobs(params, batch)
+        loss_fn = make_token_loss(noisy if options.noise else plain, options)
     return build_program(
         config,
         model,
         mesh,
         total_steps,
-        loss_fn=make_sft_loss(forward.nll),
+        loss_fn=loss_fn,
         eval_loss_fn=make_sft_loss(forward.nll, router_losses=False),
     )

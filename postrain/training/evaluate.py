@@ -11,7 +11,7 @@ from postrain.data.batches.in_memory import ExampleSet, make_eval_batches
 from postrain.errors import UserError
 from postrain.sharding import data_process, to_host
 from postrain.training.program import Program
-from postrain.training.rows import place_batch
+from postrain.training.rows import Extend, place_batch
 from postrain.training.session import Session
 from postrain.training.step import make_eval_step
 from postrain.types import TrainState
@@ -19,8 +19,12 @@ from postrain.types import TrainState
 Evaluator = Callable[[TrainState, int], dict[str, float]]  # (state, step of the loop) -> metrics
 
 
-def make_loss_evaluator(session: Session, program: Program, rows: ExampleSet) -> Evaluator:
+def make_loss_evaluator(
+    session: Session, program: Program, rows: ExampleSet, extend: Callable[[ExampleSet], Extend] | None = None
+) -> Evaluator:
     """``eval/loss`` and the loss's other metrics on ``rows``, or on ``eval.loss_rows`` of them.
+
+    ``extend``: what gives batches of the rows that it is given further arrays.
 
     The moving average of the weights is measured where the run keeps one. The evaluator raises UserError where the
     loss is not finite: weights that an update has ruined are not worth training on.
@@ -28,6 +32,9 @@ def make_loss_evaluator(session: Session, program: Program, rows: ExampleSet) ->
     config, (process, processes) = session.config, data_process(session.mesh)
     measured = dataclasses.replace(rows, examples=spread(rows.examples, config.eval.loss_rows))
     batches = make_eval_batches(measured, config.data, process_index=process, process_count=processes)
+    if extend is not None:
+        add = extend(measured)
+        batches = [batch | add(batch) for batch in batches]
     eval_step = make_eval_step(program.eval_loss_fn, session.mesh)
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:

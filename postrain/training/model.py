@@ -32,7 +32,7 @@ from postrain.models.params import (
     shapes_of,
 )
 from postrain.models.quantized import as_array, shape_of
-from postrain.models.transformer import compute_hidden_and_terms, unembedding
+from postrain.models.transformer import compute_hidden_and_terms, embed, unembedding
 from postrain.objectives.logprobs import TokenLogprobs, compute_token_logprobs, compute_weighted_nll
 from postrain.sharding import named_shardings
 from postrain.types import Batch, RowTerms
@@ -235,6 +235,24 @@ class Forward:
         found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
         return found, terms
 
+    def noisy_logprobs(
+        self, params: dict, batch: Batch, rng: jax.Array, alpha: float
+    ) -> tuple[TokenLogprobs, RowTerms | None]:
+        """``logprobs`` with uniform noise of at most ``alpha`` / sqrt(L D) in the embeddings of a document of L tokens.
+
+        NEFTune (Jain et al. 2023, arXiv:2310.05914), for training alone; L is the document's, not the packed row's.
+        """
+        assert batch.tokens is not None  # text
+        embedded = embed(params, self.model_config, batch.tokens)
+        count = lambda ids: jax.ops.segment_sum(jnp.ones_like(ids), ids, num_segments=ids.shape[0] + 1)[ids]
+        lengths_BT = jax.vmap(count)(batch.segment_ids)
+        scale_BT = jnp.where(batch.segment_ids > 0, alpha / jnp.sqrt(lengths_BT * embedded.shape[-1]), 0)
+        noise = scale_BT[..., None] * jax.random.uniform(rng, embedded.shape, minval=-1.0)
+        hidden, terms = self._compute_hidden(params, batch, embedded + noise.astype(embedded.dtype))
+        table = unembedding(params, self.model_config)
+        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
+        return found, terms
+
     def heads(
         self, params: dict, batch: Batch, heads: Sequence[HeadConfig]
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], RowTerms | None]:
@@ -247,8 +265,9 @@ class Forward:
         outputs, present = apply_heads(params, heads, hidden, batch.segment_ids, documents)
         return outputs, present, terms
 
-    def _compute_hidden(self, params: dict, batch: Batch) -> tuple[jax.Array, RowTerms | None]:
-        return compute_hidden_and_terms(params, self.model_config, batch.tokens, batch.segment_ids, batch.positions)
+    def _compute_hidden(self, params: dict, batch: Batch, embedded_BTD=None) -> tuple[jax.Array, RowTerms | None]:
+        arrays = batch.tokens, batch.segment_ids, batch.positions
+        return compute_hidden_and_terms(params, self.model_config, *arrays, embedded_BTD=embedded_BTD)
 
     @property
     def _projection(self) -> dict:

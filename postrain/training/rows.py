@@ -20,6 +20,7 @@ from postrain.training.session import Session
 from postrain.types import Batch, BatchFacts
 
 HOST_ARRAYS = ("row_ids", "metadata")  # of a batch, what no device computes with
+Extend = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # of a numpy batch: further arrays of it
 Check = Callable[[Mapping[str, np.ndarray]], None]  # of a numpy batch that a recipe cannot train on; raises UserError
 
 
@@ -34,13 +35,18 @@ class Rows:
       sample: a document to show.
       layout: the arrays of its batches besides those that all have.
       notes: lines about the rows for the report.
+      example_set: of rows in memory, which come once an epoch, all documents; else None.
+      extend: what a recipe adds to each batch.
     """
+
+    extend: Extend | None = None
 
     def __init__(self, train_rows: TrainRows, mesh: Mesh, check: Check | None = None):
         self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
         self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
         in_memory = isinstance(train_rows.batches, MemoryBatches)
+        self.example_set = train_rows.example_set if in_memory else None
         self.rows_per_epoch: int = train_rows.batches.get_state()["epoch_rows"] if in_memory else 0
         self.notes = train_rows.notes
 
@@ -51,7 +57,8 @@ class Rows:
                 self._check(self._last)
             except UserError as error:
                 raise UserError(f"{error}; the batch is of rows {self.describe_last().name_rows()}") from None
-        return place_batch(self._last, self._mesh)
+        further = self.extend(self._last) if self.extend else {}
+        return place_batch({**self._last, **further}, self._mesh)
 
     def describe_last(self) -> BatchFacts:
         last = self._last
@@ -95,7 +102,7 @@ def open_train_rows(session: Session, kind: str, check: Check | None = None) -> 
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
-    _check_documents(rows.documents, check)
+    _check_documents(rows.example_set.examples if rows.example_set else (), check)
     return Rows(rows, session.mesh, check)
 
 

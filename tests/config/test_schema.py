@@ -290,3 +290,52 @@ def test_a_source_without_a_kind_has_that_of_the_recipe():
     assert [source.kind for source in (*config.data.train, *config.data.eval)] == ["preference"] * 3
     assert resolve(values | {"data": {"train": "a.jsonl", "eval": None}}).data.train[0].kind == "preference"
     assert "config key 'data.train' must be a list, found 7" in error_of(values | {"data": {"train": 7}})
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (
+            {"loss": "apo_zero", "label_smoothing": 0.1},
+            "'preference.loss' = 'apo_zero' does not read 'preference.label_",
+        ),
+        ({"loss": "hinge", "label_smoothing": 0.1}, "does not read 'preference.label_smoothing'"),
+        ({"loss": "orpo", "nll_coef": 1.0, "per_token": True}, "does not read 'preference.per_token'"),
+        ({"loss": "simpo", "divergence": "js"}, "does not read 'preference.divergence'"),
+        ({"loss": "softmax", "target_margin": 1.0}, "does not read 'preference.target_margin'"),
+        (
+            {"divergence_alpha": 0.3},
+            "'preference.divergence_alpha' is read with 'preference.divergence' = 'alpha' alone",
+        ),
+        ({"loss": "exo"}, "'preference.loss' = 'exo' needs 'preference.label_smoothing' above 0"),
+        ({"loss": "robust"}, "'preference.loss' = 'robust' needs 'preference.label_smoothing' above 0"),
+        ({"loss": "cpo"}, "a sum with -log p of the chosen answers: set 'preference.nll_coef', usually to 1"),
+        ({"loss": "dpo"}, "config key 'preference.loss' must be one of sigmoid, softmax,"),
+    ],
+)
+def test_a_loss_of_preferences_gets_what_it_reads(own, words):
+    values = {"recipe": "preference", "model": {"path": "m", "lora": {"rank": 4}}, "data": {"train": "a.jsonl"}}
+    with pytest.raises(UserError, match=re.escape(words)):
+        resolve(values | {"preference": own})
+
+
+def test_losses_without_a_reference_need_no_adapters_and_those_of_sorted_pairs_no_parts():
+    values = {"recipe": "preference", "model": {"path": "m"}, "data": {"train": "a.jsonl", "batch_size": 8}}
+    for own in ({"loss": "simpo"}, {"loss": "orpo", "nll_coef": 1.0}, {"loss": "cpo", "nll_coef": 0.5}):
+        resolve(values | {"preference": own})
+    with pytest.raises(UserError, match="needs 'model.lora.rank' above 0"):
+        resolve(values | {"preference": {"loss": "ipo", "reference": "base"}})
+    values |= {"model": {"path": "m", "lora": {"rank": 4}}, "train": {"micro_batches": 2}}
+    with pytest.raises(UserError, match="compares all pairs of an update with each other: set 'train.micro_"):
+        resolve(values | {"preference": {"loss": "aot"}})
+
+
+def test_the_rules_of_preferences_name_the_losses_of_the_objective():
+    from postrain.config import rules
+    from postrain.config.schema import PreferenceSection
+    from postrain.objectives import preference
+
+    known = {"softmax", *preference.PAIR_LOSSES}
+    assert set(typing.get_args(typing.get_type_hints(PreferenceSection)["loss"])) == known
+    assert set(typing.get_args(typing.get_type_hints(PreferenceSection)["divergence"])) == set(preference.DIVERGENCES)
+    assert set(rules.PREFERENCE_KEYS) < known

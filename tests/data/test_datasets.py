@@ -193,6 +193,21 @@ class NoStateDataset(grain.IterDataset):
         return NoState()
 
 
+class StillState(NoState):
+    """Its state never moves, so a resumed run would go on from the first row."""
+
+    def get_state(self):
+        return {"next": 0}
+
+    def set_state(self, state):
+        self._rows = iter(ROWS[state["next"] :])
+
+
+class StillStateDataset(grain.IterDataset):
+    def __iter__(self):
+        return StillState()
+
+
 def make_list():
     return [1, 2]
 
@@ -227,6 +242,15 @@ def test_a_dataset_without_state_is_for_rows_in_memory(tokenizer):
     with pytest.raises(
         UserError, match="source 'mine': its iterator has no state that can be saved .NotImplemented"
     ) as e:
+        open_train_rows(tokenizer, make_config(source, True))
+    assert "(data.streaming=False)" in str(e.value) and "\n" not in str(e.value)
+    config = make_config(source, False)
+    assert len(load_examples(config.train, tokenizer, config).examples) == len(ROWS)
+
+
+def test_a_dataset_whose_state_does_not_move_is_for_rows_in_memory(tokenizer):
+    source = {"dataset": StillStateDataset(), "name": "mine"}
+    with pytest.raises(UserError, match="source 'mine': its iterator does not go on where its state was taken") as e:
         open_train_rows(tokenizer, make_config(source, True))
     assert "(data.streaming=False)" in str(e.value) and "\n" not in str(e.value)
     config = make_config(source, False)

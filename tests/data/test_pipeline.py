@@ -127,7 +127,7 @@ def test_batch_must_divide_among_processes():
     with pytest.raises(UserError, match=r"data\.batch_size must be a multiple of the 3 processes; found 4"):
         MemoryBatches(make_example_set(9, 64), make_config(), process_count=3)
     with pytest.raises(UserError, match="5 rows does not divide among 2"):
-        make_eval_batches(make_example_set(9, 64), make_config(), 5, process_count=2)
+        make_eval_batches(make_example_set(9, 64), make_config(batch_size=5), process_count=2)
 
 
 # The saved position
@@ -200,18 +200,18 @@ def test_a_restored_position_does_not_pack_the_epochs_before_it(monkeypatch):
 # Evaluation
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 7, 64])
+@pytest.mark.parametrize("batch_size", [4, 1, 7, 64])
 def test_evaluation_has_every_document_once_and_fills_up_with_nothing(batch_size):
-    example_set, config = make_example_set(50, 64), make_config()
-    batches = make_eval_batches(example_set, config, batch_size)
+    example_set, config = make_example_set(50, 64), make_config(batch_size=batch_size)
+    batches = make_eval_batches(example_set, config)
     assert sorted(i for batch in batches for i in _documents(batch)) == list(range(50))
-    assert {batch["tokens"].shape for batch in batches} == {(batch_size or 4, 64)}
+    assert {batch["tokens"].shape for batch in batches} == {(batch_size, 64)}
     trained = sum(int(e.loss_mask.sum()) for e in example_set.examples)
     assert sum(batch["loss_mask"].sum() for batch in batches) == trained
     for batch in batches:
         empty = (batch["row_ids"] < 0).all(axis=1)
         assert not batch["segment_ids"][empty].any() and batch["segment_ids"][~empty].any(axis=1).all()
-    _assert_same(batches, make_eval_batches(example_set, dataclasses.replace(config, seed=9), batch_size))
+    _assert_same(batches, make_eval_batches(example_set, dataclasses.replace(config, seed=9)))
 
 
 def test_evaluation_cut_by_process_is_the_same_rows():

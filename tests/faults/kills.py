@@ -4,6 +4,7 @@
     python tests/faults/kills.py --kills=1000 --write    # and writes the figures into docs/reliability.md
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
+    python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -66,6 +67,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "tracker": ("postrain.report.metrics", "TensorBoard.write"),
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
+    "reference": ("postrain.training.reference", "_compute"),
     "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),
 }
@@ -196,7 +198,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, or "streamed"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed" or "preference"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -222,6 +224,12 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5
+    if way == "preference":
+        pairs = {"train": str(inputs / "pairs.jsonl"), "eval": str(inputs / "pairs_eval.jsonl"), "sequence_length": 96}
+        values["data"] |= pairs
+        values["recipe"], values["optimizer"]["learning_rate"] = "preference", 1e-3
+        values["train"] = {"steps": 12}
+        values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
     return values
 
 
@@ -237,6 +245,9 @@ def make_inputs(folder: pathlib.Path) -> None:
     odd = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}
     rows.insert(2 * SPIKE - 2, json.dumps(odd) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
+    for name, numbers in (("pairs", range(30)), ("pairs_eval", range(30, 36))):
+        lines = [{"prompt": f"{i} good", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "store").mkdir()
     rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
     others = sft_runs.write_rows(folder / "second.jsonl", STEPS, first=200).read_text().splitlines(keepends=True)
@@ -296,8 +307,8 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     found["metrics"] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
     for name in {"samples.jsonl", "config.json"} & set(found["files"]):
         found[name] = digest((workdir / name).read_bytes())
-    for path in sorted((workdir / "export").iterdir()):
-        found[f"export/{path.name}"] = digest(path.read_bytes())
+    for path in sorted([*(workdir / "export").iterdir(), *(workdir / "reference").glob("*")]):
+        found[f"{path.parent.name}/{path.name}"] = digest(path.read_bytes())
     output.write_text(json.dumps(found))
 
 
@@ -310,6 +321,7 @@ def warm_up(way: str = "1") -> None:
     if way == "streamed":
         importlib.import_module("store").import_s3()
     importlib.import_module("postrain.recipes.sft")
+    importlib.import_module("postrain.recipes.preference")
     for module, _ in CALLS.values():
         importlib.import_module(module)
     importlib.import_module("tensorboardX")
@@ -368,7 +380,7 @@ def make_reference(folder: pathlib.Path, way: str = "1") -> tuple[dict, list[dic
             raise SystemExit(reference.log.read_text())
     expected = reference.describe()
     skipped = [line.get("train/skipped") for line in expected["metrics"]]
-    if way != "2" and not (skipped[0] == 0.0 and skipped[-1] >= 1.0 and len(skipped) == STEPS):
+    if way in ("1", "streamed") and not (skipped[0] == 0.0 and skipped[-1] >= 1.0 and len(skipped) == STEPS):
         raise SystemExit(f"the run skipped no step:\n{reference.log.read_text()}")
     passed = [json.loads(path.read_text()) for path in sorted(folder.glob("counts.json*"))]
     return reference.values, passed, expected
@@ -433,9 +445,10 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
+    how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    way = "streamed" if arguments.streamed else arguments.processes
+    way = "streamed" if arguments.streamed else "preference" if arguments.preference else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
     print(json.dumps(found, indent=2))

@@ -29,6 +29,10 @@ def test_a_process_of_two_is_killed_and_the_other_ends_by_itself():
     assert 0 < kill(2, "--processes=2")["outlived"] < 30
 
 
+def test_runs_of_preferences_are_killed():
+    assert kill(10, "--preference")["kinds"] > 60
+
+
 @pytest.mark.slow
 def test_streamed_runs_are_killed():
     assert kill(12, "--streamed")["kinds"] > 60

@@ -1,33 +1,38 @@
 """A refactoring must reproduce the losses that are kept here: data order, packing, model, loss, optimizer.
 
-PYTHONPATH=tests python tests/golden/test_golden.py      # writes sft.json anew, when a change of it is meant
+PYTHONPATH=tests python tests/golden/test_golden.py sft         # writes sft.json anew, when a change of it is meant
+PYTHONPATH=tests python tests/golden/test_golden.py preference
 """
 
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
+import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import DataConfig, OptimizerConfig
+from postrain.config import DataConfig, OptimizerConfig, PreferenceSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
-from postrain.data.rendering.render import Rendered
+from postrain.data.documents import Field, Group, Rendered
 from postrain.models.config import LoraConfig
-from postrain.models.lora import lora_specs
+from postrain.models.lora import drop_adapters, lora_specs
 from postrain.models.params import ParamSpec, param_specs
+from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.sft import make_sft_loss
 from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
 
-FILE = pathlib.Path(__file__).with_name("sft.json")
+FOLDER = pathlib.Path(__file__).parent
 STEPS = 20
 CONFIG = dataclasses.replace(ODD_CONFIG, attention_chunk=32, lora=LoraConfig(rank=4))
+FORWARD = Forward(CONFIG, chunk=64)
 
 
 def draw(specs, seed: int):
@@ -49,31 +54,64 @@ def make_examples() -> ExampleSet:
     return ExampleSet(examples, DataReport([]), {})
 
 
-def compute_curve(lora: bool) -> dict[str, list[float]]:
+def make_pairs() -> ExampleSet:
+    """Two answers to each prompt; the better one goes on as the prompt did."""
+    rng = np.random.default_rng(1)
+    groups = []
+    for i in range(120):
+        prompt, lengths = int(rng.integers(2, 12)), rng.integers(1, 20, 2)
+        rising = np.cumsum(rng.integers(0, 3, prompt + lengths[0]))
+        other = np.concatenate([rising[:prompt], rng.integers(0, CONFIG.vocab_size, lengths[1])])
+        sequences = []
+        for tokens, score in ((rising, 1.0), (other, 0.0)):
+            tokens = (tokens % CONFIG.vocab_size).astype(np.int32)
+            scores = Field("scores", np.full(len(tokens), score, np.float32), True)
+            ref = RowRef("golden", "golden", i)
+            sequences.append(Rendered(tokens, np.arange(len(tokens)) >= prompt, ref, fields=(scores,)))
+        groups.append(Group(tuple(sequences)))
+    return ExampleSet(groups, DataReport([]), {})
+
+
+def compute_curve(loss_fn, examples: ExampleSet, lora: bool, **options) -> dict[str, list[float]]:
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
-    loss_fn = make_sft_loss(Forward(CONFIG, chunk=64).nll)
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
-    step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule)
+    step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule, **options)
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))
-    batches = MemoryBatches(make_examples(), DataConfig(sequence_length=128, batch_size=4, seed=3))
+    batches = MemoryBatches(examples, DataConfig(sequence_length=128, batch_size=4, seed=3))
     curve = {"loss": [], "grad_norm": [], "weight": []}
     for _ in range(STEPS):
         arrays = next(batches)
         del arrays["row_ids"]
-        state, metrics = step(state, Batch(**arrays))
+        state, metrics = step(state, Batch.from_arrays(arrays))
         for name, values in curve.items():
             values.append(float(metrics[f"train/{name}"]))
     batches.close()
     return curve
 
 
-def compute_curves() -> dict:
-    return {"full": compute_curve(lora=False), "lora": compute_curve(lora=True)}
+def compute_sft() -> dict:
+    loss_fn = make_sft_loss(FORWARD.nll)
+    return {kind: compute_curve(loss_fn, make_examples(), kind == "lora") for kind in ("full", "lora")}
 
 
-def test_curves_are_the_ones_kept():
-    kept, curves = json.loads(FILE.read_text()), compute_curves()
+def compute_preference() -> dict:
+    reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)[0].logprobs
+    dpo = make_preference_loss(FORWARD.logprobs, reference, PreferenceSection(beta=0.3))
+    orpo = make_preference_loss(FORWARD.logprobs, None, PreferenceSection(loss="orpo", nll_coef=0.5))
+    return {
+        "dpo, lora": compute_curve(dpo, make_pairs(), lora=True),
+        "orpo, full": compute_curve(orpo, make_pairs(), lora=False, loss_coefs={"nll": 0.5}),
+    }
+
+
+CURVES = {"sft": compute_sft, "preference": compute_preference}
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_are_the_ones_kept(name):
+    kept, curves = json.loads((FOLDER / f"{name}.json").read_text()), CURVES[name]()
+    assert kept.keys() == curves.keys()
     for kind, curve in kept.items():
         assert curves[kind]["weight"] == curve["weight"], f"{kind}: other tokens were trained, or in another order"
         np.testing.assert_allclose(curves[kind]["loss"], curve["loss"], rtol=1e-4, err_msg=kind)
@@ -82,4 +120,5 @@ def test_curves_are_the_ones_kept():
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps(compute_curves(), indent=1) + "\n")
+    for name in sys.argv[1:]:
+        (FOLDER / f"{name}.json").write_text(json.dumps(CURVES[name](), indent=1) + "\n")

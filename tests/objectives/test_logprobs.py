@@ -35,18 +35,18 @@ def dense(hidden, unembed, targets, mask):
     log_p = logits - logsumexp[..., None]
     picked = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
     entropy = -(jnp.exp(log_p) * log_p).sum(-1)
-    return tuple(jnp.where(mask != 0, x, 0.0) for x in (picked, entropy, logsumexp))
+    return tuple(jnp.where(mask != 0, x, 0.0) for x in (picked, entropy, logsumexp, log_p.mean(-1)))
 
 
 @pytest.mark.parametrize("chunk", [8, 32, 1024])
-def test_logprobs_entropy_and_logsumexp_with_gradients(inputs, chunk):
+def test_logprobs_entropy_logsumexp_and_mean_with_gradients(inputs, chunk):
     hidden, unembed, targets, mask, _ = inputs
     rng = np.random.default_rng(1)
-    cotangents = [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(3)]
+    cotangents = [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(4)]
 
     def ours(hidden, unembed):
         out = compute_token_logprobs(hidden, unembed, targets, mask, vocab_size=VOCAB, chunk=chunk)
-        values = out.logprobs, out.entropy, out.logsumexp
+        values = out.logprobs, out.entropy, out.logsumexp, out.uniform
         return sum((v * c).sum() for v, c in zip(values, cotangents, strict=True)), values
 
     def reference(hidden, unembed):
@@ -90,9 +90,12 @@ def test_weighted_nll_with_gradients(inputs, chunk):
 
 def test_both_primitives_agree(inputs):
     hidden, unembed, targets, _, weights = inputs
-    loss, _ = compute_weighted_nll(hidden, unembed, targets, weights, vocab_size=VOCAB, chunk=16)
-    logprobs = compute_token_logprobs(hidden, unembed, targets, weights, vocab_size=VOCAB, chunk=16).logprobs
-    np.testing.assert_allclose(loss, -(logprobs * weights).sum(), rtol=1e-6)
+    targets[0, ::3] = (hidden @ unembed[:VOCAB].T).argmax(-1)[0, ::3]
+    loss, correct = compute_weighted_nll(hidden, unembed, targets, weights, vocab_size=VOCAB, chunk=16)
+    found = compute_token_logprobs(hidden, unembed, targets, weights, vocab_size=VOCAB, chunk=16)
+    np.testing.assert_allclose(loss, -(found.logprobs * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(correct, (found.correct * weights).sum(), rtol=1e-6)
+    assert correct > 0
 
 
 def test_nothing_trained_is_zero_not_nan(inputs):

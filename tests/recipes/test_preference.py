@@ -41,7 +41,7 @@ def values_of(inputs, pairs, **sections):
     data = {"train": str(pairs / "train.jsonl"), "eval": str(pairs / "eval.jsonl")}
     own = {"data": data, "eval": {"every": 4, "generate_rows": 0}, "train": {"steps": 8}, "checkpoint": {"every": 4}}
     values = make_values(inputs, **{name: own.get(name, {}) | sections.get(name, {}) for name in own | sections})
-    return values | {"recipe": "preference", "preference": {"beta": 0.5}}
+    return values | {"recipe": "preference", "preference": {"beta": 0.5} | sections.get("preference", {})}
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,19 @@ def test_the_plan_of_a_preference_run_compiles(inputs, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"model": {"lora": {"rank": 0}}}, "recipe 'preference' .* 'model.lora.rank' above 0"),
-        ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "'model.new_tokens'"),
+        (
+            {"model": {"lora": {"rank": 0}}, "preference": {"reference": "base"}},
+            "'preference.reference' = 'base' .* needs 'model.lora.rank' above 0",
+        ),
+        (
+            {"model": {"new_tokens": {"tokens": ["<x>"]}}, "preference": {"reference": "base"}},
+            "'preference.reference' = 'base' .* no 'model.new_tokens'",
+        ),
+        (
+            {"model": {"lora": {"rank": 0}}, "data": {"streaming": True, "stream": {"shards": 2}}},
+            "computed once for all rows, which 'data.streaming' does not have",
+        ),
+        ({"preference": {"loss": "simpo", "reference": "cached"}}, "'preference.loss' = 'simpo' has no reference"),
         ({"eval": {"generate_rows": 2}}, "'eval.generate_rows'"),
     ],
 )
@@ -164,3 +175,81 @@ def test_lists_of_three_answers_are_refused(inputs, tmp_path):
     values = values_of(inputs, tmp_path, data={"eval": []})
     with pytest.raises(UserError, match=r"train.jsonl:1: a row of preferences has 3 answers; expected 2"):
         postrain.train(values, tmp_path / "run")
+
+
+def test_a_loss_without_a_reference_trains_every_parameter(inputs, pairs, tmp_path):
+    """With a second loss, whose mean is over tokens and not over pairs."""
+    values = values_of(inputs, pairs, model={"lora": {"rank": 0}}, export={"format": "none"})
+    values |= {"preference": {"loss": "orpo", "beta": 0.2, "nll_coef": 0.5}}
+    postrain.train(values, tmp_path / "run")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    for line in lines[1:]:
+        total = line["train/loss/preference"] + 0.5 * line["train/loss/nll"]
+        assert line["train/loss"] == pytest.approx(total, rel=1e-6)
+        assert line["train/weight/nll"] > line["train/weight/preference"]
+    first, last = lines[0], lines[-1]
+    assert last["eval/loss"] < 0.95 * first["eval/loss"] and last["eval/logps/chosen"] > first["eval/logps/chosen"]
+
+
+def test_lists_are_learned_by_their_best_answer(inputs, tmp_path):
+    lines = []
+    for i in range(30):
+        answers = [WORDS[i % 6], *(WORDS[(i + 1 + j) % 6] for j in range(1 + i % 4))]
+        scores = [3.0, *(-float(j) for j in range(1, len(answers)))]
+        lines.append(
+            json.dumps({"prompt": f"{i} {WORDS[i % 6]}", "completions": answers[::-1], "scores": scores[::-1]})
+        )
+    for name, part in (("train", lines[:24]), ("eval", lines[24:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    values = values_of(inputs, tmp_path, data={"sequence_length": 256}, export={"format": "none"})
+    postrain.train(values | {"preference": {"loss": "softmax", "beta": 0.5}}, tmp_path / "run")
+    first, *_, last = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["eval/loss"] == pytest.approx(np.mean([np.log(2 + i % 4) for i in range(24, 30)]), rel=1e-5)
+    assert last["eval/loss"] < 0.95 * first["eval/loss"]
+
+
+def test_a_cached_reference_is_the_base_without_its_adapters(inputs, pairs, finished, tmp_path):
+    values = values_of(inputs, pairs, preference={"reference": "cached"}, export={"format": "none"})
+    postrain.train(values, tmp_path / "run")
+    found, expected = (without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", finished[0]))
+    assert len(found) == len(expected) and found[-1].keys() == expected[-1].keys()
+    for own, other in zip(found, expected, strict=True):
+        for name, value in other.items():
+            # Before an update has changed anything, rounding decides which of two equal rewards is the higher.
+            if other["step"] > 1 or not name.endswith("accuracies"):
+                assert own[name] == pytest.approx(value, rel=1e-5, abs=2e-6), (other["step"], name)
+
+
+def test_every_parameter_trains_against_the_model_that_it_started_from(inputs, pairs, tmp_path, monkeypatch):
+    """The reference is computed once: a resumed run has the same, though its weights are others by now."""
+    from postrain.training import reference
+
+    computed, compute = [], reference._compute
+    monkeypatch.setattr(reference, "_compute", lambda *args: computed.append(1) or compute(*args))
+    values = values_of(inputs, pairs, model={"lora": {"rank": 0}}, eval={"loss_rows": 5})
+    whole = postrain.train(values, tmp_path / "whole")
+    assert len(computed) == 2  # of data.train, and of the rows that are evaluated
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert lines[0]["eval/loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert lines[1]["train/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert lines[-1]["eval/loss"] < 0.95 * lines[0]["eval/loss"]
+
+    half = values | {"train": values["train"] | {"steps": 4}}
+    postrain.train(half, tmp_path / "parts")
+    postrain.train(values, tmp_path / "parts")
+    assert len(computed) == 4
+    tail = [without_perf(read_lines(tmp_path / name / "metrics.jsonl"))[-1] for name in ("whole", "parts")]
+    assert set(tail[0]) == set(tail[1]) and whole["eval/rewards/margins"] > 0
+
+
+def test_a_broken_file_of_the_reference_is_computed_again(inputs, pairs, tmp_path):
+    values = values_of(inputs, pairs, preference={"reference": "cached"}, train={"steps": 1}, export={"format": "none"})
+    first = postrain.train(values, tmp_path / "run")
+    files = sorted((tmp_path / "run" / "reference").iterdir())
+    assert len(files) == 2
+    before = [np.load(file) for file in files]
+    files[0].write_bytes(files[0].read_bytes()[:-8])
+    files[1].write_bytes(b"")
+    again = postrain.train(values | {"train": values["train"] | {"steps": 2}}, tmp_path / "run")
+    assert all((np.load(file) == own).all() for file, own in zip(files, before, strict=True))
+    assert again["eval/rewards/margins"] != first["eval/rewards/margins"]

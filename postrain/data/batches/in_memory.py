@@ -13,7 +13,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -268,13 +268,15 @@ def mix_examples(example_set: ExampleSet, config: DataConfig, *, process_index: 
 
 
 def make_eval_batches(
-    example_set: ExampleSet,
-    config: DataConfig,
-    batch_size: int | None = None,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
+    example_set: ExampleSet, config: DataConfig, *, process_index: int = 0, process_count: int = 1
 ) -> list[dict[str, np.ndarray]]:
+    """See ``iter_eval_batches``."""
+    return list(iter_eval_batches(example_set, config, process_index=process_index, process_count=process_count))
+
+
+def iter_eval_batches(
+    example_set: ExampleSet, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
     """Every document once, packed in the order of the sources, as batches of one shape like the training ones.
 
     The last batch is filled up with empty rows: ``segment_ids`` and ``loss_mask`` 0, ``row_ids`` -1. They carry
@@ -283,15 +285,15 @@ def make_eval_batches(
     Raises:
       UserError: the batch does not divide among the processes.
     """
-    size = batch_size or config.batch_size
+    size = config.batch_size
     if size % process_count:
         raise UserError(f"an evaluation batch of {size} rows does not divide among {process_count} processes")
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
     rows.sort(key=lambda documents: int(documents[0]))
     rows += [np.zeros(0, np.int64)] * (-len(rows) % size)
     local = size // process_count
-    starts = range(process_index * local, len(rows), size)
-    return [_assemble_batch(example_set, rows[s : s + local], config.sequence_length) for s in starts]
+    for start in range(process_index * local, len(rows), size):
+        yield _assemble_batch(example_set, rows[start : start + local], config.sequence_length)
 
 
 def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequence_length: int) -> dict[str, np.ndarray]:

@@ -65,7 +65,7 @@ class TrainRows:
       lengths: slots of each document where all were rendered before training, else empty.
       sample: a document to show.
       layout: the arrays that batches have besides those that all have.
-      documents: all of them where they were rendered before training, else empty.
+      example_set: all of them where they were rendered before training, else None.
       notes: lines about the rows for the report, besides what ``batches`` says of their consumption.
     """
 
@@ -75,7 +75,7 @@ class TrainRows:
     lengths: np.ndarray
     sample: Document
     layout: Layout
-    documents: Sequence[Document] = ()
+    example_set: ExampleSet | None = None
     notes: Sequence[str] = ()
 
 
@@ -107,7 +107,7 @@ def open_train_rows(
         lengths=example_set.lengths,
         sample=example_set.examples[0],
         layout=example_set.layout,
-        documents=example_set.examples,
+        example_set=example_set,
         notes=example_set.report.format_unread(),
     )
 

@@ -15,6 +15,7 @@ order (``Source.rows``). Streamed, each shard of the data reads its share of eve
 import abc
 import dataclasses
 import inspect
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -231,12 +232,19 @@ class DatasetSource(Source):
             try:  # its position must be saved as JSON and set again
                 rows = iter(dataset)
                 rows.set_state(json.loads(json.dumps(rows.get_state())))
+                goes_on = _goes_on(rows)
             except Exception as e:
                 raise UserError(
                     f"{self.where}: its iterator has no state that can be saved ({type(e).__name__}: {e}), so a run "
                     "could not go on from a checkpoint: give it get_state and set_state, or read it before training "
                     "(data.streaming=False)"
                 ) from e
+            if not goes_on:
+                raise UserError(
+                    f"{self.where}: its iterator does not go on where its state was taken, so a run that is started "
+                    "again would read other rows: mend get_state and set_state, or read it before training "
+                    "(data.streaming=False)"
+                )
         self._facts = {"dataset": described} | ({} if self.length is None else {"length": self.length})
 
     @property
@@ -334,6 +342,23 @@ class DatasetRows(ResumableDataset):
             if index % self._step == self._first:
                 state = json.loads(json.dumps(rows.get_state()))  # a copy: an iterator may change its own
                 yield {"index": index + 1, "rows": state}, self._source._row(index, value)
+
+
+def _goes_on(rows: grain.DatasetIterator) -> bool:
+    """Whether an iterator gives the same rows again from a state that was taken after its first."""
+
+    def read(count: int) -> list:
+        try:
+            return [_to_plain(value) for value in itertools.islice(rows, count)]
+        except Exception:  # named with its row when the rows are read
+            return []
+
+    read(1)
+    state = json.loads(json.dumps(rows.get_state()))
+    rest = read(2)
+    rows.set_state(state)
+    again = read(2)
+    return rest == again or repr(rest) == repr(again)  # nan is no equal of itself
 
 
 def _to_plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ A group cannot be cut to a length: its scores were given to whole answers.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from postrain.data.messages import (
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys, is_empty
+from postrain.errors import UserError
 
 FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores")}
 _REFUSED = PROMPT_KEYS | MEDIA_KEYS | INPUT_KEYS | REASONING_KEYS | LOSS_KEYS
@@ -203,3 +204,25 @@ def _make_group(example: Preference, results: list[list[Rendered] | BadRow]) -> 
             for one, score in zip(sequences, example.scores, strict=True)
         )
     )
+
+
+def check_groups(arrays: Mapping[str, np.ndarray], *, lists: bool) -> None:
+    """Raises UserError where a group of a numpy batch is not a pair, or not a list with one best answer.
+
+    ``arrays``: ``group_ids`` and ``segment_ids`` int32 [B, T], ``scores`` float32 [B, T]. A loss could not tell.
+    """
+    inside = arrays["group_ids"] > 0
+    rows = np.broadcast_to(np.arange(inside.shape[0])[:, None], inside.shape)[inside]
+    keys = np.stack([rows, arrays["group_ids"][inside], arrays["segment_ids"][inside]])
+    (rows, groups, _), first = np.unique(keys, axis=1, return_index=True)
+    scores = arrays["scores"][inside][first]
+    _, group, sizes = np.unique(np.stack([rows, groups]), axis=1, return_inverse=True, return_counts=True)
+    if not lists and (sizes != 2).any():
+        raise UserError(
+            f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "
+            "rows of two out of longer lists, or set 'preference.loss' to 'softmax'"
+        )
+    best = np.full(len(sizes), -np.inf)
+    np.maximum.at(best, group, scores)
+    if (np.bincount(group, scores == best[group]) > 1).any():
+        raise UserError("a row of preferences has several answers of the highest score; expected one that is the best")

@@ -1,4 +1,4 @@
-"""DPO's loss, metrics and gradients do not depend on how rows and positions are laid out over devices."""
+"""The loss of preferences, metrics and gradients do not depend on how rows and positions are laid out over devices."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ import optax
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import MeshConfig
+from postrain.config import MeshConfig, PreferenceSection
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora, lora_specs
 from postrain.models.params import axes_of, init_params, logical_axes, shapes_of
-from postrain.objectives.preference import make_dpo_loss
+from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.sft import make_sft_loss
 from postrain.sharding import make_global_batch, make_mesh, named_shardings
 from postrain.training.model import Forward
@@ -56,8 +56,8 @@ def make_arrays() -> dict:
 
 def losses_of(params, batch, rng) -> LossSums:
     """DPO beside the likelihood of all answers: two losses, with weights of their own."""
-    reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)
-    dpo = make_dpo_loss(FORWARD.logprobs, reference, beta=0.3)(params, batch, rng)
+    reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)[0].logprobs
+    dpo = make_preference_loss(FORWARD.logprobs, reference, PreferenceSection(beta=0.3))(params, batch, rng)
     sft = make_sft_loss(FORWARD.nll)(params, batch, rng)
     return LossSums(dpo.losses | sft.losses, dpo.metrics | sft.metrics)
 
@@ -100,7 +100,10 @@ def one_device():
 def test_any_mesh_gives_the_one_device_losses_and_gradients(mesh, micro_batches, one_device):
     metrics, moved = take_step(make_mesh(mesh), micro_batches)
     expected, expected_moved = one_device
-    assert metrics["train/weight/dpo"] == sum(map(len, LENGTHS)) // 2 and 0 < metrics["train/rewards/accuracies"] < 1
+    assert (
+        metrics["train/weight/preference"] == sum(map(len, LENGTHS)) // 2
+        and 0 < metrics["train/rewards/accuracies"] < 1
+    )
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)

@@ -15,10 +15,12 @@ import trl
 from safetensors.numpy import load_file
 from tiny_models import make_tiny_model
 
+from postrain.config import PreferenceSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, layout_of
+from postrain.data.kinds.preference import check_groups
 from postrain.data.rendering.render import Rendered
 from postrain.errors import UserError
 from postrain.hf.load import load_pretrained
@@ -26,7 +28,7 @@ from postrain.hf.peft.adapter import save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora
 from postrain.models.params import merge_params
-from postrain.objectives.preference import check_pairs, make_dpo_loss
+from postrain.objectives.preference import PAIR_LOSSES, REFERENCE_FREE, make_preference_loss
 from postrain.training.model import Forward
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
@@ -61,13 +63,13 @@ def make_groups(count=PAIRS, seed=0) -> list[Group]:
     return groups
 
 
-def make_batch(groups, rows, length=LENGTH, packed=True) -> Batch:
+def make_batch(groups, rows, length=LENGTH, packed=True, lists=False) -> Batch:
     lengths = np.array([group.slots for group in groups])
     bins = pack(lengths, length, method="best_fit" if packed else "none")
     assert len(bins) <= rows and (max(map(len, bins)) > 2) == packed
     documents = [[groups[i] for i in indices] for indices in bins] + [[]] * (rows - len(bins))
     arrays = assemble_batch(documents, length, layout_of(groups[0]))
-    check_pairs(arrays)
+    check_groups(arrays, lists=lists)
     return Batch(fields={name: arrays.pop(name) for name in ("scores", "group_ids")}, **arrays)
 
 
@@ -88,8 +90,10 @@ class Model:
 
     def loss_fn(self, **options):
         forward = Forward(self.config, chunk=16)
-        reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)
-        return make_dpo_loss(forward.logprobs, reference, **({"beta": BETA} | options))
+        options = PreferenceSection(**{"beta": BETA} | options)
+        reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs
+        reference = None if options.loss in REFERENCE_FREE else reference
+        return make_preference_loss(forward.logprobs, reference, options)
 
     def compute(self, batch, params=None, **options):
         """(loss, metrics, gradients of the adapters)."""
@@ -97,7 +101,8 @@ class Model:
 
         def mean(params):
             sums = loss_fn(merge_params(params, self.frozen), batch, None)
-            return sums.losses["dpo"].total / sums.losses["dpo"].weight, sums
+            means = {name: loss.total / loss.weight for name, loss in sums.losses.items()}
+            return means["preference"] + options.get("nll_coef", 0) * means.get("nll", 0), sums
 
         params = self.params if params is None else params
         (loss, sums), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(params)
@@ -109,7 +114,7 @@ def model(tmp_path_factory):
     return Model(tmp_path_factory.mktemp("model"))
 
 
-def compute_in_trl(model: Model, groups, folder, swapped=False):
+def compute_in_trl(model: Model, groups, folder, swapped=False, **options):
     """(loss, metrics, gradients by PEFT's names) of DPOTrainer on padded pairs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.base)
     adapter = peft.PeftConfig.from_pretrained(model.adapter)
@@ -117,7 +122,12 @@ def compute_in_trl(model: Model, groups, folder, swapped=False):
     trainer = trl.DPOTrainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(model.base, attn_implementation="eager"),
         args=trl.DPOConfig(
-            output_dir=str(folder), beta=BETA, use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            gradient_checkpointing=False,
+            **{"beta": BETA} | options,
         ),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=tokenizer,
@@ -238,9 +248,9 @@ def test_routers_are_a_loss_of_their_own(tmp_path):
     _, metrics = step(state, batch)
     router = 0.3 * metrics["train/router_load_balance"] + 0.1 * metrics["train/router_z"]
     assert float(metrics["train/loss/router"]) == pytest.approx(float(router), rel=1e-6)
-    total = metrics["train/loss/dpo"] + 0.5 * metrics["train/loss/router"]
+    total = metrics["train/loss/preference"] + 0.5 * metrics["train/loss/router"]
     assert float(metrics["train/loss"]) == pytest.approx(float(total), rel=1e-6)
-    assert metrics["train/weight/dpo"] == PAIRS and metrics["train/weight/router"] == batch.loss_mask.sum()
+    assert metrics["train/weight/preference"] == PAIRS and metrics["train/weight/router"] == batch.loss_mask.sum()
 
 
 @pytest.mark.parametrize("lora", LORAS)
@@ -261,7 +271,167 @@ def test_what_is_not_a_pair_is_refused():
     three = make_group([[5], [6], [7, 8]], (0.1, 0.2, 0.3), [9, 9])
     arrays = assemble_batch([[make_groups()[0], three]], LENGTH, layout_of(three))
     with pytest.raises(UserError, match="a row of preferences has 3 answers; expected 2, a chosen and a rejected one"):
-        check_pairs(arrays)
-    for options in ({"beta": 0.0}, {"beta": 0.1, "label_smoothing": 0.5}, {"beta": 0.1, "label_smoothing": -0.1}):
-        with pytest.raises(ValueError, match="expected beta above 0 and label_smoothing in"):
-            make_dpo_loss(None, None, **options)
+        check_groups(arrays, lists=False)
+    check_groups(arrays, lists=True)
+    ties = make_group([[5], [6], [7, 8]], (0.1, 0.3, 0.3), [9, 9])
+    with pytest.raises(UserError, match="several answers of the highest score; expected one that is the best"):
+        check_groups(assemble_batch([[three], [ties]], LENGTH, layout_of(three)), lists=True)
+
+
+# --- the relatives of DPO ---
+
+# Of postrain, and the same of trl's DPOTrainer; each with a beta at which nothing is saturated.
+IN_TRL = {
+    "hinge": ({}, {"loss_type": "hinge"}),
+    "ipo": ({"beta": 0.5}, {"beta": 0.5, "loss_type": "ipo"}),
+    "robust": ({"label_smoothing": 0.15}, {"loss_type": "robust", "label_smoothing": 0.15}),
+    "exo": ({"label_smoothing": 0.1}, {"loss_type": "exo_pair", "label_smoothing": 0.1}),
+    "sppo_hard": ({}, {"loss_type": "sppo_hard"}),
+    "nca": ({}, {"loss_type": "nca_pair"}),
+    "bco_pair": ({}, {"loss_type": "bco_pair"}),
+    "apo_zero": ({}, {"loss_type": "apo_zero"}),
+    "apo_down": ({}, {"loss_type": "apo_down"}),
+    "discopop": ({"beta": 0.01}, {"beta": 0.01, "loss_type": "discopop"}),
+    "aot": ({"label_smoothing": 0.1}, {"loss_type": "aot", "label_smoothing": 0.1}),
+    "aot_unpaired": ({}, {"loss_type": "aot_unpaired"}),
+    "sigmoid, per token": ({"per_token": True, "beta": 2.0}, {"loss_type": "sigmoid_norm", "beta": 2.0}),
+    "sigmoid, forward KL": ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    "sigmoid, JS": ({"divergence": "js"}, {"f_divergence_type": "js_divergence"}),
+    "sigmoid, alpha": (
+        {"divergence": "alpha", "divergence_alpha": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    ),
+    "sigmoid and nll": ({"nll_coef": 0.7}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7]}),
+}
+
+
+@pytest.mark.parametrize("name", IN_TRL)
+def test_every_loss_and_its_gradients_are_those_of_trl(model, tmp_path, name):
+    own, theirs = IN_TRL[name]
+    own, groups = {"loss": name.split(",")[0].split()[0]} | own, make_groups()
+    loss, _, grads = model.compute(make_batch(groups, 5), **own)
+    expected, _, expected_grads = compute_in_trl(model, groups, tmp_path / "trl", **theirs)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_near(load_file(model.save(tmp_path / "grads", grads) / TENSORS), expected_grads)
+
+
+def sums_in_torch(model: Model, groups):
+    """``sums_of`` the model with its adapters in torch, and that model."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model.base, attn_implementation="eager")
+    network = peft.PeftModel.from_pretrained(base, model.adapter, is_trainable=True)
+    return sums_of(network, groups), network
+
+
+def sums_of(network, groups):
+    """(log p, length) of every answer, those of a group from the best on."""
+    values = []
+    for group in groups:
+        for one in sorted(group.sequences, key=lambda one: one.fields[0].values[0], reverse=True):
+            tokens = torch.from_numpy(one.tokens).long()
+            log_p = network(tokens[None]).logits[0, :-1].log_softmax(-1)
+            trained = torch.from_numpy(one.loss_mask[1:])
+            values.append((log_p.gather(1, tokens[1:, None])[:, 0][trained].sum(), int(trained.sum())))
+    return values
+
+
+def cpo(chosen, rejected):
+    (c, _), (r, _) = chosen, rejected
+    return -torch.nn.functional.logsigmoid(BETA * (c - r))
+
+
+def simpo(chosen, rejected):
+    (c, c_length), (r, r_length) = chosen, rejected
+    return -torch.nn.functional.logsigmoid(2.0 * (c / c_length - r / r_length) - 0.4)
+
+
+def orpo(chosen, rejected):
+    log_odds = [x / length - torch.log1p(-torch.exp(x / length)) for x, length in (chosen, rejected)]
+    return -BETA * torch.nn.functional.logsigmoid(log_odds[0] - log_odds[1])
+
+
+IN_TORCH = {
+    "cpo": (cpo, {"nll_coef": 1.0}),
+    "simpo": (simpo, {"beta": 2.0, "target_margin": 0.4}),
+    "orpo": (orpo, {"nll_coef": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_losses_without_a_reference_are_their_formulas_in_torch(model, tmp_path, name):
+    function, options = IN_TORCH[name]
+    groups = make_groups()
+    loss, metrics, grads = model.compute(make_batch(groups, 5), loss=name, **options)
+    values, network = sums_in_torch(model, groups)
+    pairs = list(zip(values[::2], values[1::2], strict=True))
+    expected = sum(function(*pair) for pair in pairs) / len(pairs)
+    if "nll_coef" in options:
+        expected = expected - sum(chosen for (chosen, _), _ in pairs) / sum(length for (_, length), _ in pairs)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["logps/chosen"] == pytest.approx(np.mean([float(c) for (c, _), _ in pairs]), rel=1e-5)
+    expected_grads = {
+        parameter.replace(".default", ""): value.grad.numpy()
+        for parameter, value in network.named_parameters()
+        if value.grad is not None
+    }
+    assert_near(load_file(model.save(tmp_path / "grads", grads) / TENSORS), expected_grads)
+
+
+def test_the_target_of_cal_dpo_is_reached_from_both_sides(model):
+    """Its value by the formula, from the logged means of single pairs."""
+    for group in make_groups(3):
+        loss, metrics, _ = model.compute(make_batch([group], 1, packed=False), loss="cal_dpo")
+        chosen, rejected = (metrics[f"rewards/{name}"] / BETA for name in ("chosen", "rejected"))
+        target = 1 / (2 * BETA)
+        expected = np.log1p(np.exp(rejected - chosen)) + (chosen - target) ** 2 + (rejected + target) ** 2
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_softmax_of_two_answers_is_dpo(model):
+    batch = make_batch(make_groups(), 5)
+    loss, metrics, grads = model.compute(batch, loss="softmax")
+    expected, expected_metrics, expected_grads = model.compute(batch)
+    assert loss == pytest.approx(expected, rel=1e-6) and metrics == expected_metrics
+    assert_near(by_name(grads), by_name(expected_grads))
+
+
+def test_softmax_of_lists_is_the_share_of_the_best(model, tmp_path):
+    rng = np.random.default_rng(3)
+    groups, ids = [], lambda most: rng.integers(4, 301, rng.integers(1, most)).tolist()
+    for i, count in enumerate((2, 5, 3, 4, 2)):
+        scores = rng.permutation(count) - 1.5
+        groups.append(make_group([ids(9) for _ in range(count)], scores.tolist(), ids(6), i))
+    loss, metrics, grads = model.compute(make_batch(groups, 4, 60, lists=True), loss="softmax")
+    values, network = sums_in_torch(model, groups)
+    with torch.no_grad(), network.disable_adapter():
+        base = [value for value, _ in sums_of(network, groups)]
+    losses, start, right = [], 0, []
+    for group in groups:  # the best comes first
+        count = len(group.sequences)
+        rewards = torch.stack([values[i][0] - base[i] for i in range(start, start + count)]) * BETA
+        losses.append(-rewards.log_softmax(0)[0])
+        right.append(float(rewards[0] > rewards[1:].max()))
+        start += count
+    expected = sum(losses) / len(losses)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["rewards/accuracies"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    expected_grads = {
+        parameter.replace(".default", ""): value.grad.numpy()
+        for parameter, value in network.named_parameters()
+        if value.grad is not None
+    }
+    assert_near(load_file(model.save(tmp_path / "grads", grads) / TENSORS), expected_grads)
+
+
+@pytest.mark.parametrize("loss", [*PAIR_LOSSES, "softmax"])
+def test_every_loss_is_finite_far_away_and_packing_does_not_change_it(model, loss):
+    """Answers of 40 tokens that the model would never give, and of one; not a NaN in the gradients."""
+    options = {"label_smoothing": 0.1} if loss in ("exo", "robust") else {}
+    far = jax.tree.map(lambda x: 8 * x, model.params)
+    groups = [*make_groups(4), make_group([[7] * 40, [9]], (0.0, 1.0), [5], 4), make_group([[8], [9]], (0, 1), [5], 5)]
+    packed = model.compute(make_batch(groups, 4, 90), far, loss=loss, **options)
+    single = model.compute(make_batch(groups, 7, 90, packed=False), far, loss=loss, **options)
+    assert math.isfinite(packed[0]) and packed[0] == pytest.approx(single[0], rel=1e-4)
+    for name, grad in by_name(packed[2]).items():
+        assert np.isfinite(grad).all(), name
