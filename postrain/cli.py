@@ -193,7 +193,8 @@ def parse_words(words: list[str]) -> argparse.Namespace:
         known = set(command._option_string_actions)
         options = words[1 : words.index("--")] if "--" in words else words[1:]
         for option in options:
-            if option.startswith("--") and option.partition("=")[0] not in known:
+            name = option.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in known:
                 raise UserError(f"{option}: {suggest_option(option, known)} (see `{command.prog} --help`)")
     args, stray = parser.parse_known_args(words)
     if stray:

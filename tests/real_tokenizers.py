@@ -13,6 +13,7 @@ sources of ``llama-cpp-python``. No package has the tokenizers of GLM, Phi-4 and
 """
 
 import base64
+import contextlib
 import functools
 import importlib.util
 import json
@@ -112,7 +113,8 @@ def get_tokenizer_folder(name: str) -> pathlib.Path:
             make = _make_renamed if name in RENAMED else _make_granite if name == "granite3_3" else make
             make(name, pathlib.Path(work), made)
             shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
+            with contextlib.suppress(OSError):  # another worker was first
+                made.rename(folder)
     return folder
 
 
@@ -146,7 +148,8 @@ def get_llama_cpp_models() -> pathlib.Path:
                 wanted = [m for m in wanted if m.name.endswith((".jinja", "starcoder.gguf"))]
                 tar.extractall(work, wanted, filter="data")
             (made,) = pathlib.Path(work).glob("*/vendor/llama.cpp/models")
-            made.rename(folder)
+            with contextlib.suppress(OSError):  # another worker was first
+                made.rename(folder)
     return folder
 
 

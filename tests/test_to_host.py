@@ -34,7 +34,8 @@ WITHOUT_ARRAYS = {
 }
 # Single expressions.
 ALLOWED = {
-    "checkpoint/checkpointer.py": ("names of folders", {"int(path.name)"}),
+    "checkpoint/checkpointer.py": ("names of folders", {"int(place.name)"}),
+    "cli.py": ("words of the command line", {"int(word)", "float(word)"}),
     "export.py": (
         "numpy: the arguments of check_logits; dtypes",
         {

@@ -206,7 +206,7 @@ def parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Convers
 def repeats_prompt(prompt: str, answer: str) -> bool:
     """Whether plain text that is to follow a prompt begins with the whole prompt, of more than one word, once more."""
     words = prompt.strip()
-    return bool(words) and not words.isalnum() and len(answer) > len(prompt) and answer.startswith(prompt)
+    return len(words.split()) > 1 and len(answer) > len(prompt) and answer.startswith(prompt)
 
 
 def _make_conversation(messages: list[dict], tools: Any, ref: RowRef, weight: float = 1.0) -> Conversation:

@@ -68,10 +68,10 @@ def preview(
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
-        _write_html(pathlib.Path(html_path), sets, shown, reader, config.recipe)
+        _write_html(pathlib.Path(html_path), sets, shown, reader, config)
     color = use_color() if color is None else color
     blocks = [
-        "\n".join([key, str(s.report), *_format_lists(s, config.recipe)]) + f"\n\n{_format_histogram(s)}"
+        "\n".join([key, str(s.report), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
         for key, s in sets.items()
     ]
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
@@ -87,14 +87,15 @@ def preview(
     return "\n\n".join(blocks)
 
 
-def _format_lists(example_set: ExampleSet, recipe: str) -> list[str]:
+def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:
     """A line about rows that the recipe would refuse: of scored answers it reads two."""
     lists = [document for document in example_set.examples if len(document.sequences) > 2]
-    if recipe != "preference" or not lists:
+    if config.recipe != "preference" or config.preference.loss == "softmax" or not lists:
         return []
     return [
         f"recipe 'preference' reads two answers to a prompt, and would refuse {count(len(lists), 'row')} with more, "
-        f"the first at {lists[0].ref}: make rows of two out of longer lists"
+        f"the first at {lists[0].ref}: make rows of two out of longer lists, or set "
+        "'preference.loss' to 'softmax'"
     ]
 
 
@@ -185,12 +186,12 @@ def _format_histogram(example_set: ExampleSet) -> str:
 
 
 def _write_html(
-    path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Document], tokenizer: Tokenizer | None, recipe: str
+    path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Document], tokenizer: Tokenizer | None, config: Config
 ) -> None:
     tables = []
     for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        notes = [*example_set.report.format_notes(), *_format_lists(example_set, recipe)]
+        notes = [*example_set.report.format_notes(), *_format_lists(example_set, config)]
         table = {"name": name, "header": header, "lines": lines, "notes": notes}
         tables.append(table | {"histogram": _histogram(example_set)})
     spelt_style = _SPELT_STYLE if any(_spells_control(s, tokenizer) for d in shown for s in d.sequences) else ""

@@ -138,7 +138,8 @@ def check_replaceable(folder: str | os.PathLike) -> None:
     And unless it can be written: beside it, where the new model is made before it takes the name.
     """
     folder = pathlib.Path(folder)
-    parent = next(parent for parent in pathlib.Path(os.path.abspath(folder)).parents if os.path.lexists(parent))
+    parents = pathlib.Path(os.path.abspath(folder)).parents
+    parent = next((parent for parent in parents if os.path.lexists(parent)), pathlib.Path("/"))
     if folder.is_dir() and (os.path.ismount(folder) or not os.access(parent, os.W_OK | os.X_OK)):
         why = "is a mount point" if os.path.ismount(folder) else f"{parent} is not writable"
         raise UserError(

@@ -34,12 +34,12 @@ class Answer(NamedTuple):
     """Of one answer of each group, float32 [B, G]; of all answers [B, S]."""
 
     logp: jax.Array  # sum of log p over the trained tokens
-    reference: jax.Array  # the same of the reference; 0 where the loss has none
+    ratio: jax.Array  # sum of log p - log p_ref, token by token: the two sums have most of their digits in common
     length: jax.Array  # number of trained tokens
 
     @property
-    def ratio(self) -> jax.Array:
-        return self.logp - self.reference
+    def reference(self) -> jax.Array:
+        return self.logp - self.ratio
 
 
 class Pair(NamedTuple):
@@ -66,7 +66,7 @@ def _alpha_divergence(ratio: jax.Array, alpha: float) -> jax.Array:
 # f'(exp(ratio)) up to a constant, of the f-divergence that f makes (Wang et al. 2023, arXiv:2309.16240, table 1).
 DIVERGENCES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
     "reverse_kl": lambda ratio, alpha: ratio,
-    "forward_kl": lambda ratio, alpha: -jnp.expm1(-ratio),
+    "forward_kl": lambda ratio, alpha: -jnp.expm1(jnp.minimum(-ratio, 80.0)),
     "js": lambda ratio, alpha: math.log(2) + log_sigmoid(ratio),
     "alpha": _alpha_divergence,
 }
@@ -74,8 +74,12 @@ DIVERGENCES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
 
 def _score(answer: Answer, options: Options) -> jax.Array:
     scores = DIVERGENCES[options.divergence](answer.ratio, options.divergence_alpha)
-    per_token = options.per_token or options.loss in PER_TOKEN
-    return scores / jnp.maximum(answer.length, 1) if per_token else scores
+    return scores / jnp.maximum(answer.length, 1) if is_per_token(options) else scores
+
+
+def is_per_token(options: Options) -> bool:
+    """Whether scores and rewards are those of the mean token."""
+    return options.per_token or options.loss in PER_TOKEN
 
 
 def _margin(pair: Pair, options: Options) -> jax.Array:
@@ -109,7 +113,7 @@ def _robust(pair: Pair, options: Options) -> jax.Array:
 
 
 def _exo(pair: Pair, options: Options) -> jax.Array:
-    """KL from the labels, of which a share is wrong, to the order that the model gives the two."""
+    """KL from the order that the model gives the two to the labels, of which a share is wrong."""
     margin, share = _margin(pair, options), options.label_smoothing
     right = sigmoid(margin) * (log_sigmoid(margin) - math.log1p(-share))
     return right + sigmoid(-margin) * (log_sigmoid(-margin) - math.log(share))
@@ -118,7 +122,7 @@ def _exo(pair: Pair, options: Options) -> jax.Array:
 def _discopop(pair: Pair, options: Options) -> jax.Array:
     margin = _margin(pair, options)
     share = sigmoid(margin / 0.05)  # the temperature of the paper
-    return -(1 - share) * log_sigmoid(margin) + share * jnp.exp(-margin)
+    return -(1 - share) * log_sigmoid(margin) + share * jnp.exp(jnp.minimum(-margin, 80.0))
 
 
 def _sppo_hard(pair: Pair, options: Options) -> jax.Array:
@@ -209,7 +213,6 @@ PAIR_LOSSES: dict[str, PairLoss] = {
 }
 REFERENCE_FREE = ("cpo", "simpo", "orpo")
 PER_TOKEN = ("ipo", "simpo")  # whatever the option says
-WHOLE_BATCH = ("aot", "aot_unpaired")  # losses that are no sum over pairs: micro-batches would change them
 
 
 def make_preference_loss(
@@ -227,7 +230,8 @@ def make_preference_loss(
 
     ``batch.fields`` has ``group_ids`` int32 [B, T] (0 = padding) and ``scores`` float32 [B, T] (kind preference); the
     answer of the highest score is the chosen one. Metrics, means over groups: ``rewards/chosen`` and
-    ``rewards/rejected``, beta times the ratio of an answer, of several rejected ones their mean; ``rewards/margins``,
+    ``rewards/rejected``, beta times the ratio of an answer (by its length where the loss is per token), of several
+    rejected ones their mean; ``rewards/margins``,
     their difference; ``rewards/accuracies``, whether the chosen one's is above all others; ``logps/chosen`` and
     ``logps/rejected``, log p of an answer. With ``nll_coef`` a second loss ``nll``, the mean of -log p over the tokens
     of chosen answers. The losses of routers are one more loss, ``router``, a mean over trained tokens.
@@ -241,24 +245,28 @@ def make_preference_loss(
             reference_BT = jax.lax.stop_gradient(reference_logprobs(jax.lax.stop_gradient(params), batch))
         groups = find_groups(batch)
         count = lambda values_BT: sum_segments(values_BT.astype(jnp.float32), batch.segment_ids)
-        all_BS = Answer(count(found.logprobs), count(reference_BT), count(batch.loss_mask != 0))
+        all_BS = Answer(count(found.logprobs), count(found.logprobs - reference_BT), count(batch.loss_mask != 0))
         chosen = Answer(*(groups.reduce(jax.ops.segment_sum, x, groups.chosen_BS) for x in all_BS))
         number_BG = groups.reduce(jax.ops.segment_sum, jnp.ones_like(all_BS.logp), groups.rejected_BS)
         rejected = Answer(
             *(groups.reduce(jax.ops.segment_sum, x, groups.rejected_BS) / jnp.maximum(number_BG, 1) for x in all_BS)
         )
-        rewards_BS = options.beta * all_BS.ratio
+        lengths_BS = jnp.maximum(all_BS.length, 1) if is_per_token(options) else 1
+        rewards_BS = options.beta * all_BS.ratio / lengths_BS
         if options.loss == "softmax":
             losses_BG = compute_softmax_loss(rewards_BS, groups)
         else:
             losses_BG = PAIR_LOSSES[options.loss](Pair(chosen, rejected, groups.is_group_BG), options)
 
+        add_rewards = lambda of_BS: groups.reduce(jax.ops.segment_sum, rewards_BS, of_BS)
+        chosen_BG = add_rewards(groups.chosen_BS)
+        rejected_BG = add_rewards(groups.rejected_BS) / jnp.maximum(number_BG, 1)
         best_rejected_BG = groups.reduce(jax.ops.segment_max, rewards_BS, groups.rejected_BS)
         values = {
-            "rewards/chosen": options.beta * chosen.ratio,
-            "rewards/rejected": options.beta * rejected.ratio,
-            "rewards/margins": options.beta * (chosen.ratio - rejected.ratio),
-            "rewards/accuracies": options.beta * chosen.ratio > best_rejected_BG,
+            "rewards/chosen": chosen_BG,
+            "rewards/rejected": rejected_BG,
+            "rewards/margins": chosen_BG - rejected_BG,
+            "rewards/accuracies": chosen_BG > best_rejected_BG,
             "logps/chosen": chosen.logp,
             "logps/rejected": rejected.logp,
         }
@@ -280,8 +288,8 @@ def compute_softmax_loss(rewards_BS: jax.Array, groups: "Groups") -> jax.Array:
     Softmax-DPO, or S-DPO (Chen et al. 2024, arXiv:2406.09215, eq. 8): -log of the chosen answer's share in the softmax
     of all rewards of its list; with one rejected answer it is DPO.
     """
-    shares_BS = jax.lax.stop_gradient(groups.reduce(jax.ops.segment_max, rewards_BS, groups.group_ids_BS > 0))
-    peak_BG = jnp.where(groups.is_group_BG, shares_BS, 0)
+    highest_BG = jax.lax.stop_gradient(groups.reduce(jax.ops.segment_max, rewards_BS, groups.group_ids_BS > 0))
+    peak_BG = jnp.where(groups.is_group_BG, highest_BG, 0)
     peak_BS = jnp.take_along_axis(peak_BG, groups.group_ids_BS, axis=1)
     total_BG = groups.reduce(jax.ops.segment_sum, jnp.exp(rewards_BS - peak_BS), groups.group_ids_BS > 0)
     chosen_BG = groups.reduce(jax.ops.segment_sum, rewards_BS, groups.chosen_BS)

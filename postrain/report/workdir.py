@@ -21,7 +21,7 @@ REPORTS = ("metrics.jsonl", "samples.jsonl")
 # What a run writes into its folder, and what may lie there before its first one: hidden files and the output of a
 # launcher or a shell, which opens it before the run begins.
 OWN = {"config.json", "checkpoints", "export", "logs", "tensorboard", "wandb", "report.html", "rejected.jsonl"}
-OWN.update(REPORTS)
+OWN.update(REPORTS, {"reference", "wandb_id"})
 HARMLESS = ("*.partial", ".*", "*.log", "*.out", "*.err", "*.txt", "lost+found")
 LONGEST_PATH = 3584  # bytes: the system's most, 4,096, less what a checkpoint adds
 
@@ -50,7 +50,9 @@ def make_workdir(workdir: str | os.PathLike) -> pathlib.Path:
             )
         workdir.mkdir(parents=True, exist_ok=True)
         _check_own(workdir)
-        with tempfile.TemporaryFile(dir=workdir) as probe:  # a name of its own: other processes probe at the same time
+        with tempfile.TemporaryFile(
+            dir=workdir, prefix=".free-"
+        ) as probe:  # a name of its own: other processes probe at the same time
             probe.write(b"1")
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be written ({error.strerror}): choose another place") from error

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from postrain.cluster import processes
 from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
 from postrain.data.documents import Document
 from postrain.errors import UserError
@@ -37,14 +38,16 @@ def add_reference_logprobs(session: Session, model: Model, forward: Forward, row
     path = session.workdir / "reference" / f"{name}.npy"
     ends = np.cumsum(rows.lengths)
     values = _read(path, ends[-1])
-    if values is None:
+    everywhere = all(processes.gather(values is not None))
+    if values is None or not everywhere:  # a pass that all take part in, whoever sees the file
         session.say(f"reference   log p of {len(rows.examples):,} documents under the starting model, once")
-        with session.watchdog.phase("evaluation"):
+        with processes.stop_all_on_error(), session.watchdog.phase("evaluation"):
             values = _compute(session, model, forward, rows, ends)
-        if session.is_lead:
-            file = io.BytesIO()
-            np.save(file, values)
-            write_whole(path, file.getvalue())
+            if session.is_lead:
+                file = io.BytesIO()
+                np.save(file, values)
+                write_whole(path, file.getvalue())
+            processes.barrier()
 
     def extend(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         out = np.zeros(arrays["tokens"].shape, np.float32)
@@ -62,8 +65,8 @@ def add_reference_logprobs(session: Session, model: Model, forward: Forward, row
 def _compute(session: Session, model: Model, forward: Forward, rows: ExampleSet, ends: np.ndarray) -> np.ndarray:
     """float32: of every slot of every document, one after the other."""
     mesh, data = session.mesh, session.config.data
-    process, processes = data_process(mesh)
-    local = data.batch_size // processes
+    process, count = data_process(mesh)
+    local = data.batch_size // count
     own = slice(process * local, (process + 1) * local)
 
     def logprobs(params, frozen, batch):

@@ -253,3 +253,22 @@ def test_a_broken_file_of_the_reference_is_computed_again(inputs, pairs, tmp_pat
     again = postrain.train(values | {"train": values["train"] | {"steps": 2}}, tmp_path / "run")
     assert all((np.load(file) == own).all() for file, own in zip(files, before, strict=True))
     assert again["eval/rewards/margins"] != first["eval/rewards/margins"]
+
+
+def test_a_run_that_ended_while_its_reference_was_computed_starts_again(inputs, pairs, tmp_path, monkeypatch):
+    from postrain.training import reference
+
+    compute, calls = reference._compute, []
+
+    def crash(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return compute(*args)
+
+    values = values_of(inputs, pairs, preference={"reference": "cached"}, train={"steps": 1}, export={"format": "none"})
+    monkeypatch.setattr(reference, "_compute", crash)
+    with pytest.raises(MemoryError):
+        postrain.train(values, tmp_path / "run")
+    postrain.train(values, tmp_path / "run")
+    assert len(calls) == 3, "what was there is read"

@@ -128,7 +128,7 @@ def test_the_place_of_the_answers_is_looked_at_first(tmp_path, capsys, output, m
 
 def test_an_output_without_a_name_and_an_input_that_is_not_there(tmp_path, capsys):
     assert generate_to(tmp_path, "") == 2
-    assert "--output is empty" in capsys.readouterr().err
+    assert "--output: is empty, expected a path" in capsys.readouterr().err
     assert generate_to(tmp_path, tmp_path / "out.jsonl", source="none.jsonl") == 2
     assert "none.jsonl cannot be read" in capsys.readouterr().err
 

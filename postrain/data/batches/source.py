@@ -232,7 +232,7 @@ class DatasetSource(Source):
             try:  # its position must be saved as JSON and set again
                 rows = iter(dataset)
                 rows.set_state(json.loads(json.dumps(rows.get_state())))
-                goes_on = _goes_on(rows)
+                goes_on = _goes_on(rows, iter(dataset))
             except Exception as e:
                 raise UserError(
                     f"{self.where}: its iterator has no state that can be saved ({type(e).__name__}: {e}), so a run "
@@ -344,21 +344,22 @@ class DatasetRows(ResumableDataset):
                 yield {"index": index + 1, "rows": state}, self._source._row(index, value)
 
 
-def _goes_on(rows: grain.DatasetIterator) -> bool:
-    """Whether an iterator gives the same rows again from a state that was taken after its first."""
+def _goes_on(rows: grain.DatasetIterator, other: grain.DatasetIterator) -> bool:
+    """Whether another iterator goes on from a state that was taken after the first row of one, as a resume has it.
 
-    def read(count: int) -> list:
-        try:
-            return [_to_plain(value) for value in itertools.islice(rows, count)]
-        except Exception:  # named with its row when the rows are read
-            return []
-
-    read(1)
-    state = json.loads(json.dumps(rows.get_state()))
-    rest = read(2)
-    rows.set_state(state)
-    again = read(2)
-    return rest == again or repr(rest) == repr(again)  # nan is no equal of itself
+    True where that cannot be told: rows of things that do not compare, or that cannot be read.
+    """
+    read = lambda rows, count: [_to_plain(value) for value in itertools.islice(rows, count)]
+    try:
+        read(rows, 1)
+        state = json.loads(json.dumps(rows.get_state()))
+        expected = read(rows, 2)
+        other.set_state(state)
+        found = read(other, 2)
+        plain = json.dumps(expected), json.dumps(found)  # raises for what is not plain; nan is equal to itself
+    except Exception:  # of a row, named when the rows are read
+        return True
+    return plain[0] == plain[1]
 
 
 def _to_plain(value: Any) -> Any:

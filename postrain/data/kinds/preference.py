@@ -211,12 +211,12 @@ def check_groups(arrays: Mapping[str, np.ndarray], *, lists: bool) -> None:
 
     ``arrays``: ``group_ids`` and ``segment_ids`` int32 [B, T], ``scores`` float32 [B, T]. A loss could not tell.
     """
-    inside = arrays["group_ids"] > 0
-    rows = np.broadcast_to(np.arange(inside.shape[0])[:, None], inside.shape)[inside]
-    keys = np.stack([rows, arrays["group_ids"][inside], arrays["segment_ids"][inside]])
-    (rows, groups, _), first = np.unique(keys, axis=1, return_index=True)
+    inside, size = arrays["group_ids"] > 0, arrays["group_ids"].shape[1] + 1
+    rows = np.arange(len(inside), dtype=np.int64)[:, None]
+    keys = ((rows * size + arrays["group_ids"]) * size + arrays["segment_ids"])[inside]
+    answers, first = np.unique(keys, return_index=True)
     scores = arrays["scores"][inside][first]
-    _, group, sizes = np.unique(np.stack([rows, groups]), axis=1, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(answers // size, return_inverse=True, return_counts=True)
     if not lists and (sizes != 2).any():
         raise UserError(
             f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "
