@@ -282,21 +282,7 @@ def make_parser() -> Parser:
     several.add_argument("--process-id", type=read_whole_number, metavar="I", help="number of this process, from 0")
 
     command = add("launch", run_launch, "train in several processes, here or on a cluster", config=True)
-    command.add_argument(
-        "--workdir",
-        type=read_nonempty_path,
-        required=True,
-        help="the folder of the run, on a disk that all machines share",
-    )
-    command.add_argument(
-        "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
-    )
-    text = "GPUs of each host, for slurm and k8s (default 8)"
-    command.add_argument("--gpus", type=read_whole_number, default=8, help=text)
-    command.add_argument("--image", default="", help="image of the containers, needed for k8s")
-    text = "a volume that all hosts share, needed for k8s"
-    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help=text)
-    command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    add_launch_arguments(command)
 
     command = add("preview", run_preview, "show what a config would train on, trained tokens coloured", config=True)
     command.add_argument("--rows", type=read_whole_number, default=3, help="documents to show in full (default 3)")
@@ -330,6 +316,24 @@ def make_parser() -> Parser:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.commands = commands.choices
     return parser
+
+
+def add_launch_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workdir",
+        type=read_nonempty_path,
+        required=True,
+        help="the folder of the run, on a disk that all machines share",
+    )
+    command.add_argument(
+        "--target", required=True, metavar="TARGET", help="local:PROCESSES, slurm:HOSTS, k8s:HOSTS or tpu-pod:NAME"
+    )
+    text = "GPUs of each host, for slurm and k8s (default 8)"
+    command.add_argument("--gpus", type=read_whole_number, default=8, help=text)
+    command.add_argument("--image", default="", help="image of the containers, needed for k8s")
+    text = "a volume that all hosts share, needed for k8s"
+    command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help=text)
+    command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:

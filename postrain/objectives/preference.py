@@ -229,12 +229,9 @@ def make_preference_loss(
       router_losses: whether the losses of routers count, which only training adds.
 
     ``batch.fields`` has ``group_ids`` int32 [B, T] (0 = padding) and ``scores`` float32 [B, T] (kind preference); the
-    answer of the highest score is the chosen one. Metrics, means over groups: ``rewards/chosen`` and
-    ``rewards/rejected``, beta times the ratio of an answer (by its length where the loss is per token), of several
-    rejected ones their mean; ``rewards/margins``,
-    their difference; ``rewards/accuracies``, whether the chosen one's is above all others; ``logps/chosen`` and
-    ``logps/rejected``, log p of an answer. With ``nll_coef`` a second loss ``nll``, the mean of -log p over the tokens
-    of chosen answers. The losses of routers are one more loss, ``router``, a mean over trained tokens.
+    answer of the highest score is the chosen one. Metrics are those of ``_measure``, means over groups. With
+    ``nll_coef`` a second loss ``nll``, the mean of -log p over the tokens of chosen answers. The losses of routers are
+    one more loss, ``router``, a mean over trained tokens.
     """
 
     def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
@@ -246,11 +243,8 @@ def make_preference_loss(
         groups = find_groups(batch)
         count = lambda values_BT: sum_segments(values_BT.astype(jnp.float32), batch.segment_ids)
         all_BS = Answer(count(found.logprobs), count(found.logprobs - reference_BT), count(batch.loss_mask != 0))
-        chosen = Answer(*(groups.reduce(jax.ops.segment_sum, x, groups.chosen_BS) for x in all_BS))
-        number_BG = groups.reduce(jax.ops.segment_sum, jnp.ones_like(all_BS.logp), groups.rejected_BS)
-        rejected = Answer(
-            *(groups.reduce(jax.ops.segment_sum, x, groups.rejected_BS) / jnp.maximum(number_BG, 1) for x in all_BS)
-        )
+        chosen = Answer(*(groups.mean(x, groups.chosen_BS) for x in all_BS))
+        rejected = Answer(*(groups.mean(x, groups.rejected_BS) for x in all_BS))
         lengths_BS = jnp.maximum(all_BS.length, 1) if is_per_token(options) else 1
         rewards_BS = options.beta * all_BS.ratio / lengths_BS
         if options.loss == "softmax":
@@ -258,18 +252,7 @@ def make_preference_loss(
         else:
             losses_BG = PAIR_LOSSES[options.loss](Pair(chosen, rejected, groups.is_group_BG), options)
 
-        add_rewards = lambda of_BS: groups.reduce(jax.ops.segment_sum, rewards_BS, of_BS)
-        chosen_BG = add_rewards(groups.chosen_BS)
-        rejected_BG = add_rewards(groups.rejected_BS) / jnp.maximum(number_BG, 1)
-        best_rejected_BG = groups.reduce(jax.ops.segment_max, rewards_BS, groups.rejected_BS)
-        values = {
-            "rewards/chosen": chosen_BG,
-            "rewards/rejected": rejected_BG,
-            "rewards/margins": chosen_BG - rejected_BG,
-            "rewards/accuracies": chosen_BG > best_rejected_BG,
-            "logps/chosen": chosen.logp,
-            "logps/rejected": rejected.logp,
-        }
+        values = _measure(groups, rewards_BS) | {"logps/chosen": chosen.logp, "logps/rejected": rejected.logp}
         add = lambda values_BG: jnp.where(groups.is_group_BG, values_BG, 0).sum(dtype=jnp.float32)
         mean = lambda values_BG: WeightedSum(add(values_BG), add(1))
         metrics = {name: mean(values_BG) for name, values_BG in jax.lax.stop_gradient(values).items()}
@@ -280,6 +263,23 @@ def make_preference_loss(
         return add_router_loss(sums, terms, batch.loss_mask.sum(1)) if router_losses else sums
 
     return loss_fn
+
+
+def _measure(groups: "Groups", rewards_BS: jax.Array) -> dict[str, jax.Array]:
+    """What is told of each group besides ``logps/chosen`` and ``logps/rejected``, log p of its answers; [B, G] each.
+
+    ``rewards/chosen`` and ``rewards/rejected``, beta times the ratio of an answer (by its length where the loss is per
+    token), of several rejected ones their mean; ``rewards/margins``, their difference; ``rewards/accuracies``, whether
+    the chosen answer's is above all others.
+    """
+    chosen, rejected = (groups.mean(rewards_BS, of) for of in (groups.chosen_BS, groups.rejected_BS))
+    best_rejected = groups.reduce(jax.ops.segment_max, rewards_BS, groups.rejected_BS)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > best_rejected,
+    }
 
 
 def compute_softmax_loss(rewards_BS: jax.Array, groups: "Groups") -> jax.Array:
@@ -306,6 +306,11 @@ class Groups(NamedTuple):
     chosen_BS: jax.Array  # bool; of the highest score of its group
     rejected_BS: jax.Array  # bool; the others
     is_group_BG: jax.Array  # bool; whether the row has such a group, with two scores or more
+
+    def mean(self, values_BS: jax.Array, of_BS: jax.Array) -> jax.Array:
+        """[B, G]: over those answers of each group that are in ``of_BS``; 0 where there is none."""
+        total, number = (self.reduce(jax.ops.segment_sum, x, of_BS) for x in (values_BS, jnp.ones_like(values_BS)))
+        return total / jnp.maximum(number, 1)
 
     def reduce(self, reduce: Callable, values_BS: jax.Array, of_BS: jax.Array) -> jax.Array:
         """[B, G] of ``jax.ops.segment_sum`` and the like over those answers of each group that are in ``of_BS``."""

@@ -230,10 +230,7 @@ class Forward:
 
     def logprobs(self, params: dict, batch: Batch) -> tuple[TokenLogprobs, RowTerms | None]:
         """Of the target at every position where ``batch.loss_mask`` is not 0, float32 [B, T] each; 0 elsewhere."""
-        hidden, terms = self._compute_hidden(params, batch)
-        table = unembedding(params, self.model_config)
-        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
-        return found, terms
+        return self._project(params, batch, *self._compute_hidden(params, batch))
 
     def noisy_logprobs(
         self, params: dict, batch: Batch, rng: jax.Array, alpha: float
@@ -248,10 +245,8 @@ class Forward:
         lengths_BT = jax.vmap(count)(batch.segment_ids)
         scale_BT = jnp.where(batch.segment_ids > 0, alpha / jnp.sqrt(lengths_BT * embedded.shape[-1]), 0)
         noise = scale_BT[..., None] * jax.random.uniform(rng, embedded.shape, minval=-1.0)
-        hidden, terms = self._compute_hidden(params, batch, embedded + noise.astype(embedded.dtype))
-        table = unembedding(params, self.model_config)
-        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
-        return found, terms
+        noisy = embedded + noise.astype(embedded.dtype)
+        return self._project(params, batch, *self._compute_hidden(params, batch, noisy))
 
     def heads(
         self, params: dict, batch: Batch, heads: Sequence[HeadConfig]
@@ -268,6 +263,11 @@ class Forward:
     def _compute_hidden(self, params: dict, batch: Batch, embedded_BTD=None) -> tuple[jax.Array, RowTerms | None]:
         arrays = batch.tokens, batch.segment_ids, batch.positions
         return compute_hidden_and_terms(params, self.model_config, *arrays, embedded_BTD=embedded_BTD)
+
+    def _project(self, params: dict, batch: Batch, hidden, terms) -> tuple[TokenLogprobs, RowTerms | None]:
+        table = unembedding(params, self.model_config)
+        found = compute_token_logprobs(hidden, table, batch.targets, batch.loss_mask, **self._projection)
+        return found, terms
 
     @property
     def _projection(self) -> dict:
