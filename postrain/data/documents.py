@@ -1,7 +1,7 @@
 """What rows become: sequences of tokens, alone or in groups that share a row of a batch, and the arrays they bring."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,8 @@ class Rendered:
       template_switches: for each answer the switch of the template that its prompt was rendered with, as
         "enable_thinking=False", where that differs from the default prompt, else ""; empty where all are "".
       fields: further arrays.
-      is_prompt: what follows the last token is to be generated, so that one is read too, and nothing is trained.
+      reads_last: its last token is read too, not only predicted: of a prompt, which is gone on with, and where a head
+        tells something of the whole text.
       metadata: what else the row says, for whoever scores what is generated; None but for prompts.
       weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
     """
@@ -48,7 +49,7 @@ class Rendered:
     truncated: bool = False
     template_switches: tuple[str, ...] = ()
     fields: tuple[Field, ...] = ()
-    is_prompt: bool = False
+    reads_last: bool = False
     metadata: dict[str, Any] | None = None
     weight: float = 1.0
 
@@ -59,7 +60,7 @@ class Rendered:
     @property
     def slots(self) -> int:
         """Slots of a packed row that it takes: a last token that is only predicted, never read, takes none."""
-        return len(self.tokens) - 1 + self.is_prompt
+        return len(self.tokens) - 1 + self.reads_last
 
     @property
     def num_tokens(self) -> int:
@@ -98,6 +99,24 @@ class Group:
 
 
 Document = Rendered | Group  # what packing places: never split, never in two rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """What a recipe makes of rendered documents before they are packed.
+
+    Attributes:
+      name: of it, with whatever it was made from: part of the data fingerprint.
+      each: of every document, before its length is judged.
+      together: of all documents of a data set in memory, in their order: as many, each at most as long as before.
+    """
+
+    name: str = ""
+    each: Callable[[Document], Document] | None = None
+    together: Callable[[list[Document]], list[Document]] | None = None
+
+
+AS_RENDERED = Preparation()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +168,10 @@ class SameLayout:
 
 def cut_end(document: Rendered, slots: int) -> Rendered:
     """The beginning of a document, ``slots`` long."""
-    tokens, loss_mask = document.tokens[: slots + 1], document.loss_mask[: slots + 1]
+    length = slots + 1 - document.reads_last
+    tokens, loss_mask = document.tokens[:length], document.loss_mask[:length]
     answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
-    fields = tuple(field._replace(values=field.values[: slots + 1]) for field in document.fields)
+    fields = tuple(field._replace(values=field.values[:length]) for field in document.fields)
     switches = document.template_switches[:answers]
     return dataclasses.replace(
         document, tokens=tokens, loss_mask=loss_mask, truncated=True, template_switches=switches, fields=fields

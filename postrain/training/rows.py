@@ -10,7 +10,7 @@ from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_exam
 from postrain.data.batches.open import TrainRows, join_positions
 from postrain.data.batches.open import open_train_rows as open_batches
 from postrain.data.batches.token_shift import assemble_row
-from postrain.data.documents import Document, check_token_ids, layout_of
+from postrain.data.documents import AS_RENDERED, Document, Preparation, check_token_ids, layout_of
 from postrain.errors import UserError
 from postrain.sharding import data_process, make_global_batch
 from postrain.training.agreement import check_rows
@@ -88,17 +88,26 @@ class Rows:
         self._batches.close()
 
 
-def open_train_rows(session: Session, kind: str, check: Check | None = None) -> Rows:
+def open_train_rows(
+    session: Session, kind: str, check: Check | None = None, preparation: Preparation = AS_RENDERED
+) -> Rows:
     """``data.train``, all of it of one kind. Rows in memory are read, rendered, checked and counted here.
 
     ``check``: what the recipe refuses besides; called with the arrays of each document in memory, and of each batch.
+    ``preparation``: that the rendered documents go through.
     Raises UserError: a bad row, a token that the model has no row for, processes that found other rows.
     """
     config, rejected = session.config, session.workdir / "rejected.jsonl"
     process, processes = data_process(session.mesh)
     with session.watchdog.phase("data"):
         rows = open_batches(
-            session.tokenizer, config.data, rejected, kind=kind, process_index=process, process_count=processes
+            session.tokenizer,
+            config.data,
+            rejected,
+            kind=kind,
+            preparation=preparation,
+            process_index=process,
+            process_count=processes,
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
@@ -106,14 +115,18 @@ def open_train_rows(session: Session, kind: str, check: Check | None = None) -> 
     return Rows(rows, session.mesh, check)
 
 
-def open_eval_rows(session: Session, kind: str, check: Check | None = None) -> ExampleSet | None:
+def open_eval_rows(
+    session: Session, kind: str, check: Check | None = None, preparation: Preparation = AS_RENDERED
+) -> ExampleSet | None:
     """``data.eval``, read, rendered and checked; None where the config has none. Raises as ``open_train_rows``."""
     config = session.config
     if not config.data.eval:
         return None
     rejected = session.workdir / "rejected.jsonl" if session.is_lead else None
     with session.watchdog.phase("data"):
-        rows = load_examples(config.data.eval, session.tokenizer, config.data, rejected, kind=kind)
+        rows = load_examples(
+            config.data.eval, session.tokenizer, config.data, rejected, kind=kind, preparation=preparation
+        )
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
     _check_documents(rows.examples, check)

@@ -16,7 +16,7 @@ from postrain.data.batches.epoch_order import PLAN_VERSION
 from postrain.data.batches.packing import PACKING_VERSION
 from postrain.data.batches.shard import SHARD_VERSION
 from postrain.data.batches.source import FileSource, Source, open_source
-from postrain.data.documents import Document, Group
+from postrain.data.documents import AS_RENDERED, Document, Group, Preparation
 from postrain.data.files.storage import StoredFile, is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.files import digest, spread
@@ -35,23 +35,30 @@ def fingerprint_rows(
     tokenizer: Tokenizer | None,
     config: DataConfig,
     examples: Iterable[Document],
+    preparation: Preparation = AS_RENDERED,
 ) -> dict:
     """A JSON-able description of rows in memory.
 
     Args:
       files: of each source those that have rows, in order.
       tokenizer: None where no row is text.
-      examples: the rendered documents, in order.
+      examples: the documents, in order.
+      preparation: that they went through.
     """
     described = [
         {"name": source.name, "files": _file_facts(of_source if isinstance(source, FileSource) else [])}
         | source.identity
         for source, of_source in zip(sources, files, strict=True)
     ]
-    return _pipeline_facts(described, tokenizer, config) | {"documents": hash_documents(examples)}
+    return _pipeline_facts(described, tokenizer, config, preparation) | {"documents": hash_documents(examples)}
 
 
-def fingerprint_stream(sources: Sequence[Source], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+def fingerprint_stream(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    preparation: Preparation = AS_RENDERED,
+) -> dict:
     """A JSON-able description of a stream, its files by what can be told without reading them."""
     described = []
     for source in sources:
@@ -59,7 +66,7 @@ def fingerprint_stream(sources: Sequence[Source], tokenizer: Tokenizer | None, c
         names = name_files([file.url for file in files])
         facts = [{"name": name} | _stored_facts(file) for name, file in zip(names, files, strict=True)]
         described.append({"name": source.name, "kind": source.parser.form, "files": facts} | source.identity)
-    return _pipeline_facts(described, tokenizer, config)
+    return _pipeline_facts(described, tokenizer, config, preparation)
 
 
 def fingerprint_config(tokenizer: Tokenizer | None, config: DataConfig) -> dict:
@@ -75,9 +82,11 @@ def fingerprint_config(tokenizer: Tokenizer | None, config: DataConfig) -> dict:
     return fingerprint
 
 
-def _pipeline_facts(sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig) -> dict:
+def _pipeline_facts(
+    sources: list[dict], tokenizer: Tokenizer | None, config: DataConfig, preparation: Preparation
+) -> dict:
     """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
-    return {
+    facts = {
         "data": {key: getattr(config, key) for key in _KEYS} | _mixture_facts(config),
         "sources": sources,
         "tokenizer": tokenizer and tokenizer.fingerprint(),
@@ -85,6 +94,7 @@ def _pipeline_facts(sources: list[dict], tokenizer: Tokenizer | None, config: Da
         "versions": {"packing": PACKING_VERSION, "plan": PLAN_VERSION}
         | ({"shard": SHARD_VERSION} if config.streaming or has_mixture(config) else {}),
     }
+    return facts | ({"preparation": preparation.name} if preparation.name else {})
 
 
 def _mixture_facts(config: DataConfig) -> dict:
@@ -130,7 +140,7 @@ def digest_change(old: dict, new: dict) -> str:
     The documents, and what a recipe's own source adds, count where nothing else tells the change: they are known only
     when all rows have been rendered.
     """
-    known = ("data", "sources", "tokenizer", "chat_template", "versions")
+    known = ("data", "sources", "tokenizer", "chat_template", "versions", "preparation")
     pair = [{key: value for key, value in print_.items() if key in known} for print_ in (old, new)]
     if pair[0] == pair[1]:
         pair = [old, new]
@@ -148,6 +158,9 @@ def compare_fingerprints(old: dict, new: dict) -> list[str]:
         changes.append("the chat template is another one")
     elif old.get("tokenizer") != new.get("tokenizer"):
         changes.append("the tokenizer (or the code that renders with it) is another one")
+    if old.get("preparation") != new.get("preparation"):
+        was, now = (found.get("preparation", "as rendered") for found in (old, new))
+        changes.append(f"documents were trained {was}, are {now}")
     for part, was, now in _differences(old, new, "versions"):
         changes.append(f"the {part} code is another version: was {was}, is {now}")
     if old != new and not changes:

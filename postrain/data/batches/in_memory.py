@@ -29,7 +29,7 @@ from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, c
 from postrain.data.batches.source import open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
-from postrain.data.documents import Document, Layout, SameLayout, check_token_ids, layout_of
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, check_token_ids, layout_of
 from postrain.data.kinds.registry import SFT, Kind, find_kind
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ def load_examples(
     rejected_path: str | os.PathLike | None = None,
     *,
     kind: str | None = None,
+    preparation: Preparation = AS_RENDERED,
 ) -> ExampleSet:
     """Reads and renders all rows of ``sources`` (usually ``config.train`` or ``config.eval``).
 
@@ -85,6 +86,7 @@ def load_examples(
         "skip". Lines about other files that stand there already are kept, so train and eval can share it. Of
         several processes, give it to one.
       kind: the only one that the rows may be of; None: any.
+      preparation: that the rendered documents go through.
 
     Raises:
       UserError: a source that cannot be read; a bad or too long row where the config says so, naming file and
@@ -97,7 +99,8 @@ def load_examples(
     for source in opened:
         counts = RowCounts(source.name, left_out_by=source.parser.left_out)
         # The share of bad rows is judged when all rows of a source are known.
-        filters.append(RowFilter(counts, config, source.parser.kind, layout, judged_from=math.inf))
+        options = {"preparation": preparation, "judged_from": math.inf}
+        filters.append(RowFilter(counts, config, source.parser.kind, layout, **options))
     examples: list[Document] = []
     files: list[dict[str, None]] = [{} for _ in opened]  # that the rows of each source came from, in order
     try:
@@ -118,7 +121,10 @@ def load_examples(
         raise UserError(_format_empty(report, config))
     switches = (switch for example in examples for switch in example.template_switches if switch)
     report.template_switches = dict(collections.Counter(switches))
-    fingerprint = fingerprint_rows(opened, [list(of_source) for of_source in files], tokenizer, config, examples)
+    if preparation.together is not None:
+        examples = preparation.together(examples)
+    in_files = [list(of_source) for of_source in files]
+    fingerprint = fingerprint_rows(opened, in_files, tokenizer, config, examples, preparation)
     order = EpochOrder(np.array([document.slots for document in examples], np.int64), config)
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())

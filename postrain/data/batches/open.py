@@ -33,7 +33,7 @@ from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
-from postrain.data.documents import Document, Layout, SameLayout
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -85,6 +85,7 @@ def open_train_rows(
     rejected_path: str | os.PathLike | None = None,
     *,
     kind: str | None = None,
+    preparation: Preparation = AS_RENDERED,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainRows:
@@ -92,13 +93,14 @@ def open_train_rows(
 
     ``rejected_path``: a JSONL file for bad rows, where ``config.on_bad_row`` is "skip"; a stream's are written as they
     are met, those of process i > 0 to a file of its own beside it. ``kind``: the only one that the rows may be of.
+    ``preparation``: that the rendered documents go through.
     """
     process = {"process_index": process_index, "process_count": process_count}
     if config.streaming:
-        return _open_stream(tokenizer, config, rejected_path, kind, **process)
+        return _open_stream(tokenizer, config, rejected_path, kind, preparation, **process)
     # Of several processes one writes the bad rows: all read the same.
     own_path = rejected_path if process_index == 0 else None
-    example_set = load_examples(config.train, tokenizer, config, own_path, kind=kind)
+    example_set = load_examples(config.train, tokenizer, config, own_path, kind=kind, preparation=preparation)
     open_batches = mix_examples if has_mixture(config) else MemoryBatches
     return TrainRows(
         batches=open_batches(example_set, config, **process),
@@ -124,6 +126,7 @@ def read_documents(
     config: DataConfig,
     layout: SameLayout,
     *,
+    preparation: Preparation = AS_RENDERED,
     shard: int = 0,
     counts: RowCounts | None = None,
     log: RejectedLog | None = None,
@@ -135,19 +138,30 @@ def read_documents(
 
     def open_epoch(epoch: int) -> grain.IterDataset:
         counted = counts if epoch == 0 else None
-        row_filter = RowFilter(counted, config, source.parser.kind, layout, judged_from=_LEAST_ROWS, log=log)
+        options = {"preparation": preparation, "judged_from": _LEAST_ROWS, "log": log}
+        row_filter = RowFilter(counted, config, source.parser.kind, layout, **options)
         return RenderedRows(source.shard_rows(epoch, shard), source.parser, tokenizer, config, row_filter)
 
     return Epochs(open_epoch, source.config.max_epochs)
 
 
 def _open_stream(
-    tokenizer: Tokenizer | None, config: DataConfig, rejected_path, kind: str | None, **process: int
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    rejected_path,
+    kind: str | None,
+    preparation: Preparation,
+    **process: int,
 ) -> TrainRows:
     sources = [open_source(source, config, index) for index, source in enumerate(config.train)]
     find_kind([(source.name, source.parser) for source in sources], config, kind)
+    if preparation.together is not None:
+        raise UserError(
+            f"config key 'data.streaming' = True: to train {preparation.name} all rows must be known beforehand: "
+            "set it to False"
+        )
     layout, log = SameLayout(), None
-    sample = _first_document(sources[0], tokenizer, config, layout)
+    sample = _first_document(sources[0], tokenizer, config, layout, preparation)
     assert layout.layout is not None  # the sample's
     if rejected_path is not None:
         path, index = pathlib.Path(rejected_path), process["process_index"]
@@ -156,7 +170,9 @@ def _open_stream(
     def open_shard(shard: int, counts: Sequence[RowCounts] | None) -> list[grain.IterDataset]:
         uncounted: list[RowCounts | None] = [None] * len(sources)
         return [
-            read_documents(source, tokenizer, config, layout, shard=shard, counts=of_source, log=log)
+            read_documents(
+                source, tokenizer, config, layout, preparation=preparation, shard=shard, counts=of_source, log=log
+            )
             for source, of_source in zip(sources, counts or uncounted, strict=True)
         ]
 
@@ -164,7 +180,7 @@ def _open_stream(
     shards, lines = config.stream.shards, [source.format_summary() for source in sources]
     return TrainRows(
         batches=ShardedBatches(names, sizes, open_shard, config, layout=layout.layout, shards=shards, **process),
-        fingerprint=fingerprint_stream(sources, tokenizer, config),
+        fingerprint=fingerprint_stream(sources, tokenizer, config, preparation),
         summary="\n".join([*lines, f"streamed in {count(shards, 'shard')}: rows are checked when they are read"]),
         lengths=np.zeros(0, np.int64),
         sample=sample,
@@ -172,8 +188,10 @@ def _open_stream(
     )
 
 
-def _first_document(source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout) -> Document:
-    row_filter = RowFilter(None, config, source.parser.kind, layout)
+def _first_document(
+    source: Source, tokenizer: Tokenizer | None, config: DataConfig, layout: SameLayout, preparation: Preparation
+) -> Document:
+    row_filter = RowFilter(None, config, source.parser.kind, layout, preparation=preparation)
     for row in source.rows():
         (rendered,) = source.parser.render([row], tokenizer, config)
         if kept := row_filter.keep(rendered):

@@ -12,7 +12,7 @@ from typing import Any
 
 from postrain.config import DataConfig
 from postrain.data.bad_row import BadRow
-from postrain.data.documents import Document, Rendered, SameLayout
+from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered, SameLayout
 from postrain.data.kinds.registry import Kind, RenderedRow
 from postrain.data.row_keys import DATA_KEYS, find_near_key
 from postrain.errors import UserError
@@ -139,6 +139,7 @@ class RowFilter:
       layout: the arrays that all documents must have.
       judged_from: the share of bad rows is that of so many rows at least: a run does not stop because one of its first
         rows is bad. Infinite: ``check_share`` judges.
+      preparation: its ``each`` is applied to every document.
       log: takes the bad rows as they are met. Without one they are collected in ``rejected``.
     """
 
@@ -149,12 +150,13 @@ class RowFilter:
         kind: Kind,
         layout: SameLayout,
         *,
+        preparation: Preparation = AS_RENDERED,
         judged_from: float = 0,
         log: "RejectedLog | None" = None,
     ):
         self.counts, self.rejected = counts or RowCounts(""), []
         self._counted, self._config, self._kind, self._layout = counts is not None, config, kind, layout
-        self._judged_from, self._log = judged_from, log
+        self._each, self._judged_from, self._log = preparation.each, judged_from, log
 
     def keep(self, row: RenderedRow) -> list[Document]:
         """The documents to train on.
@@ -173,6 +175,8 @@ class RowFilter:
         try:
             if isinstance(documents, BadRow):
                 raise documents
+            if self._each is not None:
+                documents = [self._each(document) for document in documents]
             fitted = [document for document in map(self._fit, documents) if document is not None]
             for document in fitted:
                 self._layout.check(document)

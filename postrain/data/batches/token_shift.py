@@ -13,13 +13,15 @@ def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
       ``tokens`` int32 [L-1], ``targets`` int32 [L-1], ``loss_mask`` float32 [L-1]: at slot ``t`` the model
-      has read token ``t`` and predicts token ``t + 1``, which counts ``rendered.weight`` if it is trained, else 0.
+      has read token ``t`` and predicts token ``t + 1``, which counts ``rendered.weight`` if it is trained, else 0. One
+      slot more where the last token is read, with nothing to predict.
     """
     tokens = np.asarray(rendered.tokens, np.int32)
-    if rendered.is_prompt:  # its last token is read too; what follows it is not known yet
-        return tokens, np.append(tokens[1:], np.int32(0)), np.zeros(len(tokens), np.float32)
-    loss_mask = np.asarray(rendered.loss_mask[1:], np.float32)
-    return tokens[:-1], tokens[1:], loss_mask if rendered.weight == 1 else loss_mask * np.float32(rendered.weight)
+    targets, loss_mask = tokens[1:], np.asarray(rendered.loss_mask[1:], np.float32)
+    loss_mask = loss_mask if rendered.weight == 1 else loss_mask * np.float32(rendered.weight)
+    if rendered.reads_last:  # and what follows it is not known
+        return tokens, np.append(targets, np.int32(0)), np.append(loss_mask, np.float32(0))
+    return tokens[:-1], targets, loss_mask
 
 
 def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, np.ndarray]:
@@ -49,7 +51,10 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = places[: len(tokens)]
             for name, values, of_target in sequence.fields:
-                row[name][start:stop] = values[1:] if of_target else values[:-1]
+                if of_target:
+                    row[name][start : start + len(values) - 1] = values[1:]
+                else:
+                    row[name][start:stop] = values[: len(tokens)]
             start = stop
         if "group_ids" in row:
             row["group_ids"][first:start] = number

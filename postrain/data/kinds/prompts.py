@@ -88,4 +88,4 @@ def render_prompts(
                 yield tokens
                 continue
             mask = np.zeros(len(tokens), bool)
-            yield [Rendered(tokens, mask, example.ref, is_prompt=True, metadata=example.metadata)]
+            yield [Rendered(tokens, mask, example.ref, reads_last=True, metadata=example.metadata)]
