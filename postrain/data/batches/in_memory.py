@@ -99,8 +99,9 @@ def load_examples(
     for source in opened:
         counts = RowCounts(source.name, left_out_by=source.parser.left_out)
         # The share of bad rows is judged when all rows of a source are known.
-        options = {"preparation": preparation, "judged_from": math.inf}
-        filters.append(RowFilter(counts, config, source.parser.kind, layout, **options))
+        filters.append(
+            RowFilter(counts, config, source.parser.kind, layout, preparation=preparation, judged_from=math.inf)
+        )
     examples: list[Document] = []
     files: list[dict[str, None]] = [{} for _ in opened]  # that the rows of each source came from, in order
     try:

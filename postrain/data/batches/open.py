@@ -138,8 +138,9 @@ def read_documents(
 
     def open_epoch(epoch: int) -> grain.IterDataset:
         counted = counts if epoch == 0 else None
-        options = {"preparation": preparation, "judged_from": _LEAST_ROWS, "log": log}
-        row_filter = RowFilter(counted, config, source.parser.kind, layout, **options)
+        row_filter = RowFilter(
+            counted, config, source.parser.kind, layout, preparation=preparation, judged_from=_LEAST_ROWS, log=log
+        )
         return RenderedRows(source.shard_rows(epoch, shard), source.parser, tokenizer, config, row_filter)
 
     return Epochs(open_epoch, source.config.max_epochs)
