@@ -111,7 +111,7 @@ def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor, dtype: np.dty
         cast = array.astype(dtype, copy=False)
     if not np.isfinite(cast).all():
         value = array[~np.isfinite(cast)].flat[0]
-        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}, such as {value:.4g}"
+        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}, such as {float(value):.4g}"
         raise UserError(f"export: {found}: choose another export.dtype")
     return cast
 

@@ -230,8 +230,10 @@ class ProgressLine:
             self._evaluating += seconds
 
     def _count_left(self, step: int) -> int:
-        """Evaluations after ``step``: one at the end, and those that are due before."""
-        return 1 + ((self._total - 1) // self._eval_every - step // self._eval_every if self._eval_every else 0)
+        """Evaluations that the line of ``step`` has before it: its own, those that are due later, and the last."""
+        if step >= self._total:
+            return 1
+        return 1 + ((self._total - 1) // self._eval_every - (step - 1) // self._eval_every if self._eval_every else 0)
 
     def _forecast(self, step: int, seconds: float, evaluations: int, left: float) -> str:
         parts = f"{self._total - step:,} steps of {seconds:.2g} s"

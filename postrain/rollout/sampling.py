@@ -52,7 +52,7 @@ def choose_greedy(logits_BV: jax.Array, *, vocab_size: int, allowed_V=None) -> C
     if allowed_V is None:
         model_logprobs = -jnp.log(jnp.exp(whole - best_B1).sum(-1))
     else:  # an id that is left out may be far more probable
-        model_logprobs = best_B1[:, 0] - jax.nn.logsumexp(whole, axis=-1)
+        model_logprobs = -jax.nn.logsumexp(whole - best_B1, axis=-1)
     return Choice(tokens.astype(jnp.int32), jnp.zeros_like(model_logprobs), model_logprobs)
 
 
@@ -91,7 +91,8 @@ def choose_sampled(
     log_weight_B = jnp.log(jnp.take_along_axis(chunk_BW, within_B[:, None], axis=-1)[:, 0])
     logprobs_B = log_weight_B - jnp.log(sums_BC.sum(-1))
     if allowed_V is not None:
-        model_logprobs_B = log_weight_B + best_B1[:, 0] / temperature - jax.nn.logsumexp(whole / temperature, axis=-1)
+        # The best one subtracted first: logits over a small temperature are large numbers.
+        model_logprobs_B = log_weight_B - jax.nn.logsumexp((whole - best_B1) / temperature, axis=-1)
     elif candidates_BV is weights_BV:
         model_logprobs_B = logprobs_B
     else:

@@ -302,9 +302,12 @@ class Loop:
         return scores
 
     def _check_best_metric(self, group: str, found: Iterable[str]) -> None:
-        """Raises UserError where the best checkpoints are chosen by a metric of ``group`` that is not in ``found``."""
+        """Raises UserError where the best checkpoints are chosen by a metric of ``group`` that is not in ``found``.
+
+        A line without any of the group is of steps that made no update.
+        """
         config, names = self._config.checkpoint, sorted(name for name in found if name.startswith(group))
-        if config.keep_best and config.metric.startswith(group) and config.metric not in names:
+        if config.keep_best and config.metric.startswith(group) and names and config.metric not in names:
             raise UserError(
                 f"config key 'checkpoint.metric' = {config.metric!r} is not measured; found {', '.join(names)}"
             )

@@ -25,7 +25,7 @@ from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.errors import UserError, shorten
 
 # Bump when a code change would give other tokens or another mask for the same row and tokenizer.
-RENDERING_VERSION = 2
+RENDERING_VERSION = 3
 PROBE, PROBE_DATE = "PROBEANSWER", "2024-07-26"
 _SHOWN = 8  # wrong new tokens in one message
 _TOKEN_LISTS = (  # of the files beside tokenizer.json
