@@ -1,0 +1,117 @@
+"""What each method of post-training reaches on the quickstart's task, into docs/recipes.md.
+
+    python tests/benchmarks/methods.py --seeds 0 1 2 --write                    # all methods
+    python tests/benchmarks/methods.py --methods preference --seeds 0 --write   # one; the figures of others stay
+
+Every figure is of commands that a reader can run: trains by configs/quickstart.py and configs/after_quickstart.py,
+then answers or scores the held-out rows with the model that was written. A bar is met when its worst seed meets it.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import workloads
+from runner import Bar, describe_bars, make_parser
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "recipes.md"
+TEST = ROOT / "configs" / "data" / "quickstart_test.jsonl"
+
+
+def run(*words: str, **overrides: object) -> None:
+    """One command of postrain on CPU; its output goes to standard error."""
+    command = [sys.executable, "-m", "postrain.cli", *words]
+    command += [f"--config.{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    if subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr).returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+
+
+def train(config: str, workdir: pathlib.Path, seed: int, **overrides: object) -> pathlib.Path:
+    """The model that a run writes."""
+    run(
+        "train", f"--config=configs/{config}", f"--workdir={workdir}", train__seed=seed, data__seed=seed, **overrides
+    )  # fmt: skip
+    return workdir / "export"
+
+
+def read_last(workdir: pathlib.Path) -> dict[str, float]:
+    """The last value of every metric of a run."""
+    found: dict[str, float] = {}
+    for line in (workdir / "metrics.jsonl").read_text("utf-8").splitlines():
+        found |= json.loads(line)
+    return found
+
+
+def exact_match(model: pathlib.Path) -> float:
+    """The share of held-out requests that a model answers to the letter."""
+    output = model.parent / "answers.jsonl"
+    run("generate", f"--model={model}", f"--input={TEST}", f"--output={output}", "--max-new-tokens=64")
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    return sum(row["generated"]["text"] == row["messages"][-1]["content"] for row in rows) / len(rows)
+
+
+def measure_preference(start: pathlib.Path, folder: pathlib.Path, seed: int) -> dict[str, float]:
+    before = exact_match(start)
+    model = train("after_quickstart.py:preference", folder / "preference", seed, model__path=start)
+    last = read_last(folder / "preference")
+    return {"before": before, "after": exact_match(model), "accuracy": last["eval/rewards/accuracies"]}
+
+
+METHODS: dict[str, tuple[Callable, str, Callable]] = {
+    "preference": (
+        measure_preference,
+        "DPO on pairs of a right search and one with an error, from a model after `configs/quickstart.py:fast`: "
+        "exact match {before:.0%} -> {after:.0%}, held-out pairs in the right order {accuracy:.1%}",
+        lambda runs: [
+            Bar("exact match gained", min(run["after"] - run["before"] for run in runs), ">", 0, "{:+.0%}")
+        ],
+    ),
+}  # fmt: skip
+
+
+def measure(methods: Sequence[str], seed: int, folder: pathlib.Path) -> dict[str, dict[str, float]]:
+    start = train("quickstart.py:fast", folder / "start", seed)
+    found = {}
+    for name in methods:
+        began = time.perf_counter()
+        found[name] = METHODS[name][0](start, folder, seed)
+        found[name]["minutes"] = (time.perf_counter() - began) / 60
+        workloads.emit(method=name, seed=seed, **found[name])
+    return found
+
+
+def main() -> None:
+    parser = make_parser(__doc__, rounds=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    arguments = parser.parse_args()
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.methods}
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, found in measure(arguments.methods, seed, pathlib.Path(folder)).items():
+                runs[name].append(found | {"seed": seed})
+    missed = False
+    for name, of_seeds in runs.items():
+        _, line, find_bars = METHODS[name]
+        bars = find_bars(of_seeds)
+        lines = [
+            f"- seed {found['seed']}, {found['minutes']:.0f} minutes: {line.format(**found)}" for found in of_seeds
+        ]
+        text = "\n".join([workloads.describe_machine(), "", *lines, "", describe_bars(bars)])
+        print(text, flush=True)
+        if arguments.write:
+            workloads.write_section(PAGE, name, text)
+        missed |= not all(bar.met for bar in bars)
+    if missed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
