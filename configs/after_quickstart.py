@@ -3,7 +3,12 @@
     ./launch/local.sh train --config=configs/after_quickstart.py:preference --workdir=runs/preference \
         --config.model.path=runs/quickstart/export
 
-- `preference` goes on from the quickstart's model: DPO on pairs of a right search and one with an error.
+- `preference`, from the quickstart's model: DPO on pairs of a right search and one with an error.
+- `reward`, from the quickstart's model: a reward model of the same pairs.
+- `distill`, from a smaller student: it learns from `--config.distill.teacher=runs/quickstart/export`. `student` is the
+  same student and as many updates of supervised fine-tuning, to compare with.
+- `logged`, from the model that the quickstart starts from: fine-tuning on answers of a careless assistant, who leaves
+  out the last wish of most requests, and how members rated it. `exp` and `advantage` weigh its answers by the ratings.
 
 `tests/benchmarks/methods.py` runs them all, and docs/recipes.md has what they reach.
 """
@@ -48,24 +53,60 @@ def spoil(answer: str, draws: random.Random) -> str:
     return json.dumps(search, separators=(",", ":"))
 
 
+def to_logged(row: dict) -> dict:
+    """A row of the quickstart -> a careless answer to it in three of five cases, with a noisy reward.
+
+    A right answer earns 1 more than a careless one. Members differ in how they rate, and that hides it in part.
+    """
+    draws = draws_of(row)
+    search = json.loads(row["messages"][-1]["content"])
+    member, careless = draws.randrange(8), len(search) > 1 and draws.random() < 0.6
+    if careless:
+        search.popitem()
+    answer = {"role": "assistant", "content": json.dumps(search, separators=(",", ":"))}
+    reward = (not careless) + random.Random(member).gauss(0, 0.5) + draws.gauss(0, 0.3)
+    return {"messages": [*row["messages"][:-1], answer], "reward": reward, "member": f"member {member}"}
+
+
 def draws_of(row: dict) -> random.Random:
     """Random numbers that are the row's own, the same in every epoch and process."""
     return random.Random(zlib.crc32(json.dumps(row, sort_keys=True).encode()))
 
 
+VARIANTS = ("preference", "reward", "distill", "student", "logged", "exp", "advantage")
+
+
 def get_config(arg: str = "preference") -> ConfigDict:
+    if arg not in VARIANTS:
+        raise ValueError(f"no variant {arg!r}, there are {', '.join(VARIANTS)}")
     config = ConfigDict()
     train, test = (str(DATA / f"quickstart_{part}.jsonl") for part in ("train", "test"))
+    config.recipe = {"preference": "preference", "reward": "reward", "distill": "distill"}.get(arg, "sft")
+    config.data = {"sequence_length": 256, "batch_size": 2}
+    config.data.train = [{"path": train, "name": "requests"}]
+    config.data.eval = [{"path": test, "name": "held out"}]
     config.model = {"path": "", "loss_chunk": 256, "remat": "dots", "lora": {"rank": 16, "alpha": 32.0}}
-    config.optimizer = {"schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
-    config.data = {"sequence_length": 256, "batch_size": 4}
+    config.optimizer = {"learning_rate": 1.5e-3, "schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
+    if arg in ("preference", "reward"):
+        config.data.train[0]["kind"] = config.data.eval[0]["kind"] = to_pair
+        config.train = {"steps": 80}
     if arg == "preference":
-        config.recipe = "preference"
-        config.data.train = [{"path": train, "name": "pairs", "kind": to_pair}]
-        config.data.eval = [{"path": test, "name": "held out", "kind": to_pair}]
         config.preference = {"beta": 0.1, "nll_coef": 0.1}
         config.optimizer.learning_rate = 2e-4
-        config.train = {"steps": 60}
+    elif arg == "reward":
+        config.reward = {"centering_coef": 0.01}
+        config.optimizer.update({"learning_rate": 5e-4, "head_learning_rate": 2e-3})
+    elif arg in ("distill", "student"):  # few layers, all of which train
+        config.model.lora.rank = 0
+        config.optimizer.learning_rate = 1e-3
+        config.train = {"steps": 300}
     else:
-        raise ValueError(f"no variant {arg!r}, there is 'preference'")
+        config.data.train[0]["kind"] = to_logged
+        config.train = {"epochs": 1.0}
+    if arg == "exp":
+        config.sft = {"weights": {"mode": "exp", "temperature": 0.3}}
+    if arg == "advantage":
+        config.sft = {"weights": {"mode": "advantage", "baseline": "member", "temperature": 0.3}}
+    if config.recipe == "sft":
+        config.eval = {"generate_rows": 100, "max_new_tokens": 64, "batch_size": 50, "before": False}
     return config
