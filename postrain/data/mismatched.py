@@ -41,7 +41,7 @@ def add_mismatched(documents: Sequence[Document], slots: int, seed: int) -> list
     if all(len(group.sequences) == 1 for group in groups):
         raise UserError(
             f"none of {len(groups):,} rows can be paired with the answer to another prompt: expected two prompts or "
-            "more, and rows shorter than data.sequence_length: add rows, or use the loss 'bco', which needs no such pairs"
+            "more, and rows shorter than data.sequence_length: add rows, or use the loss 'bco', which needs none"
         )
     return groups
 
