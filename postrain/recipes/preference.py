@@ -62,7 +62,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         held_out = open_eval_rows(session, **own, preparation=prepare(config))
         total_steps = count_steps(session, rows)
         if unpaired and rows.example_set is not None:
-            session.say(format_labels(config, rows.example_set))
+            rows.summary += f"\n{format_labels(config, rows.example_set)}"
 
         model, reference = load_model(config, session.model_folder, session.mesh), choose_reference(config)
         model = hold_reference(model) if reference == "live" else model

@@ -21,6 +21,7 @@ from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
 from postrain.data.documents import Document
 from postrain.errors import UserError
 from postrain.files import write_whole
+from postrain.models.lora import drop_adapters
 from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, data_process, mesh_context, replicated, to_host
 from postrain.training.model import Forward, Model
@@ -34,8 +35,9 @@ HELD = "reference"  # in the frozen parameters: those that train, as they were a
 def hold_reference(model: Model) -> Model:
     """``model``, which may be abstract, with a copy of its ``params`` frozen as HELD; itself where it has one.
 
-    Matrices that are rounded to the compute dtype wherever they are used are held in it: so the reference is the very
-    model that training starts from.
+    Adapters are left out: they are new, as a run starts from a whole model, and have no effect yet. Matrices that are
+    rounded to the compute dtype wherever they are used are held in it. So the reference is the very model that training
+    starts from.
     """
     if HELD in model.frozen:
         return model
@@ -46,10 +48,11 @@ def hold_reference(model: Model) -> Model:
         dtype = jnp.dtype(model.config.compute_dtype) if is_rounded else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
-    held = jax.tree_util.tree_map_with_path(describe, model.params)
+    params = drop_adapters(model.params)
+    held = jax.tree_util.tree_map_with_path(describe, params)
     if not isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
         copy = lambda tree: jax.tree.map(lambda x, like: jnp.copy(x).astype(like.dtype), tree, held)
-        held = jax.jit(copy, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, held))(model.params)
+        held = jax.jit(copy, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, held))(params)
     return dataclasses.replace(model, frozen=model.frozen | {HELD: held})
 
 
@@ -60,7 +63,8 @@ def take_reference(params: dict) -> dict:
         inside = lambda key: put(tree[key], held[key]) if isinstance(held[key], dict) else held[key]
         return {key: inside(key) if key in held else value for key, value in tree.items()}
 
-    return put({key: value for key, value in params.items() if key != HELD}, params[HELD])
+    own = drop_adapters({key: value for key, value in params.items() if key != HELD})
+    return put(own, params[HELD])
 
 
 def add_reference_logprobs(session: Session, model: Model, forward: Forward, rows: ExampleSet) -> Extend:
