@@ -45,8 +45,8 @@ def make_reward_loss(compute_outputs: Outputs, options: Options, *, held_out: bo
       held_out: without the losses of routers, which only training adds, and with the sums of ``count_bins``.
 
     ``batch.fields`` has what the kind of rows brings: ``group_ids`` and ``scores`` (preference), ``steps``
-    (stepwise), or ``labels`` (labelled). Metrics are ``accuracy`` where there is a right and a wrong, and of one output
-    ``score_mean`` and ``score_square``, over answers or steps.
+    (stepwise), or ``labels`` (labelled). Metrics are ``accuracy`` where there is a right and a wrong; of one output
+    ``score_mean``, over answers or steps, and of held-out rows ``score_square``; of compared answers ``margin``.
     """
     measure = {"stepwise": _judge_steps, "cross_entropy": _classify, "squared_error": _regress}.get(
         options.loss, _compare
@@ -57,6 +57,7 @@ def make_reward_loss(compute_outputs: Outputs, options: Options, *, held_out: bo
         outputs_BTK, terms = compute_outputs(params, batch)
         sums, confidence = measure(outputs_BTK, batch, options)
         if not held_out:
+            sums.metrics.pop("score_square", None)
             return add_router_loss(sums, terms, (batch.segment_ids > 0).sum(1))
         return LossSums(sums.losses, sums.metrics | (count_bins(*confidence) if confidence else {}))
 
@@ -73,6 +74,7 @@ def _compare(outputs_BTK: jax.Array, batch: Batch, options: Options) -> tuple[Lo
     labels_BS = reduce_segments(
         jax.ops.segment_max, batch.fields["scores"], batch.segment_ids, batch.segment_ids.shape[1] + 1
     )
+    labels_BS = jnp.where(groups.group_ids_BS > 0, labels_BS, 0)  # of no answer: the lowest number
     chosen, rejected = (groups.mean(scores_BS, of) for of in (groups.chosen_BS, groups.rejected_BS))
     if options.loss == "plackett_luce":
         losses_BG = compute_list_loss(scores_BS, labels_BS, groups)
@@ -186,13 +188,13 @@ def count_bins(confidence: jax.Array, is_right: jax.Array, where: jax.Array) -> 
     ``confidence``: the probability that the model gives to its own answer, sigmoid of the distance between the scores
     of a pair, for one; ``is_right``: whether that answer is right; both where ``where``.
     """
-    bins = jnp.clip((confidence * BINS).astype(jnp.int32), 0, BINS - 1)
-    sums = {}
-    for i in range(BINS):
-        here = bins == i
-        for name, values in (("share", here), ("confidence", confidence * here), ("right", is_right & here)):
-            sums[f"bins/{i:02}/{name}"] = mean(values, where)
-    return sums
+    bins = jnp.where(where, jnp.clip((confidence * BINS).astype(jnp.int32), 0, BINS - 1), BINS).ravel()
+    totals = {}
+    for name, values in (("share", jnp.ones_like(confidence)), ("confidence", confidence), ("right", is_right)):
+        values = values.astype(jnp.float32).ravel()
+        totals[name] = jax.ops.segment_sum(values, bins, num_segments=BINS + 1)
+    number = where.sum(dtype=jnp.float32)
+    return {f"bins/{i:02}/{name}": WeightedSum(total[i], number) for i in range(BINS) for name, total in totals.items()}
 
 
 def read_bins(means: Mapping[str, float], prefix: str = "") -> tuple[float, list[dict[str, float]]]:

@@ -97,14 +97,18 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
 
 
 def read_last(document: Document) -> Document:
-    """The document with the last token of every sequence read, where its score is."""
+    """The document with the last token of every sequence read, where its score is.
+
+    What the data say of a sequence stands at all its places, so at that one, too.
+    """
     if isinstance(document, Group):
         return Group(tuple(map(_read_last, document.sequences)))
     return _read_last(document)
 
 
 def _read_last(sequence: Rendered) -> Rendered:
-    return dataclasses.replace(sequence, reads_last=True)
+    fields = tuple(field._replace(of_target=False) for field in sequence.fields)
+    return dataclasses.replace(sequence, fields=fields, reads_last=True)
 
 
 def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | None:
