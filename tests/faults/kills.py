@@ -5,6 +5,7 @@
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
+    python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -198,7 +199,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed" or "preference"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference" or "reward"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -224,12 +225,15 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5
-    if way == "preference":
+    if way in ("preference", "reward"):
         pairs = {"train": str(inputs / "pairs.jsonl"), "eval": str(inputs / "pairs_eval.jsonl"), "sequence_length": 96}
         values["data"] |= pairs
-        values["recipe"], values["optimizer"]["learning_rate"] = "preference", 1e-3
+        values["recipe"], values["optimizer"]["learning_rate"] = way, 1e-3
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
+    if way == "reward":
+        values["model"]["lora"] = {"rank": 4}
+        values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
     return values
 
 
@@ -305,7 +309,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     found["run"] = {key: told[key] for key in ("data_position", "config", "data_fingerprint", "model_fingerprint")}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-    for name in {"samples.jsonl", "config.json"} & set(found["files"]):
+    for name in {"samples.jsonl", "config.json", "calibration.json"} & set(found["files"]):
         found[name] = digest((workdir / name).read_bytes())
     for path in sorted([*(workdir / "export").iterdir(), *(workdir / "reference").glob("*")]):
         found[f"{path.parent.name}/{path.name}"] = digest(path.read_bytes())
@@ -322,6 +326,7 @@ def warm_up(way: str = "1") -> None:
         importlib.import_module("store").import_s3()
     importlib.import_module("postrain.recipes.sft")
     importlib.import_module("postrain.recipes.preference")
+    importlib.import_module("postrain.recipes.reward")
     for module, _ in CALLS.values():
         importlib.import_module(module)
     importlib.import_module("tensorboardX")
@@ -446,9 +451,11 @@ def main() -> None:
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
+    how.add_argument("--reward", action="store_true", help="runs of recipe reward, of adapters and a head")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    way = "streamed" if arguments.streamed else "preference" if arguments.preference else arguments.processes
+    ways = [way for way in ("streamed", "preference", "reward") if getattr(arguments, way)]
+    way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
     print(json.dumps(found, indent=2))
