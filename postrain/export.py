@@ -41,7 +41,7 @@ from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.report.workdir import read_config
 from postrain.sharding import make_mesh, mesh_context, num_row_shards, replicated, to_host
 from postrain.training.compatibility import check_record
-from postrain.training.model import Model, load_model, name_classes
+from postrain.training.model import Model, load_model, make_heads, name_classes
 from postrain.training.optimizer import make_optimizer
 from postrain.training.session import Session
 from postrain.training.step import abstract_train_state
@@ -208,6 +208,8 @@ def export_workdir(
     format = format or config.export.format
     if format == "none":
         raise UserError(f"{workdir}: the run's export.format is 'none': add --format merged or --format adapter")
+    if format == "adapter" and make_heads(config):
+        raise UserError(f"{workdir}: a reward model is exported whole, with its head: use --format merged")
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")
     check_output(workdir, output)

@@ -18,6 +18,7 @@ from postrain.data.batches.in_memory import load_examples
 from postrain.data.documents import Preparation, layout_of
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
+from postrain.export import export_workdir
 from postrain.recipes.reward import LAYOUTS, read_last
 from postrain.rollout.score import score_file
 
@@ -168,6 +169,21 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
     assert read_folder(tmp_path / "run" / "export") == read_folder(reference / "export")
     metrics = [without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", reference)]
     assert metrics[0] == metrics[1]
+    export_workdir(tmp_path / "run", tmp_path / "again")
+    assert read_folder(tmp_path / "again") == read_folder(reference / "export")
+    with pytest.raises(UserError, match="a reward model is exported whole, with its head: use --format merged"):
+        export_workdir(tmp_path / "run", tmp_path / "adapter", "adapter")
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_adapters_and_new_tokens_beside_a_classifier_are_merged(inputs, rows, finished, tmp_path, quantization):
+    """The head goes on from that of the folder; a token is added to the vocabulary."""
+    model = {"path": str(finished[0] / "export"), "quantization": quantization, "new_tokens": {"tokens": ["<x>"]}}
+    metrics = postrain.train(values_of(inputs, rows, model=model, train={"steps": 3}), tmp_path / "run")
+    first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["eval/accuracy"] == 1.0, "as the folder's head has it"
+    found = score(tmp_path / "run" / "export", rows / "bradley_terry_eval.jsonl", tmp_path / "scores.jsonl")
+    assert np.diff(found)[:, 0].mean() == pytest.approx(-metrics["eval/margin"], rel=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["plackett_luce", "stepwise", "cross_entropy"])
