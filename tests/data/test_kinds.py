@@ -195,7 +195,7 @@ def test_a_recipe_refuses_rows_of_another_kind(tmp_path, tokenizer, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("found", ["preference", "preference/list", "labelled", "stepwise", "kd", "events", "prompts"])
+@pytest.mark.parametrize("found", ["preference", "preference/list", "stepwise", "kd", "events", "prompts"])
 def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(found, 3))
     kind = found.partition("/")[0]
@@ -204,8 +204,6 @@ def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, s
         advice = ", for recipe 'preference': use a config like configs/preference.py"
     if kind == "stepwise":
         advice = ", for recipe 'reward' with 'reward.loss' = 'stepwise': use a config like configs/reward.py"
-    if kind == "labelled":
-        advice = ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
     with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 

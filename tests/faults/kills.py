@@ -6,6 +6,7 @@
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
     python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
+    python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -199,7 +200,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference" or "reward"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto" or "reward"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -225,12 +226,15 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5
-    if way in ("preference", "reward"):
-        pairs = {"train": str(inputs / "pairs.jsonl"), "eval": str(inputs / "pairs_eval.jsonl"), "sequence_length": 96}
-        values["data"] |= pairs
-        values["recipe"], values["optimizer"]["learning_rate"] = way, 1e-3
+    if way in ("preference", "kto", "reward"):
+        name = "answers" if way == "kto" else "pairs"
+        rows = {"train": str(inputs / f"{name}.jsonl"), "eval": str(inputs / f"{name}_eval.jsonl")}
+        values["data"] |= rows | {"sequence_length": 96}
+        values["recipe"], values["optimizer"]["learning_rate"] = "reward" if way == "reward" else "preference", 1e-3
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
+    if way == "kto":
+        values["preference"] = {"loss": "kto", "reference": "live"}
     if way == "reward":
         values["model"]["lora"] = {"rank": 4}
         values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
@@ -252,6 +256,12 @@ def make_inputs(folder: pathlib.Path) -> None:
     for name, numbers in (("pairs", range(30)), ("pairs_eval", range(30, 36))):
         lines = [{"prompt": f"{i} good", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels = [
+            (line["prompt"], *answer) for line in lines for answer in ((line["chosen"], 1), (line["rejected"], 0))
+        ]
+        keys = "prompt", "completion", "label"
+        lines = [json.dumps(dict(zip(keys, values, strict=True))) + "\n" for values in labels]
+        (folder / f"{name.replace('pairs', 'answers')}.jsonl").write_text("".join(lines))
     (folder / "store").mkdir()
     rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
     others = sft_runs.write_rows(folder / "second.jsonl", STEPS, first=200).read_text().splitlines(keepends=True)
@@ -451,10 +461,11 @@ def main() -> None:
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
+    how.add_argument("--kto", action="store_true", help="the same with single answers")
     how.add_argument("--reward", action="store_true", help="runs of recipe reward, of adapters and a head")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    ways = [way for way in ("streamed", "preference", "reward") if getattr(arguments, way)]
+    ways = [way for way in ("streamed", "preference", "kto", "reward") if getattr(arguments, way)]
     way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
