@@ -73,6 +73,10 @@ def check_rules(config: Config) -> None:
             )
         if "" in names or len(set(names)) < len(names):
             raise UserError(f"config key 'data.label_names' must be different names; found {', '.join(names)}")
+    if data.label_numbers and (config.recipe, config.reward.loss) != ("reward", "squared_error"):
+        raise UserError(
+            "config key 'data.label_numbers' is for 'reward.loss' = 'squared_error' of recipe 'reward': leave it out"
+        )
     if config.checkpoint.keep_best:
         _check_best(config)
     if config.recipe == "preference":
@@ -332,8 +336,8 @@ def _check_reward(config: Config) -> None:
             raise UserError(f"{where} does not read 'reward.{key}': leave it out, or choose another loss")
     if section.margin_of == "scores" and not section.margin:
         raise UserError("config key 'reward.margin_of' = 'scores' needs a factor: set 'reward.margin', usually to 1")
-    if config.data.label_names and section.loss != "cross_entropy":
-        raise UserError(f"{where} reads numbers, not classes: leave 'data.label_names' out")
+    if section.loss == "squared_error" and (config.data.label_names or not config.data.label_numbers):
+        raise UserError(f"{where} reads numbers, not classes: set 'data.label_numbers', and no 'data.label_names'")
     if len(config.data.label_names) == 1:
         raise UserError("config key 'data.label_names' has one name: there is nothing to tell apart")
     if config.eval.generate_rows:

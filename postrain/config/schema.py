@@ -124,6 +124,7 @@ class DataConfig:
     template_date: str = "2024-07-26"  # the date that templates print as today
     default_system: str = ""  # a system message for conversations that have none
     label_names: tuple[str, ...] = ()  # of rows of kind labelled: the classes by name, in the order of their numbers
+    label_numbers: bool = False  # of rows of kind labelled: labels are any numbers, such as ratings, not classes
     mixture: MixtureSection = MixtureSection()
     accept_change: str = ""  # the code that the refusal of changed data names: the data start anew at this update
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores

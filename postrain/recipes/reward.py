@@ -47,7 +47,13 @@ CHARTS = (
     Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
 )
 CALIBRATION = "calibration.json"  # in the workdir: the table of the last evaluation
-LAYOUTS = {"preference": preference.LAYOUT, "stepwise": stepwise.LAYOUT, "labelled": labelled.LAYOUT}
+LAYOUTS = {
+    "bradley_terry": preference.LAYOUT,
+    "plackett_luce": preference.LAYOUT,
+    "stepwise": stepwise.LAYOUT,
+    "cross_entropy": labelled.LAYOUT,
+    "squared_error": labelled.NUMBERS,
+}
 
 
 def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
@@ -89,7 +95,7 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         loss_fn=make_reward_loss(outputs, options),
         eval_loss_fn=make_reward_loss(outputs, options, held_out=True),
         loss_coefs={"centering": options.centering_coef} if options.centering_coef else None,
-        layout=LAYOUTS[find_row_kind(config)],
+        layout=LAYOUTS[options.loss],
     )
 
 
@@ -141,7 +147,7 @@ def check_variance(rows: Rows) -> None:
         raise UserError(f"data.train: all labels are {found.pop()}: there is nothing to tell apart: add rows of others")
 
 
-def list_labels(document: Document) -> list[int]:
+def list_labels(document: Document) -> list[float]:
     """The label of a document, or those of its steps; [] of answers that are compared."""
     for name, values, _ in document.sequences[0].fields:
         if name == labelled.FIELD:

@@ -53,7 +53,12 @@ def make_labelled(i):
     return {"prompt": f"{i} ", "completion": WORDS[i % 3], "label": ("warm", "cold", "none")[i % 3]}
 
 
+def make_rated(i):
+    return {"prompt": f"{i} ", "completion": WORDS[i % 3], "label": (0.25, -1.5, 3)[i % 3]}
+
+
 ROWS = {"bradley_terry": make_pair, "plackett_luce": make_list, "stepwise": make_steps, "cross_entropy": make_labelled}
+ROWS["squared_error"] = make_rated
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,7 @@ def rows(inputs, tmp_path_factory):
 def values_of(inputs, rows, loss="bradley_terry", **sections):
     data = {"train": str(rows / f"{loss}.jsonl"), "eval": str(rows / f"{loss}_eval.jsonl")}
     data |= {"label_names": ["warm", "cold", "none"]} if loss == "cross_entropy" else {}
+    data |= {"label_numbers": True} if loss == "squared_error" else {}
     own = {"data": data, "eval": {"every": 4, "generate_rows": 0}, "train": {"steps": 8}, "checkpoint": {"every": 4}}
     own["optimizer"] = {"head_learning_rate": 3e-2}
     values = make_values(inputs, **{name: own.get(name, {}) | sections.get(name, {}) for name in own | sections})
@@ -186,14 +192,15 @@ def test_adapters_and_new_tokens_beside_a_classifier_are_merged(inputs, rows, fi
     assert np.diff(found)[:, 0].mean() == pytest.approx(-metrics["eval/margin"], rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["plackett_luce", "stepwise", "cross_entropy"])
+@pytest.mark.parametrize("loss", ["plackett_luce", "stepwise", "cross_entropy", "squared_error"])
 def test_every_kind_of_rows_is_learned_exported_and_scored(inputs, rows, tmp_path, loss):
     """Every parameter trains; then the export trains on as a classifier."""
     model = {"lora": {"rank": 0}}
     values = values_of(inputs, rows, loss, model=model)
     metrics = postrain.train(values, tmp_path / "run")
     first, *_, last = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert last["eval/loss"] < 0.9 * first["eval/loss"] and 0 <= metrics["eval/calibration_error"] <= 1
+    assert last["eval/loss"] < 0.9 * first["eval/loss"]
+    assert loss == "squared_error" or 0 <= metrics["eval/calibration_error"] <= 1
     export, path = tmp_path / "run" / "export", rows / f"{loss}_eval.jsonl"
     found, lines = score(export, path, tmp_path / "scores.jsonl"), read_lines(path)
     if loss == "cross_entropy":
@@ -203,6 +210,11 @@ def test_every_kind_of_rows_is_learned_exported_and_scored(inputs, rows, tmp_pat
         assert list(found[0]["probabilities"]) == ["warm", "cold", "none"]
         right = [one["label"] == row["label"] for one, row in zip(found, lines, strict=True)]
         assert np.mean(right) == pytest.approx(metrics["eval/accuracy"])
+    elif loss == "squared_error":
+        texts = [f"{row['prompt']}{row['completion']}<|im_end|>" for row in lines]
+        expected, shares = score_in_transformers(export, texts)[:, 0], found
+        errors = [(one - row["label"]) ** 2 for one, row in zip(found, lines, strict=True)]
+        assert np.mean(errors) == pytest.approx(metrics["eval/loss"], rel=1e-4)
     else:
         texts = []
         for row in lines:
@@ -227,7 +239,7 @@ def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, rows, loss):
     preparation = Preparation("read", each=read_last)
     tokenizer = load_tokenizer(inputs / "model")
     found = load_examples(config.data.train, tokenizer, config.data, kind=kind, preparation=preparation)
-    assert layout_of(found.examples[0]) == LAYOUTS[kind]
+    assert layout_of(found.examples[0]) == LAYOUTS[loss]
 
 
 def test_the_plan_of_a_reward_run_compiles(inputs, rows, tmp_path):
@@ -245,6 +257,8 @@ def test_the_plan_of_a_reward_run_compiles(inputs, rows, tmp_path):
         ({"loss": "stepwise", "reward": {"margin": 1.0}}, "'stepwise' does not read 'reward.margin'"),
         ({"loss": "plackett_luce", "reward": {"label_smoothing": 0.1}}, "does not read 'reward.label_smoothing'"),
         ({"loss": "cross_entropy", "data": {"label_names": ["a"]}}, "'data.label_names' has one name"),
+        ({"loss": "squared_error", "data": {"label_numbers": False}}, "reads numbers, not classes: set 'data.label_n"),
+        ({"data": {"label_numbers": True}}, "'data.label_numbers' is for 'reward.loss' = 'squared_error'"),
         ({"eval": {"generate_rows": 2}}, "'eval.generate_rows': a reward model generates nothing"),
         ({"export": {"format": "adapter"}}, "'export.format' = 'adapter': a reward model is exported whole"),
     ],
@@ -263,6 +277,9 @@ def test_settings_that_a_reward_model_cannot_have_are_refused(inputs, rows, tmp_
         ("bradley_terry", make_pair(0) | {"rejected": ""}, "bad.jsonl:1: rejected: 'completion' is empty"),
         ("stepwise", make_steps(1) | {"labels": [True, True]}, "data.train: all labels are 1: there is nothing to"),
         ("cross_entropy", make_labelled(0) | {"label": 3}, "bad.jsonl:1: 'label' must be below 3"),
+        ("squared_error", make_rated(0) | {"label": "much"}, "bad.jsonl:1: 'label' must be a finite number"),
+        ("squared_error", make_rated(0) | {"label": float("nan")}, "bad.jsonl:1: "),
+        ("squared_error", make_rated(0), "data.train: all labels are 0.25: there is nothing to"),
         ("cross_entropy", make_labelled(0), "data.train: all labels are 0: there is nothing to"),
     ],
 )

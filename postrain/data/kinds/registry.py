@@ -91,7 +91,7 @@ KINDS = {
         Kind("preference", preference.FORMS, preference.parse_preference, preference.render_preferences, None),
         Kind(
             "labelled", labelled.FORMS, labelled.parse_labelled, labelled.render_labelled, None,
-            options=("label_names", "template_date", "default_system"),
+            options=("label_names", "label_numbers", "template_date", "default_system"),
         ),
         Kind("stepwise", stepwise.FORMS, stepwise.parse_steps, stepwise.render_steps, None),
         Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
