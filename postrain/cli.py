@@ -1,4 +1,4 @@
-"""The command line: ``postrain train | launch | preview | plan | export | import | generate | verify``.
+"""The command line: ``postrain train | launch | preview | plan | export | import | generate | score | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Each command imports the heavy
 modules that it needs itself, so that ``--help`` and a wrong key answer at once.
@@ -307,6 +307,17 @@ def make_parser() -> Parser:
     command = add("generate", run_generate, "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
 
+    command = add("score", run_score, "score every line of a JSONL file with a reward model or classifier")
+    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of *ForSequenceClassification")
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help="rows, or lines of generate")
+    text = "the lines, each with 'score' (default: the terminal)"
+    command.add_argument("--output", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
+    command.add_argument("--system", type=read_text, default="", help="a system message (default: none)")
+    command.add_argument("--raw", action="store_true", help="the lines were generated with --raw")
+    command.add_argument("--steps", action="store_true", help="'completions' are the steps of one answer")
+    text = "packed rows that are scored together (default 8)"
+    command.add_argument("--batch-size", type=read_whole_number, metavar="N", default=8, help=text)
+
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
     command.add_argument("--random", action="store_true", help="with random weights: config.json is enough")
@@ -472,6 +483,19 @@ def run_generate(args, overrides) -> None:
             answer_prompt(model, args.prompt, sampling, write=write, **prompt)
         finally:
             print()
+
+
+def run_score(args, overrides) -> None:
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: expected at least 1")
+    with ends_at_once():
+        from postrain.config import check_model_path
+        from postrain.rollout.score import score_file
+
+    check_model_path(args.model, "MODEL_DIR")
+    options = {"system": args.system, "raw": args.raw, "steps": args.steps, "batch_size": args.batch_size}
+    count = score_file(args.model, args.file, args.output, **options)
+    print(f"{count} row{'s' * (count != 1)} scored{f' in {args.output}' if args.output else ''}", file=sys.stderr)
 
 
 def run_verify(args, overrides) -> int:

@@ -1,10 +1,10 @@
 """From a train state to the folder that users take away.
 
-What is written is read back and must give the logits of the weights in memory before it takes its place: does an export
-compute what the trained weights compute? One short row of tokens goes through both. Exports have gone wrong unseen in
-many libraries: merges without effect, layers left out, transposed matrices. Rounding to the file's dtype changes more
-than a small fine-tune does, so it is not part of any comparison: the merge is checked before the weights are rounded,
-the files against the rounded weights.
+What is written is read back and must give the logits of the weights in memory before it takes its place, or of a
+classifier the scores: does an export compute what the trained weights compute? One short row of tokens goes through
+both. Exports have gone wrong unseen in many libraries: merges without effect, layers left out, transposed matrices.
+Rounding to the file's dtype changes more than a small fine-tune does, so it is not part of any comparison: the merge is
+checked before the weights are rounded, the files against the rounded weights.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from postrain.config import Config, MeshConfig, check_paths
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_local
-from postrain.hf.config import read_config as read_model_config
-from postrain.hf.config import read_family
+from postrain.hf.classifier import SCORE, load_trunk, open_trunk, read_trunk, save_classifier
 from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, staged_folder
-from postrain.hf.load import load_pretrained, make_reader, open_checked, place
+from postrain.hf.load import load_pretrained, make_reader, place
 from postrain.hf.peft.adapter import load_adapter, save_adapter
 from postrain.hf.save import save_pretrained
 from postrain.hf.tensors import DTYPES, TensorFiles
 from postrain.hf.tree import list_entries, list_tensors
 from postrain.models.config import ModelConfig
+from postrain.models.heads import HeadConfig, apply_head
 from postrain.models.lora import merge_lora
 from postrain.models.params import merge_params
 from postrain.models.quantized import dequantize_params
@@ -41,7 +41,7 @@ from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.report.workdir import read_config
 from postrain.sharding import make_mesh, mesh_context, num_row_shards, replicated, to_host
 from postrain.training.compatibility import check_record
-from postrain.training.model import Model, load_model
+from postrain.training.model import Model, load_model, make_heads, name_classes
 from postrain.training.optimizer import make_optimizer
 from postrain.training.reference import HELD
 from postrain.training.session import Session
@@ -102,7 +102,7 @@ def write_export(
         raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
     frozen = {key: value for key, value in state.frozen.items() if key != HELD}
-    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer)
+    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer, model.heads)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
         note = write(staged, params, frozen, target)
@@ -122,6 +122,7 @@ class _Target(NamedTuple):
     mesh: Mesh
     source_folder: str | os.PathLike
     tokenizer: Tokenizer
+    heads: tuple[HeadConfig, ...]
 
 
 def _write_adapter(staged: pathlib.Path, params, frozen, target: _Target) -> str:
@@ -144,27 +145,29 @@ def _write_adapter(staged: pathlib.Path, params, frozen, target: _Target) -> str
 
 def _write_merged(staged: pathlib.Path, params, frozen, target: _Target) -> str:
     """Writes the Hugging Face folder and checks it. Returns a line about its rounding, "" where nothing is lost."""
-    base, source = frozen, target.source_folder
+    base, source, heads = frozen, target.source_folder, target.heads
+    load = load_trunk if heads else load_pretrained
+    compute = functools.partial(compute_probe_logits, config=target.model_config, mesh=target.mesh, heads=heads)
     if frozen:
         # The frozen base is rounded to the compute dtype, which must not reach the export. Its quantisation must: the
         # adapters were trained on those numbers.
         kind, vocab_size = target.model_config.quantization, target.model_config.vocab_size
-        _, base = load_pretrained(source, mesh=target.mesh, dtype="float32", vocab_size=vocab_size, quantization=kind)
+        _, base = load(source, mesh=target.mesh, dtype="float32", vocab_size=vocab_size, quantization=kind)
+        base.pop("heads", None)  # of a classifier: they have been trained on
     tree = merge_params(params, base)
     if frozen:
-        expected = compute_probe_logits(tree, target.model_config, target.mesh)
+        expected = compute(tree)
+        trained_heads = {"heads": params["heads"]} if heads else {}
         tree, base = None, dequantize_params(base, "float32")
-        tree = _merge(base, params, target.model_config)
-        found = compute_probe_logits(tree, target.model_config, target.mesh)
+        tree = _merge(base, params, target.model_config) | trained_heads
+        found = compute(tree)
         check_logits(found, expected, target.name, "the merged weights'", "the base with its adapters")
-    save_pretrained(
-        staged,
-        tree,
-        target.model_config,
-        source_folder=source,
-        dtype=target.config.export.dtype,
-        tokenizer=target.tokenizer,
-    )
+    options = {"source_folder": source, "dtype": target.config.export.dtype, "tokenizer": target.tokenizer}
+    if heads:
+        head = dataclasses.replace(heads[0], position="last")
+        save_classifier(staged, tree, target.model_config, head, labels=name_classes(target.config), **options)
+    else:
+        save_pretrained(staged, tree, target.model_config, **options)
     dtypes = find_dtypes(staged, target.model_config)
     if target.model_config.quantization == "none":
         note = format_rounding(tree, source, dtypes, target.model_config, target.mesh)
@@ -172,13 +175,13 @@ def _write_merged(staged: pathlib.Path, params, frozen, target: _Target) -> str:
         kind = target.model_config.quantization
         note = f"export      merged into the base as {kind} holds it, with which the adapters were trained"
     tree, base = round_params(tree, dtypes), None
-    expected = compute_probe_logits(tree, target.model_config, target.mesh)
+    expected = compute(tree)
     del tree
     # In the dtype in which the folder reads back unchanged: its own where it has a single one, else float32.
     kinds = {_on_device(dtype).name for layers in dtypes.values() for dtype in layers}
     dtype = kinds.pop() if len(kinds) == 1 else "float32"
-    config, loaded = load_pretrained(staged, mesh=target.mesh, dtype=dtype)
-    found = compute_probe_logits(loaded, config, target.mesh)
+    config, loaded = load(staged, mesh=target.mesh, dtype=dtype)
+    found = compute_probe_logits(loaded, config, target.mesh, heads)
     check_logits(found, expected, target.name, "the files'", "the trained weights")
     return note
 
@@ -207,6 +210,8 @@ def export_workdir(
     format = format or config.export.format
     if format == "none":
         raise UserError(f"{workdir}: the run's export.format is 'none': add --format merged or --format adapter")
+    if format == "adapter" and make_heads(config):
+        raise UserError(f"{workdir}: a reward model is exported whole, with its head: use --format merged")
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")
     check_output(workdir, output)
@@ -246,9 +251,12 @@ def check_output(workdir: pathlib.Path, output: str | os.PathLike) -> None:
 # Does the export compute what the weights do?
 
 
-def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.ndarray:
+def compute_probe_logits(
+    params: dict, config: ModelConfig, mesh: Mesh, heads: tuple[HeadConfig, ...] = ()
+) -> np.ndarray:
     """float32 logits [B, 16, V] of fixed random tokens, computed in float32, on every host; B as few as ``mesh`` takes.
 
+    With ``heads`` the outputs [B, 16, K] of the only one, in place of logits.
     Every other token is from the end of the vocabulary, where new tokens are. ``params``: the whole tree, with or
     without adapters.
     """
@@ -257,16 +265,18 @@ def compute_probe_logits(params: dict, config: ModelConfig, mesh: Mesh) -> np.nd
     tokens[:, ::2] = config.vocab_size - 1 - rng.integers(0, min(config.vocab_size, LENGTH), shape, np.int32)[:, ::2]
     config = dataclasses.replace(config, compute_dtype="float32", remat="none", fp8=False)
     with jax.default_matmul_precision("highest"):  # float32 products on accelerators too
-        logits = _make_probe(mesh, config)(params, tokens)
+        logits = _make_probe(mesh, config, heads)(params, tokens)
     return to_host(logits)
 
 
 @functools.cache
-def _make_probe(mesh: Mesh, config: ModelConfig):
+def _make_probe(mesh: Mesh, config: ModelConfig, heads: tuple[HeadConfig, ...]):
     def probe(params, tokens_BT):
         positions_BT = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens_BT.shape)
         with mesh_context(mesh):
             hidden = compute_hidden(params, config, tokens_BT, np.ones(tokens_BT.shape, np.int32), positions_BT)
+            if heads:
+                return apply_head(params, heads[0], hidden)
             return compute_logits(params, config, hidden)[..., : config.vocab_size]
 
     return jax.jit(probe, out_shardings=replicated(mesh))
@@ -289,7 +299,10 @@ def check_logits(found: np.ndarray, expected: np.ndarray, name: str, owner: str,
 def find_dtypes(folder: str | os.PathLike, config: ModelConfig) -> Dtypes:
     """The dtypes in a Hugging Face folder; all experts of a layer are assumed to have the same."""
     infos, found = TensorFiles(folder).infos, {}
-    for tensor in list_tensors(config, read_family(folder)):
+    trunk = read_trunk(folder)
+    if trunk.labels:
+        found[SCORE.param] = [DTYPES[infos[SCORE.name].dtype]]
+    for tensor in list_tensors(config, trunk.family):
         if not tensor.expert:
             for entry in tensor.entries:
                 found.setdefault(entry.param, []).append(DTYPES[infos[tensor.name].dtype])
@@ -326,9 +339,9 @@ def format_rounding(params: dict, source_folder: str | os.PathLike, dtypes: Dtyp
     narrow = sorted({dtype.name for kinds in dtypes.values() for dtype in kinds if dtype.itemsize < 4})
     if not narrow:
         return ""
-    source_config = read_model_config(source_folder)  # its vocabulary may be smaller: new rows count as changed
-    files, _ = open_checked(source_folder, source_config)
-    entries = list_entries(config, read_family(source_folder))
+    files, trunk = open_trunk(source_folder)
+    source_config = trunk.config  # its vocabulary may be smaller: new rows count as changed
+    entries = list_entries(config, trunk.family)
     leaves, num_changed, num_preserved = flatten(params), 0, 0
     for entry, spec in entries:
         leaf, read = leaves[entry.param], make_reader(files, entry, spec, source_config, np.dtype(np.float32))

@@ -97,6 +97,33 @@ def test_the_commands_of_the_page_on_preferences_run(folder):
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
+def test_the_commands_of_the_page_on_reward_models_run(folder):
+    """From pairs to scores, and answers of a model to the best of each prompt."""
+    rows = [{"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither"} for i in range(6)]
+    for name in ("pairs", "held_out_pairs"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i // 2} is"}) + "\n" for i in range(6)))
+    page = ROOT / "docs" / "reward.md"
+    for words in read_commands(page):
+        words = [re.sub(r"(held_out_)?(pairs|prompts)\.jsonl", rf"{folder}/\g<0>", word) for word in words]
+        words += ["--max-new-tokens=4"] if words[0] == "generate" else []
+        result = run(in_small(words, folder))
+        assert result.returncode == 0, (words, result.stderr)
+    [scored] = [(folder / "runs" / "scored.jsonl").read_text().splitlines()]
+    assert [json.loads(line)["prompt"] for line in scored] == [f"{i // 2} is" for i in range(6)]
+    rows = [json.loads(line) for line in scored]
+    for i, row in enumerate(rows):  # such short answers of a random model do not end
+        row["generated"] = {"text": f"answer {i}", "finished": True}
+        row["score"] = float(i % 3)
+    (folder / "runs" / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [script] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
+    best = [json.loads(line)["messages"] for line in (folder / "runs" / "best.jsonl").read_text().splitlines()]
+    assert [(one[0]["content"], one[1]["content"]) for one in best] == [
+        (f"{i} is", f"answer {j}") for i, j in ((0, 1), (1, 2), (2, 5))
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page, folder):
     for words in read_commands(page):

@@ -30,6 +30,7 @@ WITHOUT_ARRAYS = {
     "hf/verify/": "a command of one process",
     "plan/": "compiled, never run",
     "rollout/chat.py": "a command of one process",
+    "rollout/score.py": "a command of one process",
     "models/flops.py": "batches before they are placed on devices, in numpy",
 }
 # Single expressions.
@@ -70,6 +71,10 @@ ALLOWED = {
     "report/metrics.py": (
         "numpy, out of to_host; numbers",
         {"array.item()", "float(str(array))", "int(array)", "int(step)"},
+    ),
+    "recipes/reward.py": (
+        "numpy: fields of documents",
+        {"values[:1].tolist()", "(values[values > 0] == stepwise.RIGHT).astype(int).tolist()"},
     ),
     "rollout/answers.py": (
         "a rendered row, in numpy; texts",

@@ -21,6 +21,11 @@ class RowKinds:
 RECIPE_KINDS = {
     "sft": RowKinds("sft"),
     "preference": RowKinds("preference", "preference.loss", dict.fromkeys(UNPAIRED_LOSSES, "labelled")),
+    "reward": RowKinds(
+        "preference",
+        "reward.loss",
+        {"stepwise": "stepwise", "cross_entropy": "labelled", "squared_error": "labelled"},
+    ),
 }
 
 

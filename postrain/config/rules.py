@@ -14,6 +14,7 @@ from postrain.config.schema import (
     ModelSection,
     OptimizerConfig,
     PreferenceSection,
+    RewardSection,
     SftSection,
 )
 from postrain.errors import UserError
@@ -72,10 +73,16 @@ def check_rules(config: Config) -> None:
             )
         if "" in names or len(set(names)) < len(names):
             raise UserError(f"config key 'data.label_names' must be different names; found {', '.join(names)}")
+    if data.label_numbers and (config.recipe, config.reward.loss) != ("reward", "squared_error"):
+        raise UserError(
+            "config key 'data.label_numbers' is for 'reward.loss' = 'squared_error' of recipe 'reward': leave it out"
+        )
     if config.checkpoint.keep_best:
         _check_best(config)
     if config.recipe == "preference":
         _check_preference(config)
+    if config.recipe == "reward":
+        _check_reward(config)
 
 
 def has_mixture(config: DataConfig) -> bool:
@@ -199,12 +206,18 @@ def _check_unread(config: Config) -> None:
             f"config key 'optimizer.final_fraction' = {optimizer.final_fraction} is not read by schedule 'constant', "
             "which stays at the peak: leave it out, or choose another 'optimizer.schedule'"
         )
+    if optimizer.head_learning_rate and config.recipe != "reward":
+        raise UserError(
+            f"config key 'optimizer.head_learning_rate' = {optimizer.head_learning_rate}: recipe {config.recipe!r} "
+            "trains no head: leave it out"
+        )
     if not optimizer.weight_decay and optimizer.weight_decay_exclude != default.weight_decay_exclude:
         raise UserError(
             "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
             "set the decay"
         )
     used = {"sft": config.sft != SftSection(), "preference": config.preference != PreferenceSection()}
+    used["reward"] = config.reward != RewardSection()
     for recipe, is_used in used.items():
         if is_used and config.recipe != recipe:
             raise UserError(f"config keys '{recipe}.*' are not read by recipe {config.recipe!r}: leave them out")
@@ -302,4 +315,35 @@ def _check_reference(config: Config) -> None:
             f"the reference of recipe 'preference' is computed once for all rows, which {which} does not have: leave "
             "it out, or train adapters ('model.lora.rank' above 0), whose reference is the model without them, or set "
             "'preference.reference' to 'live', which keeps the starting model in memory"
+        )
+
+
+# Keys of ``reward`` that a loss reads.
+REWARD_KEYS = {
+    "bradley_terry": ("margin", "margin_of", "label_smoothing", "centering_coef"),
+    "plackett_luce": ("centering_coef",),
+    "stepwise": ("label_smoothing",),
+    "cross_entropy": (),
+    "squared_error": (),
+}
+
+
+def _check_reward(config: Config) -> None:
+    section, default = config.reward, RewardSection()
+    where = f"config key 'reward.loss' = {section.loss!r}"
+    for key in ("margin", "margin_of", "label_smoothing", "centering_coef"):
+        if getattr(section, key) != getattr(default, key) and key not in REWARD_KEYS[section.loss]:
+            raise UserError(f"{where} does not read 'reward.{key}': leave it out, or choose another loss")
+    if section.margin_of == "scores" and not section.margin:
+        raise UserError("config key 'reward.margin_of' = 'scores' needs a factor: set 'reward.margin', usually to 1")
+    if section.loss == "squared_error" and (config.data.label_names or not config.data.label_numbers):
+        raise UserError(f"{where} reads numbers, not classes: set 'data.label_numbers', and no 'data.label_names'")
+    if len(config.data.label_names) == 1:
+        raise UserError("config key 'data.label_names' has one name: there is nothing to tell apart")
+    if config.eval.generate_rows:
+        raise UserError("config key 'eval.generate_rows': a reward model generates nothing: set it to 0")
+    if config.export.format == "adapter":
+        raise UserError(
+            "config key 'export.format' = 'adapter': a reward model is exported whole, with its head: set it to "
+            "'merged' or 'none'"
         )

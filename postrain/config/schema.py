@@ -56,8 +56,8 @@ class Dataset:
 
 RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> a row of a known kind, or None: left out
 Kind = Literal[
-    "sft", "messages", "prompt_completion", "text", "preference", "labelled", "prompts", "kd", "events", "sharegpt",
-    "alpaca",
+    "sft", "messages", "prompt_completion", "text", "preference", "labelled", "stepwise", "prompts", "kd", "events",
+    "sharegpt", "alpaca",
 ]  # fmt: skip
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 AnswerMetric = Literal["exact_match", "valid_json"]
@@ -124,6 +124,7 @@ class DataConfig:
     template_date: str = "2024-07-26"  # the date that templates print as today
     default_system: str = ""  # a system message for conversations that have none
     label_names: tuple[str, ...] = ()  # of rows of kind labelled: the classes by name, in the order of their numbers
+    label_numbers: bool = False  # of rows of kind labelled: labels are any numbers, such as ratings, not classes
     mixture: MixtureSection = MixtureSection()
     accept_change: str = ""  # the code that the refusal of changed data names: the data start anew at this update
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
@@ -201,6 +202,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "adafactor", "sgd", "muon"] = "adamw"  # which optimizer
     learning_rate: Positive = 1e-5  # the peak
+    head_learning_rate: NotNegative = 0.0  # the peak of a head's (recipe reward); 0: that of the rest
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # of the learning rate after the warm-up
     warmup_steps: Count = 0  # of a linear rise from 0
     decay_steps: Count = 0  # of wsd: length of the final decay; 0: a tenth of the run
@@ -324,6 +326,20 @@ class PreferenceSection:
     undesirable_weight: Positive = 1.0  # and of those with label false
 
 
+RewardLoss = Literal["bradley_terry", "plackett_luce", "stepwise", "cross_entropy", "squared_error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSection:
+    """The loss of recipe reward; docs/reward.md has the formulas of ``objectives/reward.py``."""
+
+    loss: RewardLoss = "bradley_terry"  # of pairs, of scored lists, of the steps of an answer, of classes, of numbers
+    margin: NotNegative = 0.0  # of bradley_terry: by how much the better answer is to lead, times `margin_of`
+    margin_of: Literal["constant", "scores"] = "constant"  # 1, or the difference of the answers' scores
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a label is the wrong way round
+    centering_coef: NotNegative = 0.0  # factor of the second loss, which holds the scores around 0
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportSection:
     """What is written to ``workdir/export`` at the end."""
@@ -348,3 +364,4 @@ class Config:
     export: ExportSection = ExportSection()
     sft: SftSection = SftSection()
     preference: PreferenceSection = PreferenceSection()
+    reward: RewardSection = RewardSection()

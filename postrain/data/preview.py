@@ -90,12 +90,13 @@ def preview(
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:
     """A line about rows that the recipe would refuse: of scored answers it reads two."""
     lists = [document for document in example_set.examples if len(document.sequences) > 2]
-    if config.recipe != "preference" or config.preference.loss == "softmax" or not lists:
+    for_lists = {"preference": "softmax", "reward": "plackett_luce"}.get(config.recipe, "")
+    if not lists or not for_lists or getattr(config, config.recipe).loss == for_lists:
         return []
     return [
-        f"recipe 'preference' reads two answers to a prompt, and would refuse {count(len(lists), 'row')} with more, "
-        f"the first at {lists[0].ref}: make rows of two out of longer lists, or set "
-        "'preference.loss' to 'softmax'"
+        f"recipe {config.recipe!r} reads two answers to a prompt, and would refuse {count(len(lists), 'row')} with "
+        f"more, the first at {lists[0].ref}: make rows of two out of longer lists, or set "
+        f"'{config.recipe}.loss' to {for_lists!r}"
     ]
 
 

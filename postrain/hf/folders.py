@@ -215,7 +215,7 @@ def _write_stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
     generation_config.json gets all of the run's stop tokens, config.json too where it lacks the trained one, and the
     tokenizer's files, which name a single one, get that. What says so already stays as it is.
     """
-    end, stops = _find_answer_end(tokenizer), sorted(tokenizer.stop_ids)
+    end, stops = find_answer_end(tokenizer), sorted(tokenizer.stop_ids)
     trained = tokenizer.fast.token_to_id(end) if end else tokenizer.eos_id
     needed = {GENERATION_FILE: stops, CONFIG_FILE: stops if trained is None else [trained]}
     if not (folder / CONFIG_FILE).exists():  # the folder of an adapter
@@ -236,7 +236,7 @@ def _write_stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
             _write_json(file, raw | {"eos_token": end})
 
 
-def _find_answer_end(tokenizer: Tokenizer) -> str:
+def find_answer_end(tokenizer: Tokenizer) -> str:
     """The stop token that the chat template writes after an answer, "" where it writes none."""
     if tokenizer.template is None:
         return ""
@@ -248,6 +248,14 @@ def _find_answer_end(tokenizer: Tokenizer) -> str:
     _, written, tail = text.rpartition(PROBE)
     stop = tokenizer.stop_pattern.search(tail) if written else None
     return stop[0] if stop else ""
+
+
+def write_pad_token(folder: pathlib.Path, token: str) -> None:
+    """Has the tokenizer in ``folder`` pad with ``token``."""
+    for file in (folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS):
+        raw = read_json(file) if file.exists() else {}
+        if raw.get("pad_token") != token and (file.name == TOKENIZER_CONFIG or "pad_token" in raw):
+            _write_json(file, raw | {"pad_token": token})
 
 
 def _write_new_tokens(folder: pathlib.Path, new: NewTokens) -> None:

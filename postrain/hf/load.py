@@ -51,8 +51,24 @@ def load_pretrained(
     in one message).
     """
     folder = locate_model(os.fspath(folder))
-    config = dataclasses.replace(read_config(folder), quantization=quantization)
+    config = read_config(folder)
     files, _ = open_checked(folder, config)
+    options = {"mesh": mesh, "dtype": dtype, "vocab_size": vocab_size, "quantization": quantization}
+    return read_params(files, config, read_family(folder), **options)
+
+
+def read_params(
+    files: TensorFiles,
+    config: ModelConfig,
+    family: Family,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    vocab_size: int = 0,
+    quantization: str = "none",
+) -> tuple[ModelConfig, dict]:
+    """ModelConfig and parameter tree out of checked files (``open_checked``); the rest as in load_pretrained."""
+    config = dataclasses.replace(config, quantization=quantization)
     target = parse_dtype(dtype, "dtype")
     grown = dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size))
     # Path of each kernel and embedding that ``quantization`` packs -> its leaves.
@@ -62,7 +78,7 @@ def load_pretrained(
             kernel, _, name = path.rpartition(".")
             packed.setdefault(kernel, {})[name] = spec
     leaves = {}
-    for entry, spec in list_entries(grown, read_family(folder)):
+    for entry, spec in list_entries(grown, family):
         if entry.param in packed:
             read = make_reader(files, entry, spec, config, np.dtype(np.float32))
             arrays = place_quantized(read, spec, packed[entry.param], make_packer(spec, quantization), mesh)

@@ -84,13 +84,17 @@ def _count_met(config: ModelConfig, specs: dict, names: tuple[str, ...]) -> int:
     return total
 
 
-def format_formula(config: ModelConfig) -> str:
-    """``count_flops`` of this model as a function of the batch, on one short line; docs/training.md has the factors."""
+def format_formula(config: ModelConfig, projects: bool = True) -> str:
+    """``count_flops`` of this model as a function of the batch, on one short line; docs/training.md has the factors.
+
+    ``projects``: onto the vocabulary.
+    """
     units = {
         "tokens": BatchStats(1, 0, 0),
-        "trained tokens": BatchStats(0, 1, 0),
+        "trained tokens": BatchStats(0, int(projects), 0),
         "attention pairs": BatchStats(0, 0, 1),
     }
+    units = {name: one for name, one in units.items() if one != BatchStats(0, 0, 0)}
     terms = [f"{format_count(sum(count_flops(config, one).values()))} x {name}" for name, one in units.items()]
     return f"FLOPs/step = {' + '.join(terms)} (docs/training.md)"
 

@@ -32,6 +32,14 @@ class Chart(NamedTuple):
     high: float | None = None
 
 
+class Table(NamedTuple):
+    """Text in rows under a title; as many cells in each as the header has."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
 # The charts of every run. A recipe whose loss has more metrics shows ``(*CHARTS, Chart(...))``.
 CHARTS = (
     Chart("Loss per trained token", ("train/loss", "eval/loss")),
@@ -68,6 +76,7 @@ def write_report(
     environment: Mapping[str, str] | None = None,
     cards: Sequence[Card] = CARDS,
     charts: Sequence[Chart] = CHARTS,
+    tables: Sequence[Table] = (),
 ) -> pathlib.Path:
     """Writes ``workdir/report.html`` from config.json, metrics.jsonl and samples.jsonl; returns its path.
 
@@ -78,6 +87,7 @@ def write_report(
       environment: name -> value, to list.
       cards, charts: what to show of the metrics, such as ``(*CHARTS, Chart("Margins", ("train/margins",)))``. Metrics
         that the run lacks are left out.
+      tables: to show below the charts.
     """
     workdir = pathlib.Path(workdir)
     metrics, samples = _read_lines(workdir / "metrics.jsonl"), _read_lines(workdir / "samples.jsonl")
@@ -101,6 +111,7 @@ def write_report(
         updates="no updates yet" if last is None else f"{last} update{'s' * (last != 1)}",
         cards=shown_cards,
         charts=shown_charts,
+        tables=tables,
         answers=_collect_answers(samples),
         row_html=row_html,
         consumed=consumed,

@@ -21,7 +21,7 @@ REPORTS = ("metrics.jsonl", "samples.jsonl")
 # What a run writes into its folder, and what may lie there before its first one: hidden files and the output of a
 # launcher or a shell, which opens it before the run begins.
 OWN = {"config.json", "checkpoints", "export", "logs", "tensorboard", "wandb", "report.html", "rejected.jsonl"}
-OWN.update(REPORTS, {"reference", "wandb_id"})
+OWN.update(REPORTS, {"reference", "calibration.json", "wandb_id"})
 HARMLESS = ("*.partial", ".*", "*.log", "*.out", "*.err", "*.txt", "lost+found")
 LONGEST_PATH = 3584  # bytes: the system's most, 4,096, less what a checkpoint adds
 

@@ -243,7 +243,7 @@ def answer_file(
         ids.append(encode_prompt(model.tokenizer, prompt, system, tools=tools, raw=raw, thinking=thinking))
     sampling = for_tokenizer(sampling, model.tokenizer, model.config)
     batches = sampler.generate_batches(model.params, model.config, ids, sampling, batch_size=batch_size)
-    with _keep_lines(output, len(rows)) as add:
+    with keep_lines(output, len(rows)) as add:
         for batch in batches:
             answers = {i: to_answer(completion, model.tokenizer)._asdict() for i, completion in batch.items()}
             add({i: json.dumps({**rows[i][0], GENERATED: answers[i]}, ensure_ascii=False) for i in sorted(answers)})
@@ -251,11 +251,11 @@ def answer_file(
 
 
 @contextlib.contextmanager
-def _keep_lines(output: str | None, total: int) -> Iterator[Callable[[dict[int, str]], None]]:
+def keep_lines(output: str | None, total: int, what: str = "answers") -> Iterator[Callable[[dict[int, str]], None]]:
     """Takes the lines of a file by their index, in any order; the file is written when the block ends well.
 
     Those that have come are kept, and their number is said, where it does not: beside ``output`` as they come, so that
-    not even a kill loses them, or on the terminal, where ``output`` is None.
+    not even a kill loses them, or on the terminal, where ``output`` is None. ``what``: is said to be in them.
     """
     lines: dict[int, str] = {}
     unfinished = None if output is None else pathlib.Path(f"{output}.unfinished")
@@ -282,7 +282,7 @@ def _keep_lines(output: str | None, total: int) -> Iterator[Callable[[dict[int, 
             if unfinished is None:
                 print("\n".join(lines[i] for i in sorted(lines)))
             where = "above" if unfinished is None else f"in {unfinished}"
-            print(f"{len(lines):,} of {total:,} answers are {where}", file=sys.stderr)
+            print(f"{len(lines):,} of {total:,} {what} are {where}", file=sys.stderr)
 
 
 def _read_rows(path: pathlib.Path, raw: bool = False) -> Iterator[tuple[dict, str, RowRef]]:

@@ -10,6 +10,7 @@ several in a step. Every process of a run makes these calls in the same order: s
 """
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -161,7 +162,10 @@ class Loop:
         """
         updates = [metrics] if isinstance(metrics, Mapping) else list(metrics)
         config = self._config
-        self._stats += count_batch(self._facts.arrays, self._model.config)
+        stats = count_batch(self._facts.arrays, self._model.config)
+        if self._model.heads:  # in place of the projection onto the vocabulary
+            stats = dataclasses.replace(stats, trained_tokens=0)
+        self._stats += stats
         self._unchecked.append((self.step, updates, self._facts.name_rows))
         logs, evaluates, saves = (
             self._is_due(every) for every in (config.train.log_every, config.eval.every, config.checkpoint.every)

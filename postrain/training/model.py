@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from postrain.checkpoint.record import fingerprint_model
 from postrain.config import Config, LoraSection
 from postrain.data.rendering.tokenizer import NewTokens, load_run_tokenizer
-from postrain.errors import UserError
+from postrain.errors import UserError, shorten
+from postrain.hf.classifier import HEAD_NAME, load_trunk, read_trunk
 from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.config import LoraConfig, ModelConfig, NewRows
-from postrain.models.heads import HeadConfig, apply_heads
+from postrain.models.heads import HeadConfig, apply_head, apply_heads, head_specs, init_heads
 from postrain.models.lora import adapter_specs, init_lora, lora_specs
 from postrain.models.params import (
     PARTS,
@@ -45,6 +46,7 @@ class Model:
     config: ModelConfig
     params: Any  # None once a train state owns them
     frozen: Any
+    heads: tuple[HeadConfig, ...] = ()  # in place of the projection onto the vocabulary
     fingerprint: dict | None = None  # of the folder, adapters and new tokens; None: the model is abstract
 
 
@@ -53,11 +55,13 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
 
     Without adapters everything trains, from float32 masters. With them the base is frozen and kept in the compute
     dtype, or quantised, and the adapters start from ``train.seed``. Rows of new tokens train beside a frozen base, else
-    in their table. Raises UserError as load_pretrained and find_new_tokens do, and where a weight is not finite.
+    in their table. Heads (``make_heads``) train in any case; they are those of the folder where it is a classifier's.
+    Raises UserError as load_pretrained and find_new_tokens do, and where a weight is not finite.
     """
-    frozen = freezes_base(config)
+    frozen, heads = freezes_base(config), make_heads(config)
     model_config, new, rows = configure(config, folder, mesh)
-    _, base = load_pretrained(
+    load = load_trunk if heads else load_pretrained
+    _, base = load(
         folder,
         mesh=mesh,
         dtype=model_config.compute_dtype if frozen else "float32",
@@ -71,14 +75,37 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     section = config.model
     fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
     started = start_rows(base, new, rows, mesh) if new and rows else {}
+    trained, key = {}, jax.random.key(config.train.seed)
+    if heads:
+        own = base.pop("heads", None)
+        trained["heads"] = _start_heads(heads, model_config, jax.random.fold_in(key, 1), mesh) if own is None else own
     if not frozen:
-        return Model(model_config, write_rows(base, started, rows) if rows else base, {}, fingerprint)
-    if model_config.lora is None:
-        return Model(model_config, started, base, fingerprint)
-    specs = lora_specs(model_config)
+        base = write_rows(base, started, rows) if rows else base
+        return Model(model_config, base | trained, {}, heads, fingerprint)
+    if model_config.lora is not None:
+        specs = lora_specs(model_config)
+        shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
+        start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
+        trained |= start(key, base)
+    return Model(model_config, trained | started, base, heads, fingerprint)
+
+
+def make_heads(config: Config) -> tuple[HeadConfig, ...]:
+    """The heads of a config's model, at every position; () for a language model."""
+    if config.recipe != "reward":
+        return ()
+    return (HeadConfig(HEAD_NAME, outputs=len(name_classes(config)) or 1, position="every"),)
+
+
+def name_classes(config: Config) -> tuple[str, ...]:
+    """Of a classifier, in the order of its outputs; () for a model of one output."""
+    return (config.data.label_names or ("false", "true")) if config.reward.loss == "cross_entropy" else ()
+
+
+def _start_heads(heads: tuple[HeadConfig, ...], config: ModelConfig, key: jax.Array, mesh: Mesh) -> dict:
+    specs = head_specs(heads, config.embed_size)
     shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
-    start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
-    return Model(model_config, start(jax.random.key(config.train.seed), base) | started, base, fingerprint)
+    return jax.jit(lambda key: init_heads(heads, config, key), out_shardings=shardings)(key)["heads"]
 
 
 def freezes_base(config: Config) -> bool:
@@ -99,15 +126,41 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
         with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
         return jax.tree.map(with_sharding, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
+    heads = make_heads(config)
+    trained = head_specs(heads, model_config.embed_size) if heads else {}
     if not freezes_base(config):
-        return Model(model_config, place(param_specs(model_config), jnp.float32), {})
-    adapters = place(adapter_specs(model_config), jnp.float32)
-    return Model(model_config, adapters, place(frozen_specs(model_config), model_config.compute_dtype))
+        return Model(model_config, place(param_specs(model_config) | trained, jnp.float32), {}, heads)
+    trained |= adapter_specs(model_config)
+    frozen = place(frozen_specs(model_config), model_config.compute_dtype)
+    return Model(model_config, place(trained, jnp.float32), frozen, heads)
+
+
+def read_source(config: Config, folder: str | os.PathLike) -> ModelConfig:
+    """The model in ``folder`` as far as it is loaded: with heads, its trunk.
+
+    Raises UserError as read_config does, and for a classifier with other classes than those of ``config``.
+    """
+    if not (heads := make_heads(config)):
+        return read_config(folder)
+    trunk, classes = read_trunk(folder), name_classes(config)
+    if len(trunk.labels) not in (0, heads[0].outputs):
+        raise UserError(
+            f"{folder}: is a classifier of {len(trunk.labels)} outputs, {shorten(trunk.labels, 8)}, and "
+            f"'reward.loss' = {config.reward.loss!r} trains {heads[0].outputs}: "
+            + ("list its names as 'data.label_names'" if classes else "use another loss or model")
+        )
+    known = [name for i, name in enumerate(trunk.labels) if name != f"LABEL_{i}"]
+    if classes and known and trunk.labels != classes:
+        raise UserError(
+            f"{folder}: is a classifier whose outputs are {shorten(trunk.labels, 8)}, in this order; the labels are "
+            f"{shorten(classes, 8)}: list the same names as 'data.label_names'"
+        )
+    return trunk.config
 
 
 def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
     """The vocabulary size of the model of ``folder``, rows of the config's new tokens included."""
-    vocab_size = read_config(folder).vocab_size
+    vocab_size = read_source(config, folder).vocab_size
     new = find_new_tokens(config, folder, vocab_size)
     return max(vocab_size, new.stop) if new else vocab_size
 
@@ -115,7 +168,7 @@ def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
 def count_params(model: Model) -> tuple[int, int]:
     """(trained, frozen) numbers of parameters; a quantised parameter counts as one."""
     base = num_params(shapes_of(param_specs(model.config)))
-    return (num_params(model.params), base) if model.frozen else (base, 0)
+    return num_params(model.params), base if model.frozen else 0
 
 
 def make_lora_config(section: LoraSection) -> LoraConfig | None:
@@ -134,7 +187,7 @@ def configure(
 
     Also the new tokens and their rows, None without any. Raises UserError where config and model do not fit.
     """
-    source, section, lora = read_config(folder), config.model, make_lora_config(config.model.lora)
+    source, section, lora = read_source(config, folder), config.model, make_lora_config(config.model.lora)
     new, rows = find_new_tokens(config, folder, source.vocab_size), None
     if new is not None:
         # Ids before them for which the model has no row get one too: no row may be zero, which would be a likelier
@@ -259,6 +312,11 @@ class Forward:
         documents = max((batch.fields[head.name].shape[1] for head in heads if head.position == "last"), default=1)
         outputs, present = apply_heads(params, heads, hidden, batch.segment_ids, documents)
         return outputs, present, terms
+
+    def outputs(self, params: dict, batch: Batch, head: HeadConfig) -> tuple[jax.Array, RowTerms | None]:
+        """Of a head at every position, float32 [B, T, K]; padding has some, too."""
+        hidden, terms = self._compute_hidden(params, batch)
+        return apply_head(params, head, hidden).astype(jnp.float32), terms
 
     def _compute_hidden(self, params: dict, batch: Batch, embedded_BTD=None) -> tuple[jax.Array, RowTerms | None]:
         arrays = batch.tokens, batch.segment_ids, batch.positions

@@ -37,7 +37,21 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> tuple[optax.Gra
     direction = DIRECTIONS[config.name](config)
     decay = optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config))
     parts = (direction, decay) if config.weight_decay else (direction,)
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule)), schedule
+    optimizer = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    if config.head_learning_rate:
+        optimizer = _scale_heads(optimizer, config.head_learning_rate / config.learning_rate)
+    return optimizer, schedule
+
+
+def _scale_heads(optimizer: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """``optimizer`` whose updates of ``heads`` are multiplied by ``factor``; its state is the same."""
+
+    def update(updates, state, params=None):
+        updates, state = optimizer.update(updates, state, params)
+        scale = lambda path, leaf: leaf * factor if _parts(path)[0] == "heads" else leaf
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def state_structure(config: OptimizerConfig) -> tuple:

@@ -31,7 +31,7 @@ from postrain.models.flops import format_formula
 from postrain.models.lora import adapter_specs
 from postrain.models.params import axes_of, frozen_specs, shapes_of
 from postrain.report.metrics import check_trackers
-from postrain.report.page import CHARTS, Chart, write_report
+from postrain.report.page import CHARTS, Chart, Table, write_report
 from postrain.report.workdir import open_workdir, read_last_values
 from postrain.sharding import (
     data_process,
@@ -110,9 +110,13 @@ class Session:
         processes.barrier()
 
     def write_report(
-        self, rows: "Rows", held_out: ExampleSet | None = None, charts: Sequence[Chart] = CHARTS
+        self,
+        rows: "Rows",
+        held_out: ExampleSet | None = None,
+        charts: Sequence[Chart] = CHARTS,
+        tables: Sequence[Table] = (),
     ) -> dict[str, float]:
-        """Writes report.html with these charts and says where it is; returns the last value of every metric."""
+        """Writes report.html with these charts and tables, and says where; returns the last value of every metric."""
         step, metrics = read_last_values(self.workdir)
         notes = [*rows.notes, *(held_out.report.format_unread() if held_out else ())]
         consumed = rows.format_consumption(rows.join_states(processes.gather(rows.get_state())))
@@ -131,6 +135,7 @@ class Session:
                 consumed=[*consumed, *notes],
                 environment=environment,
                 charts=charts,
+                tables=tables,
             )
         minutes = (time.monotonic() - self.started) / 60
         self.say(f"done after {minutes:.1f} min: {format_metrics(step, metrics)}")
@@ -190,7 +195,7 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
         f"batch       {count(rows, 'row')} x {count(data.sequence_length, 'token')} x {splits} x "
         f"{count(hosts, 'host')} = {count(slots, 'token')} an update{divided}; {count(total_steps, 'update')}",
         *format_backends(model.config, mesh),
-        f"MFU         {format_formula(model.config)}",
+        f"MFU         {format_formula(model.config, projects=not model.heads)}",
     ]
     return "\n".join(lines)
 

@@ -67,12 +67,18 @@ def make_labelled(i, rng):
     return {"prompt": f"q {i} ", "completion": words(rng, 36), "label": bool(i % 3)}
 
 
+def make_stepwise(i, rng):
+    steps = [f"{j} {words(rng, 5)}" for j in range(int(rng.integers(1, 5)))]
+    return {"prompt": f"q {i} ", "completions": steps, "labels": [bool((i + j) % 3) for j in range(len(steps))]}
+
+
 # Kind -> a row of it; two forms of preference.
 MAKERS = {
     "sft": make_chat,
     "preference": make_pair,
     "preference/list": make_scored_list,
     "labelled": make_labelled,
+    "stepwise": make_stepwise,
     "prompts": make_prompt,
     "kd": make_teacher_row,
     "events": make_member,

@@ -192,6 +192,18 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
     assert differs[rejected].all() and not differs[~rejected].any()
 
 
+def test_the_scores_of_a_pair_differ_by_its_margin(tmp_path, tokenizer):
+    row = {"prompt": "hi ", "chosen": "good", "rejected": "bad"}
+    for margin, expected in ((None, 1.0), (2.5, 2.5), (0, 0.0)):
+        (group,) = load(tmp_path, "preference", [row | {"margin": margin}], tokenizer).examples
+        chosen, rejected = (sequence.fields[0].values[0] for sequence in group.sequences)
+        assert chosen > rejected and chosen - rejected == np.float32(expected) or margin == 0
+        assert abs(chosen - rejected - expected) < 1e-29
+    for margin in (-1, True, "2", float("inf")):
+        reason = refuse(tmp_path, "preference", row | {"margin": margin}, tokenizer)
+        assert "'margin' must be a finite number, at least 0; found" in reason
+
+
 # Labelled
 
 
@@ -279,6 +291,45 @@ def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):
     assert document.fields[0].values[0] == 1
     with pytest.raises(UserError, match="'data.too_long' = 'truncate': part of a row of kind labelled cannot be used"):
         load(tmp_path, "labelled", [row], tokenizer, too_long="truncate")
+
+
+# Stepwise
+
+
+def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
+    """The ids are those of the prompt as it is served, then of each step and a line break by itself."""
+    steps, labels = ["I add 2.", "So it is\n5"], [True, False]
+    for prompt in ("2 + 2 = ", [USER]):
+        row = {"prompt": prompt, "completions": steps, "labels": labels}
+        (document,) = load(tmp_path, "stepwise", [row], tokenizer).examples
+        served, parts = render_prompt(prompt, tokenizer).tolist(), [tokenizer.encode_text(f"{s}\n") for s in steps]
+        assert document.tokens.tolist() == served + parts[0] + parts[1]
+        ends = [len(served) + len(parts[0]) - 1, len(document.tokens) - 1]
+        arrays = assemble_row([document], 64, layout_of(document))
+        assert {int(i): int(arrays["steps"][i]) for i in np.flatnonzero(arrays["steps"])} == dict(
+            zip(ends, (2, 1), strict=True)
+        )
+        assert arrays["segment_ids"].sum() == len(document.tokens), "the last token is read"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p", "completions": ["a", "b"], "labels": [True]}, "each of the 2 steps; found 1 labels"),
+        ({"prompt": "p", "completions": ["a"], "labels": True}, "one label for each of the 1 steps; found True"),
+        ({"prompt": "p", "completions": ["a"], "labels": [2]}, "labels[0] must be true or false; found 2"),
+        ({"prompt": "p", "completions": ["a", " "], "labels": [True, True]}, "completions[1] is empty"),
+        ({"prompt": "p", "completions": [], "labels": []}, "'completions' must be a list of steps; found []"),
+        ({"prompt": "p", "completions": [1], "labels": [True]}, "completions[0] must be a string; found a number"),
+        ({"prompt": "", "completions": ["a"], "labels": [True]}, "expected a 'prompt', text or a list of messages"),
+        ({"completions": ["a"], "labels": [True]}, "expected a 'prompt', text or a list of messages"),
+        ({"prompt": "p", "completions": ["a"], "scores": [1.0]}, "is a row of kind preference"),
+        ({"prompt": "p", "completions": ["a"]}, "expected 'completions', the steps, and their 'labels'; found"),
+        ({"prompt": "p", "completions": ["a"], "labels": [True], "system": "s"}, "'system' is not read"),
+    ],
+)
+def test_steps_that_are_none_are_refused(tmp_path, tokenizer, row, reason):
+    assert reason in refuse(tmp_path, "stepwise", row, tokenizer)
 
 
 # Prompts

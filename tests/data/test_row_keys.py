@@ -386,10 +386,10 @@ def test_what_is_not_read_is_counted_exactly(tmp_path, kind, shards, tokenizer):
 
 
 def test_of_answers_their_key_is_named():
-    row = {"prompt": [USER], "chosen": [ANSWER | {"foo": 1}], "rejected": [SECOND[1] | {"bar": 1}], "margin": 2.0}
+    row = {"prompt": [USER], "chosen": [ANSWER | {"foo": 1}], "rejected": [SECOND[1] | {"bar": 1}], "gap": 2.0}
     unread = set()
     parse_preference(row, "pair", REF, unread)
-    assert unread == {"chosen[].foo", "rejected[].bar", "margin"}
+    assert unread == {"chosen[].foo", "rejected[].bar", "gap"}
     with pytest.raises(BadRow, match="'weight' is not read: rows of this kind all count the same"):
         parse_preference(row | {"weight": 2.0}, "pair", REF, set())
 

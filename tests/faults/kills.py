@@ -5,6 +5,7 @@
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
+    python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
     python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
 
 ``--write`` adds to what the page has of other seeds.
@@ -199,7 +200,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference" or "kto"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto" or "reward"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -225,15 +226,18 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5
-    if way in ("preference", "kto"):
-        name = "pairs" if way == "preference" else "answers"
+    if way in ("preference", "kto", "reward"):
+        name = "answers" if way == "kto" else "pairs"
         rows = {"train": str(inputs / f"{name}.jsonl"), "eval": str(inputs / f"{name}_eval.jsonl")}
         values["data"] |= rows | {"sequence_length": 96}
-        values["recipe"], values["optimizer"]["learning_rate"] = "preference", 1e-3
+        values["recipe"], values["optimizer"]["learning_rate"] = "reward" if way == "reward" else "preference", 1e-3
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
     if way == "kto":
         values["preference"] = {"loss": "kto", "reference": "live"}
+    if way == "reward":
+        values["model"]["lora"] = {"rank": 4}
+        values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
     return values
 
 
@@ -315,7 +319,7 @@ def describe(workdir: pathlib.Path, output: pathlib.Path) -> None:
     found["run"] = {key: told[key] for key in ("data_position", "config", "data_fingerprint", "model_fingerprint")}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
-    for name in {"samples.jsonl", "config.json"} & set(found["files"]):
+    for name in {"samples.jsonl", "config.json", "calibration.json"} & set(found["files"]):
         found[name] = digest((workdir / name).read_bytes())
     for path in sorted([*(workdir / "export").iterdir(), *(workdir / "reference").glob("*")]):
         found[f"{path.parent.name}/{path.name}"] = digest(path.read_bytes())
@@ -332,6 +336,7 @@ def warm_up(way: str = "1") -> None:
         importlib.import_module("store").import_s3()
     importlib.import_module("postrain.recipes.sft")
     importlib.import_module("postrain.recipes.preference")
+    importlib.import_module("postrain.recipes.reward")
     for module, _ in CALLS.values():
         importlib.import_module(module)
     importlib.import_module("tensorboardX")
@@ -457,9 +462,10 @@ def main() -> None:
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
     how.add_argument("--kto", action="store_true", help="the same with single answers")
+    how.add_argument("--reward", action="store_true", help="runs of recipe reward, of adapters and a head")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    ways = [way for way in ("streamed", "preference", "kto") if getattr(arguments, way)]
+    ways = [way for way in ("streamed", "preference", "kto", "reward") if getattr(arguments, way)]
     way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)

@@ -2,10 +2,12 @@
 
 PYTHONPATH=tests python tests/golden/test_golden.py sft         # writes sft.json anew, when a change of it is meant
 PYTHONPATH=tests python tests/golden/test_golden.py preference
+PYTHONPATH=tests python tests/golden/test_golden.py reward
 PYTHONPATH=tests python tests/golden/test_golden.py unpaired
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -15,18 +17,21 @@ import numpy as np
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import DataConfig, OptimizerConfig, PreferenceSection
+from postrain.config import DataConfig, OptimizerConfig, PreferenceSection, RewardSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Field, Group, Rendered
 from postrain.data.mismatched import add_mismatched
 from postrain.models.config import LoraConfig
+from postrain.models.heads import HeadConfig, head_specs
 from postrain.models.lora import drop_adapters, lora_specs
 from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.preference import make_preference_loss
+from postrain.objectives.reward import make_reward_loss
 from postrain.objectives.sft import make_sft_loss
 from postrain.objectives.unpaired import make_unpaired_loss
+from postrain.recipes.reward import read_last
 from postrain.training.model import Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
@@ -85,10 +90,11 @@ def make_answers() -> ExampleSet:
 
 
 def compute_curve(
-    loss_fn, examples: ExampleSet, lora: bool, micro_batches: int = 2, **options
+    loss_fn, examples: ExampleSet, lora: bool, micro_batches: int = 2, trained=None, **options
 ) -> dict[str, list[float]]:
+    """``trained``: the specs of what trains besides."""
     base = draw(param_specs(CONFIG), 0)
-    params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
+    params, frozen = (draw(lora_specs(CONFIG) | (trained or {}), 1), base) if lora else (base, {})
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
     step = make_train_step(
         loss_fn, optimizer, micro_batches=micro_batches, max_grad_norm=1.0, schedule=schedule, **options
@@ -130,7 +136,27 @@ def compute_unpaired() -> dict:
     return curves
 
 
-CURVES = {"sft": compute_sft, "preference": compute_preference, "unpaired": compute_unpaired}
+def compute_reward() -> dict:
+    """Adapters and a head; of pairs and of lists, with a second loss."""
+    head = HeadConfig("score", 1, "every")
+    outputs = functools.partial(FORWARD.outputs, head=head)
+    pairs = ExampleSet([read_last(pair) for pair in make_pairs().examples], DataReport([]), {})
+    specs, curves = head_specs([head], CONFIG.embed_size), {}
+    for options in (
+        RewardSection(centering_coef=0.05, margin=0.5),
+        RewardSection(loss="plackett_luce", centering_coef=0.2),
+    ):
+        coefs, loss_fn = {"centering": options.centering_coef}, make_reward_loss(outputs, options)
+        curves[options.loss] = compute_curve(loss_fn, pairs, lora=True, trained=specs, loss_coefs=coefs)
+    return curves
+
+
+CURVES = {
+    "sft": compute_sft,
+    "preference": compute_preference,
+    "unpaired": compute_unpaired,
+    "reward": compute_reward,
+}
 
 
 @pytest.mark.parametrize("name", CURVES)

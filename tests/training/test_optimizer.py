@@ -126,6 +126,23 @@ def test_muon_makes_each_layers_matrix_near_orthogonal_at_adams_size():
     np.testing.assert_allclose(updates["final_norm"]["scale"], adam["final_norm"]["scale"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+def test_heads_have_a_learning_rate_of_their_own(name):
+    """Of the same schedule; nothing else moves in another way, and the state is the same."""
+    kernel = jnp.linspace(-1, 2, 12).reshape(1, 4, 3)
+    params = {"layers": {"q": {"kernel": kernel}}, "heads": {"score": {"kernel": kernel[0]}}}
+    config = dataclasses.replace(CONFIG, name=name, schedule="linear", weight_decay=0.1)
+    plain, _ = make_optimizer(config, 10)
+    own, _ = make_optimizer(dataclasses.replace(config, head_learning_rate=0.25), 10)
+    states, grads = [one.init(params) for one in (plain, own)], jax.tree.map(jnp.cos, params)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for _ in range(2):
+        first, states[0] = plain.update(grads, states[0], params)
+        second, states[1] = own.update(grads, states[1], params)
+        np.testing.assert_array_equal(second["layers"]["q"]["kernel"], first["layers"]["q"]["kernel"])
+        np.testing.assert_allclose(second["heads"]["score"]["kernel"], 0.25 * first["heads"]["score"]["kernel"])
+
+
 def test_a_warm_up_or_decay_longer_than_the_run_is_cut_to_it_and_reported():
     for schedule in ("constant", "wsd"):
         asked = dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=50, decay_steps=0)

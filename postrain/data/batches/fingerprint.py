@@ -98,7 +98,8 @@ def _pipeline_facts(
 
 
 def _label_facts(config: DataConfig) -> dict:
-    return {"label_names": list(config.label_names)} if config.label_names else {}
+    names = {"label_names": list(config.label_names)} if config.label_names else {}
+    return names | ({"label_numbers": True} if config.label_numbers else {})
 
 
 def _mixture_facts(config: DataConfig) -> dict:

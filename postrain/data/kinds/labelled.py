@@ -3,12 +3,14 @@
 Rows are those of kind sft, in any of their forms, with ``label``: true or false (or 1 and 0), the whole number of a
 class from 0, or the name of one, where ``data.label_names`` lists the names in the order of their numbers. So trl's
 unpaired rows, ``{"prompt", "completion", "label"}``, are read as they are. The array of a batch is ``labels``, the same
-number at every place of a sequence.
+number at every place of a sequence. With ``data.label_numbers`` a label is any number, such as a rating, and the array
+is float32.
 
 A row becomes one sequence, and is not cut to a length: its label was given to all of it.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,7 +28,8 @@ from postrain.errors import UserError, shorten
 FIELD = "labels"
 FORMS = {f"labelled_{form}": (*keys, "label") for form, keys in SFT_FORMS.items()}
 LAYOUT = Layout({FIELD: (np.dtype(np.int32), ())})  # of its batches
-Label = int | str
+NUMBERS = Layout({FIELD: (np.dtype(np.float32), ())})  # with ``data.label_numbers``
+Label = int | float | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +61,25 @@ def _parse_label(label: Any, ref: RowRef) -> Label:
         return label.strip()
     if isinstance(label, float) and label.is_integer():  # as tables with gaps have them
         label = int(label)
-    if isinstance(label, bool | int) and 0 <= label <= MAX_ID:
+    if isinstance(label, bool | int):
         return int(label)
+    if isinstance(label, float):
+        return label
+    raise _refuse_label(label, ref)
+
+
+def _refuse_label(label: Any, ref: RowRef) -> BadRow:
     found = repr(label) if isinstance(label, int | float | str) else describe_type(label)
-    raise BadRow(ref, f"'label' must be true or false, a whole number from 0, or a name; found {found:.40}")
+    return BadRow(ref, f"'label' must be true or false, a whole number from 0, or a name; found {found:.40}")
 
 
 def render_labelled(
-    examples: Iterable[Labelled], tokenizer: Tokenizer, *, label_names: Sequence[str], **options: Any
+    examples: Iterable[Labelled],
+    tokenizer: Tokenizer,
+    *,
+    label_names: Sequence[str],
+    label_numbers: bool,
+    **options: Any,
 ) -> Iterator[list[Rendered] | BadRow]:
     """The sequence of each example with its ``labels``, or its BadRow. ``options``: of ``render_many``."""
     rows = list(examples)
@@ -73,12 +87,25 @@ def render_labelled(
     numbers = {name: number for number, name in enumerate(label_names)}
     for row, result in zip(rows, rendered, strict=True):
         try:
-            yield result if isinstance(result, BadRow) else [_add_label(row, result, numbers)]
+            if isinstance(result, BadRow):
+                raise result
+            label = _find_number(row) if label_numbers else _find_class(row, numbers)
+            yield [_add_label(row, result, label)]
         except BadRow as error:
             yield error
 
 
-def _add_label(row: Labelled, sequences: list[Rendered], numbers: dict[str, int]) -> Rendered:
+def _find_number(row: Labelled) -> np.ndarray:
+    """The label, float32 []."""
+    with contextlib.suppress(ValueError):  # a name
+        label = np.asarray(float(row.label), np.float32)
+        if np.isfinite(label):
+            return label
+    raise BadRow(row.ref, f"'label' must be a finite number (data.label_numbers); found {row.label!r:.40}")
+
+
+def _find_class(row: Labelled, numbers: dict[str, int]) -> np.ndarray:
+    """The number of the label, int32 []."""
     label = row.label
     if isinstance(label, str) and not numbers:  # as tables of text have them
         label = {"true": 1, "false": 0}.get(label.lower(), int(label) if label.isdecimal() else label)
@@ -90,6 +117,12 @@ def _add_label(row: Labelled, sequences: list[Rendered], numbers: dict[str, int]
         label = numbers[label]
     elif numbers and label >= len(numbers):
         raise BadRow(row.ref, f"'label' must be below {len(numbers)}, the number of data.label_names; found {label}")
+    if isinstance(label, float) or not 0 <= label <= MAX_ID:
+        raise _refuse_label(label, row.ref)
+    return np.asarray(label, np.int32)
+
+
+def _add_label(row: Labelled, sequences: list[Rendered], label: np.ndarray) -> Rendered:
     if len(sequences) > 1:
         raise BadRow(
             row.ref,
@@ -98,9 +131,7 @@ def _add_label(row: Labelled, sequences: list[Rendered], numbers: dict[str, int]
             "give all assistant messages but the last train: false",
         )
     (sequence,) = sequences
-    return dataclasses.replace(
-        sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label, np.int32), of_target=False),)
-    )
+    return dataclasses.replace(sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label), of_target=False),))
 
 
 def check_two_labels(arrays: Mapping[str, np.ndarray]) -> None:

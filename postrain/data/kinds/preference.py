@@ -1,9 +1,10 @@
 """Kind preference: answers to one prompt, and their scores.
 
 Rows are ``{"prompt", "chosen", "rejected"}``; ``{"chosen", "rejected"}``, two conversations whose common beginning is
-the prompt; or ``{"prompt", "completions": [...], "scores": [...]}``, two answers or more. Text is plain text, without
+the prompt; or ``{"prompt", "completions": [...], "scores": [...]}``, two answers or more. A pair may have a ``margin``,
+by how much the chosen answer is better; it stands for 1 where there is none. Text is plain text, without
 any template; a list of messages is rendered. Only the answers are trained (``loss_mask``). They stay together in
-packing: a ``Group``, each with its score in the array ``scores``, chosen 1 and rejected 0.
+packing: a ``Group``, each with its score in the array ``scores``, of a pair the margin and 0.
 
 A group cannot be cut to a length: its scores were given to whole answers.
 """
@@ -11,7 +12,7 @@ A group cannot be cut to a length: its scores were given to whole answers.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,10 @@ from postrain.errors import UserError
 FORMS = {"pair": ("chosen", "rejected"), "scored_list": ("completions", "scores")}
 _REFUSED = PROMPT_KEYS | MEDIA_KEYS | INPUT_KEYS | REASONING_KEYS | LOSS_KEYS
 _KEYS = {form: Keys(("prompt", *keys, "tools"), _REFUSED) for form, keys in FORMS.items()}
+_KEYS["pair"] = Keys(("prompt", *FORMS["pair"], "margin", "tools"), _REFUSED)
 _KEYS[""] = Keys(("prompt", *(key for keys in FORMS.values() for key in keys), "tools"))
 _LARGEST = float(np.finfo(np.float32).max)
+_LEAST = 1e-30  # nothing beside any margin, and enough for an order
 LAYOUT = Layout({"scores": (np.dtype(np.float32), ()), "group_ids": (np.dtype(np.int32), ())})  # of its batches
 
 
@@ -59,7 +62,7 @@ def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Pre
     if form == "pair":
         answers = [raw["chosen"], raw["rejected"]]
         names: tuple[str, ...] = ("chosen", "rejected")
-        scores: tuple[float, ...] = (1.0, 0.0)
+        scores: tuple[float, ...] = _parse_margin(raw.get("margin"), ref)
     elif form == "scored_list":
         answers, scores = raw["completions"], _parse_scores(raw["completions"], raw["scores"], ref)
         names = tuple(f"completions[{i}]" for i in range(len(answers)))
@@ -69,6 +72,16 @@ def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Pre
             f"expected the keys 'chosen' and 'rejected', or 'completions' and 'scores'; found {name_keys(raw)}",
             FUNCTION_ADVICE,
         )
+    return Preference(parse_answers(raw, answers, names, ref, unread), scores, names, ref)
+
+
+def parse_answers(
+    raw: dict, answers: Sequence[Any], names: Sequence[str], ref: RowRef, unread: set[str]
+) -> tuple[Example, ...]:
+    """Each of the answers after the prompt of a row, or after what they have in common; ``names``: of them, in the row.
+
+    Raises BadRow.
+    """
     if len({isinstance(answer, str) for answer in answers}) > 1:
         raise BadRow(ref, "expected answers that are all text or all lists of messages; found both")
     prompt = raw.get("prompt")
@@ -92,7 +105,15 @@ def parse_preference(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Pre
             parsed.append(parse_prompt_completion(row, ref, set()))
         except BadRow as e:
             raise BadRow(ref, f"{name}: {e.reason}") from None
-    return Preference(tuple(parsed), scores, names, ref)
+    return tuple(parsed)
+
+
+def _parse_margin(margin: Any, ref: RowRef) -> tuple[float, float]:
+    """The scores of the chosen and the rejected answer, which differ by the margin, also where it is 0."""
+    margin = 1.0 if margin is None else margin
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < _LARGEST:
+        raise BadRow(ref, f"'margin' must be a finite number, at least 0; found {margin!r:.40}")
+    return float(margin), 0.0 if margin > _LEAST else -_LEAST
 
 
 def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
@@ -111,7 +132,7 @@ def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:
     return tuple(map(float, scores))
 
 
-def _split_prompt(answers: list, names: tuple[str, ...], ref: RowRef, unread: set[str]) -> tuple[list, list]:
+def _split_prompt(answers: Sequence[Any], names: Sequence[str], ref: RowRef, unread: set[str]) -> tuple[list, list]:
     """The common beginning of whole conversations, and the rest of each."""
     if isinstance(answers[0], str):
         raise BadRow(ref, "the row has no 'prompt', and answers that are text have no prompt in common")
@@ -206,10 +227,13 @@ def _make_group(example: Preference, results: list[list[Rendered] | BadRow]) -> 
     )
 
 
-def check_groups(arrays: Mapping[str, np.ndarray], *, lists: bool) -> None:
+def check_groups(
+    arrays: Mapping[str, np.ndarray], *, lists: bool, advice: str = "set 'preference.loss' to 'softmax'"
+) -> None:
     """Raises UserError where a group of a numpy batch is not a pair, or not a list with one best answer.
 
     ``arrays``: ``group_ids`` and ``segment_ids`` int32 [B, T], ``scores`` float32 [B, T]. A loss could not tell.
+    ``advice``: to whoever has lists, and wants pairs.
     """
     inside, size = arrays["group_ids"] > 0, arrays["group_ids"].shape[1] + 1
     rows = np.arange(len(inside), dtype=np.int64)[:, None]
@@ -220,7 +244,7 @@ def check_groups(arrays: Mapping[str, np.ndarray], *, lists: bool) -> None:
     if not lists and (sizes != 2).any():
         raise UserError(
             f"a row of preferences has {sizes[sizes != 2][0]} answers; expected 2, a chosen and a rejected one; make "
-            "rows of two out of longer lists, or set 'preference.loss' to 'softmax'"
+            f"rows of two out of longer lists, or {advice}"
         )
     best = np.full(len(sizes), -np.inf)
     np.maximum.at(best, group, scores)

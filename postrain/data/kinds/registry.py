@@ -17,7 +17,7 @@ from postrain.config import DataConfig, SourceConfig, format_reader
 from postrain.config.functions import PREFIX, identify_function
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Document, Rendered, cut_end
-from postrain.data.kinds import events, labelled, preference, prompts, teacher
+from postrain.data.kinds import events, labelled, preference, prompts, stepwise, teacher
 from postrain.data.messages import SFT_FORMS, Example, check_object, find_form, find_forms, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -91,8 +91,9 @@ KINDS = {
         Kind("preference", preference.FORMS, preference.parse_preference, preference.render_preferences, None),
         Kind(
             "labelled", labelled.FORMS, labelled.parse_labelled, labelled.render_labelled, None,
-            options=("label_names", "template_date", "default_system"),
+            options=("label_names", "label_numbers", "template_date", "default_system"),
         ),
+        Kind("stepwise", stepwise.FORMS, stepwise.parse_steps, stepwise.render_steps, None),
         Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
         Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),

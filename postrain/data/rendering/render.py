@@ -254,6 +254,16 @@ def _plan_prompt(
     return Sequence(text, ()), []
 
 
+def encode_plain(texts: list[str], names: list[str], tokenizer: Tokenizer, ref: RowRef) -> list[np.ndarray]:
+    """int32 ids of texts of one row, each by itself, nothing added; ``names``: their keys. Raises BadRow."""
+    check_not_rendered([(repr(name), None, text) for name, text in zip(names, texts, strict=True)], tokenizer, ref)
+    sequences = [Sequence(mark(text, tokenizer.control_pattern), ()) for text in texts]
+    try:
+        return [np.array(encoded.true_ids(), np.int32) for encoded in encode_sequences(sequences, tokenizer)]
+    except Refusal as e:
+        raise BadRow(ref, str(e), e.advice) from None
+
+
 def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and expected reply of the last trained turn: for generating and scoring held-out rows.
 

@@ -1,0 +1,260 @@
+"""Scores of rows by a reward model or classifier: ``postrain score``.
+
+A row is read as training reads it: rendered by the same functions, its end token with it, and packed with others. So a
+score is the one that the head was trained to give. What rows may be is listed at ``parse_row_texts``.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from postrain.config import MeshConfig
+from postrain.data.bad_row import BadRow, RowRef
+from postrain.data.batches.packing import pack
+from postrain.data.batches.token_shift import assemble_batch
+from postrain.data.documents import Rendered
+from postrain.data.kinds.preference import parse_answers
+from postrain.data.kinds.stepwise import FIELD, Steps, parse_completions, parse_step_prompt, render_steps
+from postrain.data.messages import Example, parse_messages, parse_row
+from postrain.data.rendering.render import TEMPLATE_DATE, render_many
+from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
+from postrain.errors import UserError
+from postrain.files import check_writable, read_jsonl
+from postrain.hf.classifier import HEAD_NAME, load_trunk, read_trunk
+from postrain.hf.find_model import locate_model
+from postrain.models.config import ModelConfig
+from postrain.models.heads import HeadConfig
+from postrain.rollout.chat import GENERATED, keep_lines
+from postrain.sharding import batch_sharding, make_mesh, mesh_context, num_row_shards, replicated, to_host
+from postrain.training.model import Forward, choose_compute_dtype
+from postrain.training.rows import place_batch
+
+SCORE = "score"  # the key of a scored line
+LENGTH, STEP = 1024, 64  # slots of a packed row where no text is longer, and what lengths are rounded up to
+
+
+class Scorer(NamedTuple):
+    """A reward model or classifier with its tokenizer. ``labels``: of its outputs."""
+
+    params: Any
+    config: ModelConfig
+    labels: tuple[str, ...]
+    tokenizer: Tokenizer
+
+    @property
+    def head(self) -> HeadConfig:
+        return HeadConfig(HEAD_NAME, len(self.labels), "every")
+
+
+class Texts(NamedTuple):
+    """What of a row is scored: answers, each by itself, or one answer in steps.
+
+    ``is_list``: whether its score is a list. ``is_open``: the answer was cut off, so that it has no end token.
+    """
+
+    examples: tuple[Example, ...] = ()
+    steps: Steps | None = None
+    is_list: bool = False
+    is_open: bool = False
+
+
+def load_scorer(folder: str | os.PathLike) -> Scorer:
+    """A classifier's folder, over all devices, in their fastest dtype. Raises UserError where it is none."""
+    found = locate_model(os.fspath(folder))
+    labels = read_trunk(found).labels
+    if not labels:
+        raise UserError(
+            f"{folder}: expected a reward model or classifier (*ForSequenceClassification), found a language model: "
+            "train one with a config like configs/reward.py, and give its export"
+        )
+    dtype = choose_compute_dtype("auto")
+    config, params = load_trunk(found, mesh=make_mesh(MeshConfig()), dtype=dtype)
+    return Scorer(params, dataclasses.replace(config, compute_dtype=dtype), labels, load_tokenizer(found))
+
+
+def score_file(
+    model: Scorer | str | os.PathLike,
+    source: str,
+    output: str | None,
+    *,
+    system: str = "",
+    raw: bool = False,
+    steps: bool = False,
+    batch_size: int = 8,
+) -> int:
+    """Scores every line of a JSONL file; returns how many.
+
+    The same lines, each with ``score`` added (``format_score``), go to ``output`` in their order when all are complete,
+    or to the terminal; where something ends it earlier they are kept as ``rollout.chat.keep_lines`` says. ``model``,
+    where it is a folder, is loaded after the two files have been checked. ``system``: a system message for messages
+    without one. ``raw``, ``steps``: see ``parse_row_texts``. ``batch_size``: packed rows that are scored together.
+
+    Raises:
+        UserError: naming the line that is not such a row, cannot be rendered, or has a key ``score``; naming ``output``
+            where it cannot be written, or is ``source``.
+    """
+    if output is not None:
+        check_writable(output, "--output")
+        if os.path.exists(output) and os.path.exists(source) and os.path.samefile(source, output):
+            raise UserError(f"--output {output} is the file of the rows, which stays as it is: choose another place")
+    path = pathlib.Path(source)
+    rows = [(RowRef(path.stem, str(path), number), row) for number, row in read_jsonl(path)]
+    if not rows:
+        raise UserError(f"{source} has no rows: write one JSON object on each line")
+    texts = [parse_row_texts(row, ref, raw=raw, steps=steps) for ref, row in rows]
+    model = model if isinstance(model, Scorer) else load_scorer(model)
+    if len(model.labels) > 1 and any(one.steps for one in texts):
+        raise UserError(f"{source}: steps need a model of one output; this one has {', '.join(model.labels)}")
+    rendered = list(_render(texts, model.tokenizer, system))
+    owners = [i for i, documents in enumerate(rendered) for _ in documents]  # of every document its row
+    found: dict[int, dict[int, np.ndarray]] = {}
+    with keep_lines(output, len(rows), "scores") as add:
+        line = lambda i, score: json.dumps({**rows[i][1], SCORE: score}, ensure_ascii=False)
+        add({i: line(i, None) for i, documents in enumerate(rendered) if not documents})
+        for number, outputs in compute_outputs(model, [one for of_row in rendered for one in of_row], batch_size):
+            i = owners[number]
+            of_row = found.setdefault(i, {})
+            of_row[number] = outputs
+            if len(of_row) == len(rendered[i]):
+                in_order = [of_row[number] for number in sorted(found.pop(i))]
+                add({i: line(i, format_score(in_order, texts[i], model.labels))})
+    return len(rows)
+
+
+def parse_row_texts(row: dict, ref: RowRef, *, raw: bool = False, steps: bool = False) -> Texts:
+    """What is scored of a row. Raises BadRow.
+
+    A row is one of kind sft, in any of its forms; a pair or a list of answers, with scores or without; an answer in
+    steps (``completions`` with ``labels``, or with ``steps`` without); or a line that `postrain generate` has written,
+    whose answer is scored. The prompt of such a line is a user's message, or with ``raw`` plain text, as there. An
+    empty answer of such a line has no score: there is nothing in it to end.
+    """
+    if SCORE in row:
+        raise BadRow(ref, f"has a key {SCORE!r} already, which the score goes to: rename it")
+    if row.get(GENERATED) is not None:
+        return _parse_generated(row, ref, raw)
+    if row.get("completions") is not None:
+        if steps or row.get("labels") is not None:
+            prompt, texts = parse_step_prompt(row, ref), parse_completions(row, ref)
+            return Texts(steps=Steps(prompt, texts, (True,) * len(texts), ref), is_list=True)
+        answers = row["completions"]
+        if not isinstance(answers, list) or not answers:
+            raise BadRow(ref, f"'completions' must be a list of answers; found {answers!r:.40}")
+        names = [f"completions[{i}]" for i in range(len(answers))]
+        return Texts(parse_answers(row, answers, names, ref, set()), is_list=True)
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        names = ["chosen", "rejected"]
+        return Texts(parse_answers(row, [row[name] for name in names], names, ref, set()), is_list=True)
+    return Texts((parse_row(row, "sft", ref, set()),))
+
+
+def _parse_generated(row: dict, ref: RowRef, raw: bool) -> Texts:
+    answer = row[GENERATED]
+    if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+        raise BadRow(ref, f"{GENERATED!r} must be an object with 'text', as `postrain generate` writes it")
+    if not answer["text"].strip():
+        return Texts()
+    prompt = row.get("prompt") if row.get("messages") is None else row["messages"]
+    if isinstance(prompt, str) and raw:
+        made: dict[str, Any] = {"prompt": prompt, "completion": answer["text"]}
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = parse_messages(messages, ref)
+        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        completion = [{"role": "assistant", "content": answer["text"]}]
+        made = {"prompt": before, "completion": completion, "tools": row.get("tools")}
+    return Texts((parse_row(made, "prompt_completion", ref, set()),), is_open=answer.get("finished") is False)
+
+
+def _render(texts: Sequence[Texts], tokenizer: Tokenizer, system: str) -> Iterator[list[Rendered]]:
+    """The documents of each row, to their last tokens. Raises BadRow."""
+    options = {"template_date": TEMPLATE_DATE, "default_system": system}
+    answers = render_many((example for one in texts for example in one.examples), tokenizer, **options)
+    in_steps = render_steps((one.steps for one in texts if one.steps), tokenizer, **options)
+    for one in texts:
+        found = [next(in_steps)] if one.steps else [next(answers) for _ in one.examples]
+        documents = []
+        for result in found:
+            if isinstance(result, BadRow):
+                raise result
+            document = dataclasses.replace(result[-1], reads_last=True)  # the last one has all turns
+            if one.is_open and int(document.tokens[-1]) in {*tokenizer.stop_ids, tokenizer.eos_id}:
+                document = dataclasses.replace(document, tokens=document.tokens[:-1], loss_mask=document.loss_mask[:-1])
+            documents.append(document)
+        yield documents
+
+
+def compute_outputs(
+    model: Scorer, documents: Sequence[Rendered], batch_size: int = 8
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index of a document, float32 [N, K]), in the order in which they are packed.
+
+    N is 1, for the last token, or the number of a document's steps.
+    """
+    if not documents:
+        return
+    lengths = np.array([document.slots for document in documents], np.int64)
+    length = -(-min(int(lengths.sum()), max(LENGTH, int(lengths.max()))) // STEP) * STEP
+    rows = pack(lengths, length, window=len(documents), method="best_fit")
+    mesh = make_mesh(MeshConfig())
+    shards = num_row_shards(mesh)
+    size = -(-min(batch_size, len(rows)) // shards) * shards
+    run = _make_run(mesh, model.config, model.head)
+    for start in range(0, len(rows), size):
+        together = [rows[i] if i < len(rows) else np.zeros(0, np.int64) for i in range(start, start + size)]
+        packed = [[_without_fields(documents[i]) for i in row] for row in together]
+        outputs = to_host(run(model.params, place_batch(assemble_batch(packed, length), mesh)))
+        for of_row, row in zip(outputs, together, strict=True):
+            begin = 0
+            for i in row.tolist():
+                yield i, of_row[begin + _find_places(documents[i])]
+                begin += documents[i].slots
+
+
+@functools.cache
+def _make_run(mesh, config: ModelConfig, head: HeadConfig):
+    forward = Forward(config, chunk=1)
+
+    def run(params, batch):
+        with mesh_context(mesh):
+            return forward.outputs(params, batch, head)[0]
+
+    return jax.jit(run, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
+def _without_fields(document: Rendered) -> Rendered:
+    return dataclasses.replace(document, fields=())
+
+
+def _find_places(document: Rendered) -> np.ndarray:
+    """The tokens of a document that are scored: the ends of its steps, or its last one."""
+    steps = [field.values for field in document.fields if field.name == FIELD]
+    return np.flatnonzero(steps[0]) if steps else np.array([document.slots - 1])
+
+
+def format_score(outputs: Sequence[np.ndarray], texts: Texts, labels: tuple[str, ...]) -> Any:
+    """A number for one output; of several ``{"label": name, "probabilities": {name: number}}``; lists of them.
+
+    ``outputs``: [N, K] of each document of a row.
+    """
+    flat = np.concatenate(outputs)
+    scores = [_format_number(one[0]) for one in flat] if len(labels) == 1 else [_classify(one, labels) for one in flat]
+    return scores if texts.is_list else scores[0]
+
+
+def _classify(logits: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
+    shifted = np.exp(logits - logits.max())
+    shares = dict(zip(labels, map(_format_number, shifted / shifted.sum()), strict=True))
+    return {"label": labels[int(logits.argmax())], "probabilities": shares}
+
+
+def _format_number(value: np.floating) -> float:
+    """The shortest decimal that reads back as this float32."""
+    return float(str(np.float32(value)))

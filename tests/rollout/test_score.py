@@ -1,0 +1,147 @@
+"""`postrain score`: every row of a file gets its score, whatever it is packed with."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import make_tiny_model
+
+from postrain.cli import main
+from postrain.hf.classifier import load_trunk, save_classifier
+from postrain.models.heads import HeadConfig, init_heads
+from postrain.rollout import score as scoring
+
+USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yes"), ("assistant", "no")))
+HEAD = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def make_classifier(folder, outputs=1, labels=()):
+    base = make_tiny_model(folder / "base", "llama")
+    config, params = load_trunk(base)
+    head = HeadConfig("score", outputs)
+    params |= init_heads([head], config, jax.random.key(0))
+    save_classifier(folder / "scorer", params, config, head, source_folder=base, labels=labels)
+    return folder / "scorer"
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    return make_classifier(tmp_path_factory.mktemp("scorer"))
+
+
+@pytest.fixture(scope="module")
+def in_torch(scorer):
+    """Text -> its score in transformers."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(scorer)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32).eval()
+
+    def compute(text):
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return model.score(model.model(ids).last_hidden_state)[0, -1, 0].item()
+
+    return compute
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+GENERATED = {"text": "yes", "finished": True}
+# A row, and the texts of its scores; one in no list has a single score.
+ROWS = [
+    ({"prompt": "hi ", "completion": "yes"}, "hi yes<|im_end|>"),
+    ({"messages": [USER, YES], "id": 7}, f"{HEAD}yes<|im_end|>"),
+    ({"text": "some text, é \u2028"}, "some text, é \u2028<|im_end|>"),
+    ({"prompt": "a ", "chosen": "b", "rejected": "c"}, ["a b<|im_end|>", "a c<|im_end|>"]),
+    ({"chosen": [USER, YES], "rejected": [USER, NO]}, [f"{HEAD}{w}<|im_end|>" for w in ("yes", "no")]),
+    ({"prompt": "a ", "completions": ["b", "b", "c"], "scores": [1, 1, 0]}, [f"a {w}<|im_end|>" for w in "bbc"]),
+    ({"prompt": "a ", "completions": ["b"]}, ["a b<|im_end|>"]),
+    ({"prompt": "a ", "completions": ["b", "c"], "labels": [True, False]}, ["a b\n", "a b\nc\n"]),
+    ({"prompt": "hi", "generated": GENERATED}, f"{HEAD}yes<|im_end|>"),
+    ({"messages": [USER, YES | {"content": "old"}], "generated": GENERATED | {"finished": False}}, f"{HEAD}yes"),
+]  # fmt: skip
+
+
+def test_every_row_has_the_score_of_its_text_in_the_order_of_the_file(scorer, in_torch, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "LENGTH", 64)  # several packed rows, and several batches
+    rows = [row for row, _ in ROWS for _ in range(3)]
+    count = scoring.score_file(scorer, write(tmp_path / "rows.jsonl", rows), str(tmp_path / "out.jsonl"), batch_size=2)
+    found = read(tmp_path / "out.jsonl")
+    assert count == len(found) == len(rows)
+    for one, row, (_, texts) in zip(found, rows, [pair for pair in ROWS for _ in range(3)], strict=True):
+        assert {key: value for key, value in one.items() if key != "score"} == row and list(one)[-1] == "score"
+        expected = [in_torch(text) for text in texts] if isinstance(texts, list) else in_torch(texts)
+        np.testing.assert_allclose(one["score"], expected, atol=1e-5)
+    assert not (tmp_path / "out.jsonl.unfinished").exists()
+
+
+def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path):
+    def score(row, **options):
+        path = write(tmp_path / "rows.jsonl", [row])
+        scoring.score_file(scorer, path, str(tmp_path / "out.jsonl"), **options)
+        return read(tmp_path / "out.jsonl")[0]["score"]
+
+    generated = {"prompt": "hi", "generated": GENERATED}
+    assert score(generated, raw=True) == pytest.approx(in_torch("hiyes<|im_end|>"), abs=1e-5)
+    head = "<|im_start|>system\nBe.<|im_end|>\n" + HEAD
+    assert score(generated, system="Be.") == pytest.approx(in_torch(f"{head}yes<|im_end|>"), abs=1e-5)
+    steps = {"prompt": "a ", "completions": ["b", "c"]}
+    assert score(steps, steps=True) == pytest.approx([in_torch("a b\n"), in_torch("a b\nc\n")], abs=1e-5)
+    assert score({"prompt": "hi", "generated": {"text": " ", "finished": True}}) is None
+
+
+def test_classes_have_names_and_probabilities(tmp_path):
+    folder = make_classifier(tmp_path, 3, ("low", "middle", "high"))
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "some more"}])
+    scoring.score_file(folder, path, str(tmp_path / "out.jsonl"))
+    for row in read(tmp_path / "out.jsonl"):
+        shares = row["score"]["probabilities"]
+        assert list(shares) == ["low", "middle", "high"] and sum(shares.values()) == pytest.approx(1)
+        assert row["score"]["label"] == max(shares, key=shares.get)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "completion": "b", "score": 1}, "has a key 'score' already"),
+        ({"prompt": "a"}, "expected the keys 'messages'"),
+        ({"prompt": "a", "completion": ""}, "'completion' is empty"),
+        ({"prompt": "a", "completions": []}, "'completions' must be a list of answers; found []"),
+        ({"prompt": "a", "completions": ["b", ""]}, "completions[1]: 'completion' is empty"),
+        ({"prompt": "a", "generated": "b"}, "'generated' must be an object with 'text'"),
+        ({"messages": [USER]}, "no assistant message"),
+    ],
+)
+def test_a_row_that_has_no_score_is_named(scorer, tmp_path, capsys, row, words):
+    path = write(tmp_path / "rows.jsonl", [{"text": "good"}, row])
+    assert main(["score", str(scorer), path, f"--output={tmp_path / 'out.jsonl'}"]) == 2
+    error = capsys.readouterr().err
+    assert "rows.jsonl:2: " in error and words in error and error.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_files_and_models_that_cannot_be_are_refused(scorer, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"text": "good"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    base = scorer.parent / "base"
+    for words, message in (
+        ([scorer, path, f"--output={path}"], "is the file of the rows, which stays as it is"),
+        ([scorer, tmp_path / "empty.jsonl"], "has no rows"),
+        ([scorer, tmp_path / "none.jsonl"], "cannot be read"),
+        ([base, path], "expected a reward model or classifier (*ForSequenceClassification), found a language model"),
+        ([tmp_path, path], "holds no config.json"),
+        ([scorer, path, "--batch-size=0"], "--batch-size 0: expected at least 1"),
+    ):
+        assert main(["score", *map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert json.loads(open(path).read()) == {"text": "good"}
