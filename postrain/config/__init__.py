@@ -1,7 +1,6 @@
 """The config of a run: its keys (``schema``), read from files, checked and made immutable (``load``)."""
 
 from postrain.config.load import (
-    RECIPE_KINDS,
     check_config,
     check_model_path,
     check_paths,
@@ -11,6 +10,7 @@ from postrain.config.load import (
     resolve,
     to_dict,
 )
+from postrain.config.row_kinds import find_row_kind, format_reader
 from postrain.config.rules import choose_reference
 from postrain.config.schema import (
     CheckpointConfig,
@@ -34,7 +34,6 @@ from postrain.config.schema import (
 )
 
 __all__ = [
-    "RECIPE_KINDS",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -57,7 +56,9 @@ __all__ = [
     "check_model_path",
     "check_paths",
     "choose_reference",
+    "find_row_kind",
     "format_config",
+    "format_reader",
     "is_hub_name",
     "load_config",
     "resolve",

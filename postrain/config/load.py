@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from postrain.config.functions import DATASET_PREFIX, PREFIX, identify_dataset, identify_function
+from postrain.config.row_kinds import find_row_kind
 from postrain.config.rules import check_rules
 from postrain.config.schema import Config, Dataset, SourceConfig
 from postrain.errors import UserError
@@ -27,7 +28,6 @@ from postrain.trees import flatten
 
 PLAIN = (str, int, float, bool, type(None))
 WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}  # of their types, in messages
-RECIPE_KINDS = {"preference": "preference"}  # the default of data.train.kind, where it is not sft
 PATHS = (  # keys in which ~ is the home of the user
     "model.path",
     "model.tokenizer",
@@ -109,7 +109,7 @@ def resolve(values: Any, overrides: dict[str, str] | None = None) -> Config:
         for part in (*sections, leaf):
             kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
         place[leaf] = _parse_override(text, kind)
-    if row_kind := RECIPE_KINDS.get(values.get("recipe", "")):
+    if (row_kind := find_row_kind(values)) != SourceConfig.kind:
         values = _fill_kinds(values, row_kind)
     config = _read_section(values, Config, "")
     check_config(config)

@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 
+from postrain.config.row_kinds import find_row_kind
 from postrain.config.schema import (
     AnswerMetric,
     Config,
@@ -60,6 +61,14 @@ def check_rules(config: Config) -> None:
     if config.eval.generate_rows and not data.eval:
         raise UserError("config key 'eval.generate_rows' needs held-out rows: give 'data.eval', or set it to 0")
     _check_unread(config)
+    if names := data.label_names:
+        if find_row_kind(config) != "labelled":
+            raise UserError(
+                f"config key 'data.label_names' is of rows of kind labelled; this recipe reads rows of kind "
+                f"{find_row_kind(config)}: leave it out"
+            )
+        if "" in names or len(set(names)) < len(names):
+            raise UserError(f"config key 'data.label_names' must be different names; found {', '.join(names)}")
     if config.checkpoint.keep_best:
         _check_best(config)
     if config.recipe == "preference":

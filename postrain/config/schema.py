@@ -6,7 +6,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple, get_args
 
 
 class Range(NamedTuple):
@@ -56,7 +56,8 @@ class Dataset:
 
 RowFunction = Callable[[dict], dict | None]  # of a config file: a row -> a row of a known kind, or None: left out
 Kind = Literal[
-    "sft", "messages", "prompt_completion", "text", "preference", "prompts", "kd", "events", "sharegpt", "alpaca"
+    "sft", "messages", "prompt_completion", "text", "preference", "labelled", "prompts", "kd", "events", "sharegpt",
+    "alpaca",
 ]  # fmt: skip
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 AnswerMetric = Literal["exact_match", "valid_json"]
@@ -122,6 +123,7 @@ class DataConfig:
     chat_template: str = ""  # path of a jinja file in place of the tokenizer's own
     template_date: str = "2024-07-26"  # the date that templates print as today
     default_system: str = ""  # a system message for conversations that have none
+    label_names: tuple[str, ...] = ()  # of rows of kind labelled: the classes by name, in the order of their numbers
     mixture: MixtureSection = MixtureSection()
     accept_change: str = ""  # the code that the refusal of changed data names: the data start anew at this update
     streaming: bool = False  # read data.train while training: for data larger than memory, here or in object stores
@@ -295,7 +297,11 @@ class SftSection:
 
 _OfMargins = Literal["sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "aot", "aot_unpaired"]
 _OfEachAnswer = Literal["sppo_hard", "cal_dpo", "nca", "bco_pair", "apo_zero", "apo_down"]
-PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, Literal["cpo", "simpo", "orpo"]]  # the last without a reference
+_WithoutReference = Literal["cpo", "simpo", "orpo"]
+_Unpaired = Literal["kto", "bco", "apo_zero_unpaired"]  # of single answers, each with a label
+PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, _WithoutReference, _Unpaired]
+REFERENCE_FREE: tuple[str, ...] = get_args(_WithoutReference)
+UNPAIRED_LOSSES: tuple[str, ...] = get_args(_Unpaired)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 from markupsafe import Markup, escape
 
-from postrain.config import RECIPE_KINDS, Config
+from postrain.config import Config, find_row_kind, format_reader
 from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
 from postrain.data.batches.row_filter import count
 from postrain.data.documents import Document, Rendered
-from postrain.data.kinds.registry import SFT, needs_tokenizer
+from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.errors import UserError
@@ -57,8 +57,8 @@ def preview(
     else:
         sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
-    wanted = RECIPE_KINDS.get(config.recipe, SFT.name)
-    if kind.name != wanted and kind.name in {SFT.name, *RECIPE_KINDS.values()}:
+    wanted = find_row_kind(config)
+    if kind.name != wanted and format_reader(kind.name):
         raise UserError(
             f"config key 'data.train': rows of kind {kind.name}, but recipe {config.recipe!r} reads rows of kind "
             f"{wanted}: use a config of another recipe"

@@ -63,11 +63,16 @@ def make_chat(i, rng):
     return {"messages": [user(f"q {i}"), assistant(words(rng, 36))]}
 
 
+def make_labelled(i, rng):
+    return {"prompt": f"q {i} ", "completion": words(rng, 36), "label": bool(i % 3)}
+
+
 # Kind -> a row of it; two forms of preference.
 MAKERS = {
     "sft": make_chat,
     "preference": make_pair,
     "preference/list": make_scored_list,
+    "labelled": make_labelled,
     "prompts": make_prompt,
     "kd": make_teacher_row,
     "events": make_member,
@@ -99,7 +104,7 @@ def expected_arrays(documents, capacity):
             part = {"tokens": tokens, "targets": targets, "loss_mask": mask, "positions": np.arange(slots)}
             part["segment_ids"] = np.full(slots, segment)
             for field in sequence.fields:
-                part[field.name] = field.values[1:] if field.of_target else field.values[:-1]
+                part[field.name] = field.values[1:] if field.of_target else field.values[:slots]
             if len(document.sequences) > 1:
                 part["group_ids"] = np.full(slots, number)
             parts.append(part)

@@ -16,9 +16,11 @@ from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.in_memory import MemoryBatches, load_examples
 from postrain.data.batches.open import open_train_rows
 from postrain.data.batches.token_shift import assemble_row
+from postrain.data.documents import layout_of
 from postrain.data.kinds.preference import parse_preference
 from postrain.data.kinds.prompts import parse_prompt
 from postrain.data.kinds.teacher import parse_teacher_row
+from postrain.data.messages import SFT_FORMS
 from postrain.data.rendering.render import render_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
@@ -188,6 +190,87 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
     changed = np.where(rejected, (batch["tokens"] + 1) % 600, batch["tokens"])
     differs = np.abs(hidden(changed) - hidden(batch["tokens"])).max(-1) > 0
     assert differs[rejected].all() and not differs[~rejected].any()
+
+
+# Labelled
+
+
+SFT_ROWS = {
+    "messages": {"messages": [USER, GOOD]},
+    "prompt_completion": {"prompt": [USER], "completion": "good"},  # trl's unpaired rows are these with a label
+    "text": {"text": "good"},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "good"}]},
+    "alpaca": {"instruction": "hi", "input": "", "output": "good", "text": "hi good"},
+}
+
+
+@pytest.mark.parametrize("form", SFT_FORMS)
+def test_a_labelled_row_is_one_of_kind_sft_with_its_label(tmp_path, tokenizer, form):
+    assert SFT_ROWS.keys() == SFT_FORMS.keys()
+    row = SFT_ROWS[form]
+    (plain,) = load(tmp_path, "sft", [row], tokenizer).examples
+    found = load(tmp_path, "labelled", [row | {"label": label} for label in (True, 0, 7, 1.0)], tokenizer)
+    assert found.kind.name == "labelled" and not found.layout.arrays.keys() - {"labels"}
+    for document, label in zip(found.examples, (1, 0, 7, 1), strict=True):
+        assert document.tokens.tolist() == plain.tokens.tolist()
+        assert document.loss_mask.tolist() == plain.loss_mask.tolist()
+        for reads_last in (False, True):  # a head reads the last token too
+            kept = dataclasses.replace(document, reads_last=reads_last)
+            row = assemble_row([kept], 64, layout_of(kept))
+            assert row["labels"].tolist() == [label] * kept.slots + [0] * (64 - kept.slots)
+
+
+def test_labels_have_names(tmp_path, tokenizer):
+    row, names = {"prompt": "hi ", "completion": "good"}, ("drama", "comedy", "news")
+    rows = [row | {"label": label} for label in ("news", "comedy", 0, " drama ")]
+    examples = load(tmp_path, "labelled", rows, tokenizer, label_names=names).examples
+    assert [document.fields[0].values[0] for document in examples] == [2, 1, 0, 0]
+    with pytest.raises(UserError, match="1: 'label' must be one of data.label_names, drama, comedy, news; found 'dram"):
+        load(tmp_path, "labelled", [row | {"label": "dramas"}], tokenizer, label_names=names)
+    with pytest.raises(UserError, match="1: 'label' must be below 3, the number of data.label_names; found 3"):
+        load(tmp_path, "labelled", [row | {"label": 3}], tokenizer, label_names=names)
+    with pytest.raises(UserError, match="or a number; found 'news': names need data.label_names, which lists them in"):
+        load(tmp_path, "labelled", [row | {"label": "news"}], tokenizer)
+    # In a table of text.
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nhi ,good,True\nhi ,bad,false\nhi ,so,3\n")
+    config = make_config(tmp_path / "rows.csv", kind="labelled")
+    examples = load_examples(config.train, tokenizer, config).examples
+    assert [document.fields[0].values[0] for document in examples] == [1, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "p ", "completion": "a"}, "expected a 'label' beside the text, true or false or a class; found"),
+        ({"prompt": "p ", "completion": "a", "label": None}, "beside the text, true or false or a class; found null"),
+        ({"label": True}, "expected the keys 'messages', or 'conversations'"),
+        ({"prompt": "p ", "completion": "a", "label": -1}, "a whole number from 0, or a name; found -1"),
+        ({"prompt": "p ", "completion": "a", "label": 0.5}, "a whole number from 0, or a name; found 0.5"),
+        ({"prompt": "p ", "completion": "a", "label": 2**31}, "a whole number from 0, or a name; found 2147483648"),
+        ({"prompt": "p ", "completion": "a", "label": " "}, "a whole number from 0, or a name; found ' '"),
+        ({"prompt": "p ", "completion": "a", "label": [True]}, "a whole number from 0, or a name; found a list"),
+        ({"prompt": "p ", "completion": " ", "label": True}, "'completion' is empty"),
+        ({"prompt": "p ", "completion": "a", "label": True, "system": "s"}, "'system' is not read"),
+        ({"prompt": "p ", "completion": "a", "label": True, "weight": 2}, "a weight of 2; rows of kind labelled all"),
+        ({"prompt": "p ", "chosen": "a", "rejected": "b"}, "is a row of kind preference"),
+    ],
+)
+def test_a_label_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
+    assert reason in refuse(tmp_path, "labelled", row, tokenizer)
+
+
+def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):
+    tokenizer, turns = load_real("qwen3", "qwen3"), []
+    for text in ("good", "bad"):
+        turns += [USER, assistant(text) | {"reasoning_content": "so"}]
+    assert len(load(tmp_path, "sft", [{"messages": turns}], tokenizer).examples) == 2
+    row = {"messages": turns, "label": True}
+    assert "becomes 2 sequences, and the label is of one: give all" in refuse(tmp_path, "labelled", row, tokenizer)
+    context = [turns[0], turns[1] | {"train": False}, *turns[2:]]
+    (document,) = load(tmp_path, "labelled", [row | {"messages": context}], tokenizer).examples
+    assert document.fields[0].values[0] == 1
+    with pytest.raises(UserError, match="'data.too_long' = 'truncate': part of a row of kind labelled cannot be used"):
+        load(tmp_path, "labelled", [row], tokenizer, too_long="truncate")
 
 
 # Prompts

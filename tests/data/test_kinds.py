@@ -18,7 +18,7 @@ from kind_fixtures import (
 )
 from pipeline_fixtures import make_tokenizer_folder, write_jsonl
 
-from postrain.config import Config, MixtureSection, ModelSection
+from postrain.config import Config, MixtureSection, ModelSection, PreferenceSection
 from postrain.data.batches.in_memory import MemoryBatches, load_examples, make_eval_batches
 from postrain.data.batches.open import join_positions, open_train_rows
 from postrain.data.preview import preview
@@ -28,6 +28,7 @@ from postrain.errors import UserError
 EXTRA = {
     "sft": {},
     "preference": {"scores": (np.float32, ()), "group_ids": (np.int32, ())},
+    "labelled": {"labels": (np.int32, ())},
     "prompts": {},
     "kd": {"teacher_ids": (np.int32, (K,)), "teacher_logprobs": (np.float32, (K,))},
     "events": {"seconds": (np.int32, ()), "actions": (np.int32, ())},
@@ -150,10 +151,11 @@ def test_metadata_stands_beside_its_prompt(tmp_path, tokenizer, way):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_preview_shows_every_kind(kind, paths, tokenizer_folder, tmp_path, streaming):
     model = "" if kind == "events" else str(tokenizer_folder)
-    recipe = "preference" if kind.startswith("preference") else "sft"
+    recipe = "preference" if kind.startswith("preference") or kind == "labelled" else "sft"
     data = make_config(*paths, kind=kind, streaming=streaming)
-    config = Config(recipe=recipe, data=data, model=ModelSection(tokenizer=model))
-    if kind in ("sft", "preference"):
+    section = PreferenceSection(loss="kto" if kind == "labelled" else "sigmoid")
+    config = Config(recipe=recipe, data=data, model=ModelSection(tokenizer=model), preference=section)
+    if kind in ("sft", "preference", "labelled"):
         other = dataclasses.replace(config, recipe="sft" if recipe == "preference" else "preference")
         with pytest.raises(UserError, match=f"rows of kind {kind}, but recipe {other.recipe!r} reads rows of kind"):
             preview(other, color=False)
@@ -162,6 +164,7 @@ def test_preview_shows_every_kind(kind, paths, tokenizer_folder, tmp_path, strea
     row = make_rows(kind, 1)[0]
     told = {
         "sft": "⟦word", "preference": "[scores 0]", "preference/list": "[scores 1]", "kd": "teacher_ids",
+        "labelled": "[labels 0]",
         "prompts": '[metadata {"answer": "0", "tests": [{"in": 0}]}]',
         "events": "⟦" + " ".join(map(str, row.get("items", [])[1:])),
     }[kind]  # fmt: skip
@@ -189,13 +192,17 @@ def test_a_recipe_refuses_rows_of_another_kind(tmp_path, tokenizer, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("found", ["preference", "preference/list", "kd", "events", "prompts"])
+@pytest.mark.parametrize("found", ["preference", "preference/list", "labelled", "kd", "events", "prompts"])
 def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(found, 3))
     kind = found.partition("/")[0]
     advice = f": set kind='{kind}' for the source"
     if kind == "preference":
         advice = ", for recipe 'preference': use a config like configs/preference.py"
+    if kind == "labelled":
+        advice = (
+            ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
+        )
     with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 

@@ -87,7 +87,7 @@ def _pipeline_facts(
 ) -> dict:
     """What decides the rows, but for the rows themselves; ``sources`` as ``{"name", "files": [{"name", ...}]}``."""
     facts = {
-        "data": {key: getattr(config, key) for key in _KEYS} | _mixture_facts(config),
+        "data": {key: getattr(config, key) for key in _KEYS} | _mixture_facts(config) | _label_facts(config),
         "sources": sources,
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "chat_template": tokenizer and hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
@@ -95,6 +95,10 @@ def _pipeline_facts(
         | ({"shard": SHARD_VERSION} if config.streaming or has_mixture(config) else {}),
     }
     return facts | ({"preparation": preparation.name} if preparation.name else {})
+
+
+def _label_facts(config: DataConfig) -> dict:
+    return {"label_names": list(config.label_names)} if config.label_names else {}
 
 
 def _mixture_facts(config: DataConfig) -> dict:

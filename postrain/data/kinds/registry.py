@@ -13,11 +13,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from postrain.config import RECIPE_KINDS, DataConfig, SourceConfig
+from postrain.config import DataConfig, SourceConfig, format_reader
 from postrain.config.functions import PREFIX, identify_function
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
 from postrain.data.documents import Document, Rendered, cut_end
-from postrain.data.kinds import events, preference, prompts, teacher
+from postrain.data.kinds import events, labelled, preference, prompts, teacher
 from postrain.data.messages import SFT_FORMS, Example, check_object, find_form, find_forms, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -38,10 +38,11 @@ class Kind:
       forms: form of row -> the keys by which it is recognised.
       parse: (row, form or "" where it is unknown, ref, unread) -> example; adds the keys of the row that it does not
         read to the set ``unread``; raises BadRow.
-      render: (examples, tokenizer, template_date=, default_system=) -> the documents of each example, or its BadRow.
+      render: (examples, tokenizer, and of the config ``options``) -> the documents of each example, or its BadRow.
       cut: (document, slots) -> the document cut to length; None where part of a document cannot be used.
       is_trained: whether documents without a trained token are left out.
       is_text: whether its tokens are those of a tokenizer.
+      options: the keys of ``DataConfig`` by which it is rendered.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kind:
     cut: Callable[[Rendered, int], Rendered] | None
     is_trained: bool = True
     is_text: bool = True
+    options: tuple[str, ...] = ("template_date", "default_system")
 
 
 class RenderedRow(NamedTuple):
@@ -87,6 +89,10 @@ KINDS = {
     for kind in (
         SFT,
         Kind("preference", preference.FORMS, preference.parse_preference, preference.render_preferences, None),
+        Kind(
+            "labelled", labelled.FORMS, labelled.parse_labelled, labelled.render_labelled, None,
+            options=("label_names", "template_date", "default_system"),
+        ),
         Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
         Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),
@@ -194,7 +200,7 @@ class RowParser:
                 unread = set()
             not_read.append(sorted(unread) if unread else ())
         examples = [example for example in parsed if not isinstance(example, BadRow | None)]
-        options = {"template_date": config.template_date, "default_system": config.default_system}
+        options = {key: getattr(config, key) for key in self.kind.options}
         rendered = self.kind.render(examples, tokenizer, **options)
         return (
             RenderedRow(example if isinstance(example, BadRow | None) else next(rendered), unread)
@@ -218,7 +224,7 @@ class RowParser:
 
         Text beside another form is taken as that form rendered by a template, which some tables have.
         """
-        forms = [form for form in find_forms(row, self._allowed) if form != "text"]
+        forms = [form for form in find_forms(row, self._allowed) if form not in ("text", "labelled_text")]
         if len(forms) > 1 and len({_KIND_OF[form].name for form in forms}) == 1:
             keys = " and of ".join(" and ".join(map(repr, _FORMS[form])) for form in forms)
             advice = f"have {self.left_out} return one of them" if self.left_out else ""
@@ -231,7 +237,7 @@ class RowParser:
     def _find_other_form(self, row: dict) -> str:
         """The form that a row has instead of the source's; empty where it has none, or only lacks a key of its own."""
         form = find_form(row, _FORMS)
-        if form == self.form:
+        if form == self.form or (self.kind.name == "labelled" and form in SFT_FORMS):  # which lacks its label
             return ""
         if form in prompts.FORMS:  # rows of many kinds have a prompt
             own = {key for keys in self.kind.forms.values() for key in keys} - {"prompt"}
@@ -261,9 +267,8 @@ class RowParser:
 
 def _format_kind(kind: Kind) -> str:
     """What to do with a row of another kind than the recipe reads."""
-    recipes = {"sft": "sft"} | {kind: recipe for recipe, kind in RECIPE_KINDS.items()}
-    if recipe := recipes.get(kind.name):
-        return f"is a row of kind {kind.name}, for recipe {recipe!r}: use a config like configs/{recipe}.py"
+    if reader := format_reader(kind.name):
+        return f"is a row of kind {kind.name}, for {reader}"
     return f"is a row of kind {kind.name}: set kind='{kind.name}' for the source"
 
 

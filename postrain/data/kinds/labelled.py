@@ -1,0 +1,102 @@
+"""Kind labelled: a row of kind sft with a label, of the whole of it.
+
+Rows are those of kind sft, in any of their forms, with ``label``: true or false (or 1 and 0), the whole number of a
+class from 0, or the name of one, where ``data.label_names`` lists the names in the order of their numbers. So trl's
+unpaired rows, ``{"prompt", "completion", "label"}``, are read as they are. The array of a batch is ``labels``, the same
+number at every place of a sequence.
+
+A row becomes one sequence, and is not cut to a length: its label was given to all of it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, describe_type, name_keys
+from postrain.data.documents import Field, Layout, Rendered
+from postrain.data.kinds.ids import MAX_ID
+from postrain.data.messages import SFT_FORMS, Example, parse_row
+from postrain.data.rendering.render import render_many
+from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.errors import shorten
+
+FIELD = "labels"
+FORMS = {f"labelled_{form}": (*keys, "label") for form, keys in SFT_FORMS.items()}
+LAYOUT = Layout({FIELD: (np.dtype(np.int32), ())})  # of its batches
+Label = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A row of kind sft, and its label as it stands there: a number, or the name of one."""
+
+    example: Example
+    label: Label
+    ref: RowRef
+
+
+def parse_labelled(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Labelled:
+    """One row, checked; ``form`` is one of FORMS, or "". ``unread`` takes the keys that are not read. Raises BadRow."""
+    if raw.get("label") is None:
+        found, advice = ("null", "") if "label" in raw else (name_keys(raw), FUNCTION_ADVICE)
+        raise BadRow(ref, f"expected a 'label' beside the text, true or false or a class; found {found}", advice)
+    label = _parse_label(raw["label"], ref)
+    rest = {key: value for key, value in raw.items() if key != "label"}
+    example = parse_row(rest, form.removeprefix("labelled_") or "sft", ref, unread)
+    if example.weight != 1:
+        raise BadRow(ref, f"the row has a weight of {example.weight:g}; rows of kind labelled all count the same")
+    return Labelled(example, label, ref)
+
+
+def _parse_label(label: Any, ref: RowRef) -> Label:
+    if isinstance(label, np.generic):  # a user's function may return numpy's
+        label = label.item()
+    if isinstance(label, str) and label.strip():
+        return label.strip()
+    if isinstance(label, float) and label.is_integer():  # as tables with gaps have them
+        label = int(label)
+    if isinstance(label, bool | int) and 0 <= label <= MAX_ID:
+        return int(label)
+    found = repr(label) if isinstance(label, int | float | str) else describe_type(label)
+    raise BadRow(ref, f"'label' must be true or false, a whole number from 0, or a name; found {found:.40}")
+
+
+def render_labelled(
+    examples: Iterable[Labelled], tokenizer: Tokenizer, *, label_names: Sequence[str], **options: Any
+) -> Iterator[list[Rendered] | BadRow]:
+    """The sequence of each example with its ``labels``, or its BadRow. ``options``: of ``render_many``."""
+    rows = list(examples)
+    rendered = render_many((row.example for row in rows), tokenizer, **options)
+    numbers = {name: number for number, name in enumerate(label_names)}
+    for row, result in zip(rows, rendered, strict=True):
+        try:
+            yield result if isinstance(result, BadRow) else [_add_label(row, result, numbers)]
+        except BadRow as error:
+            yield error
+
+
+def _add_label(row: Labelled, sequences: list[Rendered], numbers: dict[str, int]) -> Rendered:
+    label = row.label
+    if isinstance(label, str) and not numbers:  # as tables of text have them
+        label = {"true": 1, "false": 0}.get(label.lower(), int(label) if label.isdecimal() else label)
+    if isinstance(label, str):
+        if label not in numbers:
+            known = f"one of data.label_names, {shorten(numbers, 8)}" if numbers else "true or false, or a number"
+            advice = "" if numbers else "names need data.label_names, which lists them in the order of their numbers"
+            raise BadRow(row.ref, f"'label' must be {known}; found {label!r:.40}", advice)
+        label = numbers[label]
+    elif numbers and label >= len(numbers):
+        raise BadRow(row.ref, f"'label' must be below {len(numbers)}, the number of data.label_names; found {label}")
+    if len(sequences) > 1:
+        raise BadRow(
+            row.ref,
+            f"the chat template renders earlier turns of the row in another way than its last, so that it becomes "
+            f"{len(sequences)} sequences, and the label is of one",
+            "give all assistant messages but the last train: false",
+        )
+    (sequence,) = sequences
+    return dataclasses.replace(
+        sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label, np.int32), of_target=False),)
+    )
