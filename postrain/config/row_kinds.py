@@ -21,6 +21,7 @@ class RowKinds:
 RECIPE_KINDS = {
     "sft": RowKinds("sft"),
     "preference": RowKinds("preference", "preference.loss", dict.fromkeys(UNPAIRED_LOSSES, "labelled")),
+    "distill": RowKinds("sft", "distill.teacher", {"": "kd"}),  # what a teacher reads, or what it has said
 }
 
 

@@ -21,6 +21,7 @@ the temperature of the loss: that of the rest cannot be computed from its mass a
 Legend: B rows, T positions, C positions of a chunk, K ids, V' padded vocabulary, D embed_size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +46,7 @@ def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def _mix(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
     """log(share a + (1 - share) b)."""
-    share = jnp.asarray(share, log_a.dtype)
-    return jnp.logaddexp(log_a + jnp.log(share), log_b + jnp.log1p(-share))
+    return jnp.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
 
 
 def _jsd(log_p: jax.Array, log_q: jax.Array, options: Options) -> jax.Array:

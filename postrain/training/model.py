@@ -118,9 +118,10 @@ def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
 
 def count_params(model: Model) -> tuple[int, int]:
     """(trained, frozen) numbers of parameters, those of a teacher too; a quantised parameter counts as one."""
-    base, teacher = (config and num_params(shapes_of(param_specs(config))) for config in (model.config, model.teacher))
+    count = lambda config: num_params(shapes_of(param_specs(config)))
+    base, teacher = count(model.config), count(model.teacher) if model.teacher else 0
     has_frozen_base = bool(model.frozen.keys() - {TEACHER})
-    return (num_params(model.params), base + (teacher or 0)) if has_frozen_base else (base, teacher or 0)
+    return (num_params(model.params), base + teacher) if has_frozen_base else (base, teacher)
 
 
 def make_lora_config(section: LoraSection) -> LoraConfig | None:

@@ -1,6 +1,7 @@
 """A teacher: a frozen model of another folder, on the devices of the one that learns from it."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,13 +12,15 @@ from jax.sharding import Mesh
 
 from postrain.checkpoint.record import fingerprint_model
 from postrain.config import Config, ModelSection
+from postrain.data.documents import Preparation
 from postrain.data.rendering.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
 from postrain.hf.find_model import locate_model
 from postrain.hf.load import load_pretrained
 from postrain.models.config import ModelConfig
-from postrain.models.params import frozen_specs, name_broken
+from postrain.models.params import frozen_specs, name_broken, num_params, param_specs, shapes_of
 from postrain.training.model import TEACHER, Model, configure, place_abstract
+from postrain.training.session import Session
 from postrain.types import TrainState
 
 
@@ -27,6 +30,21 @@ class Teacher(NamedTuple):
     config: ModelConfig
     params: Any  # in the compute dtype, or quantised
     checksum: str  # of its weights, config.json and quantisation
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """For ``open_train_rows`` and ``open_eval_rows``: rows are another run's where the teacher is another one."""
+        check = functools.partial(check_ids, vocab_size=self.config.vocab_size)
+        return {"check": check, "preparation": Preparation(f"towards teacher {self.checksum}")}
+
+
+def open_teacher(session: Session) -> Teacher:
+    """``load_teacher`` of a run, which says what it has loaded."""
+    teacher = load_teacher(session.config, session.tokenizer, session.mesh)
+    numbers = num_params(shapes_of(param_specs(teacher.config)))
+    kind = teacher.config.quantization if teacher.config.quantization != "none" else teacher.config.compute_dtype
+    session.say(f"teacher     {session.config.distill.teacher}: {numbers:,} parameters, {kind}, {teacher.checksum}")
+    return teacher
 
 
 def configure_teacher(config: Config, folder: str | os.PathLike, mesh: Mesh) -> ModelConfig:

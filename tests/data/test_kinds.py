@@ -200,9 +200,7 @@ def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, s
     if kind == "preference":
         advice = ", for recipe 'preference': use a config like configs/preference.py"
     if kind == "labelled":
-        advice = (
-            ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
-        )
+        advice = ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
     with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 
