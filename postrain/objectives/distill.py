@@ -64,25 +64,32 @@ DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, Options], jax.Array]] = {
 }
 
 
-def compare_with_logits(options: Options, shared_ids: int, teacher_vocab_size: int, softcap: float = 0.0) -> Callable:
+def compare_with_logits(options: Options, shared_ids: int, softcap: float = 0.0) -> Callable:
     """For ``map_logits``: the student's logits against the teacher's whole distribution.
 
     ``rows`` are the targets int32 [C] and the teacher's hidden states [C, D]; ``shared`` is the teacher's projection
-    onto its vocabulary [V', D], whose first ``teacher_vocab_size`` rows are tokens and whose logits are capped at
+    onto the vocabulary [V', D] as ``match_rows`` makes it, with as many rows as the student's. Its logits are capped at
     ``softcap``. Ids from ``shared_ids`` on are left out of both distributions. Returns what ``_measure`` does.
     """
 
     def values(logits, rows, teacher_table) -> dict[str, jax.Array]:
         targets, teacher_hidden = rows
-        teacher_logits = project(teacher_hidden, teacher_table, teacher_vocab_size, softcap)
-        width = min(logits.shape[1], teacher_logits.shape[1])  # vocabularies are padded differently
+        teacher_logits = project(teacher_hidden, teacher_table, teacher_table.shape[0], softcap)
         log_p, log_q = (
-            jax.nn.log_softmax(keep_ids(found[:, :width], shared_ids) / options.temperature)
-            for found in (teacher_logits, logits)
+            jax.nn.log_softmax(keep_ids(found, shared_ids) / options.temperature) for found in (teacher_logits, logits)
         )
         return _measure(logits, targets, log_p, log_q, log_p.argmax(-1), options)
 
     return values
+
+
+def match_rows(table_VD: jax.Array, count: int) -> jax.Array:
+    """The first ``count`` rows of a projection; of one with fewer all, and zeros.
+
+    Vocabularies are padded differently. Once for all chunks: cutting their logits, split over devices, would have these
+    exchange parts in a loop that is not of the same length for all.
+    """
+    return jnp.pad(table_VD[:count], ((0, max(count - table_VD.shape[0], 0)), (0, 0)))
 
 
 def compare_with_top(options: Options, shared_ids: int) -> Callable:

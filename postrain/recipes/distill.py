@@ -18,13 +18,12 @@ from collections.abc import Callable
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.config import Config, find_row_kind
+from postrain.config import Config, DistillSection, find_row_kind
 from postrain.data.documents import NO_LAYOUT, Layout
 from postrain.data.rendering.tokenizer import load_run_tokenizer
 from postrain.export import export_state
 from postrain.hf.find_model import locate_model
-from postrain.models.config import ModelConfig
-from postrain.objectives.distill import compare_with_logits, compare_with_top, make_distill_loss
+from postrain.objectives.distill import compare_with_logits, compare_with_top, make_distill_loss, match_rows
 from postrain.report.page import Chart
 from postrain.rollout.answers import make_answer_evaluator
 from postrain.training.evaluate import make_loss_evaluator
@@ -81,10 +80,15 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract: its teacher is made so, too."""
-    if config.distill.teacher and model.teacher is None:
+    options, arrays = config.distill, {}
+    if options.teacher and model.teacher is None:
         add_teacher(model, *abstract_teacher(config, mesh))
-    compare, size = make_comparison(config, model.config, model.teacher), config.distill.top_k
-    arrays = {"teacher_ids": (np.dtype(np.int32), (size,)), "teacher_logprobs": (np.dtype(np.float32), (size,))}
+    if not options.teacher:
+        arrays["teacher_ids"] = np.dtype(np.int32), (options.top_k,)
+        arrays["teacher_logprobs"] = np.dtype(np.float32), (options.top_k,)
+    tokenizer = load_run_tokenizer(config, locate_model(config.model.path, weights=False))
+    models = [Forward(one, chunk=config.model.loss_chunk) for one in (model.config, model.teacher) if one]
+    compare = make_comparison(options, count_shared_ids(tokenizer, model.config, model.teacher), *models)
     return build_program(
         config,
         model,
@@ -92,29 +96,28 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         total_steps,
         loss_fn=make_distill_loss(compare),
         eval_loss_fn=make_distill_loss(compare, router_losses=False),
-        layout=NO_LAYOUT if model.teacher else Layout(arrays),
+        layout=Layout(arrays) if arrays else NO_LAYOUT,
     )
 
 
-def make_comparison(config: Config, student: ModelConfig, teacher: ModelConfig | None) -> Callable:
-    """``compare`` of ``make_distill_loss``, with the teacher in ``params``, or with what it has written."""
-    tokenizer = load_run_tokenizer(config, locate_model(config.model.path, weights=False))
-    forward, options = Forward(student, chunk=config.model.loss_chunk), config.distill
+def make_comparison(
+    options: DistillSection, shared_ids: int, student: Forward, teacher: Forward | None = None
+) -> Callable:
+    """``compare`` of ``make_distill_loss``: with a teacher in ``params[TEACHER]``, or with what it has written."""
     if teacher is None:
-        of_top = compare_with_top(options, count_shared_ids(tokenizer, student))
+        of_top = compare_with_top(options, shared_ids)
 
         def compare_stored(params, batch):
             rows = batch.targets, batch.fields["teacher_ids"], batch.fields["teacher_logprobs"]
-            return forward.map_logits(params, batch, of_top, rows)
+            return student.map_logits(params, batch, of_top, rows)
 
         return compare_stored
-    shared = count_shared_ids(tokenizer, student, teacher)
-    of_logits = compare_with_logits(options, shared, teacher.vocab_size, teacher.logits_softcap)
-    of_teacher = Forward(teacher, chunk=config.model.loss_chunk)
+    of_whole = compare_with_logits(options, shared_ids, teacher.model_config.logits_softcap)
 
     def compare_live(params, batch):
-        hidden, table = of_teacher.project_inputs(params[TEACHER], batch)
+        hidden, table = teacher.project_inputs(params[TEACHER], batch)
+        table = match_rows(table, student.model_config.padded_vocab_size)
         own = {name: tree for name, tree in params.items() if name != TEACHER}
-        return forward.map_logits(own, batch, of_logits, (batch.targets, hidden), table)
+        return student.map_logits(own, batch, of_whole, (batch.targets, hidden), table)
 
     return compare_live

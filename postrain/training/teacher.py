@@ -93,9 +93,9 @@ def digest_teacher(folder: str | os.PathLike, quantization: str) -> str:
     return hashlib.sha256(json.dumps([files, quantization], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def count_shared_ids(tokenizer: Tokenizer, *models: ModelConfig) -> int:
-    """Ids that the tokenizer and every model have; the rows of models after them are padding."""
-    return min(tokenizer.vocab_size, *(model.vocab_size for model in models))
+def count_shared_ids(tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None = None) -> int:
+    """Ids that the tokenizer and the models have; the rows of models after them are padding."""
+    return min(tokenizer.vocab_size, student.vocab_size, (teacher or student).vocab_size)
 
 
 def add_teacher(model: Model, config: ModelConfig, params: Any) -> None:

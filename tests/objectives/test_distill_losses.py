@@ -8,7 +8,7 @@ import torch
 from trl.experimental.gkd import GKDTrainer
 
 from postrain.config import DistillSection
-from postrain.objectives.distill import DIVERGENCES, compare_with_logits, compare_with_top
+from postrain.objectives.distill import DIVERGENCES, compare_with_logits, compare_with_top, match_rows
 from postrain.objectives.logprobs import map_logits
 
 SHAPE, EMBED, TEACHER_EMBED = (3, 29), 24, 17
@@ -33,9 +33,9 @@ def arrays():
 def run_live(arrays, chunk=16, shared=SHARED, **options):
     """(weighted sum of the losses, gradients of hidden states and unembedding, metrics)."""
     (hidden, table), teacher, targets, weights = arrays
-    values = compare_with_logits(DistillSection(**options), shared, TEACHER_VOCAB, CAP)
+    values = compare_with_logits(DistillSection(**options), shared, CAP)
     rows = targets, jnp.asarray(teacher[0])
-    return run(values, hidden, table, rows, jnp.asarray(teacher[1]), weights, chunk)
+    return run(values, hidden, table, rows, match_rows(jnp.asarray(teacher[1]), len(table)), weights, chunk)
 
 
 def run_stored(arrays, ids, logprobs, chunk=16, shared=SHARED, **options):
@@ -118,6 +118,12 @@ VARIANTS = {
     ),
     "with cross entropy": (mixed, {"temperature": 2.0, "nll_coef": 0.3}),
 }
+
+
+def test_a_table_gets_the_rows_of_another():
+    table = jnp.arange(6.0).reshape(3, 2)
+    assert match_rows(table, 2).tolist() == [[0, 1], [2, 3]] and match_rows(table, 3).tolist() == table.tolist()
+    assert match_rows(table, 4).tolist() == [*table.tolist(), [0, 0]]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -224,7 +230,7 @@ def test_a_certain_teacher_gives_finite_losses(arrays):
 def test_a_student_that_is_its_own_teacher_learns_nothing(arrays):
     (hidden, table), _, targets, weights = arrays
     for loss in ("forward_kl", "jsd", "skew_reverse_kl"):
-        values = compare_with_logits(DistillSection(loss=loss, temperature=1.5), VOCAB, VOCAB)
+        values = compare_with_logits(DistillSection(loss=loss, temperature=1.5), VOCAB)
         rows, own = (targets, jnp.asarray(hidden)), jnp.asarray(table)
         total, grads, found = run(values, hidden, table, rows, own, weights, 16)
         assert abs(total) < 1e-5 and (found["agreement"] == (weights > 0)).all()
@@ -267,7 +273,7 @@ def test_temporaries_at_a_large_vocabulary_are_a_fifth_of_the_naive_loss(teacher
     options = DistillSection(loss="jsd", temperature=2.0, nll_coef=0.5)
     if teacher == "live":
         args += [abstract(tokens, embed), abstract(vocab, embed)]
-        values = compare_with_logits(options, 151_669, vocab)
+        values = compare_with_logits(options, 151_669)
         chunked = lambda h, u, t, m, rows, shared: map_logits(
             values, h, u, m, (t, rows), shared, vocab_size=vocab, chunk=32
         )["loss"].sum()
