@@ -5,6 +5,7 @@
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
+    python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -68,6 +69,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "reference": ("postrain.training.reference", "_compute"),
+    "teacher": ("postrain.training.teacher", "load_teacher"),
     "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),
 }
@@ -198,7 +200,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed" or "preference"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference" or "distill"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -230,6 +232,10 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         values["recipe"], values["optimizer"]["learning_rate"] = "preference", 1e-3
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
+    if way == "distill":
+        values["recipe"], values["distill"] = "distill", {"teacher": str(inputs / "teacher"), "loss": "jsd"}
+        values["train"] = {"steps": 12}
+        values["eval"] |= {"every": 6}
     return values
 
 
@@ -239,6 +245,7 @@ def make_inputs(folder: pathlib.Path) -> None:
     ``store/`` has such rows, too, as a first source of 3/4 of the rows, and others as a second one.
     """
     import sft_runs
+    from tiny_models import make_tiny_model
 
     sft_runs.make_inputs(folder)
     rows = sft_runs.write_rows(folder / "train.jsonl", 2 * STEPS).read_text().splitlines(keepends=True)
@@ -248,6 +255,7 @@ def make_inputs(folder: pathlib.Path) -> None:
     for name, numbers in (("pairs", range(30)), ("pairs_eval", range(30, 36))):
         lines = [{"prompt": f"{i} good", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_tiny_model(folder / "teacher", "qwen3", seed=1, vocab_size=330, num_hidden_layers=2)
     (folder / "store").mkdir()
     rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
     others = sft_runs.write_rows(folder / "second.jsonl", STEPS, first=200).read_text().splitlines(keepends=True)
@@ -322,6 +330,7 @@ def warm_up(way: str = "1") -> None:
         importlib.import_module("store").import_s3()
     importlib.import_module("postrain.recipes.sft")
     importlib.import_module("postrain.recipes.preference")
+    importlib.import_module("postrain.recipes.distill")
     for module, _ in CALLS.values():
         importlib.import_module(module)
     importlib.import_module("tensorboardX")
@@ -446,9 +455,11 @@ def main() -> None:
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
+    how.add_argument("--distill", action="store_true", help="runs of recipe distill, with a teacher beside the student")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    way = "streamed" if arguments.streamed else "preference" if arguments.preference else arguments.processes
+    ways = [way for way in ("streamed", "preference", "distill") if getattr(arguments, way)]
+    way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
     print(json.dumps(found, indent=2))

@@ -2,6 +2,7 @@
 
 PYTHONPATH=tests python tests/golden/test_golden.py sft         # writes sft.json anew, when a change of it is meant
 PYTHONPATH=tests python tests/golden/test_golden.py preference
+PYTHONPATH=tests python tests/golden/test_golden.py distill
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import DataConfig, OptimizerConfig, PreferenceSection
+from postrain.config import DataConfig, DistillSection, OptimizerConfig, PreferenceSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
@@ -22,9 +23,11 @@ from postrain.data.documents import Field, Group, Rendered
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, lora_specs
 from postrain.models.params import ParamSpec, param_specs
+from postrain.objectives.distill import make_distill_loss
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.sft import make_sft_loss
-from postrain.training.model import Forward
+from postrain.recipes.distill import make_comparison
+from postrain.training.model import TEACHER, Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
@@ -72,9 +75,21 @@ def make_pairs() -> ExampleSet:
     return ExampleSet(groups, DataReport([]), {})
 
 
-def compute_curve(loss_fn, examples: ExampleSet, lora: bool, **options) -> dict[str, list[float]]:
+def make_taught(examples: ExampleSet, size: int) -> ExampleSet:
+    """``examples`` with a teacher of each token, which likes it best and its neighbours next."""
+    rng, taught = np.random.default_rng(2), []
+    for row in examples.examples:
+        ids = (row.tokens[:, None] + np.arange(size, dtype=np.int32)) % CONFIG.vocab_size
+        p = np.sort(rng.dirichlet(np.ones(size + 1), len(ids)), axis=1)[:, :0:-1]
+        fields = Field("teacher_ids", ids, True), Field("teacher_logprobs", np.log(p).astype(np.float32), True)
+        taught.append(dataclasses.replace(row, fields=fields))
+    return dataclasses.replace(examples, examples=taught)
+
+
+def compute_curve(loss_fn, examples: ExampleSet, lora: bool, teacher=None, **options) -> dict[str, list[float]]:
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
+    frozen = frozen | ({TEACHER: teacher} if teacher else {})
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
     step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule, **options)
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))
@@ -105,7 +120,19 @@ def compute_preference() -> dict:
     }
 
 
-CURVES = {"sft": compute_sft, "preference": compute_preference}
+def compute_distill() -> dict:
+    wider = dataclasses.replace(CONFIG, lora=None, vocab_size=330, embed_size=24, num_layers=2)
+    teacher, shared = draw(param_specs(wider), 3), CONFIG.vocab_size - 11
+    jsd = DistillSection(loss="jsd", beta=0.4, temperature=1.5)
+    live = make_distill_loss(make_comparison(jsd, shared, FORWARD, Forward(wider, chunk=64)))
+    stored = make_distill_loss(make_comparison(DistillSection(nll_coef=0.2), shared, FORWARD))
+    return {
+        "jsd, live, full": compute_curve(live, make_examples(), lora=False, teacher=teacher),
+        "forward_kl, stored, lora": compute_curve(stored, make_taught(make_examples(), 5), lora=True),
+    }
+
+
+CURVES = {"sft": compute_sft, "preference": compute_preference, "distill": compute_distill}
 
 
 @pytest.mark.parametrize("name", CURVES)
