@@ -196,7 +196,7 @@ def test_the_exported_student_has_the_logged_divergence(inputs, teacher, finishe
 def test_all_ids_of_taught_rows_are_the_teacher_itself(inputs, teacher, finished, tmp_path):
     everything = {"distill": {"top_k": ALL_IDS}}
     teach(resolve(values_of(inputs, teacher, **everything)), tmp_path / "rows", **QUIET)
-    values = values_of(inputs, train=tmp_path / "rows", **everything)
+    values = values_of(inputs, train=tmp_path / "rows", eval={"generate_rows": 0}, **everything)
     postrain.train(values | {"export": {"format": "none"}}, tmp_path / "run")
     stored, live = (read_lines(folder / "metrics.jsonl") for folder in (tmp_path / "run", finished[0]))
     for own, other in zip([line for line in stored if "train/loss" in line], live[1:], strict=True):
@@ -229,7 +229,8 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(
 
 
 def test_adapters_of_a_student_learn_from_a_quantised_teacher(inputs, teacher, tmp_path):
-    values = values_of(inputs, teacher, model={"lora": {"rank": 4}}, distill={"quantization": "int8"})
+    sections = {"model": {"lora": {"rank": 4}}, "distill": {"quantization": "int8"}, "eval": {"generate_rows": 0}}
+    values = values_of(inputs, teacher, **sections)
     values["optimizer"]["learning_rate"] = 1e-2
     metrics = postrain.train(values, tmp_path / "run")
     first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
@@ -349,12 +350,11 @@ def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inpu
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="rows.jsonl has no manifest.json, so nobody can tell its teacher"):
         retrain(inputs, tmp_path / "rows.jsonl", tmp_path, distill={"checksum": "0" * 32})
-    ends = []
-    for name, path in (("own", taught), ("other", tmp_path / "rows.jsonl")):
-        values = values_of(inputs, train=path) | {"export": {"format": "none"}, "train": {"steps": 2}}
-        postrain.train(values, tmp_path / name)
-        ends.append(without_perf(read_lines(tmp_path / name / "metrics.jsonl")))
-    assert ends[0] == ends[1]
+    values = values_of(inputs, train=tmp_path / "rows.jsonl")
+    postrain.train(values | {"export": {"format": "none"}, "train": {"steps": 1}}, tmp_path / "run")
+    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    mass = np.exp(rows[0].fields[1].values[rows[0].loss_mask]).sum(1)
+    assert 0 < line["train/teacher_top"] < 1 and (mass < 1).all()
 
 
 @pytest.mark.parametrize(
