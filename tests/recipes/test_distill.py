@@ -20,6 +20,7 @@ from tiny_models import make_tiny_model
 import postrain
 from postrain.config import resolve
 from postrain.data.batches.in_memory import load_examples
+from postrain.data.batches.open import open_train_rows
 from postrain.data.documents import layout_of
 from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
@@ -162,6 +163,20 @@ def test_half_precision_is_smaller_and_never_sums_to_more_than_1(inputs, teacher
         assert (half <= whole).all() and np.abs(half - whole).max() < 0.01
     size = lambda folder: sum(path.stat().st_size for path in folder.glob("*.parquet"))
     assert size(tmp_path / "rows") < 0.9 * size(taught)
+
+
+def test_taught_rows_are_streamed_as_they_are_read_at_once(inputs, taught):
+    """Of a stream the sizes of shards are compared, and not their contents."""
+    stream = {"streaming": True, "stream": {"shards": 2}, "packing": "none", "shuffle": False}
+    config = resolve(values_of(inputs, train=taught, data=stream))
+    batches = open_train_rows(None, config.data, kind="kd").batches
+    seen = [next(batches) for _ in range(20)]
+    batches.close()
+    rows = load_examples(config.data.train, None, config.data, kind="kd").examples
+    found = [np.exp(row).sum() for batch in seen for row in batch["teacher_logprobs"]]
+    slots = config.data.sequence_length
+    expected = [np.exp(row.fields[1].values[1:]).sum() + 8 * (slots - row.slots) for row in rows]
+    np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-6)
 
 
 # --- train ---

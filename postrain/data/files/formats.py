@@ -295,11 +295,8 @@ def _to_rows(batch: pa.RecordBatch) -> list[dict]:
     others = [name for name, found in tables.items() if found is None]
     if len(others) == len(tables):
         return batch.to_pylist()
-    rows = batch.select(others).to_pylist() if others else [{} for _ in range(batch.num_rows)]
-    for name, found in tables.items():
-        for row, table in zip(rows, found or (), strict=False):
-            row[name] = table
-    return rows
+    columns = [found or batch.column(name).to_pylist() for name, found in tables.items()]
+    return [dict(zip(tables, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _to_tables(column: pa.Array) -> list[np.ndarray] | None:
