@@ -1,4 +1,4 @@
-"""The command line: ``postrain train | launch | preview | plan | export | import | generate | score | verify``.
+"""The command line: ``postrain train | launch | preview | plan | teach | export | import | generate | score | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Each command imports the heavy
 modules that it needs itself, so that ``--help`` and a wrong key answer at once.
@@ -292,6 +292,9 @@ def make_parser() -> Parser:
     command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
+    command = add("teach", run_teach, "write what a teacher finds likely in a config's rows, to distill", config=True)
+    add_teach_arguments(command)
+
     command = add("export", run_export, "write a run's checkpoint as a Hugging Face or PEFT folder")
     command.add_argument("--workdir", type=read_nonempty_path, required=True, help="the folder of the run")
     command.add_argument(
@@ -345,6 +348,15 @@ def add_launch_arguments(command: argparse.ArgumentParser) -> None:
     text = "a volume that all hosts share, needed for k8s"
     command.add_argument("--volume", default="", metavar="CLAIM:/PATH", help=text)
     command.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+
+
+def add_teach_arguments(command: argparse.ArgumentParser) -> None:
+    text = "the folder to write; the same command goes on with one that is not finished"
+    command.add_argument("--output", type=read_nonempty_path, required=True, metavar="DIR", help=text)
+    text = "of the log-probabilities (default float32)"
+    command.add_argument("--dtype", choices=("float32", "float16"), default="float32", help=text)
+    text = "rows of a file, all of which are in memory (default 512)"
+    command.add_argument("--shard-rows", type=read_whole_number, metavar="N", default=512, help=text)
 
 
 def add_generate_arguments(command: argparse.ArgumentParser) -> None:
@@ -435,6 +447,18 @@ def run_plan(args, overrides) -> int:
     report = plan(config, args.target)
     print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
     return 0 if report.fits else _fail(report.format_misfit(), 1)
+
+
+def run_teach(args, overrides) -> None:
+    if args.shard_rows < 1:
+        raise UserError(f"--shard-rows {args.shard_rows}: expected at least 1")
+    config = load_checked_config(args, overrides)
+    with ends_at_once():
+        from postrain.training.teach import teach
+
+    say = functools.partial(print, flush=True)
+    teach(config, args.output, dtype=args.dtype, shard_rows=args.shard_rows, say=say)
+    print(f"wrote {args.output}")
 
 
 def run_export(args, overrides) -> None:

@@ -124,6 +124,16 @@ def test_the_commands_of_the_page_on_reward_models_run(folder):
     ]
 
 
+def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
+    make_tiny_model(folder / "teacher", "qwen3", vocab_size=330)
+    for words in read_commands(ROOT / "docs" / "distill.md"):
+        words = [re.sub("STUDENT_DIR|TEACHER_DIR", str(folder / "teacher"), word) for word in words]
+        words = [re.sub("=taught$", f"={folder}/taught", word) for word in in_small(words, folder)]
+        words = [word.replace("--config=", f"--config={ROOT}/") for word in words]
+        assert cli.main(words) == 0, capfd.readouterr().err
+    assert (folder / "runs" / "distill" / "export" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page, folder):
     for words in read_commands(page):

@@ -31,6 +31,7 @@ WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or
 PATHS = (  # keys in which ~ is the home of the user
     "model.path",
     "model.tokenizer",
+    "distill.teacher",
     "model.new_tokens.file",
     "data.train.path",
     "data.eval.path",
@@ -301,6 +302,8 @@ def check_paths(config: Config) -> None:
     check_model_path(config.model.path)
     if config.model.tokenizer:
         check_model_path(config.model.tokenizer, "config key 'model.tokenizer'")
+    if config.distill.teacher:
+        check_model_path(config.distill.teacher, "config key 'distill.teacher'")
     for key, path, expected in (
         ("model.new_tokens.file", config.model.new_tokens.file, "a file with a token a line"),
         ("data.chat_template", config.data.chat_template, "a jinja template, or nothing"),

@@ -26,6 +26,7 @@ RECIPE_KINDS = {
         "reward.loss",
         {"stepwise": "stepwise", "cross_entropy": "labelled", "squared_error": "labelled"},
     ),
+    "distill": RowKinds("sft", "distill.teacher", {"": "kd"}),  # what a teacher reads, or what it has said
 }
 
 

@@ -11,6 +11,7 @@ from postrain.config.schema import (
     AnswerMetric,
     Config,
     DataConfig,
+    DistillSection,
     ModelSection,
     OptimizerConfig,
     PreferenceSection,
@@ -83,6 +84,8 @@ def check_rules(config: Config) -> None:
         _check_preference(config)
     if config.recipe == "reward":
         _check_reward(config)
+    if config.recipe == "distill":
+        _check_distill(config)
 
 
 def has_mixture(config: DataConfig) -> bool:
@@ -216,8 +219,12 @@ def _check_unread(config: Config) -> None:
             "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
             "set the decay"
         )
-    used = {"sft": config.sft != SftSection(), "preference": config.preference != PreferenceSection()}
-    used["reward"] = config.reward != RewardSection()
+    used = {
+        "sft": config.sft != SftSection(),
+        "preference": config.preference != PreferenceSection(),
+        "reward": config.reward != RewardSection(),
+        "distill": config.distill != DistillSection(),
+    }
     for recipe, is_used in used.items():
         if is_used and config.recipe != recipe:
             raise UserError(f"config keys '{recipe}.*' are not read by recipe {config.recipe!r}: leave them out")
@@ -346,4 +353,26 @@ def _check_reward(config: Config) -> None:
         raise UserError(
             "config key 'export.format' = 'adapter': a reward model is exported whole, with its head: set it to "
             "'merged' or 'none'"
+        )
+
+
+def _check_distill(config: Config) -> None:
+    section, default = config.distill, DistillSection()
+    if has_new_tokens(config):
+        raise UserError(
+            "config key 'model.new_tokens': a teacher does not know the new tokens: train them with recipe 'sft', "
+            "before or after"
+        )
+    for key, losses in (("beta", ("jsd",)), ("skew", ("skew_forward_kl", "skew_reverse_kl"))):
+        if getattr(section, key) != getattr(default, key) and section.loss not in losses:
+            raise UserError(
+                f"config key 'distill.{key}' is not read by 'distill.loss' = {section.loss!r}: leave it out, or choose "
+                f"{' or '.join(losses)}"
+            )
+    if not section.teacher and section.quantization != "none":
+        raise UserError("config key 'distill.quantization' is of a teacher that runs: give 'distill.teacher'")
+    if section.teacher and section.checksum:
+        raise UserError(
+            "config key 'distill.checksum' is of rows that a teacher has written, 'distill.teacher' one that runs: "
+            "leave one of them out"
         )

@@ -341,6 +341,21 @@ class RewardSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillSection:
+    """Recipe distill and `postrain teach`; docs/distill.md has the formulas of ``objectives/distill.py``."""
+
+    teacher: str = ""  # a Hugging Face folder that runs beside the student, or for teach; empty: rows are of kind kd
+    quantization: Literal["none", "nf4", "int8"] = "none"  # of the teacher
+    checksum: str = ""  # the only teacher that rows of kind kd may come from, as teach prints it; empty: any
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"  # of a token
+    beta: Annotated[float, Range(above=0, below=1)] = 0.5  # of jsd: the teacher's share of the mixture
+    skew: Annotated[float, Range(above=0, below=1)] = 0.1  # of the skew losses: how much of itself is mixed in
+    temperature: Positive = 1.0  # that the logits of both are divided by
+    nll_coef: NotNegative = 0.0  # factor of the student's own -log p of the token, which is added
+    top_k: Annotated[int, Range(1, 2**16)] = 64  # likeliest ids of the teacher in a row of kind kd, for every token
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportSection:
     """What is written to ``workdir/export`` at the end."""
 
@@ -365,3 +380,4 @@ class Config:
     sft: SftSection = SftSection()
     preference: PreferenceSection = PreferenceSection()
     reward: RewardSection = RewardSection()
+    distill: DistillSection = DistillSection()

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -184,9 +184,15 @@ def parse_dtype(name: str, where: str) -> np.dtype:
 
 
 def write_config(
-    folder: pathlib.Path, source_folder: str | os.PathLike, dtype: str | None = None, vocab_size: int | None = None
+    folder: pathlib.Path,
+    source_folder: str | os.PathLike,
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Copies config.json of ``source_folder``, with ``dtype`` and ``vocab_size`` in place of its own where they differ.
+
+    ``layers``: of the source that the model consists of, None: all.
 
     ``quantization_config`` is dropped: weights are never written quantised. Of a folder that holds more than a language
     model, the config of the language model is written (families.TEXT_PARTS).
@@ -197,7 +203,7 @@ def write_config(
         None,
         read_config(source_folder).vocab_size,
     )
-    if dtype is None and quantized is None and unchanged:
+    if dtype is None and quantized is None and unchanged and layers is None:
         (folder / CONFIG_FILE).write_bytes(config_file(source_folder).read_bytes())
         return
     keys = [key for key in DTYPE_KEYS if key in raw] or [DTYPE_KEYS[0]]
@@ -205,6 +211,10 @@ def write_config(
         raw |= dict.fromkeys(keys, dtype)
     if vocab_size is not None:
         raw["vocab_size"] = vocab_size
+    if layers is not None:
+        raw["num_hidden_layers"] = len(layers)
+        if raw.get("layer_types"):
+            raw["layer_types"] = [raw["layer_types"][i] for i in layers]
     text = json.dumps(raw, indent=2, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -4,10 +4,12 @@ Names, dtypes and config are the source folder's; so are tokenizer, chat templat
 run used others. Tensors are gathered and written one at a time; the folder appears when it is whole.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,10 +18,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
-from postrain.hf.config import DTYPE_KEYS, config_file, parse_dtype, read_family, read_model_json, write_config
+from postrain.hf.config import (
+    DTYPE_KEYS,
+    config_file,
+    parse_dtype,
+    read_config,
+    read_family,
+    read_model_json,
+    write_config,
+)
 from postrain.hf.families import PROJECTION
+from postrain.hf.find_model import locate_model
 from postrain.hf.folders import atomic_folder, copy_side_files
-from postrain.hf.load import open_checked
+from postrain.hf.load import load_pretrained, open_checked
 from postrain.hf.tensors import DTYPES, INDEX_FILE, ONE_FILE, open_tensors, write_tensors
 from postrain.hf.tree import FileTensor, list_tensors
 from postrain.models.config import ModelConfig
@@ -36,14 +47,15 @@ def save_pretrained(
     source_folder: str | os.PathLike,
     dtype: str = "as_loaded",
     tokenizer: Tokenizer | None = None,
+    layers: Sequence[int] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes ``params`` (without adapters: see models.lora.merge_lora) as a Hugging Face folder.
 
     ``source_folder`` is the folder that the model was loaded from; its vocabulary may have grown since. ``dtype``:
     "as_loaded" (each tensor's dtype in the source) or "float32", "bfloat16", "float16". ``tokenizer``: what the model
-    was trained with, where that may be another than the source folder's. Every process must call it; the first one
-    writes.
+    was trained with, where that may be another than the source folder's. ``layers``: of the source, which ``params``
+    has, where these are not all. Every process must call it; the first one writes.
     Raises UserError when the folder cannot be written; no partial folder is left then.
     """
     leaves = flatten(params)
@@ -61,12 +73,35 @@ def save_pretrained(
         return fetch_tensor(leaves, by_name[name], dtypes[name])
 
     def finish(temporary: pathlib.Path) -> None:
-        write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype, config.vocab_size)
+        write_config(temporary, source_folder, None if dtype == "as_loaded" else dtype, config.vocab_size, layers)
         copy_side_files(source_folder, temporary, tokenizer)
         open_checked(temporary, config)
 
     announced = [(tensor.name, tensor.shape, dtypes[tensor.name]) for tensor in tensors]
     write_folder(folder, announced, fetch, finish, source_folder=source_folder, max_shard_bytes=max_shard_bytes)
+
+
+def save_layers(source: str | os.PathLike, folder: str | os.PathLike, layers: Sequence[int]) -> None:
+    """Writes a model of these layers of another one, counted from 0, in this order: a student for distillation.
+
+    ``source``: what ``locate_model`` takes. Everything but the layers is as it is there.
+    Raises UserError: layers that it does not have, or whose attention windows its config.json could not tell.
+    """
+    source, layers = locate_model(os.fspath(source)), list(layers)
+    config, params = load_pretrained(source)
+    if not layers or not all(0 <= i < config.num_layers for i in layers):
+        raise UserError(f"layers {layers}: expected some of 0 to {config.num_layers - 1}, which {source} has")
+    params["layers"] = jax.tree.map(lambda leaf: leaf[np.asarray(layers)], params["layers"])
+    windows = tuple(config.layer_windows[i] for i in layers) if config.layer_windows else ()
+    config = dataclasses.replace(config, num_layers=len(layers), layer_windows=windows if any(windows) else ())
+    with tempfile.TemporaryDirectory() as place:
+        write_config(pathlib.Path(place), source, layers=layers)
+        if read_config(place).layer_windows != config.layer_windows:
+            raise UserError(
+                f"layers {layers}: which have an attention window follows from their places in {source}, and would be "
+                "others here: choose layers whose windows come in the same order"
+            )
+    save_pretrained(folder, params, config, source_folder=source, layers=layers)
 
 
 def write_folder(

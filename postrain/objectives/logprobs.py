@@ -1,16 +1,17 @@
 """Log-probabilities of tokens from hidden states, without the [N, V] array of logits.
 
 Positions whose mask is zero are dropped before the projection onto the vocabulary; the rest is projected in chunks, so
-that only one chunk's logits are in memory, in forward and in backward. Two functions use the same chunks:
-``compute_token_logprobs``, for any objective, whose backward computes the logits again; and ``compute_weighted_nll``,
-for a sum whose weights are known beforehand, which computes the gradient together with the logits and saves a quarter
-of the products.
+that only one chunk's logits are in memory, in forward and in backward. Three functions use the same chunks:
+``compute_token_logprobs``, for any objective, whose backward computes the logits again; ``compute_weighted_nll``, for a
+sum whose weights are known beforehand, which computes the gradient together with the logits and saves a quarter of the
+products; and ``map_logits``, for what is to be computed from the whole distribution of a token.
 
 Legend: N positions, D embed_size, V' padded vocabulary, C chunk.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
@@ -64,16 +65,20 @@ def _take(x, rows, fill=0):
 
 
 def _chunk(hidden_ND, unembed_VD, compacted: _Compacted, index, static: _Static):
-    """Positions [C] of a chunk, their hidden states [C, D] and logits [C, V'] in ``_sum_dtype``, -inf past the
-    vocabulary."""
+    """Positions [C] of a chunk, their hidden states [C, D] and ``project`` of them."""
     rows = jax.lax.dynamic_slice_in_dim(compacted.order, index * static.chunk, static.chunk)
     hidden = _take(hidden_ND, rows)
-    logits = jnp.einsum("cd,vd->cv", hidden, unembed_VD, preferred_element_type=_sum_dtype(hidden))
-    if static.softcap:
-        logits = static.softcap * jnp.tanh(logits / static.softcap)
-    if static.vocab_size < unembed_VD.shape[0]:
-        logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < static.vocab_size, logits, -jnp.inf)
-    return rows, hidden, logits
+    return rows, hidden, project(hidden, unembed_VD, static.vocab_size, static.softcap)
+
+
+def project(hidden_CD, unembed_VD, vocab_size: int, softcap: float = 0.0) -> jax.Array:
+    """Logits [C, V'] of hidden states, in ``_sum_dtype``, -inf past the vocabulary; ``softcap`` as in ``_Static``."""
+    logits = jnp.einsum("cd,vd->cv", hidden_CD, unembed_VD, preferred_element_type=_sum_dtype(hidden_CD))
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if vocab_size < unembed_VD.shape[0]:
+        logits = jnp.where(jnp.arange(unembed_VD.shape[0]) < vocab_size, logits, -jnp.inf)
+    return logits
 
 
 def _logsumexp(logits):
@@ -223,10 +228,65 @@ def _weighted_nll_backward(static, residuals, grads):
 _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward, symbolic_zeros=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+def _map_logits(values, hidden_ND, unembed_VD, mask_N, rows, shared, static):
+    compacted = _compact(mask_N, static.chunk)
+    unembed_VD = unembed_VD.astype(hidden_ND.dtype)  # once, not for every chunk
+
+    def of_chunk(index):
+        at, _, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
+        return at, values(logits, jax.tree.map(lambda x: _take(x, at), rows), shared)
+
+    def body(index, outputs):
+        at, found = of_chunk(index)
+        return jax.tree.map(lambda out, value: out.at[at].set(value, mode="drop"), outputs, found)
+
+    _, shapes = jax.eval_shape(of_chunk, 0)
+    start = jax.tree.map(lambda x: jnp.zeros((mask_N.shape[0], *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(0, compacted.num_chunks, body, start)
+
+
+def _map_logits_forward(values, hidden_ND, unembed_VD, mask_N, rows, shared, static):
+    needs_unembed = unembed_VD.perturbed
+    inputs = jax.tree.map(
+        lambda x: x.value,
+        (hidden_ND, unembed_VD, mask_N, rows, shared),
+        is_leaf=lambda x: isinstance(x, jax.custom_derivatives.CustomVJPPrimal),
+    )
+    return _map_logits(values, *inputs, static), (inputs, () if needs_unembed else None)
+
+
+def _map_logits_backward(values, static, residuals, grads):
+    (hidden_ND, unembed_VD, mask_N, rows, shared), needs_unembed = residuals
+    compacted = _compact(mask_N, static.chunk)
+    dtype, unembed_VD = unembed_VD.dtype, unembed_VD.astype(hidden_ND.dtype)
+    wide = _sum_dtype(hidden_ND)
+    is_zero = lambda g: isinstance(g, jax.custom_derivatives.SymbolicZero)
+    grads = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype) if is_zero(g) else g, grads, is_leaf=is_zero)
+
+    def body(index, carry):
+        dhidden, dunembed = carry
+        at, hidden, logits = _chunk(hidden_ND, unembed_VD, compacted, index, static)
+        take = lambda x: _take(x, at)
+        _, pull = jax.vjp(lambda logits: values(logits, jax.tree.map(take, rows), shared), logits)
+        (dlogits,) = pull(jax.tree.map(take, grads))
+        to_hidden, to_unembed = _gradients(dlogits, logits, hidden, unembed_VD, static.softcap)
+        dhidden = dhidden.at[at].set(to_hidden.astype(dhidden.dtype), mode="drop")
+        return dhidden, (None if dunembed is None else dunembed + to_unembed())
+
+    start = jnp.zeros_like(hidden_ND), (None if needs_unembed is None else jnp.zeros(unembed_VD.shape, wide))
+    dhidden, dunembed = jax.lax.fori_loop(0, compacted.num_chunks, body, start)
+    return dhidden, (None if dunembed is None else dunembed.astype(dtype)), None, None, None
+
+
+_map_logits.defvjp(_map_logits_forward, _map_logits_backward, symbolic_zeros=True)
+
+
 def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
     """Runs ``fn`` on each device's own rows and positions: they are gathered within a device, never across devices.
 
-    Other mesh axes (the vocabulary over ``tensor``) stay with the partitioner.
+    ``hidden`` and ``unembed`` may be several arrays. Other mesh axes (the vocabulary over ``tensor``) stay with the
+    partitioner.
     """
     mesh, (_, *positions) = jax.sharding.get_abstract_mesh(), per_position[0].shape
     split = lambda axes: tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
@@ -236,8 +296,8 @@ def _per_row_shard(fn, hidden, unembed, *per_position, sums: bool):
     flatten = lambda x: x.reshape(-1, *x.shape[per_position[0].ndim :])
 
     def local(hidden, unembed, *per_position):
-        out = fn(flatten(hidden), unembed, *(x.reshape(-1) for x in per_position))
-        restore = (lambda x: x[None]) if sums else (lambda x: x.reshape(per_position[0].shape))
+        out = fn(jax.tree.map(flatten, hidden), unembed, *(x.reshape(-1) for x in per_position))
+        restore = (lambda x: x[None]) if sums else (lambda x: x.reshape(*per_position[0].shape, *x.shape[1:]))
         return jax.tree.map(restore, out)
 
     if axes := rows + sequence:
@@ -272,3 +332,32 @@ def compute_weighted_nll(
     """
     fn = lambda h, u, t, w: _weighted_nll(h, u, t, w, _Static(vocab_size, min(chunk, t.shape[0]), softcap))
     return _per_row_shard(fn, hidden, unembed_VD, targets, weights.astype(_sum_dtype(hidden)), sums=True)
+
+
+def map_logits(
+    values: Callable,
+    hidden,
+    unembed_VD,
+    mask,
+    rows=(),
+    shared=(),
+    *,
+    vocab_size: int,
+    chunk: int = 1024,
+    softcap: float = 0.0,
+):
+    """What ``values`` computes from the logits of every position where ``mask`` is not 0; 0 elsewhere.
+
+    Args:
+      values: ``(logits [C, V'], rows, shared) -> arrays [C, ...]`` of a chunk of C positions, several in a tuple or
+        dict. Logits are -inf past the vocabulary. Its derivative is JAX's.
+      rows: arrays [..., *] of positions, of which ``values`` gets [C, *].
+      shared: arrays that it gets whole.
+
+    Other arguments and memory as ``compute_token_logprobs``, times the arrays [C, V'] that ``values`` makes. Gradients
+    flow to ``hidden`` and ``unembed_VD``: ``rows`` and ``shared`` are constants.
+    """
+    fn = lambda h, u, m: _map_logits(
+        values, h[0], u[0], m, h[1], u[1], _Static(vocab_size, min(chunk, m.shape[0]), softcap)
+    )
+    return _per_row_shard(fn, (hidden, rows), (unembed_VD, shared), mask, sums=False)

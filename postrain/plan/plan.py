@@ -40,7 +40,7 @@ from postrain.plan.report import (
 from postrain.plan.roofline import bound_step, count_traced_flops
 from postrain.plan.targets import INSTALL, Target, open_target
 from postrain.sharding import make_mesh, num_row_shards
-from postrain.training.model import Model, abstract_model, count_params
+from postrain.training.model import Model, abstract_model, count_params, freezes_base
 from postrain.training.program import Program
 from postrain.training.session import format_undivided
 
@@ -289,7 +289,7 @@ def list_changes(step: CompiledStep, memory: Memory, usable: int) -> Iterator[tu
         changes.append({"train.micro_batches": count})
     if config.model.remat != "full":
         changes.append({"model.remat": "full"})
-    if not step.model.frozen:  # then no rows of new tokens train alone, and adapters may
+    if not freezes_base(config):  # then no rows of new tokens train alone, and adapters may
         changes.append({"model.lora.rank": LoraConfig().rank})
     even = step.model.config.embed_size % 2 == 0  # NF4 packs two numbers in a byte
     alone = config.model.new_tokens.train_alone

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,9 +34,11 @@ from postrain.models.params import (
 )
 from postrain.models.quantized import as_array, shape_of
 from postrain.models.transformer import compute_hidden_and_terms, embed, unembedding
-from postrain.objectives.logprobs import TokenLogprobs, compute_token_logprobs, compute_weighted_nll
+from postrain.objectives.logprobs import TokenLogprobs, compute_token_logprobs, compute_weighted_nll, map_logits
 from postrain.sharding import named_shardings
 from postrain.types import Batch, RowTerms
+
+TEACHER = "teacher"  # the key of another, frozen model in ``frozen``, which the loss reads beside the one that trains
 
 
 @dataclasses.dataclass
@@ -48,6 +50,7 @@ class Model:
     frozen: Any
     heads: tuple[HeadConfig, ...] = ()  # in place of the projection onto the vocabulary
     fingerprint: dict | None = None  # of the folder, adapters and new tokens; None: the model is abstract
+    teacher: ModelConfig | None = None  # of the tree in ``frozen[TEACHER]``, where there is one
 
 
 def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
@@ -120,19 +123,20 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
     The devices of ``mesh`` need not exist.
     """
     model_config, _, _ = configure(config, folder, mesh)
-
-    def place(specs, dtype):
-        shapes = shapes_of(specs, dtype)
-        with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-        return jax.tree.map(with_sharding, shapes, named_shardings(axes_of(specs), mesh, shapes))
-
     heads = make_heads(config)
     trained = head_specs(heads, model_config.embed_size) if heads else {}
     if not freezes_base(config):
-        return Model(model_config, place(param_specs(model_config) | trained, jnp.float32), {}, heads)
+        return Model(model_config, place_abstract(param_specs(model_config) | trained, jnp.float32, mesh), {}, heads)
     trained |= adapter_specs(model_config)
-    frozen = place(frozen_specs(model_config), model_config.compute_dtype)
-    return Model(model_config, place(trained, jnp.float32), frozen, heads)
+    frozen = place_abstract(frozen_specs(model_config), model_config.compute_dtype, mesh)
+    return Model(model_config, place_abstract(trained, jnp.float32, mesh), frozen, heads)
+
+
+def place_abstract(specs: dict, dtype, mesh: Mesh) -> dict:
+    """ParamSpec tree -> tree of ``jax.ShapeDtypeStruct`` with shardings."""
+    shapes = shapes_of(specs, dtype)
+    with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return jax.tree.map(with_sharding, shapes, named_shardings(axes_of(specs), mesh, shapes))
 
 
 def read_source(config: Config, folder: str | os.PathLike) -> ModelConfig:
@@ -166,9 +170,10 @@ def find_vocab_size(config: Config, folder: str | os.PathLike) -> int:
 
 
 def count_params(model: Model) -> tuple[int, int]:
-    """(trained, frozen) numbers of parameters; a quantised parameter counts as one."""
-    base = num_params(shapes_of(param_specs(model.config)))
-    return num_params(model.params), base if model.frozen else 0
+    """(trained, frozen) numbers of parameters, those of a teacher too; a quantised parameter counts as one."""
+    count = lambda config: num_params(shapes_of(param_specs(config)))
+    base = count(model.config) if model.frozen.keys() - {TEACHER} else 0
+    return num_params(model.params), base + (count(model.teacher) if model.teacher else 0)
 
 
 def make_lora_config(section: LoraSection) -> LoraConfig | None:
@@ -317,6 +322,20 @@ class Forward:
         """Of a head at every position, float32 [B, T, K]; padding has some, too."""
         hidden, terms = self._compute_hidden(params, batch)
         return apply_head(params, head, hidden).astype(jnp.float32), terms
+
+    def map_logits(
+        self, params: dict, batch: Batch, values: Callable, rows: Any = (), shared: Any = ()
+    ) -> tuple[Any, RowTerms | None]:
+        """``objectives.logprobs.map_logits`` of the positions where ``batch.loss_mask`` is not 0."""
+        hidden, terms = self._compute_hidden(params, batch)
+        table = unembedding(params, self.model_config)
+        return map_logits(values, hidden, table, batch.loss_mask, rows, shared, **self._projection), terms
+
+    def project_inputs(self, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """What logits are made of: hidden states [B, T, D], and the projection onto the vocabulary [V', D] in their
+        dtype."""
+        hidden, _ = self._compute_hidden(params, batch)
+        return hidden, unembedding(params, self.model_config).astype(hidden.dtype)
 
     def _compute_hidden(self, params: dict, batch: Batch, embedded_BTD=None) -> tuple[jax.Array, RowTerms | None]:
         arrays = batch.tokens, batch.segment_ids, batch.positions

@@ -217,6 +217,26 @@ def test_a_row_of_a_table_whose_text_is_not_utf8(tmp_path, suffix, write):
     assert next(rows)[1] == {"id": 3, "text": "c"}
 
 
+@pytest.mark.parametrize(
+    "suffix, write", [("parquet", lambda p, t: pq.write_table(t, p, row_group_size=70)), ("arrow", write_stream)]
+)
+def test_tables_of_numbers_are_arrays(tmp_path, suffix, write):
+    """Lists of lists of one length, as of a teacher's distributions; with a null among them they stay lists."""
+    rng = np.random.default_rng(0)
+    tables = [rng.random((int(length), 3)).astype(np.float32) for length in rng.integers(0, 6, 200)]
+    lists = [table.tolist() for table in tables]
+    kind = pa.list_(pa.list_(pa.float32(), 3))
+    holed = [[*rows, [None, 1.0, 2.0]] for rows in lists]
+    table = {"id": range(200), "x": pa.array(lists, kind), "y": pa.array(holed, kind), "z": pa.array(lists)}
+    write(tmp_path / f"rows.{suffix}", pa.table(table))
+    rows = [raw for _, raw in read(blocks_of(tmp_path / f"rows.{suffix}"))]
+    assert [row["id"] for row in rows] == list(range(200)) and [list(row) for row in rows] == [list(table)] * 200
+    for row, expected, whole in zip(rows, tables, lists, strict=True):
+        assert isinstance(row["x"], np.ndarray) and row["x"].dtype == np.float32
+        np.testing.assert_array_equal(row["x"], expected)
+        assert isinstance(row["y"], list) and row["z"] == whole
+
+
 def test_arrow_in_its_random_access_format(tmp_path):
     with pa.ipc.new_file(tmp_path / "rows.arrow", pa.Table.from_pylist(ROWS).schema) as writer:
         writer.write_table(pa.Table.from_pylist(ROWS), max_chunksize=150)

@@ -430,6 +430,12 @@ def test_a_teachers_row_that_is_none_is_refused(tmp_path, changes, reason):
     assert reason in refuse(tmp_path, "kd", TEACHER | changes)
 
 
+def test_a_teachers_row_may_have_a_weight(tmp_path):
+    rows = load(tmp_path, "kd", [TEACHER, TEACHER | {"weight": 0.5}])
+    row = assemble_row(rows.examples, 4, rows.layout)
+    assert row["loss_mask"].tolist() == [1, 1, 0.5, 0.5]
+
+
 def test_logprobs_that_rounding_puts_above_0_are_0(tmp_path):
     logprobs = [[0, 0], [1e-9, -20], [5e-4, -20]]
     (row,) = load(tmp_path, "kd", [TEACHER | {"top_logprobs": logprobs}]).examples
@@ -448,7 +454,7 @@ def test_a_function_may_give_arrays(make):
     """They are left as they are."""
     ids, logprobs = make(TEACHER["top_ids"], np.uint32), make(TEACHER["top_logprobs"], np.float32)
     raw = {"tokens": make(TEACHER["tokens"], np.uint32), "top_ids": ids, "top_logprobs": logprobs}
-    raw |= {"loss_mask": make([1, 0, 1], np.int8), "weights": np.ones(3), "tokenz": np.ones(3)}
+    raw |= {"loss_mask": make([1, 0, 1], np.int8), "lengths": np.ones(3), "tokenz": np.ones(3)}
     found, expected = (parse_teacher_row(row, "kd", REF, set()) for row in (raw, TEACHER | {"loss_mask": [1, 0, 1]}))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.loss_mask, expected.loss_mask)

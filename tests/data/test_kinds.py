@@ -153,13 +153,13 @@ def test_metadata_stands_beside_its_prompt(tmp_path, tokenizer, way):
 def test_preview_shows_every_kind(kind, paths, tokenizer_folder, tmp_path, streaming):
     model = "" if kind == "events" else str(tokenizer_folder)
     recipe = "preference" if kind.startswith("preference") or kind == "labelled" else "sft"
-    recipe = "reward" if kind == "stepwise" else recipe
+    recipe = {"stepwise": "reward", "kd": "distill"}.get(kind, recipe)
     data = make_config(*paths, kind=kind, streaming=streaming)
     section = PreferenceSection(loss="kto" if kind == "labelled" else "sigmoid")
     config = Config(recipe=recipe, data=data, model=ModelSection(tokenizer=model), preference=section)
     config = dataclasses.replace(config, reward=RewardSection(loss="stepwise"))
-    if kind in ("sft", "preference", "labelled"):
-        other = dataclasses.replace(config, recipe="sft" if recipe == "preference" else "preference")
+    if kind in ("sft", "preference", "labelled", "kd"):
+        other = dataclasses.replace(config, recipe="preference" if recipe == "sft" else "sft")
         with pytest.raises(UserError, match=f"rows of kind {kind}, but recipe {other.recipe!r} reads rows of kind"):
             preview(other, color=False)
     text = preview(config, tmp_path / "page.html", rows=2, color=False)
@@ -204,6 +204,10 @@ def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, s
         advice = ", for recipe 'preference': use a config like configs/preference.py"
     if kind == "stepwise":
         advice = ", for recipe 'reward' with 'reward.loss' = 'stepwise': use a config like configs/reward.py"
+    if kind == "labelled":
+        advice = ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
+    if kind == "kd":
+        advice = ", for recipe 'distill' with 'distill.teacher' = '': use a config like configs/distill.py"
     with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ from real_tokenizers import get_template, get_tokenizer_folder
 from rendering_fixtures import CHATML, load_bare, load_real, save_small_tokenizer
 from transformers import AutoTokenizer
 
-from postrain.data.rendering.tokenizer import load_tokenizer
+from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
 
 MULTILINGUAL = [
@@ -226,3 +227,17 @@ def test_what_cannot_be_loaded(tmp_path):
             load_tokenizer(folder)
     with pytest.raises(UserError, match="data.chat_template: .*none.jinja cannot be read"):
         load_tokenizer(good, str(tmp_path / "none.jinja"))
+
+
+def test_vocabularies_are_compared_by_tokens_and_merges(tmp_path):
+    """Of real tokenizers: a folder is another one's copy, has other tokens, or merges them in another order."""
+    source = get_tokenizer_folder("phi3")
+    own, other = load_tokenizer(source), load_tokenizer(get_tokenizer_folder("granite3_3"))
+    assert compare_vocabularies(own, load_tokenizer(source)) == ""
+    assert re.match(r"id \d+ is '.+' in .*phi3 and '.+' in .*granite3_3", compare_vocabularies(own, other))
+    assert own.digest_vocabulary() != other.digest_vocabulary()
+    raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    merges = raw["model"]["merges"]
+    merges[-1], merges[-2] = merges[-2], merges[-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    assert "are merged in another order" in compare_vocabularies(own, load_tokenizer(tmp_path))

@@ -7,6 +7,7 @@
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
     python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
     python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
+    python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -70,6 +71,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "reference": ("postrain.training.reference", "_compute"),
+    "teacher": ("postrain.training.teacher", "load_teacher"),
     "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),
 }
@@ -200,7 +202,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto" or "reward"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto", "reward" or "distill"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -238,6 +240,10 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
     if way == "reward":
         values["model"]["lora"] = {"rank": 4}
         values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
+    if way == "distill":
+        values["recipe"], values["distill"] = "distill", {"teacher": str(inputs / "teacher"), "loss": "jsd"}
+        values["train"] = {"steps": 12}
+        values["eval"] |= {"every": 6}
     return values
 
 
@@ -247,6 +253,7 @@ def make_inputs(folder: pathlib.Path) -> None:
     ``store/`` has such rows, too, as a first source of 3/4 of the rows, and others as a second one.
     """
     import sft_runs
+    from tiny_models import make_tiny_model
 
     sft_runs.make_inputs(folder)
     rows = sft_runs.write_rows(folder / "train.jsonl", 2 * STEPS).read_text().splitlines(keepends=True)
@@ -262,6 +269,7 @@ def make_inputs(folder: pathlib.Path) -> None:
         keys = "prompt", "completion", "label"
         lines = [json.dumps(dict(zip(keys, values, strict=True))) + "\n" for values in labels]
         (folder / f"{name.replace('pairs', 'answers')}.jsonl").write_text("".join(lines))
+    make_tiny_model(folder / "teacher", "qwen3", seed=1, vocab_size=330, num_hidden_layers=2)
     (folder / "store").mkdir()
     rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
     others = sft_runs.write_rows(folder / "second.jsonl", STEPS, first=200).read_text().splitlines(keepends=True)
@@ -337,6 +345,7 @@ def warm_up(way: str = "1") -> None:
     importlib.import_module("postrain.recipes.sft")
     importlib.import_module("postrain.recipes.preference")
     importlib.import_module("postrain.recipes.reward")
+    importlib.import_module("postrain.recipes.distill")
     for module, _ in CALLS.values():
         importlib.import_module(module)
     importlib.import_module("tensorboardX")
@@ -463,9 +472,10 @@ def main() -> None:
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
     how.add_argument("--kto", action="store_true", help="the same with single answers")
     how.add_argument("--reward", action="store_true", help="runs of recipe reward, of adapters and a head")
+    how.add_argument("--distill", action="store_true", help="runs of recipe distill, with a teacher beside the student")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    ways = [way for way in ("streamed", "preference", "kto", "reward") if getattr(arguments, way)]
+    ways = [way for way in ("streamed", "preference", "kto", "reward", "distill") if getattr(arguments, way)]
     way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)

@@ -33,6 +33,10 @@ def test_runs_of_preferences_are_killed():
     assert kill(10, "--preference")["kinds"] > 60
 
 
+def test_runs_with_a_teacher_are_killed():
+    assert kill(2, "--distill")["kinds"] > 40
+
+
 @pytest.mark.slow
 def test_runs_of_single_answers_are_killed():
     assert kill(10, "--kto")["kinds"] > 60

@@ -4,6 +4,7 @@ PYTHONPATH=tests python tests/golden/test_golden.py sft         # writes sft.jso
 PYTHONPATH=tests python tests/golden/test_golden.py preference
 PYTHONPATH=tests python tests/golden/test_golden.py reward
 PYTHONPATH=tests python tests/golden/test_golden.py unpaired
+PYTHONPATH=tests python tests/golden/test_golden.py distill
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import DataConfig, OptimizerConfig, PreferenceSection, RewardSection
+from postrain.config import DataConfig, DistillSection, OptimizerConfig, PreferenceSection, RewardSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
@@ -27,12 +28,14 @@ from postrain.models.config import LoraConfig
 from postrain.models.heads import HeadConfig, head_specs
 from postrain.models.lora import drop_adapters, lora_specs
 from postrain.models.params import ParamSpec, param_specs
+from postrain.objectives.distill import make_distill_loss
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.reward import make_reward_loss
 from postrain.objectives.sft import make_sft_loss
 from postrain.objectives.unpaired import make_unpaired_loss
+from postrain.recipes.distill import make_comparison
 from postrain.recipes.reward import read_last
-from postrain.training.model import Forward
+from postrain.training.model import TEACHER, Forward
 from postrain.training.optimizer import make_optimizer
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch
@@ -89,12 +92,24 @@ def make_answers() -> ExampleSet:
     return ExampleSet(add_mismatched(documents, 128, seed=3), DataReport([]), {})
 
 
+def make_taught(examples: ExampleSet, size: int) -> ExampleSet:
+    """``examples`` with a teacher of each token, which likes it best and its neighbours next."""
+    rng, taught = np.random.default_rng(2), []
+    for row in examples.examples:
+        ids = (row.tokens[:, None] + np.arange(size, dtype=np.int32)) % CONFIG.vocab_size
+        p = np.sort(rng.dirichlet(np.ones(size + 1), len(ids)), axis=1)[:, :0:-1]
+        fields = Field("teacher_ids", ids, True), Field("teacher_logprobs", np.log(p).astype(np.float32), True)
+        taught.append(dataclasses.replace(row, fields=fields))
+    return dataclasses.replace(examples, examples=taught)
+
+
 def compute_curve(
-    loss_fn, examples: ExampleSet, lora: bool, micro_batches: int = 2, trained=None, **options
+    loss_fn, examples: ExampleSet, lora: bool, micro_batches: int = 2, trained=None, teacher=None, **options
 ) -> dict[str, list[float]]:
-    """``trained``: the specs of what trains besides."""
+    """``trained``: the specs of what trains besides. ``teacher``: the parameters of another, frozen model."""
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG) | (trained or {}), 1), base) if lora else (base, {})
+    frozen = frozen | ({TEACHER: teacher} if teacher else {})
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
     step = make_train_step(
         loss_fn, optimizer, micro_batches=micro_batches, max_grad_norm=1.0, schedule=schedule, **options
@@ -151,11 +166,24 @@ def compute_reward() -> dict:
     return curves
 
 
+def compute_distill() -> dict:
+    wider = dataclasses.replace(CONFIG, lora=None, vocab_size=330, embed_size=24, num_layers=2)
+    teacher, shared = draw(param_specs(wider), 3), CONFIG.vocab_size - 11
+    jsd = DistillSection(loss="jsd", beta=0.4, temperature=1.5)
+    live = make_distill_loss(make_comparison(jsd, shared, FORWARD, Forward(wider, chunk=64)))
+    stored = make_distill_loss(make_comparison(DistillSection(nll_coef=0.2), shared, FORWARD))
+    return {
+        "jsd, live, full": compute_curve(live, make_examples(), lora=False, teacher=teacher),
+        "forward_kl, stored, lora": compute_curve(stored, make_taught(make_examples(), 5), lora=True),
+    }
+
+
 CURVES = {
     "sft": compute_sft,
     "preference": compute_preference,
     "unpaired": compute_unpaired,
     "reward": compute_reward,
+    "distill": compute_distill,
 }
 
 

@@ -1,9 +1,9 @@
 """Kind kd: token ids with the teacher's most probable next tokens, for knowledge distillation.
 
-Rows are ``{"tokens": [L ids], "loss_mask": [L of 0 and 1], "top_ids": [L][K], "top_logprobs": [L][K]}``. Entry t of the
-last two holds the K most probable ids of the teacher's distribution of token t, given the tokens before it, and their
-log-probabilities. It is read where ``loss_mask`` is 1; without a mask, everywhere but at the first token. The arrays of
-a batch are ``teacher_ids`` and ``teacher_logprobs``.
+Rows are ``{"tokens": [L ids], "loss_mask": [L of 0 and 1], "top_ids": [L][K], "top_logprobs": [L][K]}``, perhaps with
+a ``weight``. Entry t of the last two holds the K most probable ids of the teacher's distribution of token t, given the
+tokens before it, and their log-probabilities. It is read where ``loss_mask`` is 1; without a mask, everywhere but at
+the first token. The arrays of a batch are ``teacher_ids`` and ``teacher_logprobs``.
 """
 
 import numpy as np
@@ -12,10 +12,11 @@ from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.documents import Field, Rendered
 from postrain.data.kinds.ids import MAX_ID, parse_ids, parse_table
 from postrain.data.messages import check_keys
-from postrain.data.row_keys import LOSS_KEYS, Keys
+from postrain.data.other_tools import read_weight
+from postrain.data.row_keys import LOSS_KEYS, WEIGHT_KEYS, Keys
 
 FORMS = {"kd": ("tokens", "top_ids", "top_logprobs")}
-_KEYS = Keys(("tokens", "loss_mask", "top_ids", "top_logprobs"), LOSS_KEYS)
+_KEYS = Keys(("tokens", "loss_mask", "top_ids", "top_logprobs", *WEIGHT_KEYS), LOSS_KEYS)
 _ROUNDING = 1e-3  # by which a rounded logprob may exceed 0, and the sum of the probabilities 1
 
 
@@ -43,7 +44,7 @@ def parse_teacher_row(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Re
         raise BadRow(ref, f"top_ids[{at}] must be K different ids; found {ids[at].tolist()}")
     logprobs[logprobs > 0] = 0  # above 0 by rounding only
     fields = Field("teacher_ids", ids.astype(np.int32), True), Field("teacher_logprobs", logprobs, True)
-    return Rendered(tokens, mask, ref, fields=fields)
+    return Rendered(tokens, mask, ref, fields=fields, weight=read_weight(raw, ref))
 
 
 def _check_logprobs(logprobs: np.ndarray, mask: np.ndarray, ref: RowRef) -> None:

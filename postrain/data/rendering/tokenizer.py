@@ -165,6 +165,19 @@ class Tokenizer:
         """Ids of text as the tokenizer splits it, special tokens recognised, nothing added."""
         return self.fast.encode(text, add_special_tokens=False).ids
 
+    @functools.cached_property
+    def merges(self) -> list:
+        """Of a vocabulary that is built by merging, those in their order; of others []."""
+        return json.loads(self.fast.to_str())["model"].get("merges") or []
+
+    def digest_vocabulary(self) -> str:
+        """Hash of what decides which text an id stands for, and how text is split: tokens with their ids, and merges.
+
+        The same wherever the folder is, and whatever its template and its named tokens are.
+        """
+        vocabulary = sorted(self.fast.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps([vocabulary, self.merges]).encode()).hexdigest()
+
     def fingerprint(self) -> str:
         """Hash of everything that decides a row's tokens and mask: tokenizer, template, named and stop tokens, code."""
         parts = [self.fast.to_str(), self.chat_template, self.special_tokens, sorted(self.stop_ids), self.prefix_ids]
@@ -241,6 +254,21 @@ class Tokenizer:
 def any_of(tokens) -> re.Pattern:
     """A pattern for any of the strings, the longest first, as in the tokenizer; without strings it never matches."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def compare_vocabularies(one: Tokenizer, other: Tokenizer) -> str:
+    """The first thing in which two tokenizers differ so that ids of one are not ids of the other, in words; else ""."""
+    found, expected = (
+        {i: token for token, i in tokenizer.fast.get_vocab(with_added_tokens=True).items()}
+        for tokenizer in (one, other)
+    )
+    name = lambda token: "no token" if token is None else repr(token)
+    for i in sorted(found.keys() | expected.keys()):
+        if found.get(i) != expected.get(i):
+            return f"id {i} is {name(found.get(i))} in {one.folder} and {name(expected.get(i))} in {other.folder}"
+    if one.merges != other.merges:
+        return f"the tokens of {one.folder} and {other.folder} are the same, but are merged in another order"
+    return ""
 
 
 def load_run_tokenizer(config: Config, folder) -> Tokenizer:

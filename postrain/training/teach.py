@@ -1,0 +1,220 @@
+"""`postrain teach`: the likeliest next tokens of a teacher for every trained token of a data set, as rows of kind kd.
+
+Rows are rendered as training would, cut to the K ids that the teacher finds likeliest (``distill.top_k``), and written
+as shards of Parquet that the recipe reads. A shard is computed by itself, from batches that depend on nothing else: so
+a command that is killed goes on with the shard it was at, and ends in the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from postrain.config import Config
+from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches, load_examples
+from postrain.data.documents import Rendered, check_token_ids
+from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
+from postrain.errors import UserError
+from postrain.files import check_local, lock, write_whole
+from postrain.hf.config import read_config
+from postrain.hf.find_model import locate_model
+from postrain.objectives.distill import keep_ids
+from postrain.sharding import batch_sharding, make_mesh, mesh_context, replicated, to_host
+from postrain.training.model import Forward
+from postrain.training.rows import place_batch
+from postrain.training.taught_rows import MANIFEST, Manifest, check_shard, read_manifest
+from postrain.training.teacher import Teacher, count_shared_ids, load_teacher
+
+DTYPES: dict[str, type[np.floating]] = {"float32": np.float32, "float16": np.float16}
+ROW_GROUP = 64  # rows that are read together
+
+
+class Taught(NamedTuple):
+    """Of each token of a document, given those before it: zeros where it is not trained."""
+
+    ids: np.ndarray  # int32 [L, K]
+    logprobs: np.ndarray  # float32 [L, K], the likeliest first
+
+
+def teach(
+    config: Config,
+    output: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    shard_rows: int = 512,
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """Writes ``config.data.train``, as ``distill.teacher`` would go on with it, to the folder ``output``.
+
+    Args:
+      dtype: of the log-probabilities, of DTYPES. Those of float16 are rounded down, so that they sum to 1 at most.
+      shard_rows: documents of a shard, all of which are in memory.
+
+    Raises UserError: no teacher, or one of another tokenizer; rows as ``load_examples`` has it; a folder that holds
+    something else, or what another teacher or other rows have made; one that another process is writing.
+    """
+    folder = pathlib.Path(output)
+    if config.recipe != "distill" or not config.distill.teacher:
+        raise UserError("config key 'distill.teacher' is empty: name the folder of the teacher (and recipe 'distill')")
+    check_local(folder, "--output")
+    model_folder, mesh = locate_model(config.model.path, weights=False), make_mesh(config.mesh)
+    tokenizer = load_run_tokenizer(config, model_folder)
+    with _hold(folder):
+        teacher = load_teacher(config, tokenizer, mesh)
+        vocab_size = count_shared_ids(tokenizer, read_config(model_folder), teacher.config)
+        if config.distill.top_k > vocab_size:
+            raise UserError(f"config key 'distill.top_k' = {config.distill.top_k}: there are only {vocab_size:,} ids")
+        rows = load_examples(config.data.train, tokenizer, config.data, kind="sft")
+        examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
+        check_token_ids(rows.examples, teacher.config.vocab_size)
+        say(str(rows.report))
+        identity = identify(config, teacher, tokenizer, rows, vocab_size, dtype, shard_rows)
+        manifest = _resume(folder, Manifest(identity, {}))
+        say(f"teacher     {teacher.checksum}, {config.distill.top_k} of {vocab_size:,} ids a token")
+        run = make_teacher_step(config, teacher, mesh, vocab_size)
+        for number, name in enumerate(manifest.names):
+            if name in manifest.shards:
+                continue
+            part = examples[number * shard_rows : (number + 1) * shard_rows]
+            taught = compute_shard(run, dataclasses.replace(rows, examples=list(part)), config, mesh)
+            content = encode_shard(part, taught, DTYPES[dtype])
+            write_whole(folder / name, content)
+            facts = {"rows": len(part), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            listed = manifest.shards | {name: facts}
+            manifest = Manifest(identity, {name: listed[name] for name in manifest.names if name in listed})
+            manifest.write(folder)
+            say(f"{name}  {len(part):,} rows, {len(content):,} bytes")
+    return manifest
+
+
+def identify(
+    config: Config,
+    teacher: Teacher,
+    tokenizer: Tokenizer,
+    rows: ExampleSet,
+    vocab_size: int,
+    dtype: str,
+    shard_rows: int,
+) -> dict[str, Any]:
+    """What decides the bytes of the folder, for its manifest."""
+    return {
+        "teacher": teacher.checksum,
+        "compute_dtype": teacher.config.compute_dtype,
+        "vocabulary": tokenizer.digest_vocabulary(),
+        "vocab_size": vocab_size,
+        "data": hashlib.sha256(json.dumps(rows.fingerprint, sort_keys=True).encode()).hexdigest(),
+        "top_k": config.distill.top_k,
+        "temperature": config.distill.temperature,
+        "dtype": dtype,
+        "rows": len(rows.examples),
+        "shard_rows": shard_rows,
+    }
+
+
+@contextlib.contextmanager
+def _hold(folder: pathlib.Path) -> Iterator[None]:
+    """The folder, made where it is missing, for this process alone."""
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(p for p in folder.iterdir() if p.name[0] != "."):
+        raise UserError(f"--output {folder} holds files and no {MANIFEST}: expected a new folder, or one of `teach`")
+    try:
+        with lock(folder / ".lock", wait=False):
+            yield
+    except BlockingIOError as error:
+        raise UserError(f"--output {folder}: another process is writing it: wait for it") from error
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written ({error.strerror}): choose another place") from error
+
+
+def _resume(folder: pathlib.Path, new: Manifest) -> Manifest:
+    """``new`` with the shards that are there, whole, of the same rows and teacher; written where there was none."""
+    old = read_manifest(folder)
+    if old is None:
+        new.write(folder)
+        return new
+    changed = [key for key, value in new.identity.items() if old.identity.get(key) != value]
+    if changed:
+        was = ", ".join(f"{key} was {old.identity.get(key)!s:.40}, is {new.identity[key]!s:.40}" for key in changed)
+        raise UserError(f"{folder / MANIFEST}: the rows there are others ({was}): use another --output, or remove it")
+    whole = {name: facts for name, facts in old.shards.items() if not check_shard(folder, name, facts)}
+    return Manifest(new.identity, whole)
+
+
+def make_teacher_step(config: Config, teacher: Teacher, mesh, vocab_size: int) -> Callable:
+    """Jitted ``batch -> (ids int32 [B, T, K], log-probabilities float32 [B, T, K])`` of the targets, where trained."""
+    forward, section = Forward(teacher.config, chunk=config.model.loss_chunk), config.distill
+
+    def of_chunk(logits, rows, shared):
+        log_p = jax.nn.log_softmax(keep_ids(logits, vocab_size) / section.temperature)
+        values, ids = jax.lax.top_k(log_p, section.top_k)
+        return ids, values.astype(jnp.float32)
+
+    def step(params, batch):
+        with mesh_context(mesh):
+            return forward.map_logits(params, batch, of_chunk)[0]
+
+    run = jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    return lambda batch: run(teacher.params, batch)
+
+
+def compute_shard(run: Callable, rows: ExampleSet, config: Config, mesh) -> list[Taught]:
+    """What the teacher says of each of ``rows``. Raises UserError where that is not finite."""
+    size = config.distill.top_k
+    found = [
+        Taught(np.zeros((row.num_tokens, size), np.int32), np.zeros((row.num_tokens, size), np.float32))
+        for row in rows.examples
+    ]
+    for arrays in iter_eval_batches(rows, config.data):
+        ids, logprobs = (to_host(x) for x in run(place_batch(arrays, mesh)))
+        for b, documents in enumerate(arrays["row_ids"]):
+            start = 0
+            for i in documents[documents >= 0]:
+                stop = start + rows.examples[i].slots  # what is said at a slot is of the token after it
+                found[i].ids[1:], found[i].logprobs[1:] = ids[b, start:stop], logprobs[b, start:stop]
+                start = stop
+    for row, (_, logprobs) in zip(rows.examples, found, strict=True):
+        if not np.isfinite(logprobs).all():
+            raise UserError(f"{row.ref}: the teacher's log p is not finite: check it with `postrain verify`")
+    return found
+
+
+def encode_shard(rows: Sequence[Rendered], taught: Sequence[Taught], dtype: type[np.floating]) -> bytes:
+    """Rows of kind kd as a Parquet file, the same bytes each time."""
+
+    def to_table(arrays: Sequence[np.ndarray]) -> pa.Array:
+        ends, flat = np.cumsum([0, *map(len, arrays)]), np.concatenate(arrays)
+        return pa.ListArray.from_arrays(
+            pa.array(ends, pa.int32()), pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel()), flat.shape[1])
+        )
+
+    logprobs = [found.logprobs for found in taught]
+    if dtype is np.float16:
+        logprobs = [_round_down(values) for values in logprobs]
+    table = pa.table(
+        {
+            "tokens": pa.array([row.tokens.astype(np.int32) for row in rows], pa.list_(pa.int32())),
+            "loss_mask": pa.array([row.loss_mask.astype(np.int8) for row in rows], pa.list_(pa.int8())),
+            "top_ids": to_table([found.ids for found in taught]),
+            "top_logprobs": to_table(logprobs),
+            "weight": pa.array([row.weight for row in rows], pa.float64()),
+        }
+    )
+    file = io.BytesIO()
+    options = {"compression": "zstd", "write_page_checksum": True, "use_dictionary": False}
+    pq.write_table(table, file, row_group_size=ROW_GROUP, **options)
+    return file.getvalue()
+
+
+def _round_down(values: np.ndarray) -> np.ndarray:
+    near = values.astype(np.float16)
+    return np.where(near > values, np.nextafter(near, np.float16(-np.inf)), near)

@@ -1,0 +1,120 @@
+"""A teacher: a frozen model of another folder, on the devices of the one that learns from it."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from postrain.checkpoint.record import fingerprint_model
+from postrain.config import Config, ModelSection
+from postrain.data.documents import Preparation
+from postrain.data.rendering.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
+from postrain.errors import UserError
+from postrain.hf.find_model import locate_model
+from postrain.hf.load import load_pretrained
+from postrain.models.config import ModelConfig
+from postrain.models.params import frozen_specs, name_broken, num_params, param_specs, shapes_of
+from postrain.training.model import TEACHER, Model, configure, place_abstract
+from postrain.training.session import Session
+from postrain.types import TrainState
+
+
+class Teacher(NamedTuple):
+    """A model whose distribution is learned from."""
+
+    config: ModelConfig
+    params: Any  # in the compute dtype, or quantised
+    checksum: str  # of its weights, config.json and quantisation
+
+    @property
+    def row_options(self) -> dict[str, Any]:
+        """For ``open_train_rows`` and ``open_eval_rows``: rows are another run's where the teacher is another one."""
+        check = functools.partial(check_ids, vocab_size=self.config.vocab_size)
+        return {"check": check, "preparation": Preparation(f"towards teacher {self.checksum}")}
+
+
+def open_teacher(session: Session) -> Teacher:
+    """``load_teacher`` of a run, which says what it has loaded."""
+    teacher = load_teacher(session.config, session.tokenizer, session.mesh)
+    numbers = num_params(shapes_of(param_specs(teacher.config)))
+    kind = teacher.config.quantization if teacher.config.quantization != "none" else teacher.config.compute_dtype
+    session.say(f"teacher     {session.config.distill.teacher}: {numbers:,} parameters, {kind}, {teacher.checksum}")
+    return teacher
+
+
+def configure_teacher(config: Config, folder: str | os.PathLike, mesh: Mesh) -> ModelConfig:
+    """The model of ``distill.teacher``, whose folder this is: it computes as the student does, without its adapters."""
+    student = config.model
+    section = ModelSection(
+        path=config.distill.teacher,
+        compute_dtype=student.compute_dtype,
+        attention=student.attention,
+        attention_chunk=student.attention_chunk,
+        quantization=config.distill.quantization,
+    )
+    found, _, _ = configure(dataclasses.replace(config, model=section), folder, mesh)
+    return found
+
+
+def load_teacher(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Teacher:
+    """``distill.teacher``, frozen, laid out over ``mesh``.
+
+    Raises UserError as load_pretrained does, where its tokenizer is not ``tokenizer``, the student's, and where a
+    weight is not finite.
+    """
+    folder = locate_model(config.distill.teacher)
+    check_tokenizer(load_tokenizer(folder), tokenizer)
+    model_config = configure_teacher(config, folder, mesh)
+    dtype, kind = model_config.compute_dtype, model_config.quantization
+    _, params = load_pretrained(folder, mesh=mesh, dtype=dtype, quantization=kind)
+    if broken := name_broken(params):
+        raise UserError(f"config key 'distill.teacher': {folder}: {broken} holds numbers that are not finite")
+    return Teacher(model_config, params, digest_teacher(folder, kind))
+
+
+def check_tokenizer(teacher: Tokenizer, student: Tokenizer) -> None:
+    """Raises UserError where ids of the student's tokenizer do not mean the same to the teacher."""
+    if difference := compare_vocabularies(student, teacher):
+        raise UserError(
+            f"config key 'distill.teacher': its tokenizer is not the student's: {difference}: take a teacher with the "
+            "student's vocabulary, or a student with the teacher's"
+        )
+
+
+def digest_teacher(folder: str | os.PathLike, quantization: str) -> str:
+    """32 hexadecimal digits that stand for what the teacher computes, wherever its folder is."""
+    files = fingerprint_model(folder)["files"]
+    del files["generation_config.json"]  # which says how it is sampled from
+    return hashlib.sha256(json.dumps([files, quantization], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def count_shared_ids(tokenizer: Tokenizer, student: ModelConfig, teacher: ModelConfig | None = None) -> int:
+    """Ids that the tokenizer and the models have; the rows of models after them are padding."""
+    return min(tokenizer.vocab_size, student.vocab_size, (teacher or student).vocab_size)
+
+
+def add_teacher(model: Model, config: ModelConfig, params: Any) -> None:
+    """Puts a teacher beside the frozen parameters of ``model``: the train state then holds it, unsaved."""
+    model.frozen, model.teacher = model.frozen | {TEACHER: params}, config
+
+
+def abstract_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, Any]:
+    """The configuration and shapes of ``distill.teacher``; no weights are read."""
+    found = configure_teacher(config, locate_model(config.distill.teacher, weights=False), mesh)
+    return found, place_abstract(frozen_specs(found), found.compute_dtype, mesh)
+
+
+def without_teacher(state: TrainState) -> TrainState:
+    """The state of the student alone."""
+    return state.replace(frozen={name: tree for name, tree in state.frozen.items() if name != TEACHER})
+
+
+def check_ids(arrays, vocab_size: int) -> None:
+    """Of a numpy batch or document: raises UserError for a token that a teacher of ``vocab_size`` has no row for."""
+    if (largest := np.max(arrays["tokens"])) >= vocab_size:
+        raise UserError(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")

@@ -1,0 +1,398 @@
+"""Distillation from the teacher's folder to the exported student: what is written, learned, resumed and refused."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config
+from tiny_models import make_tiny_model
+
+import postrain
+from postrain.config import resolve
+from postrain.data.batches.in_memory import load_examples
+from postrain.data.batches.open import open_train_rows
+from postrain.data.documents import layout_of
+from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
+from postrain.errors import UserError
+from postrain.training import teach as teaching
+from postrain.training.taught_rows import read_manifest
+from postrain.training.teach import teach
+
+ALL_IDS = 260  # of the tokenizer; student and teacher have more rows, not as many
+QUIET = {"say": lambda line: None}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Another family, other sizes, another padding of the same vocabulary; sure of what it says."""
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    return make_tiny_model(folder, "qwen3", seed=1, vocab_size=330, hidden_size=56, num_hidden_layers=2)
+
+
+def values_of(inputs, teacher=None, train=None, **sections):
+    """A run of six steps; with a teacher beside the student, or on taught rows."""
+    own = {"eval": {"every": 3, "generate_rows": 2}, "model": {"lora": {"rank": 0}}, "checkpoint": {"every": 3}}
+    own["optimizer"] = {"learning_rate": 3e-3}
+    own["data"] = {"train": str(train), "eval": ""} if train else {}
+    values = make_values(inputs, **{name: own.get(name, {}) | sections.get(name, {}) for name in own | sections})
+    values["distill"] = {"top_k": 8} | ({"teacher": str(teacher)} if teacher else {}) | sections.get("distill", {})
+    return values | {"recipe": "distill"}
+
+
+@pytest.fixture(scope="module")
+def taught(inputs, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("taught") / "rows"
+    teach(resolve(values_of(inputs, teacher)), folder, shard_rows=15, **QUIET)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, teacher, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("distill") / "run"
+    return workdir, postrain.train(values_of(inputs, teacher), workdir)
+
+
+def load_torch(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
+# --- teach ---
+
+
+def test_taught_rows_are_what_transformers_finds_likeliest(inputs, teacher, taught):
+    config = resolve(values_of(inputs, train=taught))
+    rows = load_examples(config.data.train, None, config.data, kind="kd").examples
+    (source,) = resolve(values_of(inputs, teacher)).data.train
+    tokenizer = load_tokenizer(inputs / "model")
+    rendered = load_examples((source,), tokenizer, config.data, kind="sft").examples
+    assert len(rows) == len(rendered) == 40
+    model = load_torch(teacher)
+    for row, expected in zip(rows[:5], rendered, strict=False):
+        np.testing.assert_array_equal(row.tokens, expected.tokens)
+        np.testing.assert_array_equal(row.loss_mask, expected.loss_mask)
+        ids, logprobs = (field.values for field in row.fields)
+        logits = model(transformers.BatchEncoding({"input_ids": row.tokens[None]}, tensor_type="pt").input_ids.long())
+        found = logits.logits[0, :-1, :ALL_IDS].log_softmax(-1).topk(8)  # without the padding
+        trained = row.loss_mask[1:]
+        np.testing.assert_array_equal(ids[1:][trained], found.indices.numpy()[trained])
+        np.testing.assert_allclose(logprobs[1:][trained], found.values.detach().numpy()[trained], atol=2e-5)
+        assert not ids[1:][~trained].any()
+
+
+def test_the_manifest_names_what_decides_the_rows(inputs, taught):
+    manifest = read_manifest(taught)
+    assert list(manifest.shards) == [f"rows-0000{i}-of-00003.parquet" for i in range(3)] == manifest.names
+    assert [facts["rows"] for facts in manifest.shards.values()] == [15, 15, 10]
+    assert manifest.identity["vocab_size"] == ALL_IDS and manifest.identity["top_k"] == 8
+
+
+def test_stopped_and_started_again_teach_ends_in_the_same_bytes(inputs, teacher, taught, tmp_path, monkeypatch):
+    """Between a shard and its line in the manifest, and in the middle of a shard; and where one was damaged since."""
+    config, write, calls = resolve(values_of(inputs, teacher)), teaching.write_whole, []
+
+    def crash(path, content):
+        calls.append(path)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        write(path, content)
+
+    monkeypatch.setattr(teaching, "write_whole", crash)
+    with pytest.raises(MemoryError):
+        teach(config, tmp_path / "rows", shard_rows=15, **QUIET)
+    monkeypatch.undo()
+    monkeypatch.setattr(teaching.Manifest, "write", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError):
+        teach(config, tmp_path / "rows", shard_rows=15, **QUIET)
+    monkeypatch.undo()
+    names = sorted(path.name for path in (tmp_path / "rows").iterdir() if path.name[0] != ".")
+    assert names == ["manifest.json", "rows-00000-of-00003.parquet", "rows-00001-of-00003.parquet"]
+    first = tmp_path / "rows" / names[1]
+    first.write_bytes(first.read_bytes()[:-1])
+    teach(config, tmp_path / "rows", shard_rows=15, **QUIET)
+    assert read_folder(tmp_path / "rows") == read_folder(taught)
+
+
+def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, taught, tmp_path):
+    config, output = write_config(tmp_path / "c.py", values_of(inputs, teacher)), tmp_path / "rows"
+    words = ["teach", f"--config={config}", f"--output={output}", "--shard-rows=15"]
+    process = subprocess.Popen([sys.executable, "-m", "postrain.cli", *words], env=os.environ, stdout=subprocess.PIPE)
+    while not (output / "rows-00000-of-00003.parquet").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    result = run_cli(*words)
+    assert result.returncode == 0, result.stderr
+    assert read_manifest(output).identity["teacher"] in result.stdout
+    assert read_folder(output) == read_folder(taught)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"distill": {"top_k": 9}}, "manifest.json: the rows there are others .top_k was 8, is 9"),
+        ({"distill": {"quantization": "int8"}}, "the rows there are others .teacher was"),
+        ({"data": {"sequence_length": 80}}, "the rows there are others .data was"),
+        ({"distill": {"top_k": 270}}, "'distill.top_k' = 270: there are only 260 ids"),
+    ],
+)
+def test_a_folder_of_other_rows_is_not_written_into(inputs, teacher, taught, changes, words):
+    before = read_folder(taught)
+    with pytest.raises(UserError, match=words):
+        teach(resolve(values_of(inputs, teacher, **changes)), taught, shard_rows=15, **QUIET)
+    assert read_folder(taught) == before
+
+
+def test_half_precision_is_smaller_and_never_sums_to_more_than_1(inputs, teacher, taught, tmp_path):
+    teach(resolve(values_of(inputs, teacher)), tmp_path / "rows", dtype="float16", shard_rows=15, **QUIET)
+    config = resolve(values_of(inputs))
+    load = lambda folder: (
+        load_examples(resolve(values_of(inputs, train=folder)).data.train, None, config.data, kind="kd").examples
+    )
+    for row, exact in zip(load(tmp_path / "rows"), load(taught), strict=True):
+        half, whole = row.fields[1].values, exact.fields[1].values
+        assert (half <= whole).all() and np.abs(half - whole).max() < 0.01
+    size = lambda folder: sum(path.stat().st_size for path in folder.glob("*.parquet"))
+    assert size(tmp_path / "rows") < 0.9 * size(taught)
+
+
+def test_taught_rows_are_streamed_as_they_are_read_at_once(inputs, taught):
+    """Of a stream the sizes of shards are compared, and not their contents."""
+    stream = {"streaming": True, "stream": {"shards": 2}, "packing": "none", "shuffle": False}
+    config = resolve(values_of(inputs, train=taught, data=stream))
+    batches = open_train_rows(None, config.data, kind="kd").batches
+    seen = [next(batches) for _ in range(20)]
+    batches.close()
+    rows = load_examples(config.data.train, None, config.data, kind="kd").examples
+    found = [np.exp(row).sum() for batch in seen for row in batch["teacher_logprobs"]]
+    slots = config.data.sequence_length
+    expected = [np.exp(row.fields[1].values[1:]).sum() + 8 * (slots - row.slots) for row in rows]
+    np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-6)
+
+
+# --- train ---
+
+
+def test_the_student_comes_nearer_to_a_teacher_beside_it(finished):
+    workdir, metrics = finished
+    lines = read_lines(workdir / "metrics.jsonl")
+    names = ("loss", "divergence", "nll", "accuracy", "agreement")
+    assert all(f"train/{name}" in line for line in lines[1:] for name in names)
+    first, last = lines[0], lines[-1]
+    assert last["eval/loss"] < 0.8 * first["eval/loss"] and metrics["eval/loss"] == last["eval/loss"]
+    assert "eval/exact_match" in last and first["eval/loss"] == first["eval/divergence"]
+    assert "teacher" not in {path.name for path in (workdir / "checkpoints" / "6" / "state").rglob("*")}
+
+
+def test_the_exported_student_has_the_logged_divergence(inputs, teacher, finished):
+    """transformers, on the two folders, over the ids that the tokenizer has."""
+    workdir, metrics = finished
+    student, model = load_torch(workdir / "export"), load_torch(teacher)
+    config = resolve(values_of(inputs, teacher))
+    tokenizer = load_tokenizer(inputs / "model")
+    total = count = 0
+    for row in load_examples(config.data.eval, tokenizer, config.data, kind="sft").examples:
+        ids = transformers.BatchEncoding({"input_ids": row.tokens[None]}, tensor_type="pt").input_ids.long()
+        log_q, log_p = (m(ids).logits[0, :-1, :ALL_IDS].log_softmax(-1).detach() for m in (student, model))
+        total += (log_p.exp() * (log_p - log_q)).sum(-1)[row.loss_mask[1:]].sum().item()
+        count += row.loss_mask[1:].sum()
+    assert total / count == pytest.approx(metrics["eval/loss"], rel=1e-4)
+
+
+def test_all_ids_of_taught_rows_are_the_teacher_itself(inputs, teacher, finished, tmp_path):
+    everything = {"distill": {"top_k": ALL_IDS}}
+    teach(resolve(values_of(inputs, teacher, **everything)), tmp_path / "rows", **QUIET)
+    values = values_of(inputs, train=tmp_path / "rows", eval={"generate_rows": 0}, **everything)
+    postrain.train(values | {"export": {"format": "none"}}, tmp_path / "run")
+    stored, live = (read_lines(folder / "metrics.jsonl") for folder in (tmp_path / "run", finished[0]))
+    for own, other in zip([line for line in stored if "train/loss" in line], live[1:], strict=True):
+        for name in ("loss", "divergence", "nll", "grad_norm"):
+            tolerance = 1e-6 if own["step"] == 1 and name != "grad_norm" else 1e-4  # rounding, fed back by AdamW
+            assert own[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=tolerance), (own["step"], name)
+
+
+def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(
+    inputs, teacher, finished, tmp_path, monkeypatch
+):
+    from postrain.training.rows import Rows
+
+    next_batch, calls = Rows.__next__, []
+
+    def crash(rows):
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError("no room")
+        return next_batch(rows)
+
+    monkeypatch.setattr(Rows, "__next__", crash)
+    with pytest.raises(MemoryError):
+        postrain.train(values_of(inputs, teacher), tmp_path / "run")
+    monkeypatch.undo()
+    postrain.train(values_of(inputs, teacher), tmp_path / "run")
+    assert read_folder(tmp_path / "run" / "export") == read_folder(finished[0] / "export")
+    found, expected = (without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", finished[0]))
+    assert found == expected
+
+
+def test_adapters_of_a_student_learn_from_a_quantised_teacher(inputs, teacher, tmp_path):
+    sections = {"model": {"lora": {"rank": 4}}, "distill": {"quantization": "int8"}, "eval": {"generate_rows": 0}}
+    values = values_of(inputs, teacher, **sections)
+    values["optimizer"]["learning_rate"] = 1e-2
+    metrics = postrain.train(values, tmp_path / "run")
+    first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert metrics["eval/loss"] < 0.9 * first["eval/loss"]
+    result = run_cli("export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'again'}")
+    assert result.returncode == 0, result.stderr
+    again, export = (
+        read_folder(folder)["model.safetensors"] for folder in (tmp_path / "again", tmp_path / "run/export")
+    )
+    assert again == export
+    with pytest.raises(UserError, match="documents were trained towards teacher .*, are towards teacher"):
+        postrain.train(values | {"distill": values["distill"] | {"quantization": "none"}}, tmp_path / "run")
+
+
+def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, taught):
+    from postrain.recipes.distill import make_program
+    from postrain.sharding import make_mesh
+    from postrain.training.model import abstract_model
+
+    config = resolve(values_of(inputs, train=taught))
+    rows = load_examples(config.data.train, None, config.data, kind="kd")
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    program = make_program(config, abstract_model(config, config.model.path, mesh), mesh, 1)
+    fields = {name: (x.dtype, x.shape[2:]) for name, x in program.abstract_batch.fields.items()}
+    assert fields == dict(layout_of(rows.examples[0]).arrays)
+
+
+def test_the_plan_counts_the_teacher(inputs, teacher, tmp_path):
+    config = write_config(tmp_path / "config.py", values_of(inputs, teacher))
+    result = run_cli("plan", f"--config={config}", "--target=cpu:2", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    parameters = sum(parameter.numel() for parameter in load_torch(teacher).parameters())
+    assert parameters <= report["model"]["parameters_frozen"] <= 1.2 * parameters  # with padding
+    # Split over the two devices, all but the norms.
+    assert 4 * parameters / 2 <= report["memory"]["parameters_frozen"] <= 1.2 * 4 * parameters / 2
+
+
+# --- what is refused ---
+
+
+def retrain(inputs, folder, tmp_path, **sections):
+    postrain.train(values_of(inputs, train=folder, **sections), tmp_path / "run")
+
+
+def test_taught_rows_that_do_not_fit_are_refused_by_name(inputs, taught, tmp_path):
+    checksum = read_manifest(taught).identity["teacher"]
+    for section, words in (
+        ({"checksum": "0" * 32}, f"manifest.json: the rows are of teacher {checksum}; 'distill.checksum' is 0000"),
+        ({"temperature": 2.0}, "'distill.temperature' = 2.0, but the rows of .* were taught with 1.0"),
+        ({"top_k": 16}, "'distill.top_k' = 16, but the rows of .* were taught with 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            retrain(inputs, taught, tmp_path, distill=section)
+
+
+def test_a_torn_or_missing_shard_is_refused_by_name(inputs, taught, tmp_path):
+    shutil.copytree(taught, tmp_path / "rows")
+    shard = tmp_path / "rows" / "rows-00001-of-00003.parquet"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"rows-00001-of-00003.parquet is torn: expected [\d,]+ bytes, found"):
+        retrain(inputs, tmp_path / "rows", tmp_path)
+    shard.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    with pytest.raises(UserError, match=r"rows-00001-of-00003.parquet is damaged"):
+        retrain(inputs, tmp_path / "rows", tmp_path)
+    shard.write_bytes(content)
+    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    del manifest["shards"]["rows-00002-of-00003.parquet"]
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="1 of 3 shards are not written yet .rows-00002-of-00003.parquet."):
+        retrain(inputs, tmp_path / "rows", tmp_path)
+    (tmp_path / "rows" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="expected the manifest of `postrain teach`"):
+        retrain(inputs, tmp_path / "rows", tmp_path)
+
+
+def change_tokenizer(folder, change):
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    change(raw["model"])
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def test_another_tokenizer_is_refused_and_another_folder_of_the_same_is_not(inputs, teacher, taught, tmp_path):
+    from postrain.data.rendering.tokenizer import load_tokenizer
+
+    own = load_tokenizer(inputs / "model")
+    for name in ("same", "other", "merged"):
+        shutil.copytree(teacher, tmp_path / name)
+    config = json.loads((tmp_path / "same" / "tokenizer_config.json").read_text())
+    (tmp_path / "same" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ 1 }}"}))
+    same = load_tokenizer(tmp_path / "same")
+    assert compare_vocabularies(own, same) == "" and own.digest_vocabulary() == same.digest_vocabulary()
+
+    def swap(model):
+        model["vocab"]["A"], model["vocab"]["B"] = model["vocab"]["B"], model["vocab"]["A"]
+
+    change_tokenizer(tmp_path / "other", swap)
+    with pytest.raises(
+        UserError, match=r"'distill.teacher': its tokenizer is not the student's: id 36 is 'A' in .* 'B'"
+    ):
+        retrain(inputs, inputs / "train.jsonl", tmp_path, distill={"teacher": str(tmp_path / "other")})
+    shutil.copytree(inputs / "model", tmp_path / "student")
+    change_tokenizer(tmp_path / "student", swap)
+    with pytest.raises(UserError, match="made with another tokenizer than the student's, in .*student"):
+        retrain(inputs, taught, tmp_path, model={"path": str(tmp_path / "student")})
+
+
+def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inputs, taught, tmp_path):
+    config = resolve(values_of(inputs, train=taught))
+    rows = load_examples(config.data.train, None, config.data, kind="kd").examples
+    lines = [
+        {"tokens": row.tokens.tolist(), "loss_mask": row.loss_mask.astype(int).tolist()}
+        | {name: field.values.tolist() for name, field in zip(("top_ids", "top_logprobs"), row.fields, strict=True)}
+        for row in rows
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="rows.jsonl has no manifest.json, so nobody can tell its teacher"):
+        retrain(inputs, tmp_path / "rows.jsonl", tmp_path, distill={"checksum": "0" * 32})
+    values = values_of(inputs, train=tmp_path / "rows.jsonl")
+    postrain.train(values | {"export": {"format": "none"}, "train": {"steps": 1}}, tmp_path / "run")
+    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
+    mass = np.exp(rows[0].fields[1].values[rows[0].loss_mask]).sum(1)
+    assert 0 < line["train/teacher_top"] < 1 and (mass < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"distill": {"beta": 0.2}}, "'distill.beta' is not read by 'distill.loss' = 'forward_kl'"),
+        ({"distill": {"loss": "jsd", "skew": 0.2}}, "'distill.skew' is not read"),
+        ({"distill": {"quantization": "nf4"}}, "'distill.quantization' is of a teacher that runs"),
+        ({"distill": {"teacher": "t", "checksum": "0"}}, "'distill.checksum' is of rows that a teacher has written"),
+        ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "a teacher does not know the new tokens"),
+    ],
+)
+def test_settings_that_contradict_are_refused(inputs, sections, words):
+    with pytest.raises(UserError, match=words):
+        resolve(values_of(inputs, **sections))
+
+
+def test_teach_needs_a_teacher(inputs, tmp_path):
+    with pytest.raises(UserError, match="'distill.teacher' is empty"):
+        teach(resolve(values_of(inputs)), tmp_path / "rows", **QUIET)
+    assert not (tmp_path / "rows").exists()
+    config = resolve(values_of(inputs, inputs / "model"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files and no manifest.json"):
+        teach(dataclasses.replace(config), pathlib.Path(tmp_path / "notes"), **QUIET)
