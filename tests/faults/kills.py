@@ -202,7 +202,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto", "reward" or "distill"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", or a recipe or loss of ``main``."""
     import sft_runs
 
     values = sft_runs.make_values(
