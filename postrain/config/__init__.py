@@ -30,6 +30,7 @@ from postrain.config.schema import (
     SpikeSection,
     StreamSection,
     TrackersConfig,
+    WeightsSection,
 )
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "SpikeSection",
     "StreamSection",
     "TrackersConfig",
+    "WeightsSection",
     "check_config",
     "check_model_path",
     "check_paths",

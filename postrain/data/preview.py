@@ -18,6 +18,7 @@ from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import SFT, needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
+from postrain.data.reward_weights import RewardWeights
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
 from postrain.report.page import render_page
@@ -52,10 +53,14 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
+    weights = RewardWeights(config)
+    preparation, expected = weights.preparation, SFT.name if weights.preparation.keys else None
     if config.data.streaming:
-        sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data)}
+        sample = sample_stream(tokenizer, config.data, kind=expected, preparation=preparation)
+        sets = {"data.train (the first rows)": sample}
     else:
-        sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
+        train = config.data.train
+        sets = {"data.train": load_examples(train, tokenizer, config.data, kind=expected, preparation=preparation)}
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     wanted = RECIPE_KINDS.get(config.recipe, SFT.name)
     if kind.name != wanted and kind.name in {SFT.name, *RECIPE_KINDS.values()}:
@@ -70,8 +75,9 @@ def preview(
     if html_path is not None:
         _write_html(pathlib.Path(html_path), sets, shown, reader, config)
     color = use_color() if color is None else color
+    notes = {"data.train": weights.summary.splitlines()}
     blocks = [
-        "\n".join([key, str(s.report), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
+        "\n".join([key, str(s.report), *notes.get(key, ()), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
         for key, s in sets.items()
     ]
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
