@@ -324,8 +324,8 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
         if config.too_long == "split" and (kind is not SFT or of_source.form not in ("text", "")):
             raise UserError(
                 f"config key 'data.too_long' = 'split' is for plain text, and source {source!r} has rows of kind "
-                f"{of_source.form if kind is SFT else kind.name}: a later part would have lost what it answers: set it to 'drop' or "
-                "'error'" + (" or 'truncate'" if kind.cut else "")
+                f"{of_source.form if kind is SFT else kind.name}: a later part would have lost what it answers: set it "
+                "to 'drop' or 'error'" + (" or 'truncate'" if kind.cut else "")
             )
         if of_source.loss_weight != 1 and kind is not SFT:
             raise UserError(
