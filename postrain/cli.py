@@ -310,19 +310,7 @@ def make_parser() -> Parser:
     add_generate_arguments(command)
 
     command = add("evaluate-policy", run_evaluate_policy, "estimate what a model would earn, from logged decisions")
-    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
-    text = "lines with prompt and completion, or messages, reward and propensity; perhaps candidates"
-    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
-    text = "what the intervals draw again: rows, or all rows of a member (default row)"
-    command.add_argument("--by", choices=("row", "member"), default="row", help=text)
-    text = "the largest weight of clipped_ips (default 10)"
-    command.add_argument("--clip", type=read_number, default=10.0, metavar="N", help=text)
-    text = "draws of the bootstrap (default 1000)"
-    command.add_argument("--resamples", type=read_whole_number, default=1000, metavar="N", help=text)
-    command.add_argument("--seed", type=read_whole_number, default=0, metavar="N", help="of these draws (default 0)")
-    text = "packed rows that the model reads together (default 8)"
-    command.add_argument("--batch-size", type=read_whole_number, default=8, metavar="N", help=text)
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_policy_arguments(command)
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
@@ -376,6 +364,22 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         ("--batch-size", read_whole_number, 32, "lines of --input that are answered together"),
     ):
         command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:g})")
+
+
+def add_policy_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
+    text = "lines with prompt and completion, or messages, reward and propensity; perhaps candidates"
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
+    text = "what the intervals draw again: rows, or all rows of a member (default row)"
+    command.add_argument("--by", choices=("row", "member"), default="row", help=text)
+    text = "the largest weight of clipped_ips (default 10)"
+    command.add_argument("--clip", type=read_number, default=10.0, metavar="N", help=text)
+    text = "draws of the bootstrap (default 1000)"
+    command.add_argument("--resamples", type=read_whole_number, default=1000, metavar="N", help=text)
+    command.add_argument("--seed", type=read_whole_number, default=0, metavar="N", help="of these draws (default 0)")
+    text = "packed rows that the model reads together (default 8)"
+    command.add_argument("--batch-size", type=read_whole_number, default=8, metavar="N", help=text)
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def load_checked_config(args, overrides):

@@ -287,7 +287,7 @@ class WeightsSection:
     """How much the tokens of a row count, by the row's ``reward``; docs/weighted_sft.md has the formulas."""
 
     mode: Literal["none", "linear", "exp", "advantage", "ips", "snips"] = "none"  # none: ``reward`` is not read
-    temperature: Positive = 1.0  # of exp and advantage: the lower, the more the rows of the highest rewards count
+    temperature: Annotated[float, Range(1e-6, 1e6)] = 1.0  # of exp and advantage: the lower, the more rewards decide
     baseline: Literal["none", "member", "item"] = "none"  # of advantage: the mean reward of the row's member or item
     clip: NotNegative = 0.0  # a larger weight counts as this much; 0: none is too large
 

@@ -53,14 +53,7 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
-    weights = RewardWeights(config)
-    preparation, expected = weights.preparation, SFT.name if weights.preparation.keys else None
-    if config.data.streaming:
-        sample = sample_stream(tokenizer, config.data, kind=expected, preparation=preparation)
-        sets = {"data.train (the first rows)": sample}
-    else:
-        train = config.data.train
-        sets = {"data.train": load_examples(train, tokenizer, config.data, kind=expected, preparation=preparation)}
+    sets, notes = _load_train(config, tokenizer)
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     wanted = RECIPE_KINDS.get(config.recipe, SFT.name)
     if kind.name != wanted and kind.name in {SFT.name, *RECIPE_KINDS.values()}:
@@ -75,7 +68,6 @@ def preview(
     if html_path is not None:
         _write_html(pathlib.Path(html_path), sets, shown, reader, config)
     color = use_color() if color is None else color
-    notes = {"data.train": weights.summary.splitlines()}
     blocks = [
         "\n".join([key, str(s.report), *notes.get(key, ()), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
         for key, s in sets.items()
@@ -91,6 +83,17 @@ def preview(
         for document in shown
     ]
     return "\n\n".join(blocks)
+
+
+def _load_train(config: Config, tokenizer: Tokenizer | None) -> tuple[dict[str, ExampleSet], dict[str, list[str]]]:
+    """``data.train``, of a stream its first rows, and further lines about it, both by what is shown as its name."""
+    weights, data = RewardWeights(config), config.data
+    preparation, expected = weights.preparation, SFT.name if weights.preparation.keys else None
+    if data.streaming:
+        sample = sample_stream(tokenizer, data, kind=expected, preparation=preparation)
+        return {"data.train (the first rows)": sample}, {}
+    whole = load_examples(data.train, tokenizer, data, kind=expected, preparation=preparation)
+    return {"data.train": whole}, {"data.train": weights.summary.splitlines()}
 
 
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:

@@ -23,6 +23,7 @@ from postrain.errors import UserError
 
 FIELD = "reward_weights"  # of batches in mode ips, float32 [B, T]; elsewhere weights are in ``loss_mask``
 _LEAST, _MOST = 1e-6, 1e6  # of weights that are not divided by the largest: what sums in float32 can hold
+_LARGEST = 1e30  # of rewards, whose sums and quotients stay finite
 _FEW = 0.05  # the share of rows that the weights leave, below which a warning says so
 
 
@@ -209,8 +210,8 @@ def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):  # text, or an integer beyond all floats
         number = math.nan
-    if not math.isfinite(number):
-        raise BadRow(ref, f"{key!r} must be a finite number; found {value!r:.40}")
+    if not abs(number) <= _LARGEST:
+        raise BadRow(ref, f"{key!r} must be a finite number, of size {_LARGEST:g} at most; found {value!r:.40}")
     return number
 
 

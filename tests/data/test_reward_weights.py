@@ -152,10 +152,21 @@ def test_what_is_printed(tmp_path, tokenizer, folder):
 ROW = chat("q", "a") | {"reward": 1.0, "propensity": 0.5, "member": "m"}
 BAD = {
     "no reward": ("exp", {}, {"reward": None}, "'reward' is missing or null, and 'sft.weights.mode' = 'exp' reads it"),
-    "a reward in words": ("exp", {}, {"reward": "good"}, "'reward' must be a finite number; found 'good'"),
-    "a flag": ("linear", {}, {"reward": True}, "'reward' must be a finite number; found True"),
-    "NaN": ("exp", {}, {"reward": float("nan")}, "'reward' must be a finite number; found nan"),
-    "infinity": ("linear", {}, {"reward": "inf"}, "'reward' must be a finite number; found 'inf'"),
+    "a reward in words": (
+        "exp",
+        {},
+        {"reward": "good"},
+        "'reward' must be a finite number, of size 1e.30 at most; found 'good'",
+    ),
+    "a flag": ("linear", {}, {"reward": True}, "'reward' must be a finite number, of size 1e.30 at most; found True"),
+    "NaN": ("exp", {}, {"reward": float("nan")}, "'reward' must be a finite number, of size 1e.30 at most; found nan"),
+    "a number beyond all": ("exp", {}, {"reward": 10**400}, "'reward' must be a finite number, of size"),
+    "infinity": (
+        "linear",
+        {},
+        {"reward": "inf"},
+        "'reward' must be a finite number, of size 1e.30 at most; found 'inf'",
+    ),
     "a negative weight": ("linear", {}, {"reward": -2}, "'reward' is -2, and .* cannot be negative: use 'exp'"),
     "a huge weight": (
         "snips",
@@ -193,6 +204,19 @@ def test_a_reward_without_variance_is_refused_where_it_could_prefer_nothing(tmp_
         with pytest.raises(UserError, match=r"rows\.jsonl:1: 'reward' is 1, as in all other rows"):
             weigh(tmp_path, tokenizer, rows, mode, **options)
     assert weights_of(tmp_path, tokenizer, rows, "snips") == [2.0] * 3, "there propensities weigh"
+
+
+def test_a_function_in_place_of_the_kind_may_give_the_reward(tmp_path, tokenizer):
+    def rated(row):
+        return chat(row["question"], row["shown"]) | {"reward": row["stars"] - 3}
+
+    rows = [{"question": f"q {i}", "shown": "a", "stars": i} for i in range(1, 6)]
+    data = make_config(write_jsonl(tmp_path / "rows.jsonl", rows), kind=rated)
+    weights = RewardWeights(Config(data=data, sft=SftSection(weights=WeightsSection(mode="exp"))))
+    loaded = load_examples(data.train, tokenizer, data, kind="sft", preparation=weights.preparation)
+    expected = [math.exp(i - 5) for i in range(1, 6)]
+    assert [example.weight for example in loaded.examples] == pytest.approx(expected, rel=1e-12)
+    assert not loaded.report.total.unread
 
 
 def test_a_reward_of_0_and_1_has_variance_though_its_zeros_are_left_out(tmp_path, tokenizer):

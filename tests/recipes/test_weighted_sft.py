@@ -62,6 +62,7 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
     values = values_of(inputs, rows, weights, **sections)
     if streaming:
         values["data"] |= {"streaming": True, "stream": {"shards": 2}}
+        values["sft"] |= {"label_smoothing": 0.1}
     postrain.train(values, tmp_path / "whole")
     next_batch, calls = Rows.__next__, []
 
@@ -80,7 +81,7 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
     assert lines[0] == lines[1] and "train/weights/effective_share" in lines[0][0]
     assert read_folder(tmp_path / "parts" / "export") == read_folder(tmp_path / "whole" / "export")
     # Other weights are other data.
-    changed = values | {"sft": {"weights": weights | {"clip": 2.0}}}
+    changed = values | {"sft": values["sft"] | {"weights": weights | {"clip": 2.0}}}
     changed["train"] = values["train"] | {"steps": 6}
     with pytest.raises(
         UserError, match="documents were trained with weights of mode .*, are with weights of mode .*clip 2.0"
