@@ -27,7 +27,7 @@ from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Rendered, check_token_ids
-from postrain.data.messages import Example, check_keys, parse_messages, parse_prompt_completion
+from postrain.data.messages import Conversation, Example, check_keys, parse_messages, parse_prompt_completion
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.data.reward_weights import read_name, read_number, read_propensity
@@ -182,7 +182,7 @@ def _read_row(raw: dict, ref: RowRef, needs_member: bool, unread: set[str]) -> L
     if not is_empty(raw.get("messages")):
         if not is_empty(prompt) or not is_empty(completion):
             raise BadRow(ref, "has 'messages' beside 'prompt' or 'completion': leave one of them")
-        messages = parse_messages(raw["messages"], ref, unread)
+        messages = parse_messages(raw["messages"], ref, unread, weighted=True)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise BadRow(ref, "'messages' must end with the assistant's answer to a question: that is what was logged")
         prompt, completion = messages[:-1], messages[-1:]
@@ -193,13 +193,14 @@ def _read_row(raw: dict, ref: RowRef, needs_member: bool, unread: set[str]) -> L
     given, estimates = raw.get("candidates"), raw.get("estimated_rewards")
     choices = [completion] if is_empty(given) else _check_list(given, "candidates", ref)
     rows = [{"prompt": prompt, "completion": choice, "tools": raw.get("tools")} for choice in choices]
-    answers = tuple(parse_prompt_completion(row, ref, unread) for row in rows)
-    logged = parse_prompt_completion({**rows[0], "completion": completion}, ref, unread)
-    if len(choices) > 1 and answers.count(logged) != 1 or len(set(map(repr, answers))) < len(answers):
+    answers = tuple(parse_prompt_completion(row, ref, unread, weighted=True) for row in rows)
+    logged = _identify(parse_prompt_completion({**rows[0], "completion": completion}, ref, unread, weighted=True))
+    identities = [_identify(answer) for answer in answers]
+    if len(set(identities)) < len(answers) or logged not in identities:
         raise BadRow(
             ref,
-            f"expected 'candidates' that are all different, one of them the logged answer; found it "
-            f"{answers.count(logged)} times among {len(answers)}",
+            "expected 'candidates' that are all different, one of them the logged answer; found it "
+            f"{identities.count(logged)} times among {len(answers)}, {len(set(identities))} of them different",
         )
     numbers = ()
     if not is_empty(estimates):
@@ -209,13 +210,21 @@ def _read_row(raw: dict, ref: RowRef, needs_member: bool, unread: set[str]) -> L
     where = "`postrain evaluate-policy`"
     return LoggedRow(
         answers,
-        answers.index(logged),
+        identities.index(logged),
         read_number(raw, "reward", where, ref),
         read_propensity(raw, where, ref),
         numbers,
         read_name(raw, "member", "--by member", ref) if needs_member else "",
         ref,
     )
+
+
+def _identify(answer: Example) -> str:
+    """What tells answers to a question apart, which whether and how much they are trained does not."""
+    if not isinstance(answer, Conversation):
+        return repr(answer)
+    said = [{key: value for key, value in m.items() if key not in ("train", "weight")} for m in answer.messages]
+    return repr(said)
 
 
 def _check_list(value: Any, key: str, ref: RowRef) -> list:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_FEW = 10  # effective rows, below which no estimate is to be trusted
+_FEW = 10  # effective rows, or members, below which no estimate is to be trusted
 _FAR = 4.0  # standard errors that a mean of 1 may be off
 _DRAWS = 1 << 22  # numbers of a block of the bootstrap
 
@@ -105,8 +105,11 @@ def evaluate(
         estimates[name] = Estimate(_divide(above.sum(), below.sum()), float(low), float(high))
     size = compute_effective_size(decisions)
     members = len(decisions.rewards) if inverse is None else int(inverse.max()) + 1
+    doubts = _find_doubts(decisions, size)
+    if inverse is not None and members < _FEW:
+        doubts.append(f"intervals over {members} members: so few say little of others: expected {_FEW} or more")
     mean = float(decisions.weights.mean())
-    return Evaluation(len(decisions.rewards), members, estimates, size, mean, tuple(_find_doubts(decisions, size)))
+    return Evaluation(len(decisions.rewards), members, estimates, size, mean, tuple(doubts))
 
 
 def _ratios(decisions: Decisions, clip: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:

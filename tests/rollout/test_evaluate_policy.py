@@ -90,6 +90,7 @@ def test_the_estimates_are_those_of_the_probabilities_that_transformers_finds(mo
     assert (found["rows"], found["members"], found["normalised_over"]) == (24, 5, "candidates")
     assert found["keys_not_read"] == ["page"] and found["bootstrap_by"] == "member"
     assert found["mean_weight"] == pytest.approx(weights.mean(), rel=1e-4)
+    assert "intervals over 5 members: so few say little of others: expected 10 or more" in found["warnings"]
 
 
 def test_without_candidates_the_probability_is_that_of_the_text_among_all(model, reference, tmp_path):
@@ -102,6 +103,10 @@ def test_without_candidates_the_probability_is_that_of_the_text_among_all(model,
     pairs = [row | {"propensity": 0.01, "candidates": None, "estimated_rewards": None} for row in rows]
     reports = [evaluate_policy(model, write_jsonl(tmp_path / "rows.jsonl", same)) for same in (messages, pairs)]
     assert reports[0].evaluation == reports[1].evaluation
+    for row in messages:  # how much a row of the training data counts is of no account
+        row["messages"][-1] |= {"weight": 0.5, "train": True}
+        row["candidates"] = WORDS
+    assert evaluate_policy(model, write_jsonl(tmp_path / "rows.jsonl", messages)).over == "candidates"
     logprobs = [reference(row["prompt"][0]["content"], row["completion"]) for row in rows]
     expected = np.mean([math.exp(logp) / 0.01 for logp in logprobs])
     assert reports[0].evaluation.mean_weight == pytest.approx(expected, rel=1e-4)
@@ -119,7 +124,7 @@ BAD = {
     "no reward": ({"reward": None}, "'reward' is missing or null"),
     "no answer": ({"completion": ""}, "expected the keys 'prompt' and 'completion', or 'messages'"),
     "two forms": ({"messages": ask("q")}, "has 'messages' beside 'prompt' or 'completion'"),
-    "no logged answer": ({"candidates": ["blue", "green"]}, "found it 0 times among 2"),
+    "no logged answer": ({"candidates": ["blue", "green"]}, "found it 0 times among 2, 2 of them different"),
     "a doubled candidate": ({"candidates": ["red", "red"]}, "'candidates' that are all different"),
     "one candidate": ({"candidates": ["red"]}, "'candidates' must be a list of two or more"),
     "estimates of nothing": ({"estimated_rewards": [1, 2]}, "'estimated_rewards' must be one number for each of"),

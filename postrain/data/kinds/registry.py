@@ -325,7 +325,7 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
             raise UserError(
                 f"config key 'data.too_long' = 'split' is for plain text, and source {source!r} has rows of kind "
                 f"{of_source.form if kind is SFT else kind.name}: a later part would have lost what it answers: set it "
-                "to 'drop' or 'error'" + (" or 'truncate'" if kind.cut else "")
+                "to 'drop', " + ("'truncate' or 'error'" if kind.cut else "or 'error'")
             )
         if of_source.loss_weight != 1 and kind is not SFT:
             raise UserError(

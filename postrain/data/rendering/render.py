@@ -241,7 +241,9 @@ def _plan_prompt(
         text = _without_bos(messages, "'prompt'", False, tokenizer, ref)
         return Sequence(mark(text, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     # Earlier answers are context: what the template drops of them is refused as it is in training.
-    messages = [m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref)]
+    messages = [
+        m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref, weighted=True)
+    ]
     check_not_rendered(_contents(messages), tokenizer, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
