@@ -237,13 +237,13 @@ def _check_weights(config: Config) -> None:
             raise UserError(f"{where} does not read 'sft.weights.{key}': leave it out, or choose another mode")
     if section.mode == "advantage" and section.baseline == "none":
         raise UserError(
-            f"{where} compares a reward with a baseline: set 'sft.weights.baseline' to 'member' or 'item', or use mode "
-            "'exp', which has none"
+            f"{where} compares a reward with a baseline: set 'sft.weights.baseline' to 'member', 'item' or 'value', or "
+            "use mode 'exp', which has none"
         )
-    if section.baseline != "none" and config.data.streaming:
+    if section.baseline in ("member", "item") and config.data.streaming:
         raise UserError(
             f"config key 'sft.weights.baseline' = {section.baseline!r} is a mean over all rows, which 'data.streaming' "
-            "does not have: set that to False, or use mode 'exp' and subtract a baseline of your own from the rewards"
+            "does not have: set that to False, or give every row its 'value' and set the baseline to 'value'"
         )
 
 

@@ -288,7 +288,8 @@ class WeightsSection:
 
     mode: Literal["none", "linear", "exp", "advantage", "ips", "snips"] = "none"  # none: ``reward`` is not read
     temperature: Annotated[float, Range(1e-6, 1e6)] = 1.0  # of exp and advantage: the lower, the more rewards decide
-    baseline: Literal["none", "member", "item"] = "none"  # of advantage: the mean reward of the row's member or item
+    # Of advantage, what a reward is compared with: the mean over the row's member or item, or the row's ``value``.
+    baseline: Literal["none", "member", "item", "value"] = "none"  # none: mode exp
     clip: NotNegative = 0.0  # a larger weight counts as this much; 0: none is too large
 
 

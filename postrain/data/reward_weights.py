@@ -1,12 +1,13 @@
 """Weights of logged rows by their rewards, for supervised fine-tuning that prefers what was received well.
 
 A row brings ``reward``, and by ``sft.weights`` the ``propensity`` with which the logging policy chose its answer, or
-the ``member`` or ``item`` whose mean reward it is compared with. From these comes one number a row, by which each of
-its trained tokens counts. ``docs/weighted_sft.md`` has the formulas and what the loss of an update is divided by.
+what the reward is compared with: the mean reward of its ``member`` or ``item``, or the ``value`` that was expected.
+From these comes one number a row, by which each of its trained tokens counts. ``docs/weighted_sft.md`` has the formulas
+and what the loss of an update is divided by.
 
-Weights of linear, ips and snips are known of each row. Those of exp and advantage are divided by the largest of all,
-which changes nothing in a loss that is divided by their sum and keeps them finite; a stream, whose largest is unknown,
-has those of exp as they are.
+Weights of linear, ips and snips are known of each row alone. Those of exp and advantage are divided by the largest of
+all, which changes nothing in a loss that is divided by their sum and keeps them finite; a stream, whose largest is
+unknown, has them as they are.
 """
 
 import dataclasses
@@ -29,11 +30,15 @@ _FEW = 0.05  # the share of rows that the weights leave, below which a warning s
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """What a row says of its answer, checked. ``group``: the member or item of the baseline, else ""."""
+    """What a row says of its answer, checked.
+
+    ``group``: the member or item whose mean is the baseline, else "". ``value``: the row's own baseline, else 0.
+    """
 
     reward: float
     propensity: float = 1.0
     group: str = ""
+    value: float = 0.0
 
 
 def compute_weights(
@@ -112,14 +117,22 @@ class RewardWeights:
         if self._options.mode in ("exp", "advantage") and not self._streaming:
             return document
         weights, _ = compute_weights(
-            np.array([found.reward]), self._options, propensities=found.propensity, divide_by_largest=False
+            np.array([found.reward]),
+            self._options,
+            propensities=found.propensity,
+            baselines=found.value,
+            divide_by_largest=False,
         )
         weight = float(weights[0])
         if not (weight == 0 or _LEAST <= weight <= _MOST):
             raise BadRow(
                 document.ref,
                 f"'reward' = {found.reward:g} gives the weight {weight:g}, expected 0 or {_LEAST:g} to {_MOST:g}: "
-                + ("raise 'sft.weights.temperature'" if self._options.mode == "exp" else "scale the rewards")
+                + (
+                    "raise 'sft.weights.temperature'"
+                    if self._options.mode in ("exp", "advantage")
+                    else "scale the rewards"
+                )
                 + ", or set 'sft.weights.clip'",
             )
         return self._apply(document, weight)
@@ -134,9 +147,9 @@ class RewardWeights:
                 f"{sequences[0].ref}: 'reward' is {self._least:g}, as in all other rows: a reward without variance "
                 "prefers nothing: set 'sft.weights.mode' to 'none', or give rows with different rewards"
             )
-        baselines: np.ndarray | float = 0.0
-        if options.baseline != "none":
-            baselines = group_means(rewards, [row.group for row in rows.values()])
+        baselines, groups = np.array([row.value for row in rows.values()]), [row.group for row in rows.values()]
+        if options.baseline in ("member", "item"):
+            baselines = group_means(rewards, groups)
         propensities = np.array([row.propensity for row in rows.values()])
         weights, is_clipped = compute_weights(rewards, options, propensities=propensities, baselines=baselines)
         if options.mode in ("exp", "advantage"):
@@ -144,10 +157,12 @@ class RewardWeights:
             sequences = [self._apply(one, of_row[one.ref]) for one in sequences]
         weighed = {one.ref: one.weight for one in sequences}
         final = np.array(list(weighed.values())) * (weights if options.mode == "ips" else 1.0)
-        self.summary = self._format(final, int(is_clipped.sum()), [row.group for row in rows.values()])
+        self.summary = self._format(final, int(is_clipped.sum()))
+        if options.baseline != "none":
+            self.summary += self._format_baseline(rewards, baselines, groups)
         return [dataclasses.replace(one, metadata=None) for one in sequences]
 
-    def _format(self, weights: np.ndarray, clipped: int, groups: list[str]) -> str:
+    def _format(self, weights: np.ndarray, clipped: int) -> str:
         options, size = self._options, effective_size(weights)
         share = size / len(weights)
         line = (
@@ -156,11 +171,6 @@ class RewardWeights:
         )
         if options.clip:
             line += f"; {clipped:,} clipped ({clipped / len(weights):.1%})"
-        if options.baseline != "none":
-            sizes = np.unique(np.asarray(groups), return_counts=True)[1]
-            alone = int((sizes == 1).sum())
-            line += f"; {len(sizes):,} {options.baseline}s"
-            line += f", {alone:,} of them with one row, which is its own baseline" if alone else ""
         if share < _FEW:
             line += (
                 f"\nweights     less than {_FEW:.0%} of the rows decide: "
@@ -168,6 +178,18 @@ class RewardWeights:
                 + "set sft.weights.clip"
             )
         return line
+
+    def _format_baseline(self, rewards: np.ndarray, baselines: np.ndarray, groups: list[str]) -> str:
+        """A line that says how much of the rewards the baseline explains, and of whom it knows nothing else."""
+        explained = 1 - float(np.square(rewards - baselines).mean() / max(rewards.var(), 1e-300))
+        line = f"\nbaseline    {self._options.baseline} explains {explained:.1%} of the variance of rewards"
+        if self._options.baseline == "value":
+            worse = ": the mean of all rewards would be nearer to them, so its advantages are mostly its own errors"
+            return line + worse * (explained < 0)
+        sizes = np.unique(np.asarray(groups), return_counts=True)[1]
+        alone = int((sizes == 1).sum())
+        line += f"; {len(sizes):,} {self._options.baseline}s"
+        return line + (f", {alone:,} of them with one row, which is its own baseline" if alone else "")
 
     def _apply(self, document: Rendered, weight: float) -> Rendered:
         if self._options.mode != "ips":
@@ -185,12 +207,15 @@ def read_feedback(row: dict, options: WeightsSection, ref: RowRef) -> Feedback:
     reward = read_number(row, "reward", where, ref)
     if reward < 0 and options.mode not in ("exp", "advantage"):
         raise BadRow(ref, f"'reward' is {reward:g}, and {where} makes it a weight, which cannot be negative: use 'exp'")
-    propensity, group = 1.0, ""
+    propensity, group, value = 1.0, "", 0.0
     if options.mode in ("ips", "snips"):
         propensity = read_propensity(row, where, ref)
-    if options.baseline != "none":
-        group = read_name(row, options.baseline, f"'sft.weights.baseline' = {options.baseline!r}", ref)
-    return Feedback(reward, propensity, group)
+    where = f"'sft.weights.baseline' = {options.baseline!r}"
+    if options.baseline == "value":
+        value = read_number(row, "value", where, ref)
+    elif options.baseline != "none":
+        group = read_name(row, options.baseline, where, ref)
+    return Feedback(reward, propensity, group, value)
 
 
 def read_propensity(row: dict, where: str, ref: RowRef) -> float:

@@ -17,9 +17,10 @@ from postrain.data.reward_weights import FIELD, RewardWeights, compute_weights, 
 from postrain.errors import UserError
 
 LOGGED = [
-    chat("q 1", "good") | {"reward": 3.0, "member": "ann", "item": 7, "propensity": 0.5},
-    chat("q 2", "poor answer of several words") | {"reward": 1.0, "member": "ann", "item": 8, "propensity": 0.25},
-    chat("q 3", "fair") | {"reward": "2.0", "member": "bob", "item": 7.0, "propensity": 1},
+    chat("q 1", "good") | {"reward": 3.0, "member": "ann", "item": 7, "propensity": 0.5, "value": 2.0},
+    chat("q 2", "poor answer of several words")
+    | {"reward": 1.0, "member": "ann", "item": 8, "propensity": 0.25, "value": 1.5},
+    chat("q 3", "fair") | {"reward": "2.0", "member": "bob", "item": 7.0, "propensity": 1, "value": 0.5},
 ]
 
 
@@ -56,6 +57,7 @@ CASES = {  # by hand
     "exp, clipped": ("exp", {"clip": math.exp(2.0)}, [1.0, math.exp(-1), 1.0]),
     "advantage of members": ("advantage", {"baseline": "member"}, [1.0, math.exp(-2), math.exp(-1)]),
     "advantage of items": ("advantage", {"baseline": "item"}, [1.0, math.exp(-0.5), math.exp(-1)]),
+    "advantage over values": ("advantage", {"baseline": "value"}, [math.exp(-0.5), math.exp(-2), 1.0]),
     "snips": ("snips", {}, [6.0, 4.0, 2.0]),
     "snips, clipped": ("snips", {"clip": 5.0}, [5.0, 4.0, 2.0]),
 }
@@ -118,15 +120,17 @@ def test_a_stream_has_the_weights_of_each_row_and_the_same_proportions(tmp_path,
     data = make_config(path, kind="sft", streaming=True, shuffle=False, packing="none", batch_size=3)
     data = dataclasses.replace(data, stream=dataclasses.replace(data.stream, shards=1))
     found = {}
-    for mode in ("exp", "ips"):
-        weights = RewardWeights(Config(data=data, sft=SftSection(weights=WeightsSection(mode=mode))))
+    for mode, options in (("exp", {}), ("ips", {}), ("advantage", {"baseline": "value"})):
+        weights = RewardWeights(Config(data=data, sft=SftSection(weights=WeightsSection(mode=mode, **options))))
         opened = open_train_rows(tokenizer, data, kind="sft", preparation=weights.preparation)
         found[mode] = next(opened.batches)
         opened.batches.close()
-        assert opened.fingerprint["preparation"] == f"with weights of mode {mode}"
+        assert opened.fingerprint["preparation"].startswith(f"with weights of mode {mode}")
     per_row = sorted(found["exp"]["loss_mask"].max(1).tolist())
     assert per_row == pytest.approx([math.exp(1), math.exp(2), math.exp(3)], rel=1e-6)
     assert sorted(found["ips"][FIELD].max(1).tolist()) == [2.0, 4.0, 6.0]
+    advantages = sorted(found["advantage"]["loss_mask"].max(1).tolist())
+    assert advantages == pytest.approx([math.exp(-0.5), math.exp(1), math.exp(1.5)], rel=1e-6)
 
 
 def test_what_is_printed(tmp_path, tokenizer, folder):
@@ -137,19 +141,21 @@ def test_what_is_printed(tmp_path, tokenizer, folder):
     assert "effective sample size 1.0 of 60 rows (1.7%)" in summary
     assert "less than 5% of the rows decide: raise sft.weights.temperature" in summary
     _, summary = weigh(tmp_path, tokenizer, LOGGED, "advantage", baseline="member")
-    assert "2 members, 1 of them with one row, which is its own baseline" in summary
+    assert "baseline    member explains 0.0% of the variance of rewards; 2 members, 1 of them with one row" in summary
+    _, summary = weigh(tmp_path, tokenizer, LOGGED, "advantage", baseline="value")
+    assert "value explains -75.0% of the variance of rewards: the mean of all rewards would be nearer" in summary
     # `postrain preview` says the same, and that the keys are read.
     data = make_config(write_jsonl(tmp_path / "rows.jsonl", LOGGED), kind="sft")
     model = dataclasses.replace(Config().model, path=str(folder))
     config = Config(data=data, model=model, sft=SftSection(weights=WeightsSection(mode="snips")))
     shown = preview(config, rows=1)
     assert "weights     mode snips: 2 to 6" in shown
-    assert "keys that were not read: 'item' (3 rows), 'member' (3 rows)\n" in shown
+    assert "keys that were not read: 'item' (3 rows), 'member' (3 rows), 'value' (3 rows)\n" in shown
     without = preview(dataclasses.replace(config, sft=SftSection()), rows=1)
-    assert "'propensity' (3 rows), 'reward' (3 rows)" in without and "weights     " not in without
+    assert "'propensity' (3 rows), 'reward' (3 rows), 'value' (3 rows)" in without and "weights     " not in without
 
 
-ROW = chat("q", "a") | {"reward": 1.0, "propensity": 0.5, "member": "m"}
+ROW = chat("q", "a") | {"reward": 1.0, "propensity": 0.5, "member": "m", "value": 0.0}
 BAD = {
     "no reward": ("exp", {}, {"reward": None}, "'reward' is missing or null, and 'sft.weights.mode' = 'exp' reads it"),
     "a reward in words": (
@@ -183,6 +189,7 @@ BAD = {
         "'propensity' must be a probability above 0, at most 1; found 1.5",
     ),
     "no member": ("advantage", {"baseline": "member"}, {"member": ""}, "'member' is missing or null, and .*baseline"),
+    "no value": ("advantage", {"baseline": "value"}, {"value": None}, "'value' is missing or null, and .*baseline"),
     "a member in parts": ("advantage", {"baseline": "member"}, {"member": [1]}, "'member' must be text or a whole"),
 }
 

@@ -45,7 +45,8 @@ def test_a_reward_that_only_tells_members_apart_gives_the_bytes_of_supervised_fi
     assert exports["members"] == exports["plain"] != exports["alone"]
     line = read_lines(tmp_path / "members" / "metrics.jsonl")[-1]
     assert line["train/weights/effective_share"] == 1 and line["train/weights/mean"] == 1
-    assert "effective sample size 36.0 of 36 rows (100.0%); 4 members" in printed["members"]
+    assert "effective sample size 36.0 of 36 rows (100.0%)\n" in printed["members"]
+    assert "baseline    member explains 100.0% of the variance of rewards; 4 members\n" in printed["members"]
     assert "'reward' (36 rows)" in printed["plain"] and "'reward' (36 rows)" not in printed["alone"]
     shares = [line["train/weights/effective_share"] for line in read_lines(tmp_path / "alone" / "metrics.jsonl")]
     assert 0 < min(shares) < 0.9, "rows of reward 30 decide"
@@ -93,7 +94,7 @@ REFUSED = {
     "a baseline that is not read": ({"mode": "exp", "baseline": "member"}, {}, "'exp' does not read 'sft.weights.base"),
     "a temperature that is not read": ({"mode": "ips", "temperature": 2.0}, {}, "does not read 'sft.weights.temp"),
     "weights that are off": ({"clip": 2.0}, {}, "'sft.weights.mode' = 'none' does not read 'sft.weights.clip'"),
-    "an advantage over nothing": ({"mode": "advantage"}, {}, "set 'sft.weights.baseline' to 'member' or 'item'"),
+    "an advantage over nothing": ({"mode": "advantage"}, {}, "set 'sft.weights.baseline' to 'member', 'item' or 'va"),
     "a mean over a stream": (
         {"mode": "advantage", "baseline": "item"},
         {"streaming": True},
