@@ -1,4 +1,5 @@
-"""The command line: ``postrain train | launch | preview | plan | teach | export | import | generate | score | verify``.
+"""The command line: ``postrain train | launch | preview | plan | teach | export | import | generate | score |
+evaluate-policy | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Each command imports the heavy
 modules that it needs itself, so that ``--help`` and a wrong key answer at once.
@@ -23,6 +24,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -311,15 +313,9 @@ def make_parser() -> Parser:
     add_generate_arguments(command)
 
     command = add("score", run_score, "score every line of a JSONL file with a reward model or classifier")
-    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of *ForSequenceClassification")
-    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help="rows, or lines of generate")
-    text = "the lines, each with 'score' (default: the terminal)"
-    command.add_argument("--output", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
-    command.add_argument("--system", type=read_text, default="", help="a system message (default: none)")
-    command.add_argument("--raw", action="store_true", help="the lines were generated with --raw")
-    command.add_argument("--steps", action="store_true", help="'completions' are the steps of one answer")
-    text = "packed rows that are scored together (default 8)"
-    command.add_argument("--batch-size", type=read_whole_number, metavar="N", default=8, help=text)
+    add_score_arguments(command)
+    command = add("evaluate-policy", run_evaluate_policy, "estimate what a model would earn, from logged decisions")
+    add_policy_arguments(command)
 
     command = add("verify", run_verify, "compare logits with the reference implementation (needs torch)")
     command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
@@ -382,6 +378,34 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         ("--batch-size", read_whole_number, 32, "lines of --input that are answered together"),
     ):
         command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:g})")
+
+
+def add_score_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of *ForSequenceClassification")
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help="rows, or lines of generate")
+    text = "the lines, each with 'score' (default: the terminal)"
+    command.add_argument("--output", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
+    command.add_argument("--system", type=read_text, default="", help="a system message (default: none)")
+    command.add_argument("--raw", action="store_true", help="the lines were generated with --raw")
+    command.add_argument("--steps", action="store_true", help="'completions' are the steps of one answer")
+    text = "packed rows that are scored together (default 8)"
+    command.add_argument("--batch-size", type=read_whole_number, metavar="N", default=8, help=text)
+
+
+def add_policy_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=read_path, metavar="MODEL_DIR", help="folder of a model or an adapter")
+    text = "lines with prompt and completion, or messages, reward and propensity; perhaps candidates"
+    command.add_argument("file", type=read_nonempty_path, metavar="FILE.jsonl", help=text)
+    text = "what the intervals draw again: rows, or all rows of a member (default row)"
+    command.add_argument("--by", choices=("row", "member"), default="row", help=text)
+    text = "the largest weight of clipped_ips (default 10)"
+    command.add_argument("--clip", type=read_number, default=10.0, metavar="N", help=text)
+    text = "draws of the bootstrap (default 1000)"
+    command.add_argument("--resamples", type=read_whole_number, default=1000, metavar="N", help=text)
+    command.add_argument("--seed", type=read_whole_number, default=0, metavar="N", help="of these draws (default 0)")
+    text = "packed rows that the model reads together (default 8)"
+    command.add_argument("--batch-size", type=read_whole_number, default=8, metavar="N", help=text)
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def load_checked_config(args, overrides):
@@ -520,6 +544,27 @@ def run_score(args, overrides) -> None:
     options = {"system": args.system, "raw": args.raw, "steps": args.steps, "batch_size": args.batch_size}
     count = score_file(args.model, args.file, args.output, **options)
     print(f"{count} row{'s' * (count != 1)} scored{f' in {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+def run_evaluate_policy(args, overrides) -> None:
+    from postrain.config import check_model_path
+
+    for option, value, least in (
+        ("--resamples", args.resamples, 1),
+        ("--batch-size", args.batch_size, 1),
+        ("--seed", args.seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{option} {value}: expected at least {least}")
+    if not 0 < args.clip < math.inf:
+        raise UserError(f"--clip {args.clip:g}: expected a number above 0")
+    check_model_path(args.model, "MODEL_DIR")
+    with ends_at_once():
+        from postrain.rollout.evaluate_policy import evaluate_policy
+
+    options = {"by": args.by, "clip": args.clip, "resamples": args.resamples, "seed": args.seed}
+    report = evaluate_policy(args.model, args.file, **options, batch_size=args.batch_size)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else str(report))
 
 
 def run_verify(args, overrides) -> int:

@@ -134,6 +134,24 @@ def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
     assert (folder / "runs" / "distill" / "export" / "model.safetensors").exists()
 
 
+def test_the_commands_of_the_page_on_logged_answers_run(folder):
+    """The training, and the evaluation of the model that it made; the other variant of the config can be read."""
+    messages = [json.loads(line)["messages"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    logged = [{"messages": one, "reward": i % 3, "member": i % 2, "propensity": 0.5} for i, one in enumerate(messages)]
+    for name in ("logged", "decisions"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    train, evaluate = read_commands(ROOT / "docs" / "weighted_sft.md")
+    train = [re.sub(r"logged\.jsonl", rf"{folder}/\g<0>", word) for word in train]
+    result = run(in_small(train, folder))
+    assert result.returncode == 0 and "effective sample size" in result.stdout, result.stderr
+    words = {"model.path": "m", "data.train": "logged.jsonl"}
+    other = load_config(f"{ROOT}/configs/weighted_sft.py:advantage", words).sft.weights
+    assert (other.mode, other.baseline) == ("advantage", "member")
+    words = [word.replace("MODEL_DIR", f"{folder}/runs/weighted/export") for word in evaluate]
+    result = run([word.replace("decisions.jsonl", f"{folder}/decisions.jsonl") for word in words])
+    assert result.returncode == 0 and "snips" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page, folder):
     for words in read_commands(page):
@@ -162,7 +180,7 @@ def test_every_key_and_link_exists(page):
 
 
 def test_the_readme_lists_every_command():
-    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     [commands] = [action for action in cli.make_parser()._actions if getattr(action, "choices", None)]
     assert listed == list(commands.choices)
 

@@ -31,6 +31,8 @@ WITHOUT_ARRAYS = {
     "plan/": "compiled, never run",
     "rollout/chat.py": "a command of one process",
     "rollout/score.py": "a command of one process",
+    "rollout/evaluate_policy.py": "a command of one process",
+    "rollout/off_policy.py": "arithmetic on arrays of numpy",
     "models/flops.py": "batches before they are placed on devices, in numpy",
 }
 # Single expressions.

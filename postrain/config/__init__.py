@@ -34,6 +34,7 @@ from postrain.config.schema import (
     SpikeSection,
     StreamSection,
     TrackersConfig,
+    WeightsSection,
 )
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "SpikeSection",
     "StreamSection",
     "TrackersConfig",
+    "WeightsSection",
     "check_config",
     "check_model_path",
     "check_paths",

@@ -17,6 +17,7 @@ from postrain.config.schema import (
     PreferenceSection,
     RewardSection,
     SftSection,
+    WeightsSection,
 )
 from postrain.errors import UserError
 from postrain.files import check_local
@@ -82,6 +83,7 @@ def check_rules(config: Config) -> None:
         _check_best(config)
     if config.recipe == "preference":
         _check_preference(config)
+    _check_weights(config)
     if config.recipe == "reward":
         _check_reward(config)
     if config.recipe == "distill":
@@ -250,6 +252,30 @@ def _check_best(config: Config) -> None:
         raise UserError(
             f"{where} is measured every {key!r} = {every} steps{' (at the end only)' * (every == 0)}, so checkpoints "
             f"saved every 'checkpoint.every' = {saved} would not all have it: let {key!r} divide 'checkpoint.every'"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """``sft.weights``: keys that the mode does not read, and a baseline that needs all rows of a stream."""
+    section, default = config.sft.weights, WeightsSection()
+    where = f"config key 'sft.weights.mode' = {section.mode!r}"
+    reads = {
+        "none": set(),
+        "exp": {"temperature", "clip"},
+        "advantage": {"temperature", "clip", "baseline"},
+    }.get(section.mode, {"clip"})
+    for key in ("temperature", "baseline", "clip"):
+        if getattr(section, key) != getattr(default, key) and key not in reads:
+            raise UserError(f"{where} does not read 'sft.weights.{key}': leave it out, or choose another mode")
+    if section.mode == "advantage" and section.baseline == "none":
+        raise UserError(
+            f"{where} compares a reward with a baseline: set 'sft.weights.baseline' to 'member', 'item' or 'value', or "
+            "use mode 'exp', which has none"
+        )
+    if section.baseline in ("member", "item") and config.data.streaming:
+        raise UserError(
+            f"config key 'sft.weights.baseline' = {section.baseline!r} is a mean over all rows, which 'data.streaming' "
+            "does not have: set that to False, or give every row its 'value' and set the baseline to 'value'"
         )
 
 

@@ -75,6 +75,7 @@ class SourceConfig:
     kind: Kind | RowFunction = "sft"  # or a function that returns rows of these kinds
     weight: NotNegative = 0.0  # its share, relative to the weights of the other sources; 0 for all of them: by size
     max_epochs: Annotated[int, Range(0, 100_000)] = 0  # times that its rows may come; 0: as often as its share needs
+    loss_weight: Annotated[float, Range(1e-3, 1e3)] = 1.0  # how much each of its trained tokens counts in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class DataConfig:
     batch_size: Size = 8  # B, packed rows of one update, over all devices and micro-batches
     packing: Literal["best_fit", "none"] = "best_fit"  # none: one document a row
     packing_window: Times = 10_000  # documents that best-fit looks at together
-    too_long: Literal["drop", "truncate", "error"] = "drop"  # for documents over sequence_length
+    too_long: Literal["drop", "truncate", "split", "error"] = "drop"  # documents over sequence_length; split: of text
     on_bad_row: Literal["error", "skip"] = "error"  # skip: the row is counted and written to rejected.jsonl
     max_bad_fraction: Share = 0.05  # a run that skips a larger share of a source's rows stops
     shuffle: bool = True  # a new order of rows each epoch
@@ -286,6 +287,17 @@ class TrackersConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WeightsSection:
+    """How much the tokens of a row count, by the row's ``reward``; docs/weighted_sft.md has the formulas."""
+
+    mode: Literal["none", "linear", "exp", "advantage", "ips", "snips"] = "none"  # none: ``reward`` is not read
+    temperature: Annotated[float, Range(1e-6, 1e6)] = 1.0  # of exp and advantage: the lower, the more rewards decide
+    # Of advantage, what a reward is compared with: the mean over the row's member or item, or the row's ``value``.
+    baseline: Literal["none", "member", "item", "value"] = "none"  # none: mode exp
+    clip: NotNegative = 0.0  # a larger weight counts as this much; 0: none is too large
+
+
+@dataclasses.dataclass(frozen=True)
 class SftSection:
     """Variants of the loss of recipe sft; ``objectives/sft.py`` has the formula. All off: the likelihood alone."""
 
@@ -295,6 +307,7 @@ class SftSection:
     probability_weights: bool = False  # weight p without its gradient: dynamic fine-tuning (DFT)
     nll_clip: NotNegative = 0.0  # tokens with a larger -log p have no gradient; 0: none is too large
     noise: NotNegative = 0.0  # NEFTune's alpha: uniform noise in the embeddings while training
+    weights: WeightsSection = WeightsSection()
 
 
 _OfMargins = Literal["sigmoid", "softmax", "hinge", "ipo", "robust", "exo", "discopop", "aot", "aot_unpaired"]

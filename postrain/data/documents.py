@@ -39,8 +39,10 @@ class Rendered:
       fields: further arrays.
       reads_last: its last token is read too, not only predicted: of a prompt, which is gone on with, and where a head
         tells something of the whole text.
-      metadata: what else the row says, for whoever scores what is generated; None but for prompts.
+      metadata: what else the row says, for whoever scores what is generated; None but for prompts, and for what is
+        yet to be prepared.
       weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
+      weights: float32 [L], factors of ``weight`` for single tokens, above 0; None: all are 1.
     """
 
     tokens: np.ndarray
@@ -52,6 +54,7 @@ class Rendered:
     reads_last: bool = False
     metadata: dict[str, Any] | None = None
     weight: float = 1.0
+    weights: np.ndarray | None = None
 
     @property
     def sequences(self) -> tuple["Rendered", ...]:
@@ -109,11 +112,13 @@ class Preparation:
       name: of it, with whatever it was made from: part of the data fingerprint.
       each: of every document, before its length is judged.
       together: of all documents of a data set in memory, in their order: as many, each at most as long as before.
+      keys: of rows, read besides those of their kind: documents bring them as ``metadata``, None where a row has none.
     """
 
     name: str = ""
     each: Callable[[Document], Document] | None = None
     together: Callable[[list[Document]], list[Document]] | None = None
+    keys: tuple[str, ...] = ()
 
 
 AS_RENDERED = Preparation()
@@ -166,16 +171,31 @@ class SameLayout:
             raise BadRow(document.ref, f"expected {self.layout}, as at {self._ref}; found {layout}")
 
 
+def _take(document: Rendered, start: int, stop: int) -> Rendered:
+    """The document with its tokens ``start:stop`` alone, and what stands beside them."""
+    weights = None if document.weights is None else document.weights[start:stop]
+    fields = tuple(field._replace(values=field.values[start:stop]) for field in document.fields)
+    tokens, loss_mask = document.tokens[start:stop], document.loss_mask[start:stop]
+    return dataclasses.replace(document, tokens=tokens, loss_mask=loss_mask, fields=fields, weights=weights)
+
+
 def cut_end(document: Rendered, slots: int) -> Rendered:
     """The beginning of a document, ``slots`` long."""
-    length = slots + 1 - document.reads_last
-    tokens, loss_mask = document.tokens[:length], document.loss_mask[:length]
-    answers = int((loss_mask[1:] & ~loss_mask[:-1]).sum())  # those that still begin
-    fields = tuple(field._replace(values=field.values[:length]) for field in document.fields)
-    switches = document.template_switches[:answers]
-    return dataclasses.replace(
-        document, tokens=tokens, loss_mask=loss_mask, truncated=True, template_switches=switches, fields=fields
-    )
+    cut = _take(document, 0, slots + 1 - document.reads_last)
+    answers = int((cut.loss_mask[1:] & ~cut.loss_mask[:-1]).sum())  # those that still begin
+    return dataclasses.replace(cut, truncated=True, template_switches=document.template_switches[:answers])
+
+
+def split_text(document: Rendered, slots: int) -> list[Rendered]:
+    """A text in parts of up to ``slots`` slots, each beginning with the token that the one before ended with.
+
+    That token is trained in the earlier part and only read in the later one, so every token is trained as often as in
+    the whole: nothing predicts the first token of a part.
+    """
+    assert not document.reads_last
+    parts = [_take(document, start, start + slots + 1) for start in range(0, len(document.tokens) - 1, slots)]
+    later = [dataclasses.replace(part, loss_mask=part.loss_mask & (np.arange(part.num_tokens) > 0)) for part in parts]
+    return [parts[0], *later[1:]]
 
 
 def largest_id(batch: Mapping[str, np.ndarray]) -> int:

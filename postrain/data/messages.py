@@ -67,7 +67,10 @@ REPEATED = (
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """``messages`` are normalised dicts; an assistant message is trained unless it says ``train: False``."""
+    """``messages`` are normalised dicts; an assistant message is trained unless it says ``train: False``.
+
+    ``weight`` of an assistant message of kind sft: how much its tokens count beside those of others; 1 without it.
+    """
 
     messages: tuple[dict, ...]
     tools: tuple[dict, ...] | None
@@ -127,14 +130,14 @@ def parse_row(raw: Any, form: str, ref: RowRef, unread: set[str] | None = None) 
         if isinstance(raw.get("prompt"), str) and isinstance(raw.get("completion"), str):
             if repeats_prompt(raw["prompt"], raw["completion"]):
                 raise BadRow(ref, f"'completion' {REPEATED}")
-        example = parse_prompt_completion(raw, ref, unread)
+        example = parse_prompt_completion(raw, ref, unread, weighted=True)
         return dataclasses.replace(example, weight=weight) if weight != 1 else example
     where, messages = "messages", raw.get("messages")
     if form == "sharegpt":
         where, messages = "conversations", read_sharegpt(raw, ref)
     elif form == "alpaca":
         messages = read_alpaca(raw, ref)
-    parsed = apply_row_masks(raw, parse_messages(messages, ref, unread, where), where, ref)
+    parsed = apply_row_masks(raw, parse_messages(messages, ref, unread, where, weighted=True), where, ref)
     check_answers(parsed, where, ref)
     if form != "messages":
         parsed = add_system(raw.get("system"), parsed, ref)
@@ -176,8 +179,13 @@ def find_forms(raw: dict, forms: Mapping[str, tuple[str, ...]]) -> list[str]:
     return full or whole
 
 
-def parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Conversation | PromptCompletion:
-    """A prompt and what is trained after it, with the tools; both text or both messages. Raises BadRow."""
+def parse_prompt_completion(
+    raw: dict, ref: RowRef, unread: set[str], weighted: bool = False
+) -> Conversation | PromptCompletion:
+    """A prompt and what is trained after it, with the tools; both text or both messages. Raises BadRow.
+
+    ``weighted``: as in ``parse_messages``.
+    """
     prompt, completion = raw.get("prompt"), raw.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
@@ -191,12 +199,12 @@ def parse_prompt_completion(raw: dict, ref: RowRef, unread: set[str]) -> Convers
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    before = parse_messages(prompt, ref, unread, "prompt")
+    before = parse_messages(prompt, ref, unread, "prompt", weighted)
     if (trained := next((i for i, m in enumerate(before) if m.get("train")), None)) is not None:
         raise BadRow(ref, f"prompt[{trained}] is to be trained, and a prompt is not: write the row as messages")
     # Only the completion is trained, also where the prompt holds earlier assistant turns.
     before = [{**m, "train": False} if m["role"] == "assistant" else m for m in before]
-    after = parse_messages(completion, ref, unread, "completion")
+    after = parse_messages(completion, ref, unread, "completion", weighted)
     check_answers(after, "completion", ref)
     if [m | {"train": False} if m["role"] == "assistant" else m for m in after[: len(before)]] == before:
         raise BadRow(ref, "'completion' begins with the messages of 'prompt': leave them out of one of the two")
@@ -218,12 +226,15 @@ def _make_conversation(messages: list[dict], tools: Any, ref: RowRef, weight: fl
     return Conversation(tuple(messages), parse_tools(tools, ref), ref, weight)
 
 
-def parse_messages(messages: Any, ref: RowRef, unread: set[str] | None = None, where: str = "messages") -> list[dict]:
+def parse_messages(
+    messages: Any, ref: RowRef, unread: set[str] | None = None, where: str = "messages", weighted: bool = False
+) -> list[dict]:
     """A list of messages, or a JSON string of one, checked and normalised; none of them need be the assistant's.
 
     Answers may be empty here: ``check_answers`` refuses those that are trained.
 
-    ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). Raises BadRow.
+    ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). ``weighted``: an answer may have
+    a weight besides 0 and 1, which is read, or is of no account as nothing is trained. Raises BadRow.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_json(messages, where, ref)
@@ -232,10 +243,10 @@ def parse_messages(messages: Any, ref: RowRef, unread: set[str] | None = None, w
     if not messages:
         raise BadRow(ref, f"'{where}' is empty")
     unread = set() if unread is None else unread
-    return [_parse_message(m, f"{where}[{i}]", ref, unread) for i, m in enumerate(messages)]
+    return [_parse_message(m, f"{where}[{i}]", ref, unread, weighted) for i, m in enumerate(messages)]
 
 
-def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> dict:
+def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str], weighted: bool) -> dict:
     if not isinstance(message, dict):
         raise BadRow(ref, f"{where} must be an object with 'role' and 'content'; found {describe_type(message)}")
     message = {k: v for k, v in message.items() if v is not None}
@@ -267,9 +278,11 @@ def _parse_message(message: Any, where: str, ref: RowRef, unread: set[str]) -> d
     for key in ("name", "tool_call_id"):
         if key in message:
             out[key] = check_string(message[key], f"{where}.{key}", ref)
-    train = read_train_flag(message, where, ref)
+    train, weight = read_train_flag(message, where, ref, weighted)
     if train is not None:
         out["train"] = train
+    if weight != 1:
+        out["weight"] = weight
     return out
 
 

@@ -17,6 +17,7 @@ from postrain.data.row_keys import (
     is_empty,
 )
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # of a row's or message's tokens: what sums in float32 can hold
 _FLAGS = frozenset((*TRUE_FLAGS, *FALSE_FLAGS, *NUMBER_FLAGS))
 _REASONING = frozenset((*REASONING_TEXTS, *REASONING_BLOCKS))
 # The types of the objects in lists of reasoning, and where their text is.
@@ -32,34 +33,41 @@ _SHAREGPT_ROLES = (
 # What is trained
 
 
-def read_train_flag(message: dict, where: str, ref: RowRef) -> bool | None:
+def read_train_flag(message: dict, where: str, ref: RowRef, weighted: bool = False) -> tuple[bool | None, float]:
     """Whether an assistant message is trained: true or false where it says so, by whichever words; else None.
+
+    Then how much each of its tokens counts: ``weight`` or ``loss_weight``, other than 0 and 1 only where ``weighted``.
 
     Raises BadRow: a value that is no such flag; words that contradict each other; a user's message to be trained.
     """
     if _FLAGS.isdisjoint(message):
-        return None
+        return None, 1.0
     said: dict[str, bool] = {}
     for key in (*TRUE_FLAGS, *FALSE_FLAGS):
         if key in message:
             if not isinstance(message[key], bool):
                 raise BadRow(ref, f"{where}.{key} must be true or false; found {message[key]!r:.40}")
             said[key] = message[key] == (key in TRUE_FLAGS)
+    weights: dict[str, float] = {}
     for key in NUMBER_FLAGS:
         if key in message:
-            if not isinstance(message[key], bool | int | float) or message[key] not in (0, 1):
-                raise BadRow(ref, f"{where}.{key} must be 0 or 1, for a message as a whole; found {message[key]!r:.40}")
-            said[key] = bool(message[key])
+            value, may_weigh = message[key], weighted and key in WEIGHT_KEYS
+            is_number = isinstance(value, bool | int | float)
+            if not is_number or not (value in (0, 1) or (may_weigh and LEAST_WEIGHT <= value <= MOST_WEIGHT)):
+                expected = "0, or a number from 1e-6 to 1e6" if may_weigh else "0 or 1"
+                raise BadRow(ref, f"{where}.{key} must be {expected}, for a message as a whole; found {value!r:.40}")
+            said[key] = bool(value)
+            weights |= {key: float(value)} if may_weigh and value else {}
     role = message["role"]
     if role != "assistant":  # that it is not left out is said of every message, by some tools
         wanted = [key for key, trained in said.items() if trained and key not in FALSE_FLAGS]
         if wanted:
             raise BadRow(ref, f"{where}: only assistant messages can be trained; this one is {role!r}")
-        return None
-    if len(set(said.values())) > 1:
+        return None, 1.0
+    if len(set(said.values())) > 1 or len(set(weights.values())) > 1:
         words = ", ".join(f"{key!r}: {message[key]!r}" for key in said)
         raise BadRow(ref, f"{where}: {words} contradict each other: leave one of them")
-    return next(iter(said.values()), None)
+    return next(iter(said.values()), None), next(iter(weights.values()), 1.0)
 
 
 def apply_row_masks(raw: dict, messages: list[dict], where: str, ref: RowRef) -> list[dict]:
@@ -106,7 +114,7 @@ def read_weight(raw: dict, ref: RowRef) -> float:
             except ValueError:
                 pass
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (value == 0 or 1e-6 <= value <= 1e6):  # what sums in float32 can hold
+        if not is_number or not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
             raise BadRow(ref, f"{key!r} must be 0, or a number from 1e-6 to 1e6; found {value!r:.40}")
     if len(set(given.values())) > 1:
         raise BadRow(ref, f"{' and '.join(map(repr, given))} contradict each other: leave one of them")

@@ -18,6 +18,7 @@ from postrain.data.documents import Document, Rendered
 from postrain.data.kinds.registry import needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
+from postrain.data.reward_weights import RewardWeights
 from postrain.errors import UserError
 from postrain.files import check_writable, write_whole
 from postrain.report.page import render_page
@@ -52,10 +53,7 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
-    if config.data.streaming:
-        sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data)}
-    else:
-        sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
+    sets, notes = _load_train(config, tokenizer)
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     wanted = find_row_kind(config)
     if kind.name != wanted and format_reader(kind.name):
@@ -71,7 +69,7 @@ def preview(
         _write_html(pathlib.Path(html_path), sets, shown, reader, config)
     color = use_color() if color is None else color
     blocks = [
-        "\n".join([key, str(s.report), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
+        "\n".join([key, str(s.report), *notes.get(key, ()), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
         for key, s in sets.items()
     ]
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
@@ -85,6 +83,17 @@ def preview(
         for document in shown
     ]
     return "\n\n".join(blocks)
+
+
+def _load_train(config: Config, tokenizer: Tokenizer | None) -> tuple[dict[str, ExampleSet], dict[str, list[str]]]:
+    """``data.train``, of a stream its first rows, and further lines about it, both by what is shown as its name."""
+    weights, data = RewardWeights(config), config.data
+    preparation, expected = weights.preparation, SFT.name if weights.preparation.keys else None
+    if data.streaming:
+        sample = sample_stream(tokenizer, data, kind=expected, preparation=preparation)
+        return {"data.train (the first rows)": sample}, {}
+    whole = load_examples(data.train, tokenizer, data, kind=expected, preparation=preparation)
+    return {"data.train": whole}, {"data.train": weights.summary.splitlines()}
 
 
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:

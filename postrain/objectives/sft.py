@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the negative log-likelihood of the trained tokens, and variants of it."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -29,6 +30,36 @@ def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Calla
         return _make_sums(nll_sum, sums, terms if router_losses else None, batch)
 
     return loss_fn
+
+
+def divide_by_tokens(loss_fn: Callable, field: str) -> Callable:
+    """``loss_fn``, from ``make_sft_loss`` or ``make_token_loss``, with tokens weighted by ``batch.fields[field]`` too.
+
+    Unlike those of ``batch.loss_mask``, these weights [B, T] are not a part of what the loss is divided by: an update
+    of small weights is a small update, as importance weights have it.
+    """
+
+    def weighted(params, batch: Batch, rng: jax.Array) -> LossSums:
+        number = batch.loss_mask.sum()
+        batch = dataclasses.replace(batch, loss_mask=batch.loss_mask * batch.fields[field])
+        sums = loss_fn(params, batch, rng)
+        return LossSums({name: WeightedSum(term.total, number) for name, term in sums.losses.items()}, sums.metrics)
+
+    return weighted
+
+
+def measure_weights(batch: Batch, field: str = "") -> dict[str, jax.Array]:
+    """Metrics of a batch that say how unequal the weights of its trained tokens are; ``field`` as above.
+
+    ``train/weights/mean``; ``train/weights/effective_share``, (sum w)^2 / sum w^2 by the number of tokens: 1 where all
+    count the same, 0 where none counts.
+    """
+    number = (batch.loss_mask != 0).sum()
+    weights_BT = batch.loss_mask * batch.fields[field] if field else batch.loss_mask
+    total, squares = weights_BT.sum(), jnp.square(weights_BT).sum()
+    divide = lambda above, below: above / jnp.where(below > 0, below, 1)
+    share = divide(divide(total, number) * total, squares)
+    return {"train/weights/mean": divide(total, number), "train/weights/effective_share": share}
 
 
 def make_token_loss(logprobs: Callable, options: SftSection, *, router_losses: bool = True) -> Callable:

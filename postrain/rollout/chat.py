@@ -236,7 +236,7 @@ def answer_file(
     for row, key, ref in rows:
         prompt = row[key]
         if not isinstance(prompt, str):
-            prompt = parse_messages(prompt, ref)
+            prompt = parse_messages(prompt, ref, weighted=True)
             if prompt[-1]["role"] == "assistant":
                 prompt = prompt[:-1]
         tools = parse_tools(row.get("tools"), ref)

@@ -50,6 +50,11 @@ class Rows:
         self.rows_per_epoch: int = train_rows.batches.get_state()["epoch_rows"] if in_memory else 0
         self.notes = train_rows.notes
 
+    def add_note(self, text: str) -> None:
+        """Adds lines about the rows to the summary and the report; nothing for ""."""
+        if text:
+            self.summary, self.notes = f"{self.summary}\n{text}", [*self.notes, *text.splitlines()]
+
     def __next__(self) -> Batch:
         self._last = next(self._batches)
         if self._check is not None:

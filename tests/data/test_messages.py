@@ -105,7 +105,7 @@ BAD = {
     "empty answer": ({"messages": [USER, {"role": "assistant", "content": "\n"}]}, "the assistant message is empty"),
     "train no boolean": ({"messages": [USER, ANSWER | {"train": "no"}]}, "messages[1].train must be true or false"),
     "train on a user": ({"messages": [USER | {"train": True}, ANSWER]}, "only assistant messages can be trained"),
-    "weight 0.5": ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "messages[1].weight must be 0 or 1"),
+    "weight 1e-9": ({"messages": [USER, ANSWER | {"weight": 1e-9}]}, "messages[1].weight must be 0, or a number from"),
     "misspelt key": ({"messages": [USER, ANSWER | {"trian": False}]}, "unknown key 'trian'; did you mean 'train'?"),
     "tool_call": ({"messages": [USER, ANSWER | {"tool_call": []}]}, "did you mean 'tool_calls'?"),
     "function_call": ({"messages": [USER, ANSWER | {"function_call": {}}]}, "write it as tool_calls"),

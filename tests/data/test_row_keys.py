@@ -254,7 +254,9 @@ def test_that_a_question_is_not_trained_may_be_said():
 
 
 BAD_WORDS = {
-    "half a message": ({"loss_weight": 0.5}, {}, r"messages\[1\].loss_weight must be 0 or 1, for a message as a whole"),
+    "half a message": ({"loss_mask": 0.5}, {}, r"messages\[1\].loss_mask must be 0 or 1, for a message as a whole"),
+    "a message's weight": ({"weight": -1}, {}, r"messages\[1\].weight must be 0, or a number from 1e-6 to 1e6, for"),
+    "two of a message": ({"weight": 2, "loss_weight": 3}, {}, "'weight': 2, 'loss_weight': 3 contradict each other"),
     "a mask of tokens": ({"loss_mask": [0, 1]}, {}, r"messages\[1\].loss_mask must be 0 or 1"),
     "not a boolean": ({"training": "no"}, {}, r"messages\[1\].training must be true or false"),
     "a contradiction": ({"train": True, "weight": 0}, {}, "'train': True, 'weight': 0 contradict each other"),

@@ -134,6 +134,8 @@ def hash_documents(examples: Iterable[Document]) -> str:
                 )
             if sequence.weight != 1:
                 hashed.update(b"weight" + np.float64(sequence.weight).astype("<f8").tobytes())
+            if sequence.weights is not None:
+                hashed.update(b"weights" + np.ascontiguousarray(sequence.weights, "<f4").tobytes())
             if sequence.metadata is not None:
                 hashed.update(json.dumps(sequence.metadata, sort_keys=True).encode())
     return hashed.hexdigest()
@@ -191,6 +193,9 @@ def _compare_sources(old: list[dict], new: list[dict]) -> list[str]:
     for before, after in zip(old, new, strict=True):
         if before.get("kind") != after.get("kind"):
             changes.append(f"source {before['name']!r}: kind was {before.get('kind')}, is {after.get('kind')}")
+        if before.get("loss_weight", 1.0) != after.get("loss_weight", 1.0):
+            weights = (source.get("loss_weight", 1.0) for source in (before, after))
+            changes.append("source {!r}: loss_weight was {:g}, is {:g}".format(before["name"], *weights))
         if before.get("function") != after.get("function"):
             changes.append(
                 f"source {before['name']!r}: rows went through {before.get('function', 'no function')}, now "

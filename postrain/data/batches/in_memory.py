@@ -109,7 +109,7 @@ def load_examples(
             rows = source.rows()
             while batch := list(itertools.islice(rows, BATCH)):
                 of_source |= dict.fromkeys(row.ref.file for row in batch)
-                for rendered in source.parser.render(batch, tokenizer, config):
+                for rendered in source.parser.render(batch, tokenizer, config, row_filter.keys):
                     examples += row_filter.keep(rendered)
             if row_filter.rejected:
                 row_filter.check_share(row_filter.rejected[-1])

@@ -194,13 +194,19 @@ def _first_document(
 ) -> Document:
     row_filter = RowFilter(None, config, source.parser.kind, layout, preparation=preparation)
     for row in source.rows():
-        (rendered,) = source.parser.render([row], tokenizer, config)
+        (rendered,) = source.parser.render([row], tokenizer, config, row_filter.keys)
         if kept := row_filter.keep(rendered):
             return kept[0]
     raise UserError(f"{source.where}: no row of it can be trained on: `postrain preview` shows why")
 
 
-def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet:
+def sample_stream(
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    *,
+    kind: str | None = None,
+    preparation: Preparation = AS_RENDERED,
+) -> ExampleSet:
     """The first documents of each source of a stream, a packing window of them in all, as ``load_examples`` gives all.
 
     Raises UserError as ``open_source`` does, and where ``config`` has a bad row stop the run.
@@ -210,20 +216,20 @@ def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet
     one = dataclasses.replace(config.stream, shards=1)
     config = dataclasses.replace(config, train=once, shuffle=False, stream=one)
     sources = [open_source(source, config, index) for index, source in enumerate(config.train)]
-    kind = find_kind([(source.name, source.parser) for source in sources], config)
+    found = find_kind([(source.name, source.parser) for source in sources], config, kind)
     examples: list[Document] = []
     reports, layout = [], SameLayout()
     for source in sources:
         stop = len(examples) + -(-config.packing_window // len(sources))
         counts = RowCounts(source.name, left_out_by=source.parser.left_out)
-        for documents in read_documents(source, tokenizer, config, layout, counts=counts):
+        for documents in read_documents(source, tokenizer, config, layout, preparation=preparation, counts=counts):
             examples += documents
             if len(examples) >= stop:
                 break
         reports.append(counts)
     if not examples:
         raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
-    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, kind)
+    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, found)
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
     example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
     return example_set

@@ -95,7 +95,8 @@ class RenderedRows(ResumableDataset):
         rows, size = iter(self._rows), _FIRST_BATCH
         rows.set_state(position)
         while batch := [(row, rows.get_state()) for row in itertools.islice(rows, size)]:
-            rendered = self._parser.render([row for row, _ in batch], self._tokenizer, self._config)
+            of_batch, keys = [row for row, _ in batch], self._filter.keys
+            rendered = self._parser.render(of_batch, self._tokenizer, self._config, keys)
             for (_, after), of_row in zip(batch, rendered, strict=True):
                 if kept := self._filter.keep(of_row):
                     yield after, kept

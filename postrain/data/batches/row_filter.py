@@ -12,7 +12,7 @@ from typing import Any
 
 from postrain.config import DataConfig
 from postrain.data.bad_row import BadRow
-from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered, SameLayout
+from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered, SameLayout, split_text
 from postrain.data.kinds.registry import Kind, RenderedRow
 from postrain.data.row_keys import DATA_KEYS, find_near_key
 from postrain.errors import UserError
@@ -40,7 +40,8 @@ class RowCounts:
       too_long: documents left out for their length.
       truncated: documents cut to the length; kept.
       untrained: documents left out because nothing to train on was left of them after the cut.
-      split: rows that gave more than one document, because serving would see their turns separately.
+      split: rows that gave more than one document, because serving would see their turns separately, or because they
+        are longer than a row and ``data.too_long`` is "split".
       skipped: bad rows left out (``data.on_bad_row = "skip"``).
       longest: tokens of the longest document, before anything was left out or cut.
       left_out: rows that the source's own function left out.
@@ -139,7 +140,7 @@ class RowFilter:
       layout: the arrays that all documents must have.
       judged_from: the share of bad rows is that of so many rows at least: a run does not stop because one of its first
         rows is bad. Infinite: ``check_share`` judges.
-      preparation: its ``each`` is applied to every document.
+      preparation: its ``each`` is applied to every document; its ``keys`` must have been read.
       log: takes the bad rows as they are met. Without one they are collected in ``rejected``.
     """
 
@@ -157,6 +158,7 @@ class RowFilter:
         self.counts, self.rejected = counts or RowCounts(""), []
         self._counted, self._config, self._kind, self._layout = counts is not None, config, kind, layout
         self._each, self._judged_from, self._log = preparation.each, judged_from, log
+        self.keys = preparation.keys
 
     def keep(self, row: RenderedRow) -> list[Document]:
         """The documents to train on.
@@ -177,6 +179,8 @@ class RowFilter:
                 raise documents
             if self._each is not None:
                 documents = [self._each(document) for document in documents]
+            if self._config.too_long == "split":
+                documents = [part for document in documents for part in self._split(document)]
             fitted = [document for document in map(self._fit, documents) if document is not None]
             for document in fitted:
                 self._layout.check(document)
@@ -214,6 +218,13 @@ class RowFilter:
             self._log.write(bad)
         self.counts.skipped += 1
         self.check_share(bad, max(self.counts.rows, self._judged_from))
+
+    def _split(self, document: Document) -> list[Rendered]:
+        """A text in parts that fit, itself where it does; ``find_kind`` has refused other kinds of rows."""
+        assert isinstance(document, Rendered)
+        self.counts.longest = max(self.counts.longest, document.num_tokens)
+        limit = self._config.sequence_length
+        return split_text(document, limit) if document.slots > limit else [document]
 
     def _fit(self, document: Document) -> Document | None:
         """The document, cut or left out (None) if it takes more than ``sequence_length`` slots."""

@@ -13,12 +13,14 @@ def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
       ``tokens`` int32 [L-1], ``targets`` int32 [L-1], ``loss_mask`` float32 [L-1]: at slot ``t`` the model
-      has read token ``t`` and predicts token ``t + 1``, which counts ``rendered.weight`` if it is trained, else 0. One
-      slot more where the last token is read, with nothing to predict.
+      has read token ``t`` and predicts token ``t + 1``, which counts ``rendered.weight`` (times its factor in
+      ``rendered.weights``) if it is trained, else 0. One slot more where the last token is read, with nothing to
+      predict.
     """
     tokens = np.asarray(rendered.tokens, np.int32)
     targets, loss_mask = tokens[1:], np.asarray(rendered.loss_mask[1:], np.float32)
     loss_mask = loss_mask if rendered.weight == 1 else loss_mask * np.float32(rendered.weight)
+    loss_mask = loss_mask if rendered.weights is None else loss_mask * rendered.weights[1:]
     if rendered.reads_last:  # and what follows it is not known
         return tokens, np.append(targets, np.int32(0)), np.append(loss_mask, np.float32(0))
     return tokens[:-1], targets, loss_mask

@@ -45,7 +45,7 @@ def parse_prompt(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Prompt:
         if tools:
             raise BadRow(ref, "a string is plain text, which has no 'tools': write the prompt as a list of messages")
     else:
-        prompt = parse_messages(prompt, ref, unread, "prompt")
+        prompt = parse_messages(prompt, ref, unread, "prompt", weighted=True)
         if prompt[-1]["role"] == "assistant":
             raise BadRow(ref, "the prompt must not end with an assistant message, which is to be generated")
     metadata = {key: value for key, value in raw.items() if key not in _KEYS.read}

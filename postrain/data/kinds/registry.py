@@ -113,12 +113,13 @@ class RowParser:
       expected: the kind in words.
       looked_at: how much of the source ``decide`` has read, in words.
       left_out: the name of the user's function, which may leave rows out; "" without a function.
-      identity: the kind's and function's part of a data fingerprint; {} for kind sft.
+      loss_weight: of the source.
+      identity: the part of a data fingerprint of kind, function and ``loss_weight``; {} for kind sft alone.
     """
 
     def __init__(self, config: SourceConfig):
         declared = config.kind
-        self.left_out, self._function = "", None
+        self.left_out, self._function, self.loss_weight = "", None, config.loss_weight
         self._decided_by: RowRef | None = None
         self._allowed: Mapping[str, tuple[str, ...]] = _FORMS
         self.advice = "see docs/data.md for the kinds of rows"
@@ -139,7 +140,8 @@ class RowParser:
     @property
     def identity(self) -> dict[str, Any]:
         kind = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": KINDS_VERSION}
-        return kind | ({"function": identify_function(self._function, "kind")} if self._function else {})
+        weight = {"loss_weight": self.loss_weight} if self.loss_weight != 1 else {}
+        return kind | weight | ({"function": identify_function(self._function, "kind")} if self._function else {})
 
     def decide(self, rows: Iterable[tuple[RowRef, Any]]) -> None:
         """Finds the form, unless the config declares it, by the first row that has one. A bad row may be its BadRow."""
@@ -167,10 +169,11 @@ class RowParser:
                 break
         self.advice = next(iter([*other_kinds, *bad, *shapes, self.advice]))
 
-    def parse(self, ref: RowRef, raw: Any, unread: set[str] | None = None) -> Any:
+    def parse(self, ref: RowRef, raw: Any, unread: set[str] | None = None, beside: dict | None = None) -> Any:
         """The example of a row; None where the function leaves it out. Raises BadRow.
 
-        ``unread`` takes the keys that are not read: of what a function returned, where there is one.
+        ``unread`` takes the keys that are not read: of what a function returned, where there is one. ``beside`` gets,
+        for each of its keys, the row's value; they count as read.
         """
         row = self._apply(ref, raw)
         if row is None and self._function:
@@ -179,7 +182,12 @@ class RowParser:
             row = check_object(row, ref)
             if not self.form or any(row.get(key) is None for key in _FORMS[self.form]):
                 self._refuse_other(row, ref)
-            return self.kind.parse(row, self.form, ref, set() if unread is None else unread)
+            unread = set() if unread is None else unread
+            example = self.kind.parse(row, self.form, ref, unread)
+            if beside:
+                beside |= {key: row.get(key) for key in beside}
+                unread.difference_update(beside)
+            return example
         except BadRow as e:
             if not self._function:
                 raise
@@ -187,15 +195,24 @@ class RowParser:
             raise BadRow(ref, f"what {self.left_out} made of it: {e.reason}", advice) from None
 
     def render(
-        self, rows: Iterable[tuple[RowRef, Any]], tokenizer: Tokenizer | None, config: DataConfig
+        self,
+        rows: Iterable[tuple[RowRef, Any]],
+        tokenizer: Tokenizer | None,
+        config: DataConfig,
+        keys: Sequence[str] = (),
     ) -> Iterator[RenderedRow]:
-        """What each row becomes. All are parsed first, as it is several times as fast to render many together."""
+        """What each row becomes. All are parsed first, as it is several times as fast to render many together.
+
+        ``keys``: of rows, that their documents are to have as ``metadata``.
+        """
         parsed: list[Any] = []
         not_read: list[Sequence[str]] = []
+        values: list[dict] = []
         for ref, raw in rows:
             unread: set[str] = set()
+            values.append(dict.fromkeys(keys))
             try:
-                parsed.append(self.parse(ref, raw, unread))
+                parsed.append(self.parse(ref, raw, unread, values[-1]))
             except BadRow as e:
                 parsed.append(e)
                 unread = set()
@@ -204,9 +221,20 @@ class RowParser:
         options = {key: getattr(config, key) for key in self.kind.options}
         rendered = self.kind.render(examples, tokenizer, **options)
         return (
-            RenderedRow(example if isinstance(example, BadRow | None) else next(rendered), unread)
-            for example, unread in zip(parsed, not_read, strict=True)
+            RenderedRow(example if isinstance(example, BadRow | None) else self._add(next(rendered), beside), unread)
+            for example, unread, beside in zip(parsed, not_read, values, strict=True)
         )
+
+    def _add(self, documents: Sequence[Document] | BadRow, beside: dict) -> Sequence[Document] | BadRow:
+        """The documents of a row with the source's ``loss_weight``, and with ``beside`` as metadata."""
+        factor = self.loss_weight
+        if isinstance(documents, BadRow) or (factor == 1 and not beside):
+            return documents
+        added = []
+        for document in documents:
+            assert isinstance(document, Rendered)  # of kind sft: find_kind refuses others
+            added.append(dataclasses.replace(document, metadata=beside or None, weight=document.weight * factor))
+        return added
 
     def _apply(self, ref: RowRef, raw: Any) -> Any:
         if isinstance(raw, BadRow):
@@ -277,7 +305,8 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
     """The one kind of all sources, each (name, parser). ``expected``: the only kind that the recipe reads.
 
     Raises:
-      UserError: two kinds, a kind other than ``expected``, or one that cannot be cut where the config says so.
+      UserError: two kinds, a kind other than ``expected``, one that cannot be cut where the config says so, or that
+        has no weights of rows where a source has one.
     """
     (name, parser), *others = sources
     kind = parser.kind
@@ -297,6 +326,18 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
             f"config key 'data.too_long' = 'truncate': part of a row of kind {kind.name} cannot be used (source "
             f"{name!r}): set it to 'drop' or 'error'"
         )
+    for source, of_source in sources:
+        if config.too_long == "split" and (kind is not SFT or of_source.form not in ("text", "")):
+            raise UserError(
+                f"config key 'data.too_long' = 'split' is for plain text, and source {source!r} has rows of kind "
+                f"{of_source.form if kind is SFT else kind.name}: a later part would have lost what it answers: set it "
+                "to 'drop', " + ("'truncate' or 'error'" if kind.cut else "or 'error'")
+            )
+        if of_source.loss_weight != 1 and kind is not SFT:
+            raise UserError(
+                f"config key 'loss_weight' of source {source!r}: rows of kind {kind.name} all count the same: leave it "
+                "out, or give the source a 'weight', its share of the rows"
+            )
     return kind
 
 

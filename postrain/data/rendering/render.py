@@ -96,9 +96,9 @@ def render_many(
             parts = [next(encoded) for _ in plan[0]]
             try:
                 yield [
-                    Rendered(tokens, mask, example.ref, template_switches=switches)
+                    Rendered(tokens, mask, example.ref, template_switches=switches, weights=weights)
                     for part in parts
-                    for tokens, mask, switches in part.sequences(*plan[1:])
+                    for tokens, mask, switches, weights in part.sequences(*plan[1:])
                 ]
             except Refusal as e:
                 yield BadRow(example.ref, str(e), e.advice)
@@ -241,7 +241,9 @@ def _plan_prompt(
         text = _without_bos(messages, "'prompt'", False, tokenizer, ref)
         return Sequence(mark(text, tokenizer.control_pattern), ()), tokenizer.prefix_ids
     # Earlier answers are context: what the template drops of them is refused as it is in training.
-    messages = [m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref)]
+    messages = [
+        m | {"train": False} if m["role"] == "assistant" else m for m in parse_messages(messages, ref, weighted=True)
+    ]
     check_not_rendered(_contents(messages), tokenizer, ref)
     renderer = Renderer(tokenizer, messages, parse_tools(tools, ref), template_date, default_system, ref)
     variables = {} if thinking is None else {name: thinking for name in renderer.template.switches}
@@ -317,14 +319,18 @@ class Encoded:
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, fast: tokenizers.Tokenizer, encoded: Ids):
         self.text, self.spans = sequence.text, sequence.spans
         self.template_switches = sequence.template_switches or ("",) * len(sequence.spans)
+        self.weights = sequence.weights or (1.0,) * len(sequence.spans)
         self.tokenizer, self.fast = tokenizer, fast
         self._ids, self._starts, self._places = encoded
 
-    def sequences(self, prefix: list[int], suffix: list[int]) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...]]]:
+    def sequences(
+        self, prefix: list[int], suffix: list[int]
+    ) -> list[tuple[np.ndarray, np.ndarray, tuple[str, ...], np.ndarray | None]]:
         """Token ids int32 [L] and loss mask bool [L], with ``prefix`` put in front and ``suffix``, trained, at the end.
-        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty.
+        The third is ``Sequence.template_switches`` of its spans, or nothing where all of them are empty, the fourth the
+        weights of their tokens, float32 [L], or None where all are 1.
 
-        One triple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
+        One tuple for all spans, and one more for each span, but the last, whose beginning had to be cut: after it
         the ids are no longer those that serving would encode for a later prompt.
 
         Raises:
@@ -332,21 +338,22 @@ class Encoded:
             special tokens of the row cannot be kept as text.
         """
         whole, apart = [], []
-        for span, switch in zip(self.spans, self.template_switches, strict=True):
+        for span, *said in zip(self.spans, self.template_switches, self.weights, strict=True):
             ids, first, last = self._cut(*span)
             is_cut = ids is not self._ids
-            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, switch))
+            (apart if is_cut and span != self.spans[-1] else whole).append((ids, first, last, *said))
         groups = [[cut] for cut in apart]
         groups += [whole] if whole else []
         groups.sort(key=lambda group: group[0][1])
         found = []
         for group in groups:
             # Only the last of a group may be cut; the others' places are the same in its ids.
-            ids, _, end, _ = group[-1]
+            ids, _, end, *_ = group[-1]
             ids = np.concatenate([prefix, self.true_ids(ids[:end]), suffix], dtype=np.int32, casting="unsafe")
-            mask = np.zeros(len(ids), bool)
-            for _, first, last, _ in group:
+            mask, weights = np.zeros(len(ids), bool), np.ones(len(ids), np.float32)
+            for _, first, last, _, weight in group:
                 mask[first + len(prefix) : last + len(prefix)] = True
+                weights[first + len(prefix) : last + len(prefix)] = weight
                 stop = int(ids[last + len(prefix) - 1])
                 if not suffix and stop not in self.tokenizer.stop_ids:
                     raise Refusal(
@@ -356,8 +363,9 @@ class Encoded:
             mask[: max(len(prefix), 1)] = False  # nothing predicts the first token
             if not mask.any():
                 raise Refusal("it has no token to train on")
-            switches = tuple(switch for *_, switch in group)
-            found.append((ids, mask, switches if any(switches) else ()))
+            switches = tuple(switch for *_, switch, _ in group)
+            weighted = weights if (weights != 1).any() else None
+            found.append((ids, mask, switches if any(switches) else (), weighted))
         return found
 
     def _cut(self, begin: int, end: int) -> tuple[np.ndarray, int, int]:
@@ -464,7 +472,7 @@ def escape(sequence: Sequence, tokenizer: Tokenizer) -> Sequence:
         shifts.append(length - done)
     out.append(sequence.text[done:])
     move = lambda at: at + shifts[bisect.bisect_right(begins, at) - 1]
-    return Sequence("".join(out), tuple((move(a), move(b)) for a, b in sequence.spans), sequence.template_switches)
+    return dataclasses.replace(sequence, text="".join(out), spans=tuple((move(a), move(b)) for a, b in sequence.spans))
 
 
 @functools.lru_cache(maxsize=16)

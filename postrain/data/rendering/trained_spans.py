@@ -60,11 +60,13 @@ class Sequence:
       spans: character ranges that the model must produce.
       template_switches: for each span how its prompt differs from the template's default, as "enable_thinking=False",
         else ""; empty where none does.
+      weights: of each span, how much its tokens count beside those of others; empty where all are 1.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     template_switches: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_date: str, default_system: str):
@@ -88,12 +90,17 @@ def plan_sequences(conversation: Conversation, tokenizer: Tokenizer, template_da
             advice = e.advice or renderer.advise_on_tools()
             raise BadRow(ref, f"messages[{k - renderer.added}] (assistant): {e}", advice) from None
         span = (len(prompt), len(prompt) + len(continuation))
+        before = Sequence("", ())
         if sequences and prompt.startswith(reached):
             before = sequences.pop()
-            switches = (*before.template_switches, switch)
-            sequences.append(Sequence(prompt + continuation, (*before.spans, span), switches))
-        else:
-            sequences.append(Sequence(prompt + continuation, (span,), (switch,)))
+        sequences.append(
+            Sequence(
+                prompt + continuation,
+                (*before.spans, span),
+                (*before.template_switches, switch),
+                (*before.weights, message.get("weight", 1.0)),
+            )
+        )
         reached = prompt + continuation
     return sequences
 

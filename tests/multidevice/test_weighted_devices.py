@@ -1,0 +1,35 @@
+"""A loss whose weights are not in what it is divided by does not depend on how rows are laid out over devices."""
+
+import jax
+import numpy as np
+from test_preference_devices import FORWARD, make_step
+
+from postrain.config import MeshConfig
+from postrain.objectives.sft import divide_by_tokens, make_sft_loss, measure_weights
+from postrain.sharding import make_mesh, replicated
+
+
+def take_step(mesh, micro_batches):
+    """(metrics of the step and of its weights, what it subtracts from the adapters); ``scores`` are the weights."""
+    loss_fn = divide_by_tokens(make_sft_loss(FORWARD.nll), "scores")
+    step, state, batch = make_step(mesh, loss_fn, micro_batches)
+    before = jax.device_get(state.params)
+    measured = jax.jit(lambda batch: measure_weights(batch, "scores"), out_shardings=replicated(mesh))(batch)
+    state, metrics = step(state, batch)
+    return jax.device_get(metrics | measured), jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+
+
+def test_one_device_and_eight_take_the_same_step():
+    metrics, gradient = take_step(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1)
+    found, other = take_step(make_mesh(MeshConfig(2, 2, 2)), 2)
+    assert metrics["train/weight"] > 100 and 0 < metrics["train/weights/effective_share"] < 1
+    for name in (
+        "train/loss",
+        "train/weight",
+        "train/grad_norm",
+        "train/weights/mean",
+        "train/weights/effective_share",
+    ):
+        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())

@@ -1,0 +1,114 @@
+"""Reward-weighted fine-tuning from config to export: what it is equal to, what it prefers, how it resumes."""
+
+import json
+
+import pytest
+from sft_runs import make_values, read_folder, read_lines, without_perf
+
+import postrain
+from postrain.errors import UserError
+from postrain.training.rows import Rows
+
+WORDS = ("red", "blue", "green", "grey", "pink", "gold")
+
+
+def write_logged(path, reward_of, count=36):
+    """Questions that were answered with their word, or with another one: rewards by ``reward_of(i, is_right)``."""
+    rows = []
+    for i in range(count):
+        right = i % 3 != 0
+        answer = WORDS[i % 6] if right else WORDS[(i + 1) % 6]
+        messages = [{"role": "user", "content": f"{i} {WORDS[i % 6]}"}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "reward": reward_of(i, right), "member": i % 4, "propensity": 0.5})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def values_of(inputs, rows, weights, **sections):
+    values = make_values(inputs, data={"train": str(rows), "eval": []}, checkpoint={"every": 2}, **sections)
+    return values | {"sft": {"weights": weights}}
+
+
+def test_a_reward_that_only_tells_members_apart_gives_the_bytes_of_supervised_fine_tuning(inputs, tmp_path, capsys):
+    """With each member's mean as the baseline nothing is left to prefer; without it members of high rewards decide."""
+    rows = write_logged(tmp_path / "rows.jsonl", lambda i, right: [0.1, 0.7, -2.0, 30.0][i % 4])
+    short = {"train": {"steps": 3}}
+    runs = {
+        "plain": {"mode": "none"},
+        "members": {"mode": "advantage", "baseline": "member", "temperature": 0.3},
+        "alone": {"mode": "exp", "temperature": 10.0},
+    }
+    exports, printed = {}, {}
+    for name, weights in runs.items():
+        postrain.train(values_of(inputs, rows, weights, **short), tmp_path / name)
+        exports[name], printed[name] = read_folder(tmp_path / name / "export"), capsys.readouterr().out
+    assert exports["members"] == exports["plain"] != exports["alone"]
+    line = read_lines(tmp_path / "members" / "metrics.jsonl")[-1]
+    assert line["train/weights/effective_share"] == 1 and line["train/weights/mean"] == 1
+    assert "effective sample size 36.0 of 36 rows (100.0%)\n" in printed["members"]
+    assert "baseline    member explains 100.0% of the variance of rewards; 4 members\n" in printed["members"]
+    assert "'reward' (36 rows)" in printed["plain"] and "'reward' (36 rows)" not in printed["alone"]
+    shares = [line["train/weights/effective_share"] for line in read_lines(tmp_path / "alone" / "metrics.jsonl")]
+    assert 0 < min(shares) < 0.9, "rows of reward 30 decide"
+    report = (tmp_path / "alone" / "report.html").read_text()
+    assert "Effective share of the tokens of an update" in report and "mode exp, temperature 10.0" in report
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, tmp_path, monkeypatch, streaming):
+    """In memory exp, whose weights come from all rows; streamed ips, whose weights are an array of the batch."""
+    rows = write_logged(tmp_path / "rows.jsonl", lambda i, right: right + i % 5 / 10)
+    weights = {"mode": "ips", "clip": 2.5} if streaming else {"mode": "exp", "temperature": 0.2}
+    sections = {"train": {"steps": 4, "micro_batches": 2}}
+    values = values_of(inputs, rows, weights, **sections)
+    if streaming:
+        values["data"] |= {"streaming": True, "stream": {"shards": 2}}
+        values["sft"] |= {"label_smoothing": 0.1}
+    postrain.train(values, tmp_path / "whole")
+    next_batch, calls = Rows.__next__, []
+
+    def crash(rows):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("no room")
+        return next_batch(rows)
+
+    monkeypatch.setattr(Rows, "__next__", crash)
+    with pytest.raises(MemoryError):
+        postrain.train(values, tmp_path / "parts")
+    monkeypatch.undo()
+    postrain.train(values, tmp_path / "parts")
+    lines = [without_perf(read_lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "parts")]
+    assert lines[0] == lines[1] and "train/weights/effective_share" in lines[0][0]
+    assert read_folder(tmp_path / "parts" / "export") == read_folder(tmp_path / "whole" / "export")
+    # Other weights are other data.
+    changed = values | {"sft": values["sft"] | {"weights": weights | {"clip": 2.0}}}
+    changed["train"] = values["train"] | {"steps": 6}
+    with pytest.raises(
+        UserError, match="documents were trained with weights of mode .*, are with weights of mode .*clip 2.0"
+    ):
+        postrain.train(changed, tmp_path / "parts")
+
+
+REFUSED = {
+    "a baseline that is not read": ({"mode": "exp", "baseline": "member"}, {}, "'exp' does not read 'sft.weights.base"),
+    "a temperature that is not read": ({"mode": "ips", "temperature": 2.0}, {}, "does not read 'sft.weights.temp"),
+    "weights that are off": ({"clip": 2.0}, {}, "'sft.weights.mode' = 'none' does not read 'sft.weights.clip'"),
+    "an advantage over nothing": ({"mode": "advantage"}, {}, "set 'sft.weights.baseline' to 'member', 'item' or 'va"),
+    "a mean over a stream": (
+        {"mode": "advantage", "baseline": "item"},
+        {"streaming": True},
+        "'sft.weights.baseline' = 'item' is a mean over all rows, which 'data.streaming' does not have",
+    ),
+    "a negative clip": ({"mode": "exp", "clip": -1.0}, {}, "sft.weights.clip"),
+    "a head": ({"mode": "advantage", "baseline": "head"}, {}, "sft.weights.baseline.*'head'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_weights_that_do_not_go_together_are_refused_before_anything_is_read(tmp_path, case):
+    weights, data, message = REFUSED[case]
+    values = {"model": {"path": "none"}, "data": {"train": "rows.jsonl"} | data, "train": {"steps": 2}}
+    with pytest.raises(UserError, match=message):
+        postrain.train(values | {"sft": {"weights": weights}}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
