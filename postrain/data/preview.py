@@ -14,7 +14,7 @@ from postrain.config import RECIPE_KINDS, Config
 from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
 from postrain.data.batches.row_filter import count
-from postrain.data.documents import Document, Rendered
+from postrain.data.documents import AS_RENDERED, Document, Rendered, share_prompts
 from postrain.data.kinds.registry import SFT, needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
@@ -52,10 +52,13 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
+    # Of groups; "auto" as on a device whose attention computes shared prompts.
+    shares = config.data.share_prompts != "off" and not config.model.attention.startswith("flash")
+    preparation = share_prompts() if shares else AS_RENDERED
     if config.data.streaming:
-        sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data)}
+        sets = {"data.train (the first rows)": sample_stream(tokenizer, config.data, preparation)}
     else:
-        sets = {"data.train": load_examples(config.data.train, tokenizer, config.data)}
+        sets = {"data.train": load_examples(config.data.train, tokenizer, config.data, preparation=preparation)}
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     wanted = RECIPE_KINDS.get(config.recipe, SFT.name)
     if kind.name != wanted and kind.name in {SFT.name, *RECIPE_KINDS.values()}:
@@ -64,7 +67,7 @@ def preview(
             f"{wanted}: use a config of another recipe"
         )
     if config.data.eval:
-        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data)
+        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=preparation)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:

@@ -8,7 +8,8 @@ rejected one. The reference is the model that training starts from. With adapter
 start without any effect; else its logprobs of all rows are computed before the first update. So no second model is in
 memory.
 
-The answers to a prompt are segments of one packed row. The loss of an update is the mean over its pairs, divided once
+The answers to a prompt are segments of one packed row and share the computation of the prompt, which is a segment
+before them (``data.share_prompts``). The loss of an update is the mean over its pairs, divided once
 by their number.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from postrain.config import Config, choose_reference
-from postrain.data.documents import Layout
+from postrain.data.documents import SHARED_ARRAYS, Layout
 from postrain.data.kinds.preference import LAYOUT, check_groups
 from postrain.export import export_state
 from postrain.models.lora import drop_adapters
@@ -31,7 +32,7 @@ from postrain.training.model import Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.reference import FIELD as REFERENCE
 from postrain.training.reference import add_reference_logprobs
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
+from postrain.training.rows import count_steps, open_eval_rows, open_train_rows, prepare_groups, shares_prompts
 from postrain.training.session import open_session
 
 CHARTS = (
@@ -51,8 +52,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     """
     with open_session(config, workdir) as session:
         check = functools.partial(check_groups, lists=config.preference.loss == "softmax")
-        rows = open_train_rows(session, kind="preference", check=check)
-        held_out = open_eval_rows(session, kind="preference", check=check)
+        options = {"kind": "preference", "check": check, "preparation": prepare_groups(config, session.mesh)}
+        rows = open_train_rows(session, **options)
+        held_out = open_eval_rows(session, **options)
         total_steps = count_steps(session, rows)
 
         model = load_model(config, session.model_folder, session.mesh)
@@ -77,13 +79,13 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
     forward, options = Forward(model.config, chunk=config.model.loss_chunk), config.preference
-    layout, reference = LAYOUT, None
+    arrays, reference = LAYOUT.arrays | (SHARED_ARRAYS if shares_prompts(config, mesh) else {}), None
     match choose_reference(config):
         case "base":
             reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs
         case "cached":
             reference = lambda params, batch: batch.fields[REFERENCE]
-            layout = Layout({**LAYOUT.arrays, REFERENCE: (np.dtype(np.float32), ())})
+            arrays = arrays | {REFERENCE: (np.dtype(np.float32), ())}
     make_loss = functools.partial(make_preference_loss, forward.logprobs, reference, options)
     return build_program(
         config,
@@ -93,5 +95,5 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         loss_fn=make_loss(),
         eval_loss_fn=make_loss(router_losses=False),
         loss_coefs={"nll": options.nll_coef} if options.nll_coef else None,
-        layout=layout,
+        layout=Layout(arrays),
     )

@@ -29,7 +29,16 @@ from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, c
 from postrain.data.batches.source import open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
-from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, check_token_ids, layout_of
+from postrain.data.documents import (
+    AS_RENDERED,
+    Document,
+    Layout,
+    Preparation,
+    SameLayout,
+    check_token_ids,
+    count_saved_slots,
+    layout_of,
+)
 from postrain.data.kinds.registry import SFT, Kind, find_kind
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -129,6 +138,7 @@ def load_examples(
     order = EpochOrder(np.array([document.slots for document in examples], np.int64), config)
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
+    report.saved_slots = count_saved_slots(examples)
     return example_set
 
 

@@ -33,7 +33,7 @@ from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
-from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, count_saved_slots
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -200,7 +200,9 @@ def _first_document(
     raise UserError(f"{source.where}: no row of it can be trained on: `postrain preview` shows why")
 
 
-def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet:
+def sample_stream(
+    tokenizer: Tokenizer | None, config: DataConfig, preparation: Preparation = AS_RENDERED
+) -> ExampleSet:
     """The first documents of each source of a stream, a packing window of them in all, as ``load_examples`` gives all.
 
     Raises UserError as ``open_source`` does, and where ``config`` has a bad row stop the run.
@@ -216,7 +218,7 @@ def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet
     for source in sources:
         stop = len(examples) + -(-config.packing_window // len(sources))
         counts = RowCounts(source.name, left_out_by=source.parser.left_out)
-        for documents in read_documents(source, tokenizer, config, layout, counts=counts):
+        for documents in read_documents(source, tokenizer, config, layout, preparation=preparation, counts=counts):
             examples += documents
             if len(examples) >= stop:
                 break
@@ -225,5 +227,7 @@ def sample_stream(tokenizer: Tokenizer | None, config: DataConfig) -> ExampleSet
         raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
     example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, kind)
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
-    example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
+    report = example_set.report
+    report.packed_rows, report.used_slots = len(rows), int(example_set.lengths.sum())
+    report.saved_slots = count_saved_slots(examples)
     return example_set

@@ -272,6 +272,7 @@ class DataReport:
       sequence_length: slots of a row.
       packed_rows: rows of the first epoch.
       used_slots: slots of these that hold a document; the rest is padding.
+      saved_slots: slots that prompts would take more if each answer had its own.
       template_switches: answers by the switch of the chat template that their prompts were rendered with, as
         "enable_thinking=False", where such a prompt differs from the template's default.
     """
@@ -280,6 +281,7 @@ class DataReport:
     sequence_length: int = 0
     packed_rows: int = 0
     used_slots: int = 0
+    saved_slots: int = 0
     template_switches: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -319,9 +321,14 @@ class DataReport:
         and for each function of a source that left rows out."""
         slots = self.packed_rows * self.sequence_length
         fill = self.used_slots / slots if slots else 0.0
+        saved_from = max(self.used_slots + self.saved_slots, 1)
         packing = (
             f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
             f"{fill:.2%} filled, {1 - fill:.2%} padding"
+        )
+        shared = (
+            f"shared prompts: {count(self.saved_slots, 'slot')} saved, {self.saved_slots / saved_from:.1%} of those "
+            "that the answers would take with a prompt each"
         )
         switches = [
             f"{count(number, 'answer')} trained after {switch}: serve with it "
@@ -340,7 +347,7 @@ class DataReport:
             for source in self.sources
             if source.left_out
         ]
-        return [packing, *switches, *lengths, *functions, *self.format_unread()]
+        return [packing, *[shared] * bool(self.saved_slots), *switches, *lengths, *functions, *self.format_unread()]
 
     def format_unread(self) -> list[str]:
         """For each source with keys that were not read a line with their counts."""
