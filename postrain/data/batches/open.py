@@ -110,7 +110,7 @@ def open_train_rows(
         sample=example_set.examples[0],
         layout=example_set.layout,
         example_set=example_set,
-        notes=example_set.report.format_unread(),
+        notes=[*example_set.report.format_shared(), *example_set.report.format_unread()],
     )
 
 

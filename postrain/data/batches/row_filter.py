@@ -321,14 +321,9 @@ class DataReport:
         and for each function of a source that left rows out."""
         slots = self.packed_rows * self.sequence_length
         fill = self.used_slots / slots if slots else 0.0
-        saved_from = max(self.used_slots + self.saved_slots, 1)
         packing = (
             f"packing: {count(self.packed_rows, 'row')} of {count(self.sequence_length, 'token')}, "
             f"{fill:.2%} filled, {1 - fill:.2%} padding"
-        )
-        shared = (
-            f"shared prompts: {count(self.saved_slots, 'slot')} saved, {self.saved_slots / saved_from:.1%} of those "
-            "that the answers would take with a prompt each"
         )
         switches = [
             f"{count(number, 'answer')} trained after {switch}: serve with it "
@@ -347,7 +342,17 @@ class DataReport:
             for source in self.sources
             if source.left_out
         ]
-        return [packing, *[shared] * bool(self.saved_slots), *switches, *lengths, *functions, *self.format_unread()]
+        return [packing, *self.format_shared(), *switches, *lengths, *functions, *self.format_unread()]
+
+    def format_shared(self) -> list[str]:
+        """A line about prompts that answers share, where they do."""
+        if not self.saved_slots:
+            return []
+        share = self.saved_slots / (self.used_slots + self.saved_slots)
+        return [
+            f"shared prompts: {count(self.saved_slots, 'slot')} saved, {share:.1%} of those that the answers would "
+            "take with a prompt each"
+        ]
 
     def format_unread(self) -> list[str]:
         """For each source with keys that were not read a line with their counts."""
