@@ -200,6 +200,25 @@ def run_trl(folder: str, long_prompts: bool, steps: int) -> dict:
     return {"pairs_per_second": PAIRS * len(seconds) / sum(seconds), "losses": losses, "versions": used}
 
 
+def pad_pairs(pairs):
+    """Arrays of 8 pairs each, all of one shape: prompts end and answers begin at the same place."""
+    import numpy as np
+
+    def pad(rows, width, left=False):
+        out = np.zeros((len(rows), width), np.int32)
+        for line, row in zip(out, rows, strict=True):
+            line[width - len(row) if left else 0 :][: len(row)] = row
+        return out
+
+    widths = max(len(prompt) for prompt, *_ in pairs), max(len(answer) for _, *answers in pairs for answer in answers)
+    for start in range(0, len(pairs), PAIRS):
+        prompts, chosen, rejected = zip(*pairs[start : start + PAIRS], strict=True)
+        ids = {"prompt": pad(prompts, widths[0], left=True), "chosen": pad(chosen, widths[1])}
+        ids["rejected"] = pad(rejected, widths[1])
+        masks = {f"{name}_mask": (array != workloads.PAD_ID).astype(np.int32) for name, array in ids.items()}
+        yield {f"{name}_ids": array for name, array in ids.items()} | masks
+
+
 def run_tunix(folder: str, long_prompts: bool, steps: int) -> dict:
     import jax
     import jax.numpy as jnp
@@ -224,22 +243,7 @@ def run_tunix(folder: str, long_prompts: bool, steps: int) -> dict:
 
         on_train_start = on_train_end = on_eval_step_start = on_eval_step_end = lambda self, *values: None
 
-    def pad(rows, width, left=False):
-        out = np.zeros((len(rows), width), np.int32)
-        for line, row in zip(out, rows, strict=True):
-            line[width - len(row) if left else 0 :][: len(row)] = row
-        return out
-
-    pairs = workloads.preference_pairs(PAIRS * steps, LENGTH, long_prompts)
-    widths = max(len(prompt) for prompt, *_ in pairs), max(len(answer) for _, *answers in pairs for answer in answers)
-    batches = []
-    for start in range(0, len(pairs), PAIRS):
-        prompts, chosen, rejected = zip(*pairs[start : start + PAIRS], strict=True)
-        ids = {"prompt": pad(prompts, widths[0], left=True), "chosen": pad(chosen, widths[1])}
-        ids["rejected"] = pad(rejected, widths[1])
-        arrays = {f"{name}_ids": array for name, array in ids.items()}
-        arrays |= {f"{name}_mask": (array != 0).astype(np.int32) for name, array in ids.items()}
-        batches.append(dpo_trainer.TrainingInput(**arrays))
+    batches = list(pad_pairs(workloads.preference_pairs(PAIRS * steps, LENGTH, long_prompts)))
     sizes = {"embed_dim": "hidden", "hidden_dim": "mlp", "num_layers": "layers", "vocab_size": "vocab"}
     sizes |= {"num_heads": "heads", "num_kv_heads": "kv_heads", "head_dim": "head_dim"}
     config = qwen3.ModelConfig(
@@ -259,7 +263,7 @@ def run_tunix(folder: str, long_prompts: bool, steps: int) -> dict:
         )
         trainer = dpo_trainer.DPOTrainer(load(), load(), optax.adamw(LEARNING_RATE, weight_decay=0.0), arguments)
         trainer.with_training_hooks(clock)
-        trainer.train(iter(batches))
+        trainer.train(iter([dpo_trainer.TrainingInput(**arrays) for arrays in batches]))
     seconds = np.diff(clock.times)[WARM_UP:]
     used = find_versions("google-tunix", "flax")
     return {"pairs_per_second": PAIRS * len(seconds) / seconds.sum(), "losses": clock.losses, "versions": used}

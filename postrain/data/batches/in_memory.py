@@ -133,8 +133,7 @@ def load_examples(
     report.template_switches = dict(collections.Counter(switches))
     if preparation.together is not None:
         examples = preparation.together(examples)
-    in_files = [list(of_source) for of_source in files]
-    fingerprint = fingerprint_rows(opened, in_files, tokenizer, config, examples, preparation)
+    fingerprint = fingerprint_rows(opened, list(map(list, files)), tokenizer, config, examples, preparation)
     order = EpochOrder(np.array([document.slots for document in examples], np.int64), config)
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
