@@ -23,7 +23,7 @@ class Batch:
     targets: jax.Array | None  # int32 [B, T]; any valid id where loss_mask is 0, never -100
     loss_mask: jax.Array  # float32 [B, T]; weight of the prediction of targets[b, t], 0 where not trained
     segment_ids: jax.Array  # int32 [B, T]; 0 = padding, 1, 2, ... = documents of the row, in order
-    positions: jax.Array  # int32 [B, T]; restart at 0 with each document
+    positions: jax.Array  # int32 [B, T]; restart at 0 with each document, and after a shared prefix go on from its end
     # What else a model or a loss reads, by name: the ``scores`` of answers [B, T], targets of heads [B, S] or [B, T].
     fields: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
@@ -34,6 +34,24 @@ class Batch:
         further = {name: array for name, array in arrays.items() if name not in names}
         known: dict[str, Any] = {name: arrays.get(name) for name in names}
         return cls(**known, fields=further)
+
+    @property
+    def prefix(self) -> "Prefix | None":
+        """What documents see of the row before themselves; None: nothing, as in most data sets."""
+        if "prefix_starts" not in self.fields:
+            return None
+        return Prefix(self.fields["prefix_starts"], self.fields["prefix_ends"])
+
+
+class Prefix(NamedTuple):
+    """A part of the row that several documents begin with: the prompt of a group of answers.
+
+    Each position sees the positions starts..ends-1 of its row besides those of its own document; none where both are
+    equal. They end before the document begins, are one document, and their ``positions`` count from 0.
+    """
+
+    starts: jax.Array  # int32 [B, T]
+    ends: jax.Array  # int32 [B, T]
 
 
 class WeightedSum(NamedTuple):

@@ -81,6 +81,11 @@ def check_rules(config: Config) -> None:
         )
     if config.checkpoint.keep_best:
         _check_best(config)
+    if config.data.share_prompts == "on" and config.model.attention.startswith("flash"):
+        raise UserError(
+            f"config key 'model.attention' = {config.model.attention!r} computes no shared prompts, but "
+            "'data.share_prompts' is 'on': set the one to auto or chunked, or the other to off"
+        )
     if config.recipe == "preference":
         _check_preference(config)
     _check_weights(config)
@@ -220,6 +225,11 @@ def _check_unread(config: Config) -> None:
         raise UserError(
             "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
             "set the decay"
+        )
+    if config.data.share_prompts == "on" and (config.recipe != "preference" or find_row_kind(config) != "preference"):
+        raise UserError(
+            "config key 'data.share_prompts' = 'on' is read by recipe 'preference' alone, and there of rows with "
+            "several answers to a prompt: leave it out"
         )
     used = {
         "sft": config.sft != SftSection(),

@@ -115,6 +115,8 @@ class DataConfig:
     batch_size: Size = 8  # B, packed rows of one update, over all devices and micro-batches
     packing: Literal["best_fit", "none"] = "best_fit"  # none: one document a row
     packing_window: Times = 10_000  # documents that best-fit looks at together
+    # The prompt of a group of answers stands in a row once and is computed once; auto: where the attention can do that
+    share_prompts: Literal["auto", "on", "off"] = "auto"  # the loss is the same, and more groups fit in a row
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"  # documents over sequence_length; split: of text
     on_bad_row: Literal["error", "skip"] = "error"  # skip: the row is counted and written to rejected.jsonl
     max_bad_fraction: Share = 0.05  # a run that skips a larger share of a source's rows stops

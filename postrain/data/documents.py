@@ -1,7 +1,7 @@
 """What rows become: sequences of tokens, alone or in groups that share a row of a batch, and the arrays they bring."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,9 +76,16 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Sequences of one row that share a row of the batch: the answers to one prompt, each with its ``scores``."""
+    """Sequences of one row that share a row of the batch: the answers to one prompt, each with its ``scores``.
+
+    Attributes:
+      sequences: in the order of the row.
+      shared_slots: of their common beginning, which is laid out once, before the rest of each; None: every sequence is
+        laid out whole.
+    """
 
     sequences: tuple[Rendered, ...]
+    shared_slots: int | None = None
 
     @property
     def ref(self) -> RowRef:
@@ -90,10 +97,16 @@ class Group:
 
     @property
     def slots(self) -> int:
-        return sum(sequence.slots for sequence in self.sequences)
+        return sum(sequence.slots for sequence in self.sequences) - self.saved_slots
+
+    @property
+    def saved_slots(self) -> int:
+        """Slots that the common beginning would take more if every sequence had its own."""
+        return (len(self.sequences) - 1) * (self.shared_slots or 0)
 
     @property
     def num_tokens(self) -> int:
+        """Of all sequences, whether or not some are laid out once."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
     @property
@@ -124,6 +137,42 @@ class Preparation:
 AS_RENDERED = Preparation()
 
 
+def share_prompts(preparation: Preparation = AS_RENDERED) -> Preparation:
+    """``preparation``, and after it groups share what their sequences have in common before the first trained token."""
+
+    def each(document: Document) -> Document:
+        document = preparation.each(document) if preparation.each else document
+        if isinstance(document, Rendered):
+            return document
+        return dataclasses.replace(document, shared_slots=count_shared_slots(document.sequences))
+
+    name = f"{preparation.name}, with shared prompts" if preparation.name else "with shared prompts"
+    return dataclasses.replace(preparation, name=name, each=each)
+
+
+def count_shared_slots(sequences: Sequence[Rendered]) -> int:
+    """Slots of the longest beginning that all sequences read alike and that trains nothing.
+
+    Its last token is left to each sequence, which predicts its own first token from it. So a sequence keeps a slot or
+    more, and no slot has two targets.
+    """
+    first = sequences[0]
+    untrained = [int(s.loss_mask.argmax()) if s.loss_mask.any() else len(s.tokens) for s in sequences]
+    limit = min(*untrained, *(sequence.slots for sequence in sequences))
+    same = np.ones(limit, bool)
+    for other in sequences[1:]:
+        same &= first.tokens[:limit] == other.tokens[:limit]
+        for mine, theirs in zip(first.fields, other.fields, strict=True):
+            if not mine.of_target:  # it is read beside the tokens
+                same &= (mine.values[:limit] == theirs.values[:limit]).reshape(limit, -1).all(1)
+    return max((limit if same.all() else int(same.argmin())) - 1, 0)
+
+
+def count_saved_slots(documents: Iterable[Document]) -> int:
+    """Slots that these documents would take more if every sequence had the beginning of its group itself."""
+    return sum(document.saved_slots for document in documents if isinstance(document, Group))
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """What batches of a data set have besides the arrays that all have.
@@ -142,17 +191,20 @@ class Layout:
 
 
 NO_LAYOUT = Layout()
+# Of batches whose groups share their prompts: the slots of the row that a token sees before its own segment, from the
+# one to the one before the other; equal where there are none.
+SHARED_ARRAYS = {name: (np.dtype(np.int32), ()) for name in ("prefix_starts", "prefix_ends")}
 
 
 def layout_of(document: Document) -> Layout:
     """The layout of a data set with such documents."""
-    first = document.sequences[0]
-    if not first.fields and first.metadata is None:
+    first, shares = document.sequences[0], isinstance(document, Group) and document.shared_slots is not None
+    if not first.fields and first.metadata is None and not shares:
         return NO_LAYOUT
     arrays = {field.name: (field.values.dtype, field.values.shape[1:]) for field in first.fields}
     if isinstance(document, Group):
         arrays["group_ids"] = np.dtype(np.int32), ()
-    return Layout(arrays, first.metadata is not None)
+    return Layout(arrays | (SHARED_ARRAYS if shares else {}), first.metadata is not None)
 
 
 class SameLayout:

@@ -14,8 +14,8 @@ from postrain.config import Config, find_row_kind, format_reader
 from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
 from postrain.data.batches.row_filter import count
-from postrain.data.documents import Document, Rendered
-from postrain.data.kinds.registry import needs_tokenizer
+from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered, share_prompts
+from postrain.data.kinds.registry import SFT, needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.data.reward_weights import RewardWeights
@@ -62,7 +62,7 @@ def preview(
             f"{wanted}: use a config of another recipe"
         )
     if config.data.eval:
-        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data)
+        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=_prepare(config))
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
@@ -88,12 +88,18 @@ def preview(
 def _load_train(config: Config, tokenizer: Tokenizer | None) -> tuple[dict[str, ExampleSet], dict[str, list[str]]]:
     """``data.train``, of a stream its first rows, and further lines about it, both by what is shown as its name."""
     weights, data = RewardWeights(config), config.data
-    preparation, expected = weights.preparation, SFT.name if weights.preparation.keys else None
+    preparation, expected = _prepare(config, weights.preparation), SFT.name if weights.preparation.keys else None
     if data.streaming:
         sample = sample_stream(tokenizer, data, kind=expected, preparation=preparation)
         return {"data.train (the first rows)": sample}, {}
     whole = load_examples(data.train, tokenizer, data, kind=expected, preparation=preparation)
     return {"data.train": whole}, {"data.train": weights.summary.splitlines()}
+
+
+def _prepare(config: Config, preparation: Preparation = AS_RENDERED) -> Preparation:
+    """``preparation``, and prompts shared where the recipe does that; "auto" as on devices whose attention can."""
+    shares = config.data.share_prompts != "off" and not config.model.attention.startswith("flash")
+    return share_prompts(preparation) if shares and config.recipe == "preference" else preparation
 
 
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:

@@ -32,14 +32,18 @@ class BatchStats:
 
 
 def count_batch(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> BatchStats:
-    """From ``segment_ids`` and ``loss_mask`` [B, T] of a numpy batch."""
+    """From ``segment_ids`` and ``loss_mask`` [B, T] of a numpy batch, and ``positions`` where prefixes are shared."""
     segment_ids = np.asarray(arrays["segment_ids"])
     starts = np.ones(segment_ids.shape, bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
     lengths = np.diff(np.append(np.flatnonzero(starts), segment_ids.size))
     lengths = lengths[segment_ids[starts] > 0].astype(np.int64)
     trained = int(np.count_nonzero(arrays["loss_mask"]))
-    return BatchStats(int(lengths.sum()), trained, count_pairs(config, lengths))
+    if "prefix_starts" not in arrays:
+        return BatchStats(int(lengths.sum()), trained, count_pairs(config, lengths))
+    # What a query sees is what a document of its position and one more would add, wherever those before it stand.
+    seen = np.asarray(arrays["positions"])[segment_ids > 0].astype(np.int64) + 1
+    return BatchStats(seen.size, trained, count_pairs(config, seen) - count_pairs(config, seen - 1))
 
 
 def count_pairs(config: ModelConfig, lengths: np.ndarray) -> float:

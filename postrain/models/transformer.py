@@ -21,6 +21,7 @@ from postrain.models.lora import adapter_scale, column_norms, merge_lora
 from postrain.models.moe import moe_mlp, router_terms
 from postrain.models.quantized import as_array, dequantize_params, dot, is_quantized
 from postrain.sharding import constrain, find_mesh, mesh_context, splits_positions
+from postrain.types import Prefix
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -189,20 +190,28 @@ def embed(params: dict, config: ModelConfig, tokens: jax.Array) -> jax.Array:
 
 
 def compute_hidden(
-    params, config: ModelConfig, tokens_BT, segment_ids_BT, positions_BT, *, embedded_BTD=None
+    params,
+    config: ModelConfig,
+    tokens_BT,
+    segment_ids_BT,
+    positions_BT,
+    *,
+    prefix: Prefix | None = None,
+    embedded_BTD=None,
 ) -> jax.Array:
     """Hidden states after the final norm, [B, T, D] in the compute dtype.
 
     ``segment_ids_BT`` keep packed documents apart (0 = padding), ``positions_BT`` restart with each document.
+    ``prefix``: what documents share with others of their row, and go on from.
     ``embedded_BTD``: the input of the first layer where it is not made of tokens (``tokens_BT`` is not read then).
     """
     return compute_hidden_and_routing(
-        params, config, tokens_BT, segment_ids_BT, positions_BT, embedded_BTD=embedded_BTD
+        params, config, tokens_BT, segment_ids_BT, positions_BT, prefix=prefix, embedded_BTD=embedded_BTD
     )[0]
 
 
 def compute_hidden_and_routing(
-    params, config, tokens_BT, segment_ids_BT, positions_BT, routing_LBTk=None, *, embedded_BTD=None
+    params, config, tokens_BT, segment_ids_BT, positions_BT, routing_LBTk=None, *, prefix=None, embedded_BTD=None
 ):
     """``compute_hidden``, and the ``MoeAux`` of every layer, leaves stacked on a leading L; None without experts.
 
@@ -222,6 +231,7 @@ def compute_hidden_and_routing(
                 v,
                 segment_ids=segment_ids_BT,
                 positions=positions_BT,
+                prefix=prefix,
                 window=window if config.layer_windows else None,
                 sinks=p["attention"].get("sinks"),
                 softcap=config.attention_softcap,
@@ -239,10 +249,12 @@ def compute_hidden_and_routing(
     return rms_norm(x_BTD, params["final_norm"], config), routed
 
 
-def compute_hidden_and_terms(params, config, tokens_BT, segment_ids_BT, positions_BT, *, embedded_BTD=None):
+def compute_hidden_and_terms(
+    params, config, tokens_BT, segment_ids_BT, positions_BT, *, prefix=None, embedded_BTD=None
+):
     """``compute_hidden``, and the ``RowTerms`` of the routers; None without experts. What an objective trains."""
     hidden, routed = compute_hidden_and_routing(
-        params, config, tokens_BT, segment_ids_BT, positions_BT, embedded_BTD=embedded_BTD
+        params, config, tokens_BT, segment_ids_BT, positions_BT, prefix=prefix, embedded_BTD=embedded_BTD
     )
     return hidden, None if routed is None else router_terms(routed, config.moe)
 

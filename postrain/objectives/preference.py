@@ -11,7 +11,7 @@ What a loss sees of an answer is log p of its trained tokens, the same of a refe
 ``softmax``, takes the best answer of a list against all others; a pair is a list of two.
 
 Answers come packed: those of a group are segments of one row with the same ``group_ids``, each after its own copy of
-the prompt. So no sum leaves its row.
+the prompt, or all after one, which is a segment without a group. So no sum leaves its row.
 
 Legend: B rows, T positions, S segments of a row at most, G groups of a row at most; both are counted from 0 = padding.
 """

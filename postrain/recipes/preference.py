@@ -8,8 +8,9 @@ rejected one. The reference is the model that training starts from. With adapter
 start without any effect; else its logprobs of all rows are computed before the first update. So no second model is in
 memory, unless ``preference.reference`` is "live".
 
-The answers to a prompt are segments of one packed row. The loss of an update is the mean over its pairs, divided once
-by their number. Losses of single answers (KTO, BCO) read rows with a label in place of pairs.
+The answers to a prompt are segments of one packed row and share the computation of the prompt, which is a segment
+before them (``data.share_prompts``). The loss of an update is the mean over its pairs, divided once by their number.
+Losses of single answers (KTO, BCO) read rows with a label in place of pairs.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 
 from postrain.config import UNPAIRED_LOSSES, Config, choose_reference, find_row_kind
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.data.documents import AS_RENDERED, Layout, Preparation
+from postrain.data.documents import AS_RENDERED, SHARED_ARRAYS, Layout, Preparation
 from postrain.data.kinds import labelled
 from postrain.data.kinds.preference import LAYOUT, check_groups
 from postrain.data.mismatched import add_mismatched
@@ -35,7 +36,7 @@ from postrain.training.model import Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.reference import FIELD as REFERENCE
 from postrain.training.reference import add_reference_logprobs, hold_reference, take_reference
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
+from postrain.training.rows import count_steps, open_eval_rows, open_train_rows, prepare_groups, shares_prompts
 from postrain.training.session import open_session
 
 CHARTS = (
@@ -58,8 +59,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         unpaired = config.preference.loss in UNPAIRED_LOSSES
         check = functools.partial(check_groups, lists=config.preference.loss == "softmax")
         own = {"kind": find_row_kind(config), "check": labelled.check_two_labels if unpaired else check}
-        rows = open_train_rows(session, **own, preparation=prepare(config))
-        held_out = open_eval_rows(session, **own, preparation=prepare(config))
+        preparation = prepare(config, session.mesh)
+        rows = open_train_rows(session, **own, preparation=preparation)
+        held_out = open_eval_rows(session, **own, preparation=preparation)
         total_steps = count_steps(session, rows)
         if unpaired and rows.example_set is not None:
             rows.summary += f"\n{format_labels(config, rows.example_set)}"
@@ -85,8 +87,10 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return session.write_report(rows, held_out, CHARTS)
 
 
-def prepare(config: Config) -> Preparation:
-    """What is made of the rendered documents: KTO needs answers to other prompts beside them."""
+def prepare(config: Config, mesh: Mesh) -> Preparation:
+    """What is made of the rendered documents: pairs share their prompt, KTO needs answers to other prompts."""
+    if config.preference.loss not in UNPAIRED_LOSSES:
+        return prepare_groups(config, mesh)
     if config.preference.loss != "kto":
         return AS_RENDERED
     together = functools.partial(add_mismatched, slots=config.data.sequence_length, seed=config.data.seed)
@@ -135,6 +139,8 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
     arrays = dict(labelled.LAYOUT.arrays if unpaired else LAYOUT.arrays)
     if options.loss == "kto":  # its documents are groups
         arrays["group_ids"] = LAYOUT.arrays["group_ids"]
+    if not unpaired and shares_prompts(config, mesh):
+        arrays |= SHARED_ARRAYS
     match choose_reference(config):
         case "base":
             reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs

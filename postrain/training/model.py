@@ -339,7 +339,8 @@ class Forward:
 
     def _compute_hidden(self, params: dict, batch: Batch, embedded_BTD=None) -> tuple[jax.Array, RowTerms | None]:
         arrays = batch.tokens, batch.segment_ids, batch.positions
-        return compute_hidden_and_terms(params, self.model_config, *arrays, embedded_BTD=embedded_BTD)
+        further = {"prefix": batch.prefix, "embedded_BTD": embedded_BTD}
+        return compute_hidden_and_terms(params, self.model_config, *arrays, **further)
 
     def _project(self, params: dict, batch: Batch, hidden, terms) -> tuple[TokenLogprobs, RowTerms | None]:
         table = unembedding(params, self.model_config)

@@ -18,7 +18,7 @@ import numpy as np
 
 from postrain.cluster import processes
 from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
-from postrain.data.documents import Document
+from postrain.data.documents import Document, Group
 from postrain.errors import UserError
 from postrain.files import write_whole
 from postrain.models.lora import drop_adapters
@@ -142,6 +142,8 @@ def _read(path: pathlib.Path, size: np.int64) -> np.ndarray | None:
 def _digest(model: str, documents: Sequence[Document]) -> str:
     found = hashlib.sha256(model.encode())
     for document in documents:
+        if isinstance(document, Group) and document.shared_slots is not None:  # the values stand in other slots
+            found.update(np.int64(-1 - document.shared_slots).tobytes())
         for sequence in document.sequences:
             found.update(np.int64(len(sequence.tokens)).tobytes())
             found.update(sequence.tokens.astype(np.int32).tobytes())

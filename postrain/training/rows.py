@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from postrain.config import Config
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_examples
 from postrain.data.batches.open import TrainRows, join_positions
 from postrain.data.batches.open import open_train_rows as open_batches
 from postrain.data.batches.token_shift import assemble_row
-from postrain.data.documents import AS_RENDERED, Document, Preparation, check_token_ids, layout_of
+from postrain.data.documents import AS_RENDERED, Document, Preparation, check_token_ids, layout_of, share_prompts
 from postrain.errors import UserError
-from postrain.sharding import data_process, make_global_batch
+from postrain.models.attention.dispatch import sees_prefixes
+from postrain.sharding import data_process, make_global_batch, mesh_context
 from postrain.training.agreement import check_rows
 from postrain.training.compatibility import check_total_steps
 from postrain.training.model import find_vocab_size
@@ -91,6 +93,22 @@ class Rows:
 
     def close(self) -> None:
         self._batches.close()
+
+
+def shares_prompts(config: Config, mesh: Mesh | None = None) -> bool:
+    """Whether the answers of a group share the computation of their prompt: ``data.share_prompts``, on these devices.
+
+    Without a mesh: on what this process has.
+    """
+    if config.data.share_prompts != "auto":
+        return config.data.share_prompts == "on"
+    with mesh_context(mesh):
+        return sees_prefixes(config.model.attention)
+
+
+def prepare_groups(config: Config, mesh: Mesh | None = None, preparation: Preparation = AS_RENDERED) -> Preparation:
+    """``preparation`` of rows that become groups, and prompts shared where ``shares_prompts`` says so."""
+    return share_prompts(preparation) if shares_prompts(config, mesh) else preparation
 
 
 def open_train_rows(

@@ -25,7 +25,7 @@ from postrain.hf.find_model import locate_model
 from postrain.hf.folders import check_replaceable, clear_leftovers
 from postrain.hf.peft.adapter import check_base
 from postrain.models import grouped_dot
-from postrain.models.attention.dispatch import check_backend, select_backend
+from postrain.models.attention.dispatch import check_backend, sees_prefixes, select_backend
 from postrain.models.config import ModelConfig
 from postrain.models.flops import format_formula
 from postrain.models.lora import adapter_specs
@@ -194,16 +194,22 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",
         f"batch       {count(rows, 'row')} x {count(data.sequence_length, 'token')} x {splits} x "
         f"{count(hosts, 'host')} = {count(slots, 'token')} an update{divided}; {count(total_steps, 'update')}",
-        *format_backends(model.config, mesh),
+        *format_backends(model.config, mesh, prefixes=data.share_prompts == "on"),
         f"MFU         {format_formula(model.config, projects=not model.heads)}",
     ]
     return "\n".join(lines)
 
 
-def format_backends(config: ModelConfig, mesh: Mesh) -> list[str]:
-    """Lines naming the back ends of attention and the experts. Raises UserError where the devices cannot run them."""
+def format_backends(config: ModelConfig, mesh: Mesh, prefixes: bool = False) -> list[str]:
+    """Lines naming the back ends of attention and the experts. Raises UserError where the devices cannot run them.
+
+    ``prefixes``: shared prompts are asked for, which not every back end computes.
+    """
     with mesh_context(mesh):
-        lines = [f"attention   {select_backend(config.attention)}, {config.compute_dtype}, remat {config.remat}"]
+        name, instead = select_backend(config.attention), ""
+        if prefixes and not sees_prefixes(name):
+            name, instead = "chunked", f" ({name} computes no shared prompts)"
+        lines = [f"attention   {name}, {config.compute_dtype}, remat {config.remat}{instead}"]
         if config.moe:
             lines.append(f"experts     {grouped_dot.select_backend(config.moe.backend)}")
     return lines

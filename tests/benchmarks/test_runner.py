@@ -163,7 +163,67 @@ def test_the_quickstarts_figures_are_its_first_and_last_evaluation(load_benchmar
     )
 
 
-@pytest.mark.parametrize("name", ["sft", "generate", "compile", "quickstart", "load"])
+def preference_run(short, long, largest=32, of_reference=0):
+    rates = {"prompts up to 128": short, "prompts of 192": long}
+    memory = {"largest": largest, "logits": 272, "of_reference": of_reference, "model": 44}
+    figures = {"steps_per_second": rates, "without_reference": rates, "memory": memory, "peak_rss_gib": 1.0}
+    return figures | {"others_cpu_share": 0.0, "versions": {"jax": "1"}}
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "memory", "met"),
+    [
+        (0.5, 0.75, {}, [1, 1, 1, 1, 1]),
+        (0.47, 0.75, {}, [0, 1, 0, 1, 1]),
+        (0.5, 0.74, {}, [1, 0, 1, 1, 1]),
+        (0.5, 0.75, {"largest": 272, "of_reference": 44}, [1, 1, 1, 0, 0]),
+    ],
+)
+def test_bars_of_preferences(load_benchmark, short, long, memory, met):
+    preference = load_benchmark("preference")
+    sides = {"postrain": [preference_run(short, long, **memory)], "postrain_lora": [preference_run(1, 1, **memory)]}
+    sides |= {"trl": [preference_run(0.125, 0.125)], "tunix": [preference_run(0.16, 0.2)]}
+    text, bars = preference.summarize(sides)
+    assert [bar.met for bar in bars] == met
+    assert str(bars[0]).startswith(f"updates/s over TRL {short / 0.125:.2f}x (>= 4.00x)")
+    assert f"in later epochs it makes {short:.3f} and {long:.3f} updates/s" in text
+    del sides["tunix"]  # where its environment is not there
+    assert len(preference.summarize(sides)[1]) == 4
+
+
+def test_pairs_of_the_benchmark_are_no_longer_than_they_say(load_benchmark):
+    workloads = load_benchmark("workloads")
+    for long_prompts in (False, True):
+        pairs = workloads.preference_pairs(40, 256, long_prompts)
+        lengths = [len(prompt) + len(answer) for prompt, *answers in pairs for answer in answers]
+        assert 200 < max(lengths) <= 256 and all(answer[-1] == workloads.EOS_ID for _, *two in pairs for answer in two)
+        assert {len(prompt) for prompt, *_ in pairs} == {192} if long_prompts else max(len(p) for p, *_ in pairs) <= 128
+
+
+def test_the_step_of_preferences_makes_no_logits_and_no_second_model(load_benchmark, monkeypatch):
+    """What the benchmark measures of the compiled step, on a model of one layer and fewer words."""
+    import dataclasses
+
+    import jax
+    from odd_config import ODD_CONFIG
+
+    from postrain.data.batches.token_shift import assemble_batch
+    from postrain.data.documents import layout_of
+    from postrain.models.params import init_params
+    from postrain.types import Batch
+
+    preference, workloads = load_benchmark("preference"), load_benchmark("workloads")
+    config = dataclasses.replace(ODD_CONFIG, vocab_size=4096, num_layers=1)
+    loaded = config, init_params(config, jax.random.key(0))
+    monkeypatch.setattr("postrain.hf.load.load_pretrained", lambda folder: loaded)
+    monkeypatch.setitem(workloads.TINY, "vocab", config.vocab_size)
+    groups = preference.make_groups(workloads.preference_pairs(4, 256))
+    batch = Batch.from_arrays(assemble_batch([groups[:2], groups[2:]], preference.ROW_LENGTH, layout_of(groups[0])))
+    memory = preference.measure_memory("", True, batch)
+    assert memory["largest"] < memory["logits"] / 4 and memory["of_reference"] < memory["model"] / 2
+
+
+@pytest.mark.parametrize("name", ["sft", "preference", "generate", "compile", "quickstart", "load"])
 def test_every_section_is_on_the_page(load_benchmark, name):
     page = load_benchmark("runner").PAGE.read_text()
     assert f"<!-- {name} -->\n" in page and f"<!-- /{name} -->" in page

@@ -40,6 +40,21 @@ def sft_documents(count: int, max_length: int = 1024, median: float = 90.0, sigm
     return documents
 
 
+def preference_pairs(count: int, max_length: int = 256, long_prompts: bool = False, seed: int = 99):
+    """``count`` triples (prompt, chosen, rejected) int32, a prompt with an answer at most ``max_length`` tokens long.
+
+    Prompts are of 16 tokens to half the length, or all of three quarters of it; answers of 16 tokens or more, the end
+    token included.
+    """
+    rng, pairs = np.random.default_rng(seed), []
+    for _ in range(count):
+        prompt = max_length * 3 // 4 if long_prompts else int(rng.integers(16, max_length // 2 + 1))
+        lengths = rng.integers(15, max_length - prompt, 2)
+        answers = (np.append(draw_ids(rng, int(length)), np.int32(EOS_ID)) for length in lengths)
+        pairs.append((draw_ids(rng, prompt), *answers))
+    return pairs
+
+
 def write_tiny_model(folder) -> None:
     """A random Qwen3 of the TINY sizes as a Hugging Face folder, with a word-level tokenizer (``t17`` is id 17)."""
     import torch

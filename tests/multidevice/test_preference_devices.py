@@ -10,6 +10,9 @@ import pytest
 from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig, PreferenceSection
+from postrain.data.bad_row import RowRef
+from postrain.data.batches.token_shift import assemble_batch
+from postrain.data.documents import Field, Group, Rendered, layout_of, share_prompts
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora, lora_specs
 from postrain.models.params import axes_of, init_params, logical_axes, shapes_of
@@ -56,6 +59,24 @@ def make_arrays() -> dict:
     return arrays
 
 
+def make_groups(share: bool) -> dict:
+    """Groups of pairs with prompts of up to 12 tokens, two in a row; with them shared, or one for each answer."""
+    rng, rows = np.random.default_rng(5), []
+    prepare = share_prompts().each if share else lambda group: group
+    for row in range(ROWS):
+        groups = []
+        for prompt in (int(rng.integers(1, 13)), int(rng.integers(1, 4))) if row else ():
+            tokens = rng.integers(0, CONFIG.vocab_size, prompt)
+            sequences = []
+            for score in (1.0, 0.0):
+                ids = np.concatenate([tokens, rng.integers(0, CONFIG.vocab_size, rng.integers(1, 5))]).astype(np.int32)
+                scores = Field("scores", np.full(len(ids), score, np.float32), True)
+                sequences.append(Rendered(ids, np.arange(len(ids)) >= prompt, RowRef("t", "t", row), fields=(scores,)))
+            groups.append(prepare(Group(tuple(sequences))))
+        rows.append(groups)
+    return assemble_batch(rows, LENGTH, layout_of(rows[-1][0]))
+
+
 def losses_of(params, batch, rng) -> LossSums:
     """DPO beside the likelihood of all answers: two losses, with weights of their own."""
     reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)[0].logprobs
@@ -94,9 +115,11 @@ def make_step(mesh, loss_fn=losses_of, micro_batches=1, make_arrays=make_arrays,
     return step, state, Batch.from_arrays(make_global_batch(make_arrays(), mesh))
 
 
-def take_step(mesh, micro_batches, **options):
+def take_step(mesh, micro_batches, arrays=None, **options):
     """(metrics, what the step subtracts from the adapters: their gradient)."""
     options = options or {"loss_coefs": {"sft": 0.2}}
+    if arrays is not None:
+        options["make_arrays"] = lambda: arrays
     step, state, batch = make_step(mesh, micro_batches=micro_batches, **options)
     before = jax.device_get(state.params)
     state, metrics = step(state, batch)
@@ -120,7 +143,7 @@ def test_any_mesh_gives_the_one_device_losses_and_gradients(mesh, micro_batches,
         metrics["train/weight/preference"] == sum(map(len, LENGTHS)) // 2
         and 0 < metrics["train/rewards/accuracies"] < 1
     )
-    assert_same(metrics, moved, expected, expected_moved)
+    check_equal(metrics, moved, expected, expected_moved)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(8, 1, 1)], ids=str)
@@ -131,10 +154,25 @@ def test_any_mesh_gives_the_one_device_shift_of_single_answers(mesh):
     metrics, moved = take_step(make_mesh(mesh), 1, **options)
     assert metrics["train/weight"] == sum(len(lengths) - (len(lengths) >= 6) for lengths in LENGTHS) == 27
     assert metrics["train/kl"] > 0.1, "the shift is not 0"
-    assert_same(metrics, moved, expected, expected_moved)
+    check_equal(metrics, moved, expected, expected_moved)
 
 
-def assert_same(metrics, moved, expected, expected_moved):
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 2, 1, 2)], ids=str)
+def test_shared_prompts_on_any_mesh_give_the_losses_and_gradients_of_unshared_ones(mesh, one_device_unshared):
+    """Where positions are split, the prompt is on other devices than the answers that see it."""
+    metrics, moved = take_step(make_mesh(mesh), 2, make_groups(share=True))
+    assert metrics["train/weight/preference"] == 2 * (ROWS - 1)
+    check_equal(metrics, moved, *one_device_unshared)
+
+
+@pytest.fixture(scope="module")
+def one_device_unshared():
+    arrays = make_groups(share=False)
+    assert "prefix_starts" not in arrays and make_groups(share=True)["prefix_ends"].any(1).sum() == ROWS - 1
+    return take_step(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1, arrays)
+
+
+def check_equal(metrics, moved, expected, expected_moved):
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)

@@ -15,6 +15,10 @@ import postrain
 from postrain.data.documents import layout_of
 from postrain.data.kinds.preference import LAYOUT
 from postrain.errors import UserError
+from postrain.recipes.preference import make_program
+from postrain.sharding import make_mesh
+from postrain.training.model import abstract_model
+from postrain.training.rows import prepare_groups
 
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
 
@@ -66,12 +70,22 @@ def test_pairs_are_learned_and_every_number_of_the_margin_is_logged(finished):
 
 
 def test_the_weight_of_a_step_is_its_pairs(inputs, pairs, tmp_path):
-    """The packed rows of an epoch as one batch: its weight is the number of all pairs."""
-    values = values_of(inputs, pairs, data={"batch_size": 11}, train={"steps": 1}, eval={"before": False})
-    values["export"] = {"format": "none"}
-    postrain.train(values, tmp_path / "run")
-    [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert line["train/weight"] == 36, "36 pairs in 11 rows"
+    """The packed rows of an epoch as one batch: its weight is the number of all pairs.
+
+    With their prompts shared they are in fewer rows, and the update is the same.
+    """
+    lines = []
+    for share, rows in (("off", 11), ("auto", 9)):
+        data = {"batch_size": rows, "share_prompts": share}
+        values = values_of(inputs, pairs, data=data, train={"steps": 1}, eval={"before": False})
+        values["export"] = {"format": "none"}
+        postrain.train(values, tmp_path / share)
+        lines += without_perf(read_lines(tmp_path / share / "metrics.jsonl"))
+    plain, shared = lines
+    assert plain["train/weight"] == shared["train/weight"] == 36, "36 pairs in 11 rows, and in 9"
+    for name, value in plain.items():
+        if not name.endswith("accuracies"):  # in training both answers have the same reward: rounding decides
+            assert shared[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def test_the_exported_model_has_the_logged_margins(inputs, pairs, finished):
@@ -113,6 +127,7 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
 def test_the_report_shows_the_margins(finished):
     page = (finished[0] / "report.html").read_text()
     assert re.search("rewards/margins|Reward margin", page)
+    assert "shared prompts: 206 slots saved, 20.9% of those that the answers would take" in page
 
 
 def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, pairs):
@@ -120,9 +135,14 @@ def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, pairs):
     from postrain.data.batches.in_memory import load_examples
     from postrain.data.rendering.tokenizer import load_tokenizer
 
-    config = resolve(values_of(inputs, pairs))
-    rows = load_examples(config.data.train, load_tokenizer(inputs / "model"), config.data, kind="preference")
+    config, tokenizer = resolve(values_of(inputs, pairs)), load_tokenizer(inputs / "model")
+    rows = load_examples(config.data.train, tokenizer, config.data, kind="preference")
     assert layout_of(rows.examples[0]) == LAYOUT
+    preparation = prepare_groups(config)
+    shared = load_examples(config.data.train, tokenizer, config.data, kind="preference", preparation=preparation)
+    mesh = make_mesh(config.mesh)
+    program = make_program(config, abstract_model(config, inputs / "model", mesh), mesh, 1)
+    assert layout_of(shared.examples[0]).arrays.keys() == program.abstract_batch.fields.keys() > LAYOUT.arrays.keys()
 
 
 def test_the_plan_of_a_preference_run_compiles(inputs, pairs, tmp_path):
@@ -149,6 +169,10 @@ def test_the_plan_of_a_preference_run_compiles(inputs, pairs, tmp_path):
         ),
         ({"preference": {"loss": "simpo", "reference": "cached"}}, "'preference.loss' = 'simpo' has no reference"),
         ({"eval": {"generate_rows": 2}}, "'eval.generate_rows'"),
+        (
+            {"data": {"share_prompts": "on"}, "model": {"attention": "flash_tpu"}},
+            "'model.attention' = 'flash_tpu' computes no shared prompts, but 'data.share_prompts' is 'on': set the one",
+        ),
     ],
 )
 def test_settings_that_dpo_cannot_have_are_refused(inputs, pairs, tmp_path, sections, words):

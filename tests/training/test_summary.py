@@ -34,6 +34,14 @@ def test_what_computes_attention_and_experts_is_said_and_what_cannot_is_refused(
         format_backends(dataclasses.replace(CONFIG, attention="flash_tpu"), mesh)
 
 
+def test_the_kernel_that_shared_prompts_cannot_have_is_named_once(monkeypatch):
+    monkeypatch.setattr("postrain.models.attention.dispatch.current_platform", lambda: "tpu")
+    mesh = make_mesh(MeshConfig())
+    assert format_backends(CONFIG, mesh) == ["attention   flash_tpu, float32, remat none"]
+    line = "attention   chunked, float32, remat none (flash_tpu computes no shared prompts)"
+    assert format_backends(CONFIG, mesh, prefixes=True) == [line]
+
+
 def test_processes_that_make_the_same_workdir_do_not_meet(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(make_workdir, [tmp_path / "run"] * 200))

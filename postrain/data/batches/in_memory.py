@@ -29,7 +29,16 @@ from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, c
 from postrain.data.batches.source import open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
-from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, check_token_ids, layout_of
+from postrain.data.documents import (
+    AS_RENDERED,
+    Document,
+    Layout,
+    Preparation,
+    SameLayout,
+    check_token_ids,
+    count_saved_slots,
+    layout_of,
+)
 from postrain.data.kinds.registry import SFT, Kind, find_kind
 from postrain.data.rendering.render import BATCH
 from postrain.data.rendering.tokenizer import Tokenizer
@@ -124,11 +133,11 @@ def load_examples(
     report.template_switches = dict(collections.Counter(switches))
     if preparation.together is not None:
         examples = preparation.together(examples)
-    in_files = [list(of_source) for of_source in files]
-    fingerprint = fingerprint_rows(opened, in_files, tokenizer, config, examples, preparation)
+    fingerprint = fingerprint_rows(opened, list(map(list, files)), tokenizer, config, examples, preparation)
     order = EpochOrder(np.array([document.slots for document in examples], np.int64), config)
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
+    report.saved_slots = count_saved_slots(examples)
     return example_set
 
 

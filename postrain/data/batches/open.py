@@ -33,7 +33,7 @@ from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
-from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, count_saved_slots
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -110,7 +110,7 @@ def open_train_rows(
         sample=example_set.examples[0],
         layout=example_set.layout,
         example_set=example_set,
-        notes=example_set.report.format_unread(),
+        notes=[*example_set.report.format_shared(), *example_set.report.format_unread()],
     )
 
 
@@ -231,5 +231,7 @@ def sample_stream(
         raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
     example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, found)
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
-    example_set.report.packed_rows, example_set.report.used_slots = len(rows), int(example_set.lengths.sum())
+    report = example_set.report
+    report.packed_rows, report.used_slots = len(rows), int(example_set.lengths.sum())
+    report.saved_slots = count_saved_slots(examples)
     return example_set

@@ -283,6 +283,7 @@ class DataReport:
       sequence_length: slots of a row.
       packed_rows: rows of the first epoch.
       used_slots: slots of these that hold a document; the rest is padding.
+      saved_slots: slots that prompts would take more if each answer had its own.
       template_switches: answers by the switch of the chat template that their prompts were rendered with, as
         "enable_thinking=False", where such a prompt differs from the template's default.
     """
@@ -291,6 +292,7 @@ class DataReport:
     sequence_length: int = 0
     packed_rows: int = 0
     used_slots: int = 0
+    saved_slots: int = 0
     template_switches: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -351,7 +353,17 @@ class DataReport:
             for source in self.sources
             if source.left_out
         ]
-        return [packing, *switches, *lengths, *functions, *self.format_unread()]
+        return [packing, *self.format_shared(), *switches, *lengths, *functions, *self.format_unread()]
+
+    def format_shared(self) -> list[str]:
+        """A line about prompts that answers share, where they do."""
+        if not self.saved_slots:
+            return []
+        share = self.saved_slots / (self.used_slots + self.saved_slots)
+        return [
+            f"shared prompts: {count(self.saved_slots, 'slot')} saved, {share:.1%} of those that the answers would "
+            "take with a prompt each"
+        ]
 
     def format_unread(self) -> list[str]:
         """For each source with keys that were not read a line with their counts."""

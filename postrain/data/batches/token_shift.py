@@ -1,11 +1,11 @@
 """The arrays of a batch: tokens and targets shifted against each other by one, documents side by side in a row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from postrain.data.documents import NO_LAYOUT, Document, Layout, Rendered
+from postrain.data.documents import NO_LAYOUT, Document, Group, Layout, Rendered
 
 
 def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -29,9 +29,13 @@ def shift(rendered: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, np.ndarray]:
     """The arrays of one row, each [capacity, ...]; no documents: an empty row, which counts for nothing.
 
-    ``tokens``, ``targets``, ``segment_ids`` (0 = padding, sequences 1, 2, ... in order) and ``positions``
+    ``tokens``, ``targets``, ``segment_ids`` (0 = padding, segments 1, 2, ... in order) and ``positions``
     (from 0 in every sequence) are int32, ``loss_mask`` is float32. Besides those of ``layout``; of them ``group_ids``
     int32 says for documents of several sequences which are of one document (0 = padding, 1, 2, ... in order).
+
+    A sequence is a segment. What a group shares is a segment of its own before the rest of each of its sequences. It
+    trains nothing and is no member of the group (``group_ids`` 0, fields of targets 0); the segments of the rests see
+    it (``prefix_starts``, ``prefix_ends``), and their positions go on from its end.
 
     Raises:
       ValueError: the documents do not fit.
@@ -41,26 +45,37 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
     row |= {name: np.zeros((capacity, *shape), dtype) for name, (dtype, shape) in layout.arrays.items()}
     places, start, segment = np.arange(capacity), 0, 0
     for number, document in enumerate(documents, 1):
-        first = start
-        for sequence in document.sequences:
-            tokens, targets, loss_mask = shift(sequence)
-            stop, segment = start + len(tokens), segment + 1
+        shared = (document.shared_slots or 0) if isinstance(document, Group) else 0
+        prefix = start, start + shared
+        for sequence, part in _split_into_segments(document, shared):
+            tokens, targets, loss_mask = (array[part] for array in shift(sequence))
+            stop, segment, is_prefix = start + len(tokens), segment + 1, part.stop is not None
             if stop > capacity:
                 raise ValueError(f"{document.ref}: documents of {stop} slots in a row of {capacity}")
             row["tokens"][start:stop] = tokens
             row["targets"][start:stop] = targets
             row["loss_mask"][start:stop] = loss_mask
             row["segment_ids"][start:stop] = segment
-            row["positions"][start:stop] = places[: len(tokens)]
+            row["positions"][start:stop] = places[part.start : part.start + len(tokens)]
             for name, values, of_target in sequence.fields:
-                if of_target:
-                    row[name][start : start + len(values) - 1] = values[1:]
-                else:
-                    row[name][start:stop] = values[: len(tokens)]
+                if not of_target:
+                    row[name][start:stop] = values[part.start : part.start + len(tokens)]
+                elif not is_prefix:
+                    row[name][start : start + len(values) - 1 - part.start] = values[part.start + 1 :]
+            if "group_ids" in row and not is_prefix:
+                row["group_ids"][start:stop] = number
+            if shared and not is_prefix:
+                row["prefix_starts"][start:stop], row["prefix_ends"][start:stop] = prefix
             start = stop
-        if "group_ids" in row:
-            row["group_ids"][first:start] = number
     return row
+
+
+def _split_into_segments(document: Document, shared: int) -> Iterator[tuple[Rendered, slice]]:
+    """The sequences of a document and which of their slots are a segment; first, where there are any, those shared."""
+    if shared:
+        yield document.sequences[0], slice(0, shared)
+    for sequence in document.sequences:
+        yield sequence, slice(shared, None)
 
 
 def assemble_batch(rows: Sequence[Sequence[Document]], capacity: int, layout: Layout = NO_LAYOUT) -> dict[str, Any]:

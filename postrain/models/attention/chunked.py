@@ -2,7 +2,8 @@
 
 Blocks of ``chunk`` queries against blocks of ``chunk`` keys with a running softmax, no [T, S] array in forward or
 backward, and blocks that no query of the block may see are skipped at run time: with short documents the work grows
-with T * document length, not T^2. It is the reference that the kernels are held to; what they share with it, the mask
+with T * document length, not T^2. Where documents share a prefix, the blocks between it and the document's own are
+skipped too. It is the reference that the kernels are held to; what they share with it, the mask
 of a packed row in blocks of queries and of keys, stands at the end.
 
 Legend: B rows, T queries, S keys, N query heads, K key/value heads, G = N / K, H head_dim, C chunk, R rows computed
@@ -22,11 +23,15 @@ from postrain.sharding import current_platform
 MASKED = -1e30  # not -inf: a block that is masked whole for a query must give exp(MASKED - max) = 0, not NaN
 
 
-def chunked(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N, first, *, softcap: float, scale: float, chunk: int):
-    """What ``postrain.models.attention.dispatch`` says of every back end, [B, T, N, H]."""
+def chunked(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N, first, *prefix_BT, softcap: float, scale: float, chunk: int):
+    """What ``postrain.models.attention.dispatch`` says of every back end, [B, T, N, H].
+
+    ``prefix_BT``: of rows with shared prefixes two more arrays, those of ``dispatch.compute_visible_prefix``.
+    """
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_kv, chunk = k_BSKH.shape[2], min(chunk, length)
     q_BTNH, k_BSKH, v_BSKH, starts_BT = pad_to_blocks(q_BTNH, k_BSKH, v_BSKH, starts_BT, first, chunk, chunk)
+    prefix_BT = tuple(jnp.concatenate([x, starts_BT[:, length:]], axis=1) for x in prefix_BT)  # none of added queries
     # The scale is folded into q once, instead of into every block of scores.
     q = (q_BTNH * scale).astype(q_BTNH.dtype)
     q = q.reshape(batch, -1, num_kv, num_heads // num_kv, head_dim).transpose(0, 2, 3, 1, 4)
@@ -35,7 +40,8 @@ def chunked(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N, first, *, softcap: float
     # One row at a time on CPU, where a loop costs nothing and each row skips its own blocks; all rows
     # together on accelerators, which need the width.
     rows = 1 if current_platform() == "cpu" else batch
-    out = _flash(q, k, v, starts_BT, jnp.asarray(first, jnp.int32), sinks_KG, _Static(softcap, chunk, rows))
+    first = jnp.asarray(first, jnp.int32)
+    out = _flash(q, k, v, (starts_BT, *prefix_BT), first, sinks_KG, _Static(softcap, chunk, rows))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, num_heads, head_dim)
     return out[:, :length]
 
@@ -50,40 +56,61 @@ def _block(x, index, chunk, axis):
     return jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis)
 
 
-def _scores(q_RKGCH, k_RKSH, starts_RC, i, j, first, softcap):
-    """Capped scores [R, K, G, C, C] of block i of queries and j of keys, and bool [R, 1, 1, C, C], which are seen."""
+def _scores(q_RKGCH, k_RKSH, bounds, i, j, first, softcap):
+    """Capped scores [R, K, G, C, C] of block i of queries and j of keys, and bool [R, 1, 1, C, C], which are seen.
+
+    ``bounds``: what each query of the block sees, int32 [R, C] each: the first key of its own document, and of rows
+    with shared prefixes the first key of its prefix and the one after its last.
+    """
+    starts_RC, *prefix_RC = bounds
     dtype, chunk = accumulation_dtype(q_RKGCH.dtype), starts_RC.shape[1]
     scores = soft_cap(jnp.einsum("rkgch,rksh->rkgcs", q_RKGCH, k_RKSH, preferred_element_type=dtype), softcap)
     offsets = jnp.arange(chunk, dtype=jnp.int32)
     key_index = j * chunk + offsets
     causal = key_index[None, :] <= (first + i * chunk + offsets)[:, None]
-    return scores, (causal & (key_index[None, None, :] >= starts_RC[:, :, None]))[:, None, None]
+    seen = causal & (key_index[None, None, :] >= starts_RC[:, :, None])
+    if prefix_RC:
+        lows, highs = (x[:, :, None] for x in prefix_RC)
+        seen |= (key_index >= lows) & (key_index < highs)
+    return scores, seen[:, None, None]
 
 
-def _keys_of(starts_RC, i, first):
-    """First block of keys that some query of block i may see, and one past the last."""
+def _keys_of(bounds, i, first):
+    """Numbers n of the blocks of keys that some query of block i may see, from the first to one past the last, and
+    the block of a number."""
+    starts_RC, *prefix_RC = bounds
     chunk = starts_RC.shape[1]
-    return starts_RC.min() // chunk, (first + (i + 1) * chunk - 1) // chunk + 1
+    begin, end = starts_RC.min() // chunk, (first + (i + 1) * chunk - 1) // chunk + 1
+    if not prefix_RC:
+        return begin, end, lambda n: n
+    # The prefix of the block's first document lies before it; those of others are among the blocks from ``begin`` on.
+    lows, highs = prefix_RC
+    prefix_begin = jnp.minimum(lows.min() // chunk, begin)
+    last = jnp.where(lows < starts_RC.min(), highs, 0).max()
+    prefix_end = jnp.clip((last + chunk - 1) // chunk, prefix_begin, begin)
+    gap = begin - prefix_end
+    return prefix_begin, end - gap, lambda n: jnp.where(n < prefix_end, n, n + gap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _flash(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static):
-    return _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static)[0]
+def _flash(q_BKGTH, k_BKSH, v_BKSH, bounds, first, sinks_KG, static: _Static):
+    return _flash_forward(q_BKGTH, k_BKSH, v_BKSH, bounds, first, sinks_KG, static)[0]
 
 
-def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: _Static):
+def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, bounds, first, sinks_KG, static: _Static):
     softcap, chunk, rows = static
     num_blocks, dtype = q_BKGTH.shape[3] // chunk, accumulation_dtype(q_BKGTH.dtype)
 
     def row_group(operands):
-        q, k, v, starts = operands
+        q, k, v, *bounds = operands
 
         def query_block(i):
-            q_i, starts_i = _block(q, i, chunk, 3), _block(starts, i, chunk, 1)
+            q_i, bounds_i = _block(q, i, chunk, 3), [_block(x, i, chunk, 1) for x in bounds]
+            begin, end, block_of = _keys_of(bounds_i, i, first)
 
-            def key_block(j, carry):
-                out, total, peak = carry
-                scores, visible = _scores(q_i, _block(k, j, chunk, 2), starts_i, i, j, first, softcap)
+            def key_block(n, carry):
+                (out, total, peak), j = carry, block_of(n)
+                scores, visible = _scores(q_i, _block(k, j, chunk, 2), bounds_i, i, j, first, softcap)
                 scores = jnp.where(visible, scores, MASKED)
                 new_peak = jnp.maximum(peak, scores.max(-1))
                 weights = jnp.exp(scores - new_peak[..., None])
@@ -102,40 +129,41 @@ def _flash_forward(q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, static: 
             else:  # a key seen before all others, whose value is 0
                 start = jnp.ones(shape, dtype), jnp.broadcast_to(sinks_KG[None, :, :, None], shape)
             start = jnp.zeros(q_i.shape, dtype), *start
-            out, total, peak = jax.lax.fori_loop(*_keys_of(starts_i, i, first), key_block, start)
+            out, total, peak = jax.lax.fori_loop(begin, end, key_block, start)
             return (out / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
         return jax.lax.map(query_block, jnp.arange(num_blocks, dtype=jnp.int32))
 
     # Rows in groups that are computed together: [B / R, R, ...].
-    groups = tuple(x.reshape(-1, rows, *x.shape[1:]) for x in (q_BKGTH, k_BKSH, v_BKSH, starts_BT))
+    groups = tuple(x.reshape(-1, rows, *x.shape[1:]) for x in (q_BKGTH, k_BKSH, v_BKSH, *bounds))
     out, logsumexp = jax.lax.map(row_group, groups)
     # [B/R, T/C, R, K, G, C, ...] -> [B, K, G, T, ...]
     out = jnp.moveaxis(out, 1, 4).reshape(q_BKGTH.shape)
     logsumexp = jnp.moveaxis(logsumexp, 1, 4).reshape(q_BKGTH.shape[:-1])
     # What backward needs besides the inputs: named here, where rematerialisation can keep both.
     out, logsumexp = checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
-    return out, (q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, out, logsumexp)
+    return out, (q_BKGTH, k_BKSH, v_BKSH, bounds, first, sinks_KG, out, logsumexp)
 
 
 def _flash_backward(static: _Static, residuals, grad_BKGTH):
     softcap, chunk, rows = static
-    q_BKGTH, k_BKSH, v_BKSH, starts_BT, first, sinks_KG, out, logsumexp = residuals
+    q_BKGTH, k_BKSH, v_BKSH, bounds, first, sinks_KG, out, logsumexp = residuals
     num_blocks, dtype = q_BKGTH.shape[3] // chunk, accumulation_dtype(q_BKGTH.dtype)
     # sum_s p_s dp_s of every query, by the identity of the flash attention paper (section 3.1 of the backward).
     dots = (grad_BKGTH.astype(dtype) * out.astype(dtype)).sum(-1)
 
     def row_group(operands):
-        q, k, v, starts, grad, dots, logsumexp = operands
+        q, k, v, grad, dots, logsumexp, *bounds = operands
 
         def query_block(carry, i):
-            starts_i = _block(starts, i, chunk, 1)
+            bounds_i = [_block(x, i, chunk, 1) for x in bounds]
+            begin, end, block_of = _keys_of(bounds_i, i, first)
             q_i, grad_i, dots_i, lse_i = (_block(x, i, chunk, 3) for x in (q, grad, dots, logsumexp))
 
-            def key_block(j, carry):
-                dq_i, dk, dv = carry
+            def key_block(n, carry):
+                (dq_i, dk, dv), j = carry, block_of(n)
                 k_j, v_j = _block(k, j, chunk, 2), _block(v, j, chunk, 2)
-                scores, visible = _scores(q_i, k_j, starts_i, i, j, first, softcap)
+                scores, visible = _scores(q_i, k_j, bounds_i, i, j, first, softcap)
                 weights = jnp.exp(jnp.where(visible, scores, MASKED) - lse_i[..., None])
                 dv_j = jnp.einsum("rkgcs,rkgch->rksh", weights.astype(grad.dtype), grad_i, preferred_element_type=dtype)
                 dweights = jnp.einsum("rkgch,rksh->rkgcs", grad_i, v_j, preferred_element_type=dtype)
@@ -151,14 +179,14 @@ def _flash_backward(static: _Static, residuals, grad_BKGTH):
                 return dq_i, add(dk, dk_j), add(dv, dv_j)
 
             start = jnp.zeros(q_i.shape, dtype), *carry
-            dq_i, dk, dv = jax.lax.fori_loop(*_keys_of(starts_i, i, first), key_block, start)
+            dq_i, dk, dv = jax.lax.fori_loop(begin, end, key_block, start)
             return (dk, dv), dq_i.astype(q.dtype)
 
         start = jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype)
         (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(num_blocks, dtype=jnp.int32))
         return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
-    operands = q_BKGTH, k_BKSH, v_BKSH, starts_BT, grad_BKGTH, dots, logsumexp
+    operands = q_BKGTH, k_BKSH, v_BKSH, grad_BKGTH, dots, logsumexp, *bounds
     dq, dk, dv = jax.lax.map(row_group, tuple(x.reshape(-1, rows, *x.shape[1:]) for x in operands))
     dq = jnp.moveaxis(dq, 1, 4).reshape(q_BKGTH.shape)
     return dq, dk.reshape(k_BKSH.shape), dv.reshape(v_BKSH.shape), None, None, sink_gradient(sinks_KG, logsumexp, dots)

@@ -1,7 +1,9 @@
 """Causal attention over packed rows.
 
 A document is a maximal run of equal ``segment_ids`` in a row; a query sees the keys of its own document up
-to itself, the last ``window`` of them where there is a window, and nothing else. Back ends stand behind
+to itself, the last ``window`` of them where there is a window, and nothing else. Where several documents begin alike,
+as the answers to a prompt do, the beginning may stand in the row once: then each query of theirs sees a second
+interval, a shared prefix, and windows count as if it stood before each of them. Back ends stand behind
 ``attention``; ``select_backend`` says which one runs:
 
 - "chunked": plain XLA, on every platform; the reference.
@@ -10,7 +12,8 @@ to itself, the last ``window`` of them where there is a window, and nothing else
 
 Each computes ``backend(q_BTNH, k_BSKH, v_BSKH, starts_BT, sinks_N or None, first, *, softcap, scale)``: query t, whose
 index among the keys is first + t, sees the keys starts[b, t]..first + t. That one array is the whole mask of a
-packed row: document, window and, where a device has a part of the row, its place.
+packed row: document, window and, where a device has a part of the row, its place. "chunked" alone takes two more
+arrays, a second interval of keys for each query.
 
 Context parallelism: over the mesh axis ``sequence`` each device has T / sequence queries of every row and gathers the
 keys and values of the whole row; backward scatters the sum of their gradients. Gathered, they are 2 T K H numbers of
@@ -36,6 +39,7 @@ from postrain.errors import UserError
 from postrain.models.attention.chunked import MASKED, chunked, soft_cap
 from postrain.models.config import ModelConfig, accumulation_dtype
 from postrain.sharding import BATCH_AXES, current_platform, gpu_capability
+from postrain.types import Prefix
 
 TRITON_CAPABILITY = 8.0  # of NVIDIA's GPUs, the least that Triton compiles for
 BACKENDS = ("chunked", "flash_tpu", "flash_gpu")
@@ -61,6 +65,20 @@ def select_backend(name: str) -> str:
     return name
 
 
+def sees_prefixes(name: str) -> bool:
+    """Whether the back end that ``model.attention`` asks for computes shared prefixes on the devices."""
+    return select_backend(name) == "chunked"
+
+
+def _select_for_prefixes(name: str) -> str:
+    if name == "auto" or sees_prefixes(name):
+        return "chunked"
+    raise UserError(
+        f"config key 'model.attention' = {name!r} computes no shared prompts: set it to auto or chunked, or "
+        "'data.share_prompts' to off"
+    )
+
+
 def load_kernel(name: str) -> Callable:
     """The back end of that name, which is not "chunked". Imported where it is needed: Pallas takes a while."""
     return getattr(importlib.import_module(f"postrain.models.attention.{_PLATFORMS[name]}"), name)
@@ -79,6 +97,22 @@ def compute_visible_starts(segment_ids_BT: jax.Array, window: jax.Array | int | 
     return jnp.where(window > 0, jnp.maximum(starts_BT, index - window + 1), starts_BT)
 
 
+def compute_visible_prefix(
+    prefix: Prefix, starts_BT: jax.Array, positions_BT: jax.Array, window: jax.Array | int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The first key of the prefix that each query sees and the one after its last, int32 [B, T] both.
+
+    Both are ``starts_BT``, that of ``compute_visible_starts``, where there is none. ``positions_BT`` go on from the
+    prefix, so that a window reaches into its end from the beginning of every document.
+    """
+    lows_BT = prefix.starts
+    if window is not None:
+        seen = prefix.starts + positions_BT - window + 1
+        lows_BT = jnp.where(window > 0, jnp.maximum(lows_BT, seen), lows_BT)
+    is_none = lows_BT >= prefix.ends
+    return jnp.where(is_none, starts_BT, lows_BT), jnp.where(is_none, starts_BT, prefix.ends)
+
+
 def attention(
     q_BTNH,
     k_BTKH,
@@ -86,6 +120,7 @@ def attention(
     *,
     segment_ids,
     positions,
+    prefix: Prefix | None = None,
     window=None,
     sinks=None,
     softcap: float = 0.0,
@@ -96,26 +131,28 @@ def attention(
     """Softmax(softcap(q k^T scale)) v within each document, [B, T, N, H] in q's dtype; softmax in its
     ``accumulation_dtype``.
 
-    ``segment_ids`` [B, T] delimit the documents. ``positions`` [B, T] must restart with each document: they
-    are required so that nobody forgets them where they matter (rotary embedding); causality and windows go by
-    the order in the row. ``window``: keys that a query sees, itself included, 0 = all; it may be traced.
+    ``segment_ids`` [B, T] delimit the documents. ``positions`` [B, T] must restart with each document, or go on from
+    the end of its prefix. They are required so that nobody forgets them where they matter, the rotary embedding;
+    causality and windows go by the order in the row, but where a window reaches into a prefix. ``prefix``: what
+    documents share; "auto" computes it by "chunked", the kernels refuse it (UserError). ``window``: keys that a query
+    sees, itself included, 0 = all; it may be traced.
     ``sinks`` [N]: a logit of each head that takes its share of the softmax and gives nothing. ``softcap``: see
     ``soft_cap``. ``scale``: default 1 / sqrt(H).
     """
-    del positions  # in the order of the row by contract
     starts_BT = compute_visible_starts(segment_ids, window)
+    prefix_BT = () if prefix is None else compute_visible_prefix(prefix, starts_BT, positions, window)
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     sinks_N = None if sinks is None else sinks.astype(accumulation_dtype(q_BTNH.dtype))
-    name = select_backend(backend)
+    name = select_backend(backend) if prefix is None else _select_for_prefixes(backend)
     body = functools.partial(chunked, chunk=chunk) if name == "chunked" else load_kernel(name)
     body = functools.partial(body, softcap=softcap, scale=scale)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return body(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, 0)
-    return _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, mesh)
+        return body(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, 0, *prefix_BT)
+    return _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, prefix_BT, mesh)
 
 
-def _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, mesh):
+def _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, prefix_BT, mesh):
     """Every device computes its own rows, heads and queries; only over ``sequence`` does it need others' keys."""
     ways = mesh.shape.get("tensor", 1)
     num_heads, num_kv = q_BTNH.shape[2], k_BTKH.shape[2]
@@ -133,17 +170,17 @@ def _sharded(body, q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, mesh):
     sequence = "sequence" if parts > 1 and q_BTNH.shape[1] % parts == 0 else None
     rows = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
 
-    def local(q, k, v, starts, sinks):
+    def local(q, k, v, starts, sinks, *prefix):
         first = 0
         if sequence:
             k, v = (jax.lax.all_gather(x, sequence, axis=1, tiled=True) for x in (k, v))
             first = jax.lax.axis_index(sequence) * q.shape[1]
-        return body(q, k, v, starts, sinks, first)
+        return body(q, k, v, starts, sinks, first, *prefix)
 
-    spec = P(rows, sequence, heads, None)
-    specs = spec, spec, spec, P(rows, sequence), (None if sinks_N is None else P(heads))
+    spec, per_query = P(rows, sequence, heads, None), P(rows, sequence)
+    specs = spec, spec, spec, per_query, (None if sinks_N is None else P(heads)), *(per_query for _ in prefix_BT)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return mapped(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N)
+    return mapped(q_BTNH, k_BTKH, v_BTKH, starts_BT, sinks_N, *prefix_BT)
 
 
 def cached_attention(
