@@ -61,7 +61,7 @@ def _middle(answers: Answers, beta: float) -> jax.Array:
 
 
 UNPAIRED: dict[str, tuple[Shift, Callable[[jax.Array], jax.Array]]] = {
-    "kto": (_drift, lambda margin: sigmoid(-margin)),  # arXiv:2402.01306, eq. 8
+    "kto": (_drift, lambda margin: sigmoid(-margin)),  # arXiv:2402.01306, eq. 7
     "bco": (_middle, lambda margin: -log_sigmoid(margin)),  # arXiv:2404.04656, its shift over the update
     "apo_zero_unpaired": (lambda answers, beta: jnp.zeros(()), lambda margin: sigmoid(-margin)),  # arXiv:2408.06266
 }

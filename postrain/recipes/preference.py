@@ -14,13 +14,13 @@ by their number. Losses of single answers (KTO, BCO) read rows with a label in p
 
 import functools
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from postrain.config import UNPAIRED_LOSSES, Config, choose_reference, find_row_kind
-from postrain.data.batches.in_memory import ExampleSet
-from postrain.data.documents import AS_RENDERED, Layout, Preparation
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation
 from postrain.data.kinds import labelled
 from postrain.data.kinds.preference import LAYOUT, check_groups
 from postrain.data.mismatched import add_mismatched
@@ -61,8 +61,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         rows = open_train_rows(session, **own, preparation=prepare(config))
         held_out = open_eval_rows(session, **own, preparation=prepare(config))
         total_steps = count_steps(session, rows)
-        if unpaired and rows.example_set is not None:
-            rows.summary += f"\n{format_labels(config, rows.example_set)}"
+        if unpaired and rows.documents:
+            rows.summary += f"\n{format_labels(config, rows.documents)}"
 
         model, reference = load_model(config, session.model_folder, session.mesh), choose_reference(config)
         model = hold_reference(model) if reference == "live" else model
@@ -93,9 +93,9 @@ def prepare(config: Config) -> Preparation:
     return Preparation("with mismatched answers", together=together)
 
 
-def format_labels(config: Config, rows: ExampleSet) -> str:
+def format_labels(config: Config, documents: Sequence[Document]) -> str:
     """Lines about the labels of the rows. Raises UserError where all have the same."""
-    options, counts = config.preference, labelled.count_labels(rows.examples)
+    options, counts = config.preference, labelled.count_labels(documents)
     text = f"labels      {counts[1]:,} true, {counts[0]:,} false"
     if options.loss != "kto":
         return text
@@ -108,8 +108,8 @@ def format_labels(config: Config, rows: ExampleSet) -> str:
             f": {weighted[0] / weighted[1]:.2f} to 1 by their weights, where 1 to 1.33 is advised (arXiv:2402.01306): "
             f"set 'preference.{key}' to {value:.3g}"
         )
-    pairs = [group.sequences[1] for group in rows.examples if len(group.sequences) == 2]
-    alone, cut = len(rows.examples) - len(pairs), sum(one.truncated for one in pairs)
+    pairs = [group.sequences[1] for group in documents if len(group.sequences) == 2]
+    alone, cut = len(documents) - len(pairs), sum(one.truncated for one in pairs)
     return text + (
         f"\nmismatched  {len(pairs):,} answers to other prompts, {cut:,} of them cut to fit beside the row's own; "
         f"{alone:,} rows without one"

@@ -208,9 +208,11 @@ def test_settings_that_contradict_each_other_are_refused(inputs, answers, tmp_pa
 def test_rows_that_tell_nothing_are_refused(inputs, tmp_path, rows, words):
     lines = [json.dumps(dict(zip(("prompt", "completion", "label"), row, strict=True))) for row in rows]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=words) as caught:
-        postrain.train(values_of(inputs, tmp_path, data={"eval": []}), tmp_path / "run")
-    assert "\n" not in str(caught.value)
+    for mixture in ({}, {"temperature": 2.0}):
+        with pytest.raises(UserError, match=words) as caught:
+            data = {"eval": [], "mixture": mixture}
+            postrain.train(values_of(inputs, tmp_path, data=data), tmp_path / "run")
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_does_not_start_from_an_adapter_whose_base_would_be_its_reference(inputs, answers, tmp_path):
