@@ -154,7 +154,7 @@ def save_classifier(
     def finish(temporary: pathlib.Path) -> None:
         described = _make_config(raw, family, head, labels) | {"vocab_size": config.vocab_size}
         if tokenizer is not None:
-            described["pad_token_id"] = None if (pad := choose_pad(tokenizer)) is None else pad[1]
+            described["pad_token_id"] = None if (pad := choose_pad(tokenizer, config.vocab_size)) is None else pad[1]
         if dtype != "as_loaded":
             described |= dict.fromkeys([key for key in DTYPE_KEYS if key in raw] or DTYPE_KEYS[:1], dtype)
         text = json.dumps(described, indent=2, ensure_ascii=False)
@@ -168,17 +168,18 @@ def save_classifier(
     write_folder(folder, announced, fetch, finish, source_folder=source_folder, max_shard_bytes=5 * 10**9)
 
 
-def choose_pad(tokenizer: Tokenizer) -> tuple[str, int] | None:
+def choose_pad(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, int] | None:
     """The token to pad texts with that ends none of them, and its id; None where the tokenizer has no such token.
 
-    The tokenizer's own where it is one, else its beginning of text, its unknown token or another special one.
+    The tokenizer's own where it is one, else its beginning of text, its unknown token or another special one; below
+    ``vocab_size``, that of the model.
     """
     ends = {tokenizer.eos_id, tokenizer.fast.token_to_id(find_answer_end(tokenizer))}
     named = [tokenizer.special_tokens.get(key) for key in ("pad_token", "bos_token", "unk_token")]
     found = [(text, tokenizer.fast.token_to_id(text)) for text in named if text is not None]
     others = sorted(tokenizer.control_tokens.items(), key=lambda item: item[1])
     found += [(text, i) for text, i in others if i not in tokenizer.stop_ids]
-    return next(((text, i) for text, i in found if i is not None and i not in ends), None)
+    return next(((text, i) for text, i in found if i is not None and i < vocab_size and i not in ends), None)
 
 
 def _make_config(raw: dict, family: Family, head: HeadConfig, labels: Sequence[str]) -> dict:

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,9 @@ def score_file(
     if len(model.labels) > 1 and any(one.steps for one in texts):
         raise UserError(f"{source}: steps need a model of one output; this one has {', '.join(model.labels)}")
     rendered = list(_render(texts, model.tokenizer, system))
+    if longer := sum(one.slots > model.config.max_positions for of_row in rendered for one in of_row):
+        limit = f"the {model.config.max_positions:,} positions that the model was pre-trained for"
+        print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
     owners = [i for i, documents in enumerate(rendered) for _ in documents]  # of every document its row
     found: dict[int, dict[int, np.ndarray]] = {}
     with keep_lines(output, len(rows), "scores") as add:

@@ -13,6 +13,8 @@ from postrain.config import DataConfig, SourceConfig
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.kinds.preference import parse_preference, render_preferences
 from postrain.data.rendering.tokenizer import load_tokenizer
+from postrain.hf.classifier import choose_pad
+from postrain.hf.folders import find_answer_end
 
 OPTIONS = {"template_date": "2024-07-26", "default_system": ""}
 TOOL = {"name": "w", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
@@ -126,3 +128,22 @@ def test_a_column_may_be_null_in_one_file_and_objects_in_the_next(tmp_path):
     examples = load_examples((source,), tokenizer, DataConfig(train=(source,), sequence_length=512)).examples
     expected = [render_row(row, tokenizer)[0] for row in (chats[0], chats[1] | {"tools": [TOOL]})]
     assert [e.tokens.tolist() for e in examples] == [e.tokens.tolist() for e in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "pad"),
+    [
+        ("llama3", "llama3", "<|finetune_right_pad_id|>"),
+        ("qwen3", "qwen3", "<|endoftext|>"),  # stops serving too, but ends no answer
+        ("smollm3", "smollm3", "<|begin_of_text|>"),  # whose padding is its end token
+        ("phi3", "phi3", "<s>"),  # whose padding ends plain text
+        ("granite3_3", "granite3_3", "<fim_prefix>"),  # whose beginning, end and padding are one token
+    ],
+)
+def test_the_padding_token_of_real_tokenizers_ends_no_text(name, template, pad):
+    """transformers finds the token that it scores by its value: the last that is no padding (its issue 35352)."""
+    tokenizer = load_real(name, template)
+    found = choose_pad(tokenizer, 200_000)
+    assert found == (pad, tokenizer.fast.token_to_id(pad))
+    assert found[1] not in {tokenizer.eos_id, tokenizer.fast.token_to_id(find_answer_end(tokenizer))}
+    assert choose_pad(tokenizer, 0) is None, "no id that the model has no row for"

@@ -99,6 +99,12 @@ def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path):
     assert score({"prompt": "hi", "generated": {"text": " ", "finished": True}}) is None
 
 
+def test_texts_longer_than_the_model_knows_are_told(scorer, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "a" * 512}])
+    scoring.score_file(scorer, path, str(tmp_path / "out.jsonl"))
+    assert "warning: 1 of the texts are longer than the 512 positions that the model" in capsys.readouterr().err
+
+
 def test_classes_have_names_and_probabilities(tmp_path):
     folder = make_classifier(tmp_path, 3, ("low", "middle", "high"))
     path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "some more"}])
