@@ -99,7 +99,14 @@ ALLOWED = {
         },
     ),
     "training/compatibility.py": ("names of folders", {"int(path.name)"}),
-    "training/model.py": ("the config; a list of ids", {"bool(config.model.lora.rank)", "np.asarray(pairs, np.int32)"}),
+    "training/model.py": (
+        "the config; a list of ids; names of parameters",
+        {
+            "bool(config.model.lora.rank)",
+            "np.asarray(pairs, np.int32)",
+            "bool(model.frozen.keys() & param_specs(model.config).keys())",
+        },
+    ),
     "training/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
     "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),

@@ -120,8 +120,8 @@ def count_params(model: Model) -> tuple[int, int]:
     """(trained, frozen) numbers of parameters, those of a teacher too; a quantised parameter counts as one."""
     count = lambda config: num_params(shapes_of(param_specs(config)))
     base, teacher = count(model.config), count(model.teacher) if model.teacher else 0
-    own = model.frozen.keys() - {TEACHER}
-    return (num_params(model.params), base + teacher) if own else (base, teacher)
+    has_frozen_base = bool(model.frozen.keys() & param_specs(model.config).keys())
+    return (num_params(model.params), base + teacher) if has_frozen_base else (base, teacher)
 
 
 def make_lora_config(section: LoraSection) -> LoraConfig | None:
