@@ -43,6 +43,7 @@ from postrain.sharding import make_mesh, mesh_context, num_row_shards, replicate
 from postrain.training.compatibility import check_record
 from postrain.training.model import Model, load_model
 from postrain.training.optimizer import make_optimizer
+from postrain.training.reference import HELD
 from postrain.training.session import Session
 from postrain.training.step import abstract_train_state
 from postrain.trees import flatten, unflatten
@@ -100,10 +101,11 @@ def write_export(
     if os.path.realpath(folder) == os.path.realpath(source_folder):
         raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
+    frozen = {key: value for key, value in state.frozen.items() if key != HELD}
     target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
-        note = write(staged, params, state.frozen, target)
+        note = write(staged, params, frozen, target)
         if jax.process_count() > 1:  # not moved before every process has read it
             multihost_utils.sync_global_devices("export checked")
     if jax.process_count() > 1:

@@ -76,17 +76,25 @@ def test_the_commands_of_the_readme_run(folder):
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
-def test_the_command_of_the_page_on_preferences_runs(folder):
+def test_the_commands_of_the_page_on_preferences_run(folder):
     rows = [
         {"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither of the two"} for i in range(6)
     ]
     for name in ("pairs", "held_out_pairs"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [words] = read_commands(ROOT / "docs" / "preference.md")
-    words = [re.sub(r"(held_out_)?pairs\.jsonl", rf"{folder}/\g<0>", word) for word in words]
-    result = run(in_small(words, folder))
-    assert result.returncode == 0, result.stderr
-    assert (folder / "runs" / "dpo" / "export" / "model.safetensors").exists()
+    answers = [
+        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+        for row in rows
+        for kind in ("chosen", "rejected")
+    ]
+    for name in ("answers", "held_out_answers"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    commands = read_commands(ROOT / "docs" / "preference.md")
+    for name, words in zip(("dpo", "kto"), commands, strict=True):
+        words = [re.sub(r"(held_out_)?(pairs|answers)\.jsonl", rf"{folder}/\g<0>", word) for word in words]
+        result = run(in_small(words, folder))
+        assert result.returncode == 0, result.stderr
+        assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
 def test_the_commands_of_the_page_on_distillation_run(folder, capfd):

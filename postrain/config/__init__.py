@@ -13,6 +13,8 @@ from postrain.config.load import (
 from postrain.config.row_kinds import find_row_kind, format_reader
 from postrain.config.rules import choose_reference
 from postrain.config.schema import (
+    REFERENCE_FREE,
+    UNPAIRED_LOSSES,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -34,6 +36,8 @@ from postrain.config.schema import (
 )
 
 __all__ = [
+    "REFERENCE_FREE",
+    "UNPAIRED_LOSSES",
     "CheckpointConfig",
     "Config",
     "DataConfig",

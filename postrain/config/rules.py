@@ -5,6 +5,9 @@ import typing
 
 from postrain.config.row_kinds import find_row_kind
 from postrain.config.schema import (
+    REFERENCE_FREE,
+    UNPAIRED_LOSSES,
+    WHOLE_UPDATE_LOSSES,
     AnswerMetric,
     Config,
     DataConfig,
@@ -244,13 +247,14 @@ PREFERENCE_KEYS = {
     **{loss: {"label_smoothing", "target_margin", "per_token"} for loss in ("cpo", "simpo")},
     **{loss: _MARGIN_KEYS for loss in ("hinge", "ipo", "discopop")},
     **{loss: {"label_smoothing"} for loss in ("aot", "aot_unpaired")},
+    **{loss: {"desirable_weight", "undesirable_weight"} for loss in UNPAIRED_LOSSES},
 }
 
 
 def _check_preference(config: Config) -> None:
     section, default = config.preference, PreferenceSection()
     where = f"config key 'preference.loss' = {section.loss!r}"
-    for key in ("label_smoothing", "target_margin", "per_token", "divergence", "divergence_alpha"):
+    for key in sorted(set().union(*PREFERENCE_KEYS.values())):
         if getattr(section, key) != getattr(default, key) and key not in PREFERENCE_KEYS.get(section.loss, set()):
             raise UserError(f"{where} does not read 'preference.{key}': leave it out, or choose another loss")
     if section.divergence_alpha != default.divergence_alpha and section.divergence != "alpha":
@@ -261,17 +265,23 @@ def _check_preference(config: Config) -> None:
         raise UserError(
             f"{where} is by its paper a sum with -log p of the chosen answers: set 'preference.nll_coef', usually to 1"
         )
-    if section.loss in ("aot", "aot_unpaired") and config.train.micro_batches > 1:
-        raise UserError(f"{where} compares all pairs of an update with each other: set 'train.micro_batches' to 1")
+    if section.loss in WHOLE_UPDATE_LOSSES and config.train.micro_batches > 1:
+        what = "answers" if section.loss in UNPAIRED_LOSSES else "pairs"
+        raise UserError(f"{where} compares all {what} of an update with each other: set 'train.micro_batches' to 1")
+    if section.loss == "kto" and config.data.streaming:
+        raise UserError(
+            f"{where} pairs each prompt with the answer to another one, for which all rows must be known beforehand: "
+            "set 'data.streaming' to False, or use the loss 'bco' or 'apo_zero_unpaired'"
+        )
     _check_reference(config)
     if config.eval.generate_rows:
         raise UserError("config key 'eval.generate_rows': rows of preferences have no one answer to score: set it to 0")
 
 
 def choose_reference(config: Config) -> str:
-    """Where recipe preference has its reference from: "none", "base" or "cached"."""
+    """Where recipe preference has its reference from: "none", "base", "cached" or "live"."""
     section, lora = config.preference, config.model.lora.rank
-    if section.loss in ("cpo", "simpo", "orpo"):
+    if section.loss in REFERENCE_FREE:
         return "none"
     if section.reference == "auto":
         return "base" if lora and not has_new_tokens(config) else "cached"
@@ -297,7 +307,8 @@ def _check_reference(config: Config) -> None:
         which = "'data.streaming'" if config.data.streaming else "a mixture of sources"
         raise UserError(
             f"the reference of recipe 'preference' is computed once for all rows, which {which} does not have: leave "
-            "it out, or train adapters ('model.lora.rank' above 0), whose reference is the model without them"
+            "it out, or train adapters ('model.lora.rank' above 0), whose reference is the model without them, or set "
+            "'preference.reference' to 'live', which keeps the starting model in memory"
         )
 
 

@@ -302,22 +302,26 @@ _Unpaired = Literal["kto", "bco", "apo_zero_unpaired"]  # of single answers, eac
 PreferenceLoss = Literal[_OfMargins, _OfEachAnswer, _WithoutReference, _Unpaired]
 REFERENCE_FREE: tuple[str, ...] = get_args(_WithoutReference)
 UNPAIRED_LOSSES: tuple[str, ...] = get_args(_Unpaired)
+WHOLE_UPDATE_LOSSES = ("aot", "aot_unpaired", "kto", "bco")  # with statistics of all rows of an update
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSection:
-    """The loss of recipe preference; docs/preference.md has the formulas of ``objectives/preference.py``."""
+    """The loss of recipe preference; docs/preference.md has its formulas."""
 
-    loss: PreferenceLoss = "sigmoid"  # of a pair; sigmoid is DPO
-    # base: the model without its adapters; cached: the starting model, whose log p of all rows is computed once
-    reference: Literal["auto", "base", "cached"] = "auto"  # auto: base with adapters, cached without
+    loss: PreferenceLoss = "sigmoid"  # of a pair; sigmoid is DPO; kto, bco and apo_zero_unpaired of single answers
+    # base: the model without its adapters; cached: the starting model, whose log p of all rows is computed once; live:
+    # a copy of what trains, as it was at the start, in memory beside it
+    reference: Literal["auto", "base", "cached", "live"] = "auto"  # auto: base with adapters, cached without
     beta: Positive = 0.1  # factor of the margin: the larger, the nearer to the reference
     label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0  # the probability that a pair is the wrong way round
     target_margin: NotNegative = 0.0  # by how much the chosen answer is to lead, after beta (simpo's gamma)
     per_token: bool = False  # scores by the answers' lengths: log p of the mean token
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"  # from the reference
     divergence_alpha: Positive = 0.5  # of divergence alpha; 1 is reverse_kl
-    nll_coef: NotNegative = 0.0  # factor of the second loss, -log p of the chosen answers' tokens
+    nll_coef: NotNegative = 0.0  # factor of the second loss, -log p of the chosen (desirable) answers' tokens
+    desirable_weight: Positive = 1.0  # of single answers, the factor of the loss of those with label true
+    undesirable_weight: Positive = 1.0  # and of those with label false
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,7 +108,8 @@ class Preparation:
     Attributes:
       name: of it, with whatever it was made from: part of the data fingerprint.
       each: of every document, before its length is judged.
-      together: of all documents of a data set in memory, in their order: as many, each at most as long as before.
+      together: of all documents of a data set in memory, in their order: as many, none of which takes more than
+        ``sequence_length`` slots.
     """
 
     name: str = ""

@@ -211,7 +211,6 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "simpo": _logistic,  # arXiv:2405.14734: per token, target_margin is its gamma
     "orpo": _orpo,  # arXiv:2403.07691, with nll_coef
 }
-REFERENCE_FREE = ("cpo", "simpo", "orpo")
 PER_TOKEN = ("ipo", "simpo")  # whatever the option says
 
 

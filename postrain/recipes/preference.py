@@ -6,65 +6,76 @@ Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its 
 loss of a pair falls with its margin, which is how much more the chosen answer has gained over the reference than the
 rejected one. The reference is the model that training starts from. With adapters it is the model without them, which
 start without any effect; else its logprobs of all rows are computed before the first update. So no second model is in
-memory.
+memory, unless ``preference.reference`` is "live".
 
 The answers to a prompt are segments of one packed row. The loss of an update is the mean over its pairs, divided once
-by their number.
+by their number. Losses of single answers (KTO, BCO) read rows with a label in place of pairs.
 """
 
 import functools
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
-from postrain.config import Config, choose_reference
-from postrain.data.documents import Layout
+from postrain.config import UNPAIRED_LOSSES, Config, choose_reference, find_row_kind
+from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation
+from postrain.data.kinds import labelled
 from postrain.data.kinds.preference import LAYOUT, check_groups
+from postrain.data.mismatched import add_mismatched
 from postrain.export import export_state
 from postrain.models.lora import drop_adapters
 from postrain.objectives.preference import make_preference_loss
+from postrain.objectives.unpaired import make_unpaired_loss
 from postrain.report.page import Chart
-from postrain.training.evaluate import make_loss_evaluator
+from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.reference import FIELD as REFERENCE
-from postrain.training.reference import add_reference_logprobs
+from postrain.training.reference import add_reference_logprobs, hold_reference, take_reference
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import open_session
 
 CHARTS = (
-    Chart("Loss per pair", ("train/loss", "eval/loss")),
-    Chart("Share of pairs in the right order", ("train/rewards/accuracies", "eval/rewards/accuracies"), 0.0, 1.0),
+    Chart("Loss per pair or answer", ("train/loss", "eval/loss")),
+    Chart("Share in the right order", ("train/rewards/accuracies", "eval/rewards/accuracies"), 0.0, 1.0),
     Chart("Reward margin", ("train/rewards/margins", "eval/rewards/margins")),
     Chart("log p of the chosen answer", ("train/logps/chosen", "eval/logps/chosen")),
     Chart("log p of the rejected answer", ("train/logps/rejected", "eval/logps/rejected")),
+    Chart("Mean ratio of answers to other prompts", ("train/kl", "eval/kl")),
     Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
 )
 
 
 def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
-    """Trains ``config.model.path``, or adapters of it, on ``config.data.train``, rows of kind preference.
+    """Trains ``config.model.path``, or adapters of it, on ``config.data.train``, rows of kind preference or labelled.
 
     Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
     """
     with open_session(config, workdir) as session:
+        unpaired = config.preference.loss in UNPAIRED_LOSSES
         check = functools.partial(check_groups, lists=config.preference.loss == "softmax")
-        rows = open_train_rows(session, kind="preference", check=check)
-        held_out = open_eval_rows(session, kind="preference", check=check)
+        own = {"kind": find_row_kind(config), "check": labelled.check_two_labels if unpaired else check}
+        rows = open_train_rows(session, **own, preparation=prepare(config))
+        held_out = open_eval_rows(session, **own, preparation=prepare(config))
         total_steps = count_steps(session, rows)
+        if unpaired and rows.documents:
+            rows.summary += f"\n{format_labels(config, rows.documents)}"
 
-        model = load_model(config, session.model_folder, session.mesh)
+        model, reference = load_model(config, session.model_folder, session.mesh), choose_reference(config)
+        model = hold_reference(model) if reference == "live" else model
         program = make_program(config, model, session.mesh, total_steps)
         session.print_summary(model, program, rows, held_out)
 
         add_reference = None
-        if choose_reference(config) == "cached":
+        if reference == "cached":
             forward = Forward(model.config, chunk=config.model.loss_chunk)
             add_reference = functools.partial(add_reference_logprobs, session, model, forward)
             rows.extend = add_reference(rows.example_set)
         evaluators = [] if held_out is None else [make_loss_evaluator(session, program, held_out, add_reference)]
+        evaluators = [measure_margin(evaluate) for evaluate in evaluators] if unpaired else evaluators
         with open_loop(session, program, model, rows, total_steps, evaluators, held_out) as loop:
             for batch in loop:
                 loop.state, metrics = program.train_step(loop.state, batch)
@@ -74,17 +85,67 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return session.write_report(rows, held_out, CHARTS)
 
 
+def prepare(config: Config) -> Preparation:
+    """What is made of the rendered documents: KTO needs answers to other prompts beside them."""
+    if config.preference.loss != "kto":
+        return AS_RENDERED
+    together = functools.partial(add_mismatched, slots=config.data.sequence_length, seed=config.data.seed)
+    return Preparation("with mismatched answers", together=together)
+
+
+def format_labels(config: Config, documents: Sequence[Document]) -> str:
+    """Lines about the labels of the rows. Raises UserError where all have the same."""
+    options, counts = config.preference, labelled.count_labels(documents)
+    text = f"labels      {counts[1]:,} true, {counts[0]:,} false"
+    if options.loss != "kto":
+        return text
+    weighted = counts[1] * options.desirable_weight, counts[0] * options.undesirable_weight
+    if not 1 <= weighted[0] / weighted[1] <= 4 / 3:
+        key, value = "desirable_weight", weighted[1] / counts[1]
+        if weighted[0] > weighted[1]:
+            key, value = "undesirable_weight", weighted[0] / counts[0]
+        text += (
+            f": {weighted[0] / weighted[1]:.2f} to 1 by their weights, where 1 to 1.33 is advised (arXiv:2402.01306): "
+            f"set 'preference.{key}' to {value:.3g}"
+        )
+    pairs = [group.sequences[1] for group in documents if len(group.sequences) == 2]
+    alone, cut = len(documents) - len(pairs), sum(one.truncated for one in pairs)
+    return text + (
+        f"\nmismatched  {len(pairs):,} answers to other prompts, {cut:,} of them cut to fit beside the row's own; "
+        f"{alone:,} rows without one"
+    )
+
+
+def measure_margin(evaluate: Evaluator) -> Evaluator:
+    """``evaluate``, and how far the mean rewards of both labels are apart, where it has both."""
+
+    def measure(state, step: int) -> dict[str, float]:
+        found = evaluate(state, step)
+        if not 0 < found["eval/desirable"] < 1:
+            return found
+        return found | {"eval/rewards/margins": found["eval/rewards/chosen"] - found["eval/rewards/rejected"]}
+
+    return measure
+
+
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
     forward, options = Forward(model.config, chunk=config.model.loss_chunk), config.preference
-    layout, reference = LAYOUT, None
+    unpaired, reference = options.loss in UNPAIRED_LOSSES, None
+    arrays = dict(labelled.LAYOUT.arrays if unpaired else LAYOUT.arrays)
+    if options.loss == "kto":  # its documents are groups
+        arrays["group_ids"] = LAYOUT.arrays["group_ids"]
     match choose_reference(config):
         case "base":
             reference = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs
         case "cached":
             reference = lambda params, batch: batch.fields[REFERENCE]
-            layout = Layout({**LAYOUT.arrays, REFERENCE: (np.dtype(np.float32), ())})
-    make_loss = functools.partial(make_preference_loss, forward.logprobs, reference, options)
+            arrays[REFERENCE] = np.dtype(np.float32), ()
+        case "live":
+            model = hold_reference(model)  # that of a plan has none yet
+            reference = lambda params, batch: forward.logprobs(take_reference(params), batch)[0].logprobs
+    make = make_unpaired_loss if unpaired else make_preference_loss
+    make_loss = functools.partial(make, forward.logprobs, reference, options)
     return build_program(
         config,
         model,
@@ -93,5 +154,5 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         loss_fn=make_loss(),
         eval_loss_fn=make_loss(router_losses=False),
         loss_coefs={"nll": options.nll_coef} if options.nll_coef else None,
-        layout=layout,
+        layout=Layout(arrays),
     )

@@ -116,10 +116,13 @@ def format_config_changes(record: RunRecord, config: Config, held_out: dict | No
     ``held_out``: fingerprint of the held-out rows; None: there are none.
     """
     before, after = flatten(record.config), flatten(to_dict(config))
+    harmless = HARMLESS
+    if config.sft.noise:  # it is drawn for each micro-batch
+        harmless = tuple(key for key in harmless if key != "train.micro_batches")
     changed = [
         f"{key} {before.get(key)!r} -> {after.get(key)!r}"
         for key in after
-        if before.get(key) != after.get(key) and not key.startswith(HARMLESS)
+        if before.get(key) != after.get(key) and not key.startswith(harmless)
     ]
     if record.held_out_fingerprint and held_out:
         differences = compare_fingerprints(record.held_out_fingerprint, held_out)

@@ -1,9 +1,11 @@
-"""Log-probabilities of the model that a run starts from, computed once and kept beside the run.
+"""The model that a run starts from, for objectives that stay near it.
 
-An objective that stays near a reference needs log p of every trained token under it, and nothing else of it. So the
-reference runs over the rows once, before the first update, and no second model is in memory while another one trains.
+They need log p of every trained token under it, and nothing else of it. So the reference runs over the rows once,
+before the first update, and no second model is in memory while another one trains: ``add_reference_logprobs``. Where
+the rows are not known before, what trains is also held as it was at the start: ``hold_reference``.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -11,6 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from postrain.cluster import processes
@@ -18,6 +21,7 @@ from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
 from postrain.data.documents import Document
 from postrain.errors import UserError
 from postrain.files import write_whole
+from postrain.models.lora import drop_adapters
 from postrain.models.params import merge_params
 from postrain.sharding import batch_sharding, data_process, mesh_context, replicated, to_host
 from postrain.training.model import Forward, Model
@@ -25,6 +29,42 @@ from postrain.training.rows import Extend, place_batch
 from postrain.training.session import Session
 
 FIELD = "reference_logprobs"  # of batches, float32 [B, T]; 0 where nothing is trained
+HELD = "reference"  # in the frozen parameters: those that train, as they were at the start
+
+
+def hold_reference(model: Model) -> Model:
+    """``model``, which may be abstract, with a copy of its ``params`` frozen as HELD; itself where it has one.
+
+    Adapters are left out: they are new, as a run starts from a whole model, and have no effect yet. Matrices that are
+    rounded to the compute dtype wherever they are used are held in it. So the reference is the very model that training
+    starts from.
+    """
+    if HELD in model.frozen:
+        return model
+
+    def describe(path, leaf):
+        names = [key.key for key in path]
+        is_rounded = names[-1] in ("kernel", "embedding") and "router" not in names
+        dtype = jnp.dtype(model.config.compute_dtype) if is_rounded else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    params = drop_adapters(model.params)
+    held = jax.tree_util.tree_map_with_path(describe, params)
+    if not isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
+        copy = lambda tree: jax.tree.map(lambda x, like: jnp.copy(x).astype(like.dtype), tree, held)
+        held = jax.jit(copy, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, held))(params)
+    return dataclasses.replace(model, frozen=model.frozen | {HELD: held})
+
+
+def take_reference(params: dict) -> dict:
+    """The tree of the reference out of that of a model from ``hold_reference``: what does not train is shared."""
+
+    def put(tree: dict, held: dict) -> dict:
+        inside = lambda key: put(tree[key], held[key]) if isinstance(held[key], dict) else held[key]
+        return {key: inside(key) if key in held else value for key, value in tree.items()}
+
+    own = drop_adapters({key: value for key, value in params.items() if key != HELD})
+    return put(own, params[HELD])
 
 
 def add_reference_logprobs(session: Session, model: Model, forward: Forward, rows: ExampleSet) -> Extend:

@@ -35,6 +35,7 @@ class Rows:
       sample: a document to show.
       layout: the arrays of its batches besides those that all have.
       notes: lines about the rows for the report.
+      documents: of rows in memory, all; of a stream none.
       example_set: of rows in memory, which come once an epoch, all documents; else None.
       extend: what a recipe adds to each batch.
     """
@@ -45,6 +46,7 @@ class Rows:
         self._batches, self._mesh, self._check, self._last = train_rows.batches, mesh, check, {}
         self.fingerprint, self.summary = train_rows.fingerprint, train_rows.summary
         self.lengths, self.sample, self.layout = train_rows.lengths, train_rows.sample, train_rows.layout
+        self.documents = train_rows.example_set.examples if train_rows.example_set else []
         in_memory = isinstance(train_rows.batches, MemoryBatches)
         self.example_set = train_rows.example_set if in_memory else None
         self.rows_per_epoch: int = train_rows.batches.get_state()["epoch_rows"] if in_memory else 0

@@ -333,9 +333,11 @@ def test_losses_without_a_reference_need_no_adapters_and_those_of_sorted_pairs_n
 def test_the_rules_of_preferences_name_the_losses_of_the_objective():
     from postrain.config import rules
     from postrain.config.schema import PreferenceSection
-    from postrain.objectives import preference
+    from postrain.objectives import preference, unpaired
 
-    known = {"softmax", *preference.PAIR_LOSSES}
+    known = {"softmax", *preference.PAIR_LOSSES, *unpaired.UNPAIRED}
+    assert {*rules.REFERENCE_FREE, *rules.WHOLE_UPDATE_LOSSES} < known
+    assert set(rules.UNPAIRED_LOSSES) == set(unpaired.UNPAIRED)
     assert set(typing.get_args(typing.get_type_hints(PreferenceSection)["loss"])) == known
     assert set(typing.get_args(typing.get_type_hints(PreferenceSection)["divergence"])) == set(preference.DIVERGENCES)
     assert set(rules.PREFERENCE_KEYS) < known

@@ -259,6 +259,14 @@ def test_a_label_that_is_none_is_refused(tmp_path, tokenizer, row, reason):
     assert reason in refuse(tmp_path, "labelled", row, tokenizer)
 
 
+def test_a_labelled_row_is_one_of_kind_sft_where_that_is_read_and_no_preference(tmp_path, tokenizer):
+    row = {"prompt": "p ", "completion": "a", "label": True}
+    found = load(tmp_path, "sft", [row], tokenizer)
+    assert found.report.total.rows == 1 and "label" in str(found.report.format_unread())
+    advice = "for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a config like"
+    assert f"is a row of kind labelled, {advice}" in refuse(tmp_path, "preference", row, tokenizer)
+
+
 def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):
     tokenizer, turns = load_real("qwen3", "qwen3"), []
     for text in ("good", "bad"):

@@ -193,15 +193,13 @@ def test_a_recipe_refuses_rows_of_another_kind(tmp_path, tokenizer, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("found", ["preference", "preference/list", "labelled", "kd", "events", "prompts"])
+@pytest.mark.parametrize("found", ["preference", "preference/list", "kd", "events", "prompts"])
 def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", make_rows(found, 3))
     kind = found.partition("/")[0]
     advice = f": set kind='{kind}' for the source"
     if kind == "preference":
         advice = ", for recipe 'preference': use a config like configs/preference.py"
-    if kind == "labelled":
-        advice = ", for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a"
     if kind == "kd":
         advice = ", for recipe 'distill' with 'distill.teacher' = '': use a config like configs/distill.py"
     with pytest.raises(UserError, match=f"{path}:1.* is a row of kind {kind}{advice}"):

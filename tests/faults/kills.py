@@ -6,6 +6,7 @@
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
     python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
+    python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -200,7 +201,7 @@ def start(work, log: pathlib.Path) -> int:
 
 
 def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
-    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference" or "distill"."""
+    """Config values of a run: ``way`` is "1" or "2" processes, "streamed", "preference", "kto" or "distill"."""
     import sft_runs
 
     values = sft_runs.make_values(
@@ -226,9 +227,10 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         # Two documents a row, so that windows leave some to the next; with this seed the odd row is a spike, at 23.
         values["data"] |= {"packing": "best_fit", "shuffle": True, "seed": 10, "sequence_length": 96}
         values["train"]["spike"]["threshold"] = 3.5
-    if way == "preference":
-        pairs = {"train": str(inputs / "pairs.jsonl"), "eval": str(inputs / "pairs_eval.jsonl"), "sequence_length": 96}
-        values["data"] |= pairs
+    if way in ("preference", "kto"):
+        name = "pairs" if way == "preference" else "answers"
+        rows = {"train": str(inputs / f"{name}.jsonl"), "eval": str(inputs / f"{name}_eval.jsonl")}
+        values["data"] |= rows | {"sequence_length": 96}
         values["recipe"], values["optimizer"]["learning_rate"] = "preference", 1e-3
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
@@ -236,6 +238,8 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         values["recipe"], values["distill"] = "distill", {"teacher": str(inputs / "teacher"), "loss": "jsd"}
         values["train"] = {"steps": 12}
         values["eval"] |= {"every": 6}
+    if way == "kto":
+        values["preference"] = {"loss": "kto", "reference": "live"}
     return values
 
 
@@ -255,6 +259,12 @@ def make_inputs(folder: pathlib.Path) -> None:
     for name, numbers in (("pairs", range(30)), ("pairs_eval", range(30, 36))):
         lines = [{"prompt": f"{i} good", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        labels = [
+            (line["prompt"], *answer) for line in lines for answer in ((line["chosen"], 1), (line["rejected"], 0))
+        ]
+        keys = "prompt", "completion", "label"
+        lines = [json.dumps(dict(zip(keys, values, strict=True))) + "\n" for values in labels]
+        (folder / f"{name.replace('pairs', 'answers')}.jsonl").write_text("".join(lines))
     make_tiny_model(folder / "teacher", "qwen3", seed=1, vocab_size=330, num_hidden_layers=2)
     (folder / "store").mkdir()
     rows.insert(3 * SPIKE // 2 - 2, rows.pop(2 * SPIKE - 2))
@@ -455,10 +465,11 @@ def main() -> None:
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
+    how.add_argument("--kto", action="store_true", help="the same with single answers")
     how.add_argument("--distill", action="store_true", help="runs of recipe distill, with a teacher beside the student")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    ways = [way for way in ("streamed", "preference", "distill") if getattr(arguments, way)]
+    ways = [way for way in ("streamed", "preference", "kto", "distill") if getattr(arguments, way)]
     way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)

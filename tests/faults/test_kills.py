@@ -38,6 +38,11 @@ def test_runs_with_a_teacher_are_killed():
 
 
 @pytest.mark.slow
+def test_runs_of_single_answers_are_killed():
+    assert kill(10, "--kto")["kinds"] > 60
+
+
+@pytest.mark.slow
 def test_streamed_runs_are_killed():
     assert kill(12, "--streamed")["kinds"] > 60
 

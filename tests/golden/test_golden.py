@@ -3,6 +3,7 @@
 PYTHONPATH=tests python tests/golden/test_golden.py sft         # writes sft.json anew, when a change of it is meant
 PYTHONPATH=tests python tests/golden/test_golden.py preference
 PYTHONPATH=tests python tests/golden/test_golden.py distill
+PYTHONPATH=tests python tests/golden/test_golden.py unpaired
 """
 
 import dataclasses
@@ -20,12 +21,14 @@ from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Field, Group, Rendered
+from postrain.data.mismatched import add_mismatched
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, lora_specs
 from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.distill import make_distill_loss
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.sft import make_sft_loss
+from postrain.objectives.unpaired import make_unpaired_loss
 from postrain.recipes.distill import make_comparison
 from postrain.training.model import TEACHER, Forward
 from postrain.training.optimizer import make_optimizer
@@ -86,12 +89,25 @@ def make_taught(examples: ExampleSet, size: int) -> ExampleSet:
     return dataclasses.replace(examples, examples=taught)
 
 
-def compute_curve(loss_fn, examples: ExampleSet, lora: bool, teacher=None, **options) -> dict[str, list[float]]:
+def make_answers() -> ExampleSet:
+    """The answers of the pairs, each with a label, and for KTO with one to another prompt."""
+    documents = []
+    for sequence in (one for group in make_pairs().examples for one in group.sequences):
+        label = sequence.fields[0].values.astype(np.int32)
+        documents.append(dataclasses.replace(sequence, fields=(Field("labels", label, False),)))
+    return ExampleSet(add_mismatched(documents, 128, seed=3), DataReport([]), {})
+
+
+def compute_curve(
+    loss_fn, examples: ExampleSet, lora: bool, micro_batches: int = 2, teacher=None, **options
+) -> dict[str, list[float]]:
     base = draw(param_specs(CONFIG), 0)
     params, frozen = (draw(lora_specs(CONFIG), 1), base) if lora else (base, {})
     frozen = frozen | ({TEACHER: teacher} if teacher else {})
     optimizer, schedule = make_optimizer(OptimizerConfig(learning_rate=6e-3, warmup_steps=3, weight_decay=0.01), STEPS)
-    step = make_train_step(loss_fn, optimizer, micro_batches=2, max_grad_norm=1.0, schedule=schedule, **options)
+    step = make_train_step(
+        loss_fn, optimizer, micro_batches=micro_batches, max_grad_norm=1.0, schedule=schedule, **options
+    )
     state = init_train_state(params, frozen, optimizer, jax.random.key(0))
     batches = MemoryBatches(examples, DataConfig(sequence_length=128, batch_size=4, seed=3))
     curve = {"loss": [], "grad_norm": [], "weight": []}
@@ -132,7 +148,21 @@ def compute_distill() -> dict:
     }
 
 
-CURVES = {"sft": compute_sft, "preference": compute_preference, "distill": compute_distill}
+def compute_unpaired() -> dict:
+    reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)[0].logprobs
+    curves = {}
+    for loss in ("kto", "bco"):  # BCO leaves mismatched answers alone
+        loss_fn = make_unpaired_loss(FORWARD.logprobs, reference, PreferenceSection(loss=loss, beta=0.3))
+        curves[f"{loss}, lora"] = compute_curve(loss_fn, make_answers(), lora=True, micro_batches=1)
+    return curves
+
+
+CURVES = {
+    "sft": compute_sft,
+    "preference": compute_preference,
+    "unpaired": compute_unpaired,
+    "distill": compute_distill,
+}
 
 
 @pytest.mark.parametrize("name", CURVES)

@@ -15,6 +15,7 @@ from postrain.models.lora import drop_adapters, init_lora, lora_specs
 from postrain.models.params import axes_of, init_params, logical_axes, shapes_of
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.sft import make_sft_loss
+from postrain.objectives.unpaired import make_unpaired_loss
 from postrain.sharding import make_global_batch, make_mesh, named_shardings
 from postrain.training.model import Forward
 from postrain.training.step import abstract_train_state, init_train_state, make_train_step, shardings_of
@@ -22,6 +23,7 @@ from postrain.types import Batch, LossSums
 
 CONFIG = dataclasses.replace(ODD_CONFIG, lora=LoraConfig(4), attention_chunk=8)
 FORWARD, OPTIMIZER = Forward(CONFIG, chunk=16), optax.sgd(1.0)
+UNPAIRED_OPTIONS = PreferenceSection(loss="kto", beta=0.3, undesirable_weight=0.7)
 ROWS, LENGTH = 8, 40
 LENGTHS = (
     [7, 9, 5, 3],
@@ -62,7 +64,22 @@ def losses_of(params, batch, rng) -> LossSums:
     return LossSums(dpo.losses | sft.losses, dpo.metrics | sft.metrics)
 
 
-def make_step(mesh, loss_fn=losses_of, micro_batches=1):
+def make_labelled_arrays() -> dict:
+    """The same answers with labels in place of groups; the sixth of a row is a mismatched one."""
+    arrays = make_arrays()
+    for name in ("scores", "group_ids"):
+        del arrays[name]
+    segments = arrays["segment_ids"]
+    arrays["labels"] = np.where((segments > 0) & (segments % 6 == 0), -1, segments % 2).astype(np.int32)
+    return arrays
+
+
+def kto(params, batch, rng) -> LossSums:
+    reference = lambda params, batch: FORWARD.logprobs(drop_adapters(params), batch)[0].logprobs
+    return make_unpaired_loss(FORWARD.logprobs, reference, UNPAIRED_OPTIONS)(params, batch, rng)
+
+
+def make_step(mesh, loss_fn=losses_of, micro_batches=1, make_arrays=make_arrays, loss_coefs=None):
     base = init_params(CONFIG, jax.random.key(0))
     specs = lora_specs(CONFIG)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
@@ -72,16 +89,15 @@ def make_step(mesh, loss_fn=losses_of, micro_batches=1):
     shardings = shardings_of(abstract_train_state(params, frozen, OPTIMIZER, mesh=mesh))
     state = init_train_state(params, frozen, OPTIMIZER, jax.random.key(0), mesh=mesh)
     step = make_train_step(
-        loss_fn, OPTIMIZER, loss_coefs={"sft": 0.2}, micro_batches=micro_batches, mesh=mesh, state_shardings=shardings
+        loss_fn, OPTIMIZER, loss_coefs=loss_coefs, micro_batches=micro_batches, mesh=mesh, state_shardings=shardings
     )
-    arrays = make_global_batch(make_arrays(), mesh)
-    fields = {name: arrays.pop(name) for name in ("scores", "group_ids")}
-    return step, state, Batch(fields=fields, **arrays)
+    return step, state, Batch.from_arrays(make_global_batch(make_arrays(), mesh))
 
 
-def take_step(mesh, micro_batches):
+def take_step(mesh, micro_batches, **options):
     """(metrics, what the step subtracts from the adapters: their gradient)."""
-    step, state, batch = make_step(mesh, micro_batches=micro_batches)
+    options = options or {"loss_coefs": {"sft": 0.2}}
+    step, state, batch = make_step(mesh, micro_batches=micro_batches, **options)
     before = jax.device_get(state.params)
     state, metrics = step(state, batch)
     return jax.device_get(metrics), jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
@@ -104,6 +120,21 @@ def test_any_mesh_gives_the_one_device_losses_and_gradients(mesh, micro_batches,
         metrics["train/weight/preference"] == sum(map(len, LENGTHS)) // 2
         and 0 < metrics["train/rewards/accuracies"] < 1
     )
+    assert_same(metrics, moved, expected, expected_moved)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(8, 1, 1)], ids=str)
+def test_any_mesh_gives_the_one_device_shift_of_single_answers(mesh):
+    """KTO's shift is a mean over all rows of the update, of which a device may have none with a mismatched answer."""
+    options = {"loss_fn": kto, "make_arrays": make_labelled_arrays}
+    expected, expected_moved = take_step(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1, **options)
+    metrics, moved = take_step(make_mesh(mesh), 1, **options)
+    assert metrics["train/weight"] == sum(len(lengths) - (len(lengths) >= 6) for lengths in LENGTHS) == 27
+    assert metrics["train/kl"] > 0.1, "the shift is not 0"
+    assert_same(metrics, moved, expected, expected_moved)
+
+
+def assert_same(metrics, moved, expected, expected_moved):
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)

@@ -15,7 +15,7 @@ import trl
 from safetensors.numpy import load_file
 from tiny_models import make_tiny_model
 
-from postrain.config import PreferenceSection
+from postrain.config import REFERENCE_FREE, PreferenceSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
@@ -28,7 +28,7 @@ from postrain.hf.peft.adapter import save_adapter
 from postrain.models.config import LoraConfig
 from postrain.models.lora import drop_adapters, init_lora
 from postrain.models.params import merge_params
-from postrain.objectives.preference import PAIR_LOSSES, REFERENCE_FREE, make_preference_loss
+from postrain.objectives.preference import PAIR_LOSSES, make_preference_loss
 from postrain.training.model import Forward
 from postrain.training.step import init_train_state, make_train_step
 from postrain.types import Batch

@@ -1,10 +1,12 @@
 """A tiny model, tiny conversations and the config of a run on them, shared by the tests of recipes."""
 
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from unittest import mock
 
 from tiny_models import make_tiny_model
 
@@ -54,6 +56,24 @@ def make_values(inputs, **sections):
     if not values["data"]["eval"]:  # nothing to answer
         values["eval"]["generate_rows"] = 0
     return values
+
+
+@contextlib.contextmanager
+def crash_at_batch(number):
+    """The run in this block ends with a MemoryError when it takes its batch of this number, from 1."""
+    from postrain.training.rows import Rows
+
+    next_batch, taken = Rows.__next__, []
+
+    def crash(rows):
+        taken.append(1)
+        if len(taken) == number:
+            raise MemoryError("no room")
+        return next_batch(rows)
+
+    with mock.patch.object(Rows, "__next__", crash), contextlib.suppress(MemoryError):
+        yield
+    assert len(taken) == number, "the run did not end there"
 
 
 def write_config(path, values):

@@ -279,6 +279,14 @@ def test_whatever_changes_what_an_evaluation_measures_is_told(inputs):
         assert line.startswith(f"; changed since: eval.{key} ") and line.endswith(f"-> {value!r}"), line
 
 
+def test_another_number_of_micro_batches_is_told_where_noise_is_drawn_for_each(inputs):
+    parts = {"train": {"micro_batches": 2}}
+    assert changes_of(make_values(inputs), make_values(inputs, **parts)) == ""
+    noise = {"sft": {"noise": 5.0}}
+    line = changes_of(make_values(inputs) | noise, make_values(inputs, **parts) | noise)
+    assert line == "; changed since: train.micro_batches 1 -> 2"
+
+
 def test_other_content_of_the_held_out_file_is_told(inputs, tmp_path, capsys):
     rows = write_rows(tmp_path / "eval.jsonl", 6, first=40)
     sections = {"data": {"eval": str(rows)}, "eval": {"generate_rows": 0}, "export": {"format": "none"}}

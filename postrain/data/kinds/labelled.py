@@ -8,19 +8,20 @@ number at every place of a sequence.
 A row becomes one sequence, and is not cut to a length: its label was given to all of it.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, describe_type, name_keys
-from postrain.data.documents import Field, Layout, Rendered
+from postrain.data.documents import Document, Field, Layout, Rendered
 from postrain.data.kinds.ids import MAX_ID
 from postrain.data.messages import SFT_FORMS, Example, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.errors import shorten
+from postrain.errors import UserError, shorten
 
 FIELD = "labels"
 FORMS = {f"labelled_{form}": (*keys, "label") for form, keys in SFT_FORMS.items()}
@@ -100,3 +101,21 @@ def _add_label(row: Labelled, sequences: list[Rendered], numbers: dict[str, int]
     return dataclasses.replace(
         sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label, np.int32), of_target=False),)
     )
+
+
+def check_two_labels(arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError where ``labels`` int32 [B, T] of a numpy batch has a class other than false and true."""
+    if (largest := int(arrays[FIELD].max())) > 1:
+        raise UserError(f"the label is {largest}; expected true or false (1 or 0): was the answer a desirable one?")
+
+
+def count_labels(documents: Iterable[Document]) -> collections.Counter[int]:
+    """How many documents have which label. Raises UserError where all have the same: nothing is told apart."""
+    counts = collections.Counter(int(document.sequences[0].fields[0].values[0]) for document in documents)
+    if len(counts) == 1:
+        ((label, number),) = counts.items()
+        raise UserError(
+            f"data.train: all {number:,} rows have the label {bool(label)}; expected both: give rows with the label "
+            f"{not label}, or train on the desirable ones with recipe 'sft'"
+        )
+    return counts
