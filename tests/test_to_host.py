@@ -55,7 +55,7 @@ ALLOWED = {
             "np.stack(found)",
         },
     ),
-    "hf/save.py": ("numpy, out of to_host", {"np.stack(arrays, axis=-1)"}),
+    "hf/save.py": ("numpy, out of to_host; numbers of layers", {"np.stack(arrays, axis=-1)", "np.asarray(layers)"}),
     "hf/tree.py": ("digits in a name", {"int(match.group(1))"}),
     "models/attention/dispatch.py": (
         "arrays that this process alone has made, on one of its devices",
