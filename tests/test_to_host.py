@@ -58,7 +58,7 @@ ALLOWED = {
             "np.stack(found)",
         },
     ),
-    "hf/save.py": ("numpy, out of to_host", {"np.stack(arrays, axis=-1)"}),
+    "hf/save.py": ("numpy, out of to_host; numbers of layers", {"np.stack(arrays, axis=-1)", "np.asarray(layers)"}),
     "hf/tree.py": ("digits in a name", {"int(match.group(1))"}),
     "models/attention/dispatch.py": (
         "arrays that this process alone has made, on one of its devices",
@@ -106,7 +106,14 @@ ALLOWED = {
         },
     ),
     "training/compatibility.py": ("names of folders", {"int(path.name)"}),
-    "training/model.py": ("the config; a list of ids", {"bool(config.model.lora.rank)", "np.asarray(pairs, np.int32)"}),
+    "training/model.py": (
+        "the config; a list of ids; names of parameters",
+        {
+            "bool(config.model.lora.rank)",
+            "np.asarray(pairs, np.int32)",
+            "bool(model.frozen.keys() & param_specs(model.config).keys())",
+        },
+    ),
     "training/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
     "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),

@@ -51,9 +51,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with open_session(config, workdir) as session:
         # What the teacher has written is checked before it is read; a teacher that runs is loaded before its rows.
         teacher = open_teacher(session) if config.distill.teacher else None
-        if teacher is None:
-            check_taught_rows(session)
-        kind, options = find_row_kind(config), teacher.row_options if teacher else {}
+        kind, options = find_row_kind(config), teacher.row_options if teacher else check_taught_rows(session)
         rows = open_train_rows(session, kind=kind, **options)
         held_out = open_eval_rows(session, kind=kind, **options)
         total_steps = count_steps(session, rows)

@@ -259,7 +259,7 @@ def format_overlong_warning(lengths: Sequence[int] | np.ndarray, config: ModelCo
 
 
 # Metrics from 0 to 1, by the ends of their names.
-SHARES = ("accuracy", "accuracies", "exact_match", "valid_json")
+SHARES = ("accuracy", "accuracies", "agreement", "exact_match", "valid_json")
 
 
 def format_metrics(step: int, metrics: Mapping[str, float]) -> str:

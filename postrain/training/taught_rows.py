@@ -5,10 +5,14 @@ there yet, and one that it lists and that is not as it says was damaged later.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from postrain.config import Config
 from postrain.data.files.storage import is_local, list_files
@@ -76,8 +80,8 @@ def check_shard(folder: pathlib.Path, name: str, facts: dict[str, Any], whole: b
     return ""
 
 
-def check_taught_rows(session: Session) -> None:
-    """Says which teacher wrote the rows of ``data.train`` and ``data.eval``.
+def check_taught_rows(session: Session) -> dict[str, Any]:
+    """Says which teacher wrote the rows of ``data.train`` and ``data.eval``; returns options for ``open_train_rows``.
 
     Raises UserError where they are not what the student and the config can learn from: see ``check_folder``. Rows
     without a manifest, of other tools, are taken as they are unless the config names a checksum.
@@ -104,6 +108,13 @@ def check_taught_rows(session: Session) -> None:
                 told[f"{of['teacher']}, its {of['top_k']} likeliest of {of['vocab_size']:,} ids ({folder})"] = None
     for line in told:
         session.say(f"teacher     {line}")
+    return {"check": functools.partial(check_size, top_k=config.distill.top_k)}
+
+
+def check_size(arrays: Mapping[str, np.ndarray], top_k: int) -> None:
+    """Of a numpy batch or document: raises UserError where it has another number of ids a token than ``top_k``."""
+    if (size := arrays["teacher_ids"].shape[-1]) != top_k:
+        raise UserError(f"config key 'distill.top_k' = {top_k}, but the rows have {size} ids a token: set it to that")
 
 
 def check_folder(

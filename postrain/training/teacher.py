@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +115,7 @@ def without_teacher(state: TrainState) -> TrainState:
     return state.replace(frozen={name: tree for name, tree in state.frozen.items() if name != TEACHER})
 
 
-def check_ids(arrays, vocab_size: int) -> None:
+def check_ids(arrays: Mapping[str, np.ndarray], vocab_size: int) -> None:
     """Of a numpy batch or document: raises UserError for a token that a teacher of ``vocab_size`` has no row for."""
     if (largest := np.max(arrays["tokens"])) >= vocab_size:
         raise UserError(f"token id {largest} is outside the teacher's vocabulary of {vocab_size}")

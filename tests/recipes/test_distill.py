@@ -365,6 +365,10 @@ def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inpu
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="rows.jsonl has no manifest.json, so nobody can tell its teacher"):
         retrain(inputs, tmp_path / "rows.jsonl", tmp_path, distill={"checksum": "0" * 32})
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: config key 'distill.top_k' = 9, but the rows have 8 ids a token"
+    ):
+        retrain(inputs, tmp_path / "rows.jsonl", tmp_path, distill={"top_k": 9})
     values = values_of(inputs, train=tmp_path / "rows.jsonl")
     postrain.train(values | {"export": {"format": "none"}, "train": {"steps": 1}}, tmp_path / "run")
     [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
