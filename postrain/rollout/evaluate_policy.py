@@ -202,12 +202,12 @@ def _read_row(raw: dict, ref: RowRef, needs_member: bool, unread: set[str]) -> L
             "expected 'candidates' that are all different, one of them the logged answer; found it "
             f"{identities.count(logged)} times among {len(answers)}, {len(set(identities))} of them different",
         )
-    numbers = ()
+    where, numbers = "`postrain evaluate-policy`", ()
     if not is_empty(estimates):
         if is_empty(given) or len(_check_list(estimates, "estimated_rewards", ref)) != len(choices):
             raise BadRow(ref, f"'estimated_rewards' must be one number for each of 'candidates', {len(choices)}")
-        numbers = tuple(read_number({"estimated_rewards": x}, "estimated_rewards", "", ref) for x in estimates)
-    where = "`postrain evaluate-policy`"
+        named = {f"estimated_rewards[{i}]": value for i, value in enumerate(estimates)}
+        numbers = tuple(read_number(named, key, where, ref) for key in named)
     return LoggedRow(
         answers,
         identities.index(logged),

@@ -130,7 +130,7 @@ BAD = {
     "estimates of nothing": ({"estimated_rewards": [1, 2]}, "'estimated_rewards' must be one number for each of"),
     "an estimate that is not": (
         {"candidates": ["red", "blue"], "estimated_rewards": [1, None]},
-        "'estimated_rewards' is missing or null",
+        r"'estimated_rewards\[1\]' is missing or null, and `postrain evaluate-policy` reads it",
     ),
     "a misspelling": ({"propensiti": 0.5, "propensity": None}, "unknown key 'propensiti'; did you mean 'propensity'?"),
     "a context": ({"context": "words"}, "'context' is not read"),
