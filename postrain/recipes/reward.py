@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -34,7 +34,7 @@ from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model, make_heads
 from postrain.training.program import Program, build_program
-from postrain.training.rows import Rows, count_steps, open_eval_rows, open_train_rows
+from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import Session, open_session
 from postrain.types import TrainState
 
@@ -65,7 +65,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         kind, check = find_row_kind(config), make_check(config)
         preparation = Preparation("with their last token read", each=read_last)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
-        check_variance(rows)
+        check_variance(rows.documents)
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
         total_steps = count_steps(session, rows)
 
@@ -136,12 +136,11 @@ def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
         )
 
 
-def check_variance(rows: Rows) -> None:
-    """Raises UserError where all labels of rows in memory are the same: there is nothing to learn.
+def check_variance(documents: Iterable[Document]) -> None:
+    """Raises UserError where all labels of documents are the same: there is nothing to learn.
 
     Pairs and lists have two scores at least.
     """
-    documents = rows.example_set.examples if rows.example_set else []
     found = {label for document in documents for label in list_labels(document)}
     if len(found) == 1:
         raise UserError(f"data.train: all labels are {found.pop()}: there is nothing to tell apart: add rows of others")

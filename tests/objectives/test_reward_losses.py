@@ -55,12 +55,12 @@ class Classifier:
         outputs = functools.partial(forward.outputs, head=self.head)
         loss_fn = make_reward_loss(outputs, options, held_out=held_out)
 
-        def loss(params):
+        def loss(params, batch):
             sums = loss_fn(params, batch, None)
             means = {name: term.total / term.weight for name, term in sums.losses.items()}
             return means["reward"] + options.centering_coef * means.get("centering", 0), sums
 
-        (total, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params)
+        (total, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params, batch)
         return float(total), {name: float(term.total / term.weight) for name, term in sums.metrics.items()}, grads
 
     def torch_scores(self, tokens):
