@@ -35,9 +35,7 @@ from postrain.types import Batch, LossSums, WeightedSum
 
 Options = DistillSection
 _NEVER = -1e30  # the logit of an id that is left out: its probability is 0, and no difference of two is NaN
-LEAST_REST = (
-    1e-6  # of the teacher's mass outside of the K ids: what float32 makes of 1 - the sum of their probabilities
-)
+LEAST_REST = 1e-6  # the teacher's mass outside of the K ids at least: less is lost in float32 where 1 - a sum tells it
 
 
 def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
