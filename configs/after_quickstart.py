@@ -91,8 +91,8 @@ def get_config(arg: str = "preference") -> ConfigDict:
         config.data.train[0]["kind"] = config.data.eval[0]["kind"] = to_pair
         config.train = {"steps": 80}
     if arg == "preference":
-        config.preference = {"beta": 0.1, "nll_coef": 0.1}
-        config.optimizer.learning_rate = 2e-4
+        config.preference = {"beta": 0.3, "nll_coef": 1.0}  # what is right stays likely
+        config.optimizer.learning_rate = 1e-4
     elif arg == "reward":
         config.reward = {"centering_coef": 0.01}
         config.optimizer.update({"learning_rate": 5e-4, "head_learning_rate": 2e-3})
