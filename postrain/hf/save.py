@@ -145,8 +145,8 @@ def fetch_tensor(leaves: dict[str, jax.Array], tensor: FileTensor, dtype: np.dty
     with np.errstate(over="ignore"):  # reported below, with the tensor's name
         cast = array.astype(dtype, copy=False)
     if not np.isfinite(cast).all():
-        value = array[~np.isfinite(cast)].flat[0]
-        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}, such as {float(value):.4g}"
+        value = array[~np.isfinite(cast)].astype(np.float64).flat[0]
+        found = f"tensor {tensor.name} has values that are not finite in {dtype.name}, such as {value:.4g}"
         raise UserError(f"export: {found}: choose another export.dtype")
     return cast
 
