@@ -243,6 +243,8 @@ def test_labels_have_names(tmp_path, tokenizer):
         load(tmp_path, "labelled", [row | {"label": 3}], tokenizer, label_names=names)
     with pytest.raises(UserError, match="or a number; found 'news': names need data.label_names, which lists them in"):
         load(tmp_path, "labelled", [row | {"label": "news"}], tokenizer)
+    with pytest.raises(UserError, match="'label' must be a finite number .data.label_numbers.; found 1000"):
+        load(tmp_path, "labelled", [row | {"label": 10**400}], tokenizer, label_numbers=True)
     # In a table of text.
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nhi ,good,True\nhi ,bad,false\nhi ,so,3\n")
     config = make_config(tmp_path / "rows.csv", kind="labelled")
@@ -264,6 +266,9 @@ def test_labels_have_names(tmp_path, tokenizer):
         ({"prompt": "p ", "completion": " ", "label": True}, "'completion' is empty"),
         ({"prompt": "p ", "completion": "a", "label": True, "system": "s"}, "'system' is not read"),
         ({"prompt": "p ", "completion": "a", "label": True, "weight": 2}, "a weight of 2; rows of kind labelled all"),
+        ({"messages": [USER, GOOD | {"weight": 0.5}], "label": True}, "an answer has a weight of 0.5; the label is of"),
+        ({"messages": [USER, GOOD, USER], "label": True}, "it ends with a message of role 'user'"),
+        ({"messages": [USER, GOOD, USER, BAD | {"weight": 0}], "label": 1}, "ends with an answer with train: false"),
         ({"prompt": "p ", "chosen": "a", "rejected": "b"}, "is a row of kind preference"),
     ],
 )
