@@ -87,7 +87,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return session.write_report(rows, held_out, CHARTS)
 
 
-def prepare(config: Config, mesh: Mesh) -> Preparation:
+def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
     """What is made of the rendered documents: pairs share their prompt, KTO needs answers to other prompts."""
     if config.preference.loss not in UNPAIRED_LOSSES:
         return prepare_groups(config, mesh)

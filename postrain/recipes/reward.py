@@ -62,8 +62,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
     """
     with open_session(config, workdir) as session:
-        kind, check = find_row_kind(config), make_check(config)
-        preparation = Preparation("with their last token read", each=read_last)
+        kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
         check_variance(rows.documents)
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
@@ -100,6 +99,12 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
 
 
 # --- the rows ---
+
+
+def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
+    """What is made of the rendered documents, whatever the config says."""
+    del config, mesh
+    return Preparation("with their last token read", each=read_last)
 
 
 def read_last(document: Document) -> Document:
