@@ -302,7 +302,7 @@ def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):
 
 
 def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
-    """The ids are those of the prompt as it is served, then of each step and a line break by itself."""
+    """The ids are those of the prompt as it is served, then of each step and a line break."""
     steps, labels = ["I add 2.", "So it is\n5"], [True, False]
     for prompt in ("2 + 2 = ", [USER]):
         row = {"prompt": prompt, "completions": steps, "labels": labels}
@@ -315,6 +315,22 @@ def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
             zip(ends, (2, 1), strict=True)
         )
         assert arrays["segment_ids"].sum() == len(document.tokens), "the last token is read"
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3", "gemma3"])
+def test_steps_are_encoded_as_one_text(tmp_path, name):
+    """As whoever scores the whole text has them. Llama 2's tokenizer puts a space in front of each text by itself."""
+    tokenizer = load_real(name, "{{ messages[0].content }}")
+    for steps, merged in ((["I add 2.", "def f():", "    return 5 ", "1"], False), (["a", "\n\nb", "c"], True)):
+        row = {"prompt": "Say:\n", "completions": steps, "labels": [True] * len(steps)}
+        (document,) = load(tmp_path, "stepwise", [row], tokenizer).examples
+        start, ends = len(tokenizer.prefix_ids), np.flatnonzero(document.fields[0].values)
+        ids, texts = document.tokens[start:].tolist(), [tokenizer.decode(document.tokens[start : i + 1]) for i in ends]
+        begins = ["".join(f"{step}\n" for step in steps[: i + 1]) for i in range(len(steps))]
+        assert texts == [f"Say:\n{text}" for text in begins]
+        whole = tokenizer.encode_text(texts[-1])
+        # "\n\n\n" may be one token, over the end of the first step: then every step is encoded by itself.
+        assert (ids[-4:] == whole[-4:] and len(ids) == len(whole)) or (merged and name != "phi3")
 
 
 @pytest.mark.parametrize(
