@@ -20,7 +20,7 @@ import numpy as np
 from postrain.config import Config, WeightsSection
 from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.documents import AS_RENDERED, Document, Field, Preparation, Rendered
-from postrain.data.other_tools import LEAST_WEIGHT, MOST_WEIGHT
+from postrain.data.other_tools import LEAST_WEIGHT, MOST_WEIGHT, to_number
 from postrain.data.row_keys import is_empty
 from postrain.errors import UserError
 
@@ -240,10 +240,7 @@ def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
     value = row.get(key)
     if is_empty(value):
         raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
-    try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):  # text, or an integer beyond all floats
-        number = math.nan
+    number = to_number(value)
     if not abs(number) <= _LARGEST:
         raise BadRow(ref, f"{key!r} must be a finite number, of size {_LARGEST:g} at most; found {value!r:.40}")
     return number

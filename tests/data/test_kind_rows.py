@@ -194,12 +194,12 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
 
 def test_the_scores_of_a_pair_differ_by_its_margin(tmp_path, tokenizer):
     row = {"prompt": "hi ", "chosen": "good", "rejected": "bad"}
-    for margin, expected in ((None, 1.0), (2.5, 2.5), (0, 0.0)):
+    for margin, expected in ((None, 1.0), ("", 1.0), (2.5, 2.5), ("2.5", 2.5), (0, 0.0)):
         (group,) = load(tmp_path, "preference", [row | {"margin": margin}], tokenizer).examples
         chosen, rejected = (sequence.fields[0].values[0] for sequence in group.sequences)
         assert chosen > rejected and chosen - rejected == np.float32(expected) or margin == 0
         assert abs(chosen - rejected - expected) < 1e-29
-    for margin in (-1, True, "2", float("inf")):
+    for margin in (-1, True, "two", float("inf"), 10**400):
         reason = refuse(tmp_path, "preference", row | {"margin": margin}, tokenizer)
         assert "'margin' must be a finite number, at least 0; found" in reason
 
