@@ -4,7 +4,7 @@
         --config.model.path=MODEL_DIR --config.data.train=pairs.jsonl --config.data.eval=held_out_pairs.jsonl
 
 Variants, by their rows (docs/reward.md): configs/reward.py:lists for lists of scored answers, :steps for steps that are
-right or wrong, :classes and :numbers for rows with a label. Best on a model that configs/sft.py has trained on such
+right or wrong, :classes and :numbers for rows with a label. Best on a model that was trained by configs/sft.py on such
 prompts. Adapters train, and the head, whose learning rate is its own. Look at eval/accuracy (the share of held-out
 pairs in the right order) and eval/calibration_error. `postrain score runs/reward/export rows.jsonl` uses it.
 """

@@ -41,7 +41,7 @@ from postrain.models.transformer import compute_hidden, compute_logits
 from postrain.report.workdir import read_config
 from postrain.sharding import make_mesh, mesh_context, num_row_shards, replicated, to_host
 from postrain.training.compatibility import check_record
-from postrain.training.model import Model, load_model, make_heads, name_classes
+from postrain.training.model import Model, is_classifier, load_model, name_classes
 from postrain.training.optimizer import make_optimizer
 from postrain.training.reference import HELD
 from postrain.training.session import Session
@@ -91,7 +91,8 @@ def write_export(
 ) -> str:
     """Writes the trained model, the moving average where the run keeps one, with the tokenizer of the run.
 
-    Returns a line that says how much of the training the dtype of the files keeps, "" where it keeps all.
+    Returns lines that say how much of the training the files do not keep, by their dtype or as a head, "" where they
+    keep all.
 
     ``format``: "merged", a Hugging Face folder with adapters added into their matrices, or "adapter", a PEFT folder;
     None: ``config.export.format``. ``source_folder``: the model was loaded from it. Every process must call this.
@@ -102,7 +103,12 @@ def write_export(
         raise UserError(f"{folder}: is the folder that the model was loaded from: export to another one")
     params = state.params if state.ema is None else state.ema
     frozen = {key: value for key, value in state.frozen.items() if key != HELD}
-    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer, model.heads)
+    heads, left_out = model.heads, ""
+    if heads and model.projects:  # a language model's folder has no place for them, and generating needs none
+        names, heads = ", ".join(head.name for head in heads), ()
+        params = {key: value for key, value in params.items() if key != "heads"}
+        left_out = f"export      without the head {names!r}, which stays in the checkpoints"
+    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer, heads)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
         note = write(staged, params, frozen, target)
@@ -110,7 +116,7 @@ def write_export(
             multihost_utils.sync_global_devices("export checked")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("export in place")
-    return note
+    return "\n".join(filter(None, (note, left_out)))
 
 
 class _Target(NamedTuple):
@@ -210,7 +216,7 @@ def export_workdir(
     format = format or config.export.format
     if format == "none":
         raise UserError(f"{workdir}: the run's export.format is 'none': add --format merged or --format adapter")
-    if format == "adapter" and make_heads(config):
+    if format == "adapter" and is_classifier(config):
         raise UserError(f"{workdir}: a reward model is exported whole, with its head: use --format merged")
     if format == "adapter" and not config.model.lora.rank:
         raise UserError(f"{workdir}: the run trained every parameter, there is no adapter: use --format merged")

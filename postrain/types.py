@@ -65,7 +65,7 @@ class LossSums(NamedTuple):
     """What a loss function returns for the rows it is given: named losses, which train, and metrics, which do not.
 
     Sums add up over micro-batches and devices; each is divided once, by its own weight over the whole batch. The
-    weights of losses must not depend on parameters.
+    weights of losses have no gradient.
     """
 
     losses: dict[str, WeightedSum]

@@ -135,7 +135,7 @@ def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
 
 
 def test_the_commands_of_the_page_on_logged_answers_run(folder):
-    """The training, and the evaluation of the model that it made; the other variant of the config can be read."""
+    """The training, and the evaluation of the model that it made; the other variants of the config can be read."""
     messages = [json.loads(line)["messages"] for line in (folder / "train.jsonl").read_text().splitlines()]
     logged = [{"messages": one, "reward": i % 3, "member": i % 2, "propensity": 0.5} for i, one in enumerate(messages)]
     for name in ("logged", "decisions"):
@@ -145,8 +145,9 @@ def test_the_commands_of_the_page_on_logged_answers_run(folder):
     result = run(in_small(train, folder))
     assert result.returncode == 0 and "effective sample size" in result.stdout, result.stderr
     words = {"model.path": "m", "data.train": "logged.jsonl"}
-    other = load_config(f"{ROOT}/configs/weighted_sft.py:advantage", words).sft.weights
-    assert (other.mode, other.baseline) == ("advantage", "member")
+    for variant, baseline in (("advantage", "member"), ("head", "head")):
+        other = load_config(f"{ROOT}/configs/weighted_sft.py:{variant}", words).sft.weights
+        assert (other.mode, other.baseline) == ("advantage", baseline)
     words = [word.replace("MODEL_DIR", f"{folder}/runs/weighted/export") for word in evaluate]
     result = run([word.replace("decisions.jsonl", f"{folder}/decisions.jsonl") for word in words])
     assert result.returncode == 0 and "snips" in result.stdout, result.stderr

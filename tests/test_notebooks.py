@@ -50,3 +50,12 @@ def test_models_and_adapters(run_notebook, tmp_path):
     assert text.count("step 2/2") == 2
     assert "adapter_model.safetensors" in text
     assert (tmp_path / "run" / "merged" / "model.safetensors").exists()
+
+
+def test_after_quickstart(run_notebook, tmp_path):
+    text, outputs = run_notebook("after_quickstart")
+    assert text.count("step 2/2") == 4 and "scores: " in text
+    shown = [output["data"]["text/plain"] for output in outputs if "text/plain" in output.get("data", {})]
+    assert any("rewards/margins" in line for line in shown) and any("agreement" in line for line in shown)
+    for run in ("preference", "reward", "distill", "advantage"):
+        assert (tmp_path / "run" / run / "export" / "model.safetensors").exists()

@@ -216,10 +216,11 @@ def _check_unread(config: Config) -> None:
             f"config key 'optimizer.final_fraction' = {optimizer.final_fraction} is not read by schedule 'constant', "
             "which stays at the peak: leave it out, or choose another 'optimizer.schedule'"
         )
-    if optimizer.head_learning_rate and config.recipe != "reward":
+    if optimizer.head_learning_rate and config.recipe != "reward" and config.sft.weights.baseline != "head":
+        without = " without 'sft.weights.baseline' = 'head'" if config.recipe == "sft" else ""
         raise UserError(
-            f"config key 'optimizer.head_learning_rate' = {optimizer.head_learning_rate}: recipe {config.recipe!r} "
-            "trains no head: leave it out"
+            f"config key 'optimizer.head_learning_rate' = {optimizer.head_learning_rate}: recipe {config.recipe!r}"
+            f"{without} trains no head: leave it out"
         )
     if not optimizer.weight_decay and optimizer.weight_decay_exclude != default.weight_decay_exclude:
         raise UserError(
@@ -279,8 +280,15 @@ def _check_weights(config: Config) -> None:
             raise UserError(f"{where} does not read 'sft.weights.{key}': leave it out, or choose another mode")
     if section.mode == "advantage" and section.baseline == "none":
         raise UserError(
-            f"{where} compares a reward with a baseline: set 'sft.weights.baseline' to 'member', 'item' or 'value', or "
-            "use mode 'exp', which has none"
+            f"{where} compares a reward with a baseline: set 'sft.weights.baseline' to 'member', 'item', 'value' or "
+            "'head', or use mode 'exp', which has none"
+        )
+    if section.head_coef != default.head_coef and section.baseline != "head":
+        raise UserError("config key 'sft.weights.head_coef' is read with 'sft.weights.baseline' = 'head' alone")
+    if section.baseline == "head" and config.data.streaming:
+        raise UserError(
+            "config key 'sft.weights.baseline' = 'head' starts at the mean of all rewards, which 'data.streaming' does "
+            "not have: set that to False, or give every row its 'value' and set the baseline to 'value'"
         )
     if section.baseline in ("member", "item") and config.data.streaming:
         raise UserError(

@@ -205,7 +205,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "adafactor", "sgd", "muon"] = "adamw"  # which optimizer
     learning_rate: Positive = 1e-5  # the peak
-    head_learning_rate: NotNegative = 0.0  # the peak of a head's (recipe reward); 0: that of the rest
+    head_learning_rate: NotNegative = 0.0  # the peak of a head's (recipe reward, baseline head); 0: that of the rest
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"  # of the learning rate after the warm-up
     warmup_steps: Count = 0  # of a linear rise from 0
     decay_steps: Count = 0  # of wsd: length of the final decay; 0: a tenth of the run
@@ -294,8 +294,10 @@ class WeightsSection:
 
     mode: Literal["none", "linear", "exp", "advantage", "ips", "snips"] = "none"  # none: ``reward`` is not read
     temperature: Annotated[float, Range(1e-6, 1e6)] = 1.0  # of exp and advantage: the lower, the more rewards decide
-    # Of advantage, what a reward is compared with: the mean over the row's member or item, or the row's ``value``.
-    baseline: Literal["none", "member", "item", "value"] = "none"  # none: mode exp
+    # Of advantage, what a reward is compared with: the mean over the row's member or item, the row's ``value``, or what
+    # a head beside the vocabulary, which trains with the model, expects after the prompt.
+    baseline: Literal["none", "member", "item", "value", "head"] = "none"  # none: mode exp
+    head_coef: Positive = 0.1  # of baseline head: factor of the head's squared error in the loss
     clip: NotNegative = 0.0  # a larger weight counts as this much; 0: none is too large
 
 

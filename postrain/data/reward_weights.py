@@ -13,7 +13,7 @@ as they are.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from postrain.data.row_keys import is_empty
 from postrain.errors import UserError
 
 FIELD = "reward_weights"  # of batches in mode ips, float32 [B, T]; elsewhere weights are in ``loss_mask``
+REWARDS = "rewards"  # of batches with baseline head, float32 [B, T]: of the row, less the mean of all rows
+_GROUPS = ("member", "item")  # keys of rows whose mean reward can be a baseline
+MEANS = {key: f"the mean of the other rows of the same {key}" for key in _GROUPS}
+_FARTHEST = 1e6  # of rewards from their mean, where a head learns them: sums of squares in float32 stay finite
 _LARGEST = 1e30  # of rewards, whose sums and quotients stay finite
 _FEW = 0.05  # the share of rows that the weights leave, below which a warning says so
 
@@ -33,12 +37,13 @@ _FEW = 0.05  # the share of rows that the weights leave, below which a warning s
 class Feedback:
     """What a row says of its answer, checked.
 
-    ``group``: the member or item whose mean is the baseline, else "". ``value``: the row's own baseline, else 0.
+    ``groups``: the member or item whose mean is the baseline, by its key; beside a head, those that the row has.
+    ``value``: the row's own baseline, else 0.
     """
 
     reward: float
     propensity: float = 1.0
-    group: str = ""
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     value: float = 0.0
 
 
@@ -83,6 +88,18 @@ def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     return reference + (np.bincount(inverse, values - reference) / np.bincount(inverse))[inverse]
 
 
+def explain_by_others(values: np.ndarray, groups: Sequence[str]) -> float:
+    """The share of the variance of ``values`` that the mean of the other entries of the same group explains.
+
+    Below 0 where the mean of all would be nearer. An entry that is alone in its group is held to that mean.
+    """
+    _, inverse, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    size = sizes[inverse]
+    without_self = (values - group_means(values, groups)) * size / np.maximum(size - 1, 1)
+    errors = np.where(size > 1, without_self, values - values.mean())
+    return 1 - float(np.square(errors).mean() / max(values.var(), 1e-300))
+
+
 class RewardWeights:
     """The weights of ``config.sft.weights`` for one reading of ``data.train``.
 
@@ -90,16 +107,20 @@ class RewardWeights:
       preparation: for ``open_train_rows``; raises BadRow for a row without the mode's keys, or with values that give
         no weight, and UserError where all rewards are equal.
       summary: about the weights, once rows in memory have been read; else "".
+      variance: of the rewards, with baseline head, once rows have been read.
+      explained: with baseline head, "member" and "item", where all rows have them -> the share of that variance that
+        the mean of the other rows of the same member or item explains.
     """
 
     def __init__(self, config: Config):
         self._options, self._streaming, self.summary = config.sft.weights, config.data.streaming, ""
+        self.variance, self.explained = 0.0, dict[str, float]()
         self._least, self._greatest = math.inf, -math.inf  # of all rewards, those of rows that are left out too
         mode, baseline = self._options.mode, self._options.baseline
         self.preparation = AS_RENDERED
         if mode != "none":
             keys = ["reward"] + (["propensity"] if mode in ("ips", "snips") else [])
-            keys += [baseline] if baseline != "none" else []
+            keys += {"none": [], "head": list(_GROUPS)}.get(baseline, [baseline])
             together = None if self._streaming else self._weigh_all
             self.preparation = Preparation(self._name(), self._read_one, together, tuple(keys))
 
@@ -154,8 +175,11 @@ class RewardWeights:
                 f"{sequences[0].ref}: 'reward' is {self._least:g}, as in all other rows: a reward without variance "
                 "prefers nothing: set 'sft.weights.mode' to 'none', or give rows with different rewards"
             )
-        baselines, groups = np.array([row.value for row in rows]), [row.group for row in rows]
-        if options.baseline in ("member", "item"):
+        if options.baseline == "head":
+            return self._center(sequences, rows, row_of)
+        baselines, groups = np.array([row.value for row in rows]), []
+        if options.baseline in _GROUPS:
+            groups = [row.groups[options.baseline] for row in rows]
             baselines = group_means(rewards, groups)
         propensities = np.array([row.propensity for row in rows])
         weights, is_clipped = compute_weights(rewards, options, propensities=propensities, baselines=baselines)
@@ -169,6 +193,38 @@ class RewardWeights:
             self.summary += self._format_baseline(rewards, baselines, groups)
         return [dataclasses.replace(one, metadata=None) for one in sequences if one.weight]
 
+    def _center(self, sequences: list[Rendered], rows: list[Feedback], row_of: list[int]) -> list[Document]:
+        """The documents with their rewards less the mean of all rows, which is what a head of zeros expects.
+
+        ``row_of``: of each sequence its row.
+        """
+        rewards = np.array([row.reward for row in rows])
+        mean, self.variance = float(rewards.mean()), float(rewards.var())
+        for one, row in zip(sequences, (rows[i] for i in row_of), strict=True):
+            if abs(row.reward - mean) > _FARTHEST:
+                raise UserError(
+                    f"{one.ref}: 'reward' is {row.reward:g}, {abs(row.reward - mean):g} from the mean of all rows, and "
+                    f"a head learns numbers up to {_FARTHEST:g}: scale the rewards and 'sft.weights.temperature' down"
+                )
+        for key in _GROUPS:
+            groups = [row.groups[key] for row in rows if key in row.groups]
+            if len(groups) == len(rows):
+                self.explained[key] = explain_by_others(rewards, groups)
+        weights, is_clipped = compute_weights(rewards, self._options, baselines=mean)
+        self.summary = self._format(weights, int(is_clipped.sum())) + (
+            f"\nbaseline    head, which starts at the mean reward, {mean:.4g}: the line above is of the weights then"
+        )
+        if self.explained:
+            shares = [f"{share:.1%}, by {MEANS[key]}" for key, share in self.explained.items()]
+            self.summary += f"\nbaseline    of the variance of rewards is explained: {'; '.join(shares)}"
+
+        def center(one: Rendered, row: Feedback) -> Rendered:
+            values = np.full(len(one.tokens), row.reward - mean, np.float32)
+            fields = (*one.fields, Field(REWARDS, values, of_target=True))
+            return dataclasses.replace(one, fields=fields, metadata=None)
+
+        return [center(one, rows[i]) for one, i in zip(sequences, row_of, strict=True)]
+
     def _format(self, weights: np.ndarray, clipped: int) -> str:
         options, size = self._options, effective_size(weights)
         share = size / len(weights)
@@ -178,7 +234,7 @@ class RewardWeights:
         )
         if options.clip:
             line += f"; {clipped:,} clipped ({clipped / len(weights):.1%})"
-        if left_out := int((weights == 0).sum()):
+        if options.baseline != "head" and (left_out := int((weights == 0).sum())):
             line += f"; {left_out:,} left out, of less than {LEAST_WEIGHT:g} of the largest weight"
         if share < _FEW:
             line += (
@@ -216,15 +272,17 @@ def read_feedback(row: dict, options: WeightsSection, ref: RowRef) -> Feedback:
     reward = read_number(row, "reward", where, ref)
     if reward < 0 and options.mode not in ("exp", "advantage"):
         raise BadRow(ref, f"'reward' is {reward:g}, and {where} makes it a weight, which cannot be negative: use 'exp'")
-    propensity, group, value = 1.0, "", 0.0
+    propensity, groups, value = 1.0, dict[str, str](), 0.0
     if options.mode in ("ips", "snips"):
         propensity = read_propensity(row, where, ref)
     where = f"'sft.weights.baseline' = {options.baseline!r}"
     if options.baseline == "value":
         value = read_number(row, "value", where, ref)
-    elif options.baseline != "none":
-        group = read_name(row, options.baseline, where, ref)
-    return Feedback(reward, propensity, group, value)
+    elif options.baseline in _GROUPS:
+        groups[options.baseline] = read_name(row, options.baseline, where, ref)
+    elif options.baseline == "head":
+        groups = {key: read_name(row, key, where, ref) for key in _GROUPS if not is_empty(row.get(key))}
+    return Feedback(reward, propensity, groups, value)
 
 
 def read_propensity(row: dict, where: str, ref: RowRef) -> float:

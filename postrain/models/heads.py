@@ -28,6 +28,7 @@ class HeadConfig:
     outputs: int = 1  # K
     position: str = "last"
     bias: bool = False
+    zeros: bool = False  # whether all of it starts at 0, so that its first outputs are 0, not random
 
     def __post_init__(self):
         if self.position not in POSITIONS or self.outputs < 1:
@@ -38,14 +39,15 @@ def head_specs(heads: Sequence[HeadConfig], embed_size: int) -> dict[str, Any]:
     """``{"heads": {name: {"kernel": [D, K], "bias": [K]}}}`` of ParamSpec."""
     specs = {}
     for head in heads:
-        specs[head.name] = {"kernel": ParamSpec((embed_size, head.outputs), ("embed", None))}
+        init = "zeros" if head.zeros else "normal"
+        specs[head.name] = {"kernel": ParamSpec((embed_size, head.outputs), ("embed", None), init)}
         if head.bias:
             specs[head.name]["bias"] = ParamSpec((head.outputs,), (None,), "zeros")
     return {"heads": specs}
 
 
 def init_heads(heads: Sequence[HeadConfig], config: ModelConfig, rng: jax.Array) -> dict:
-    """Random float32 parameters of the heads (std ``config.init_std``, biases zero)."""
+    """Random float32 parameters of the heads (std ``config.init_std``; biases, and heads that start so, zero)."""
     return init_from_specs(head_specs(heads, config.embed_size), config, rng)
 
 

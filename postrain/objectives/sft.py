@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the negative log-likelihood of the trained tokens, and variants of it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 
 from postrain.config import SftSection
 from postrain.objectives.logprobs import TokenLogprobs
+from postrain.objectives.segments import reduce_segments
 from postrain.types import Batch, LossSums, RowTerms, WeightedSum
+
+_STEEPEST = 30.0  # of exponents: weights up to e^30, whose squares float32 can add up
 
 
 def make_sft_loss(compute_nll: Callable, *, router_losses: bool = True) -> Callable:
@@ -76,6 +80,67 @@ def make_token_loss(logprobs: Callable, options: SftSection, *, router_losses: b
         return _make_sums(add(compute_token_loss(found, options)), sums, terms if router_losses else None, batch)
 
     return loss_fn
+
+
+def make_advantage_loss(compute: Callable, options: SftSection, field: str, *, router_losses: bool = True) -> Callable:
+    """As ``make_token_loss``, each document's tokens weighted by how far its reward is above what a head expected.
+
+    With V the head's output at the position that predicts the document's first trained token, which has read what comes
+    before any answer that is trained, and r its reward, the weight is
+
+        exp((r - V) / temperature), at most ``clip``
+
+    without a gradient, its exponent kept within -30 and 30. The loss ``value``, (r - V)^2, trains the head; a document
+    counts in it as its first trained token does in the batch.
+
+    Args:
+      compute: ``(params, batch, rng) -> (TokenLogprobs [B, T], outputs [B, T, 1], RowTerms | None)``
+        (``postrain.training.model.Forward.logprobs_and_outputs``).
+      field: of the batch, float32 [B, T]: at every trained position the reward of the document.
+
+    Metrics besides: ``weights/mean`` and ``weights/square``, over trained tokens; ``weights/limited``, the share of
+    documents whose weight was lowered or raised to a limit.
+    """
+    section = options.weights
+    highest = min(math.log(section.clip), _STEEPEST) if section.clip else _STEEPEST
+
+    def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
+        found, outputs, terms = compute(params, batch, rng)
+        rewards_BT = batch.fields[field]
+        values_BT, is_first_BT = read_before_answers(outputs[..., 0], batch)
+        exponents_BT = (rewards_BT - jax.lax.stop_gradient(values_BT)) / section.temperature
+        weights_BT = batch.loss_mask * jnp.exp(jnp.clip(exponents_BT, -_STEEPEST, highest))
+        weighted = make_token_loss(lambda *_: (found, terms), options, router_losses=router_losses)
+        sums = weighted(params, dataclasses.replace(batch, loss_mask=weights_BT), rng)
+
+        counts_BT = jnp.where(is_first_BT, batch.loss_mask, 0)
+        errors_BT = jnp.where(is_first_BT, jnp.square(rewards_BT - values_BT), 0)
+        value = WeightedSum((errors_BT * counts_BT).sum(), counts_BT.sum())
+        is_limited_BT = is_first_BT & ((exponents_BT > highest) | (exponents_BT < -_STEEPEST))
+        tokens = (batch.loss_mask != 0).sum()
+        metrics = {
+            "weights/mean": WeightedSum(weights_BT.sum(), tokens),
+            "weights/square": WeightedSum(jnp.square(weights_BT).sum(), tokens),
+            "weights/limited": WeightedSum(is_limited_BT.sum(), is_first_BT.sum()),
+        }
+        return LossSums(sums.losses | {"value": value}, sums.metrics | metrics)
+
+    return loss_fn
+
+
+def read_before_answers(outputs_BT: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What a head says of each document before its first trained token, at all its positions; and where that is.
+
+    Float32 [B, T], and bool [B, T], true at one position of each document that trains a token. Without one, and in
+    padding, the number stands for nothing.
+    """
+    length = batch.loss_mask.shape[1]
+    places_BT = jnp.broadcast_to(jnp.arange(length), batch.loss_mask.shape)
+    is_trained_BT = (batch.loss_mask != 0) & (batch.segment_ids > 0)
+    trained_BT = jnp.where(is_trained_BT, places_BT, length - 1)
+    first_BS = reduce_segments(jax.ops.segment_min, trained_BT, batch.segment_ids, length + 1)
+    first_BT = jnp.take_along_axis(first_BS, batch.segment_ids, axis=1)
+    return jnp.take_along_axis(outputs_BT, first_BT, axis=1), is_trained_BT & (places_BT == first_BT)
 
 
 def _make_sums(loss_sum, metric_sums: dict, terms: RowTerms | None, batch: Batch) -> LossSums:

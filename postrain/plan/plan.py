@@ -218,7 +218,7 @@ def count_gradients(program: Program) -> int:
 def count_step_flops(step: CompiledStep) -> Flops:
     data, config = step.config.data, step.model.config
     rows, length = data.batch_size, data.sequence_length
-    projected = 0 if step.model.heads else rows * length  # onto the vocabulary
+    projected = rows * length if step.model.projects else 0  # onto the vocabulary
     model = count_flops(config, BatchStats(rows * length, projected, count_pairs(config, np.full(rows, length))))
     # Attention and the projection onto the vocabulary run in loops over blocks whose number depends on the data.
     executed = count_traced_flops(step.traced.jaxpr) + model["attention"] + model["unembedding"]

@@ -163,7 +163,7 @@ class Loop:
         updates = [metrics] if isinstance(metrics, Mapping) else list(metrics)
         config = self._config
         stats = count_batch(self._facts.arrays, self._model.config)
-        if self._model.heads:  # in place of the projection onto the vocabulary
+        if not self._model.projects:
             stats = dataclasses.replace(stats, trained_tokens=0)
         self._stats += stats
         self._unchecked.append((self.step, updates, self._facts.name_rows))

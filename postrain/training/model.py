@@ -38,6 +38,7 @@ from postrain.objectives.logprobs import TokenLogprobs, compute_token_logprobs, 
 from postrain.sharding import named_shardings
 from postrain.types import Batch, RowTerms
 
+VALUE_NAME = "value"  # of the head that expects rewards, and of its loss
 TEACHER = "teacher"  # the key of another, frozen model in ``frozen``, which the loss reads beside the one that trains
 
 
@@ -48,9 +49,10 @@ class Model:
     config: ModelConfig
     params: Any  # None once a train state owns them
     frozen: Any
-    heads: tuple[HeadConfig, ...] = ()  # in place of the projection onto the vocabulary
+    heads: tuple[HeadConfig, ...] = ()
     fingerprint: dict | None = None  # of the folder, adapters and new tokens; None: the model is abstract
     teacher: ModelConfig | None = None  # of the tree in ``frozen[TEACHER]``, where there is one
+    projects: bool = True  # onto the vocabulary; False: a classifier, whose heads are in place of that
 
 
 def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
@@ -61,9 +63,9 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
     in their table. Heads (``make_heads``) train in any case; they are those of the folder where it is a classifier's.
     Raises UserError as load_pretrained and find_new_tokens do, and where a weight is not finite.
     """
-    frozen, heads = freezes_base(config), make_heads(config)
+    frozen, heads, projects = freezes_base(config), make_heads(config), not is_classifier(config)
     model_config, new, rows = configure(config, folder, mesh)
-    load = load_trunk if heads else load_pretrained
+    load = load_pretrained if projects else load_trunk
     _, base = load(
         folder,
         mesh=mesh,
@@ -84,20 +86,30 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
         trained["heads"] = _start_heads(heads, model_config, jax.random.fold_in(key, 1), mesh) if own is None else own
     if not frozen:
         base = write_rows(base, started, rows) if rows else base
-        return Model(model_config, base | trained, {}, heads, fingerprint)
+        return Model(model_config, base | trained, {}, heads, fingerprint, projects=projects)
     if model_config.lora is not None:
         specs = lora_specs(model_config)
         shardings = named_shardings(axes_of(specs), mesh, shapes_of(specs))
         start = jax.jit(lambda rng, base: init_lora(model_config, rng, base), out_shardings=shardings)
         trained |= start(key, base)
-    return Model(model_config, trained | started, base, heads, fingerprint)
+    return Model(model_config, trained | started, base, heads, fingerprint, projects=projects)
 
 
 def make_heads(config: Config) -> tuple[HeadConfig, ...]:
-    """The heads of a config's model, at every position; () for a language model."""
-    if config.recipe != "reward":
-        return ()
-    return (HeadConfig(HEAD_NAME, outputs=len(name_classes(config)) or 1, position="every"),)
+    """The heads of a config's model, at every position: a classifier's, or a language model's own for values, if any.
+
+    A head of values starts at 0, what rewards are on average (``data/reward_weights.py`` subtracts their mean).
+    """
+    if is_classifier(config):
+        return (HeadConfig(HEAD_NAME, outputs=len(name_classes(config)) or 1, position="every"),)
+    if config.sft.weights.baseline == "head":
+        return (HeadConfig(VALUE_NAME, position="every", bias=True, zeros=True),)
+    return ()
+
+
+def is_classifier(config: Config) -> bool:
+    """Whether the config's model has heads in place of the projection onto the vocabulary."""
+    return config.recipe == "reward"
 
 
 def name_classes(config: Config) -> tuple[str, ...]:
@@ -123,13 +135,14 @@ def abstract_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Mod
     The devices of ``mesh`` need not exist.
     """
     model_config, _, _ = configure(config, folder, mesh)
-    heads = make_heads(config)
+    heads, projects = make_heads(config), not is_classifier(config)
     trained = head_specs(heads, model_config.embed_size) if heads else {}
     if not freezes_base(config):
-        return Model(model_config, place_abstract(param_specs(model_config) | trained, jnp.float32, mesh), {}, heads)
+        params = place_abstract(param_specs(model_config) | trained, jnp.float32, mesh)
+        return Model(model_config, params, {}, heads, projects=projects)
     trained |= adapter_specs(model_config)
     frozen = place_abstract(frozen_specs(model_config), model_config.compute_dtype, mesh)
-    return Model(model_config, place_abstract(trained, jnp.float32, mesh), frozen, heads)
+    return Model(model_config, place_abstract(trained, jnp.float32, mesh), frozen, heads, projects=projects)
 
 
 def place_abstract(specs: dict, dtype, mesh: Mesh) -> dict:
@@ -140,12 +153,13 @@ def place_abstract(specs: dict, dtype, mesh: Mesh) -> dict:
 
 
 def read_source(config: Config, folder: str | os.PathLike) -> ModelConfig:
-    """The model in ``folder`` as far as it is loaded: with heads, its trunk.
+    """The model in ``folder`` as far as it is loaded: of a classifier, its trunk.
 
     Raises UserError as read_config does, and for a classifier with other classes than those of ``config``.
     """
-    if not (heads := make_heads(config)):
+    if not is_classifier(config):
         return read_config(folder)
+    heads = make_heads(config)
     trunk, classes = read_trunk(folder), name_classes(config)
     if len(trunk.labels) not in (0, heads[0].outputs):
         raise UserError(
@@ -297,14 +311,26 @@ class Forward:
 
         NEFTune (Jain et al. 2023, arXiv:2310.05914), for training alone; L is the document's, not the packed row's.
         """
+        embedded = self._embed(params, batch, rng, alpha)
+        return self._project(params, batch, *self._compute_hidden(params, batch, embedded))
+
+    def logprobs_and_outputs(
+        self, params: dict, batch: Batch, rng: jax.Array, head: HeadConfig, alpha: float = 0.0
+    ) -> tuple[TokenLogprobs, jax.Array, RowTerms | None]:
+        """``noisy_logprobs`` and the ``outputs`` of a head, float32 [B, T, K], of the same hidden states."""
+        hidden, terms = self._compute_hidden(params, batch, self._embed(params, batch, rng, alpha) if alpha else None)
+        found, _ = self._project(params, batch, hidden, terms)
+        return found, apply_head(params, head, hidden).astype(jnp.float32), terms
+
+    def _embed(self, params: dict, batch: Batch, rng: jax.Array, alpha: float) -> jax.Array:
+        """The embeddings [B, T, D] of ``noisy_logprobs``."""
         assert batch.tokens is not None  # text
         embedded = embed(params, self.model_config, batch.tokens)
         count = lambda ids: jax.ops.segment_sum(jnp.ones_like(ids), ids, num_segments=ids.shape[0] + 1)[ids]
         lengths_BT = jax.vmap(count)(batch.segment_ids)
         scale_BT = jnp.where(batch.segment_ids > 0, alpha / jnp.sqrt(lengths_BT * embedded.shape[-1]), 0)
         noise = scale_BT[..., None] * jax.random.uniform(rng, embedded.shape, minval=-1.0)
-        noisy = embedded + noise.astype(embedded.dtype)
-        return self._project(params, batch, *self._compute_hidden(params, batch, noisy))
+        return embedded + noise.astype(embedded.dtype)
 
     def heads(
         self, params: dict, batch: Batch, heads: Sequence[HeadConfig]

@@ -195,7 +195,7 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
         f"batch       {count(rows, 'row')} x {count(data.sequence_length, 'token')} x {splits} x "
         f"{count(hosts, 'host')} = {count(slots, 'token')} an update{divided}; {count(total_steps, 'update')}",
         *format_backends(model.config, mesh, prefixes=data.share_prompts == "on"),
-        f"MFU         {format_formula(model.config, projects=not model.heads)}",
+        f"MFU         {format_formula(model.config, projects=model.projects)}",
     ]
     return "\n".join(lines)
 

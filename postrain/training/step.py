@@ -9,8 +9,9 @@ divided once, by its own weight of the whole batch. Then the gradient is clipped
 are updated. So a result does not depend on how a batch is split.
 
 One loss is divided at the end. With several, the gradient of a micro-batch needs the weights of the whole batch. A
-first pass over the micro-batches adds them up; it costs nothing, since weights must not depend on parameters and the
-forward pass is then dead code.
+first pass over the micro-batches adds them up. It costs nothing where weights do not depend on parameters: the forward
+pass is then dead code. Where they do, as those of advantages over a head, it is made twice. No gradient goes through
+weights.
 
 A batch without a single trained token (all weights 0), with a loss or gradient that is not finite, or far above what is
 usual (``postrain.training.spikes``) changes no parameter and no optimizer state; only ``state.step``, the number of
@@ -53,7 +54,7 @@ def make_train_step(
     """Jitted ``train_step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
     Args:
-      loss_fn: ``(params, batch, rng) -> LossSums``; the weights of several losses must not depend on ``params``.
+      loss_fn: ``(params, batch, rng) -> LossSums``; no gradient may be expected of its weights.
       loss_coefs: factors of losses, by name, 1 by default; ValueError, when traced, for a name that is not a loss.
       micro_batches: parts of a batch that are worked on one after the other.
       state_shardings: ``shardings_of(abstract_train_state(...))``, needed with a mesh: left alone, XLA replicates

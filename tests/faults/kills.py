@@ -6,6 +6,7 @@
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
     python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
     python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
+    python tests/faults/kills.py --kills=30 --head         # rated answers, with a head beside the vocabulary
     python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
     python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
 
@@ -237,6 +238,11 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
     if way == "kto":
         values["preference"] = {"loss": "kto", "reference": "live"}
+    if way == "head":
+        values["data"]["train"], values["train"] = str(inputs / "rated.jsonl"), {"steps": 12}
+        values["eval"] |= {"every": 6}
+        values["sft"] = {"weights": {"mode": "advantage", "baseline": "head", "temperature": 0.5}}
+        values["optimizer"]["head_learning_rate"] = 1e-2
     if way == "reward":
         values["model"]["lora"] = {"rank": 4}
         values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
@@ -260,6 +266,8 @@ def make_inputs(folder: pathlib.Path) -> None:
     odd = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZQXJKVWYZQXJKVWY"}]}
     rows.insert(2 * SPIKE - 2, json.dumps(odd) + "\n")
     (folder / "train.jsonl").write_text("".join(rows))
+    rated = [json.dumps(json.loads(row) | {"reward": i % 4}) + "\n" for i, row in enumerate(rows)]
+    (folder / "rated.jsonl").write_text("".join(rated))
     for name, numbers in (("pairs", range(30)), ("pairs_eval", range(30, 36))):
         lines = [{"prompt": f"{i} good", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in numbers]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -472,10 +480,11 @@ def main() -> None:
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
     how.add_argument("--kto", action="store_true", help="the same with single answers")
     how.add_argument("--reward", action="store_true", help="runs of recipe reward, of adapters and a head")
+    how.add_argument("--head", action="store_true", help="runs of rated answers, with a head that expects the ratings")
     how.add_argument("--distill", action="store_true", help="runs of recipe distill, with a teacher beside the student")
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
-    ways = [way for way in ("streamed", "preference", "kto", "reward", "distill") if getattr(arguments, way)]
+    ways = [way for way in ("streamed", "preference", "kto", "reward", "head", "distill") if getattr(arguments, way)]
     way = ways[0] if ways else arguments.processes
     with tempfile.TemporaryDirectory(prefix="kills") as folder:
         found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)

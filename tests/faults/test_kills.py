@@ -48,6 +48,11 @@ def test_runs_of_rewards_are_killed():
 
 
 @pytest.mark.slow
+def test_runs_with_a_head_beside_the_vocabulary_are_killed():
+    assert kill(10, "--head")["kinds"] > 60
+
+
+@pytest.mark.slow
 def test_streamed_runs_are_killed():
     assert kill(12, "--streamed")["kinds"] > 60
 

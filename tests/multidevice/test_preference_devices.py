@@ -14,6 +14,7 @@ from postrain.data.bad_row import RowRef
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, Rendered, layout_of, share_prompts
 from postrain.models.config import LoraConfig
+from postrain.models.heads import head_specs, init_heads
 from postrain.models.lora import drop_adapters, init_lora, lora_specs
 from postrain.models.params import axes_of, init_params, logical_axes, shapes_of
 from postrain.objectives.preference import make_preference_loss
@@ -100,11 +101,12 @@ def kto(params, batch, rng) -> LossSums:
     return make_unpaired_loss(FORWARD.logprobs, reference, UNPAIRED_OPTIONS)(params, batch, rng)
 
 
-def make_step(mesh, loss_fn=losses_of, micro_batches=1, make_arrays=make_arrays, loss_coefs=None):
+def make_step(mesh, loss_fn=losses_of, micro_batches=1, make_arrays=make_arrays, loss_coefs=None, heads=()):
     base = init_params(CONFIG, jax.random.key(0))
-    specs = lora_specs(CONFIG)
+    specs = lora_specs(CONFIG) | head_specs(heads, CONFIG.embed_size)
     noise = lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
-    adapters = jax.tree.map(noise, init_lora(CONFIG, jax.random.key(1)))
+    adapters = init_lora(CONFIG, jax.random.key(1)) | init_heads(heads, CONFIG, jax.random.key(2))
+    adapters = jax.tree.map(noise, adapters)
     params = jax.device_put(adapters, named_shardings(axes_of(specs), mesh, shapes_of(specs)))
     frozen = jax.device_put(base, named_shardings(logical_axes(CONFIG), mesh, base))
     shardings = shardings_of(abstract_train_state(params, frozen, OPTIMIZER, mesh=mesh))

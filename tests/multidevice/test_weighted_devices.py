@@ -1,11 +1,15 @@
 """A loss whose weights are not in what it is divided by does not depend on how rows are laid out over devices."""
 
+import functools
+
 import jax
 import numpy as np
-from test_preference_devices import FORWARD, make_step
+from test_preference_devices import FORWARD, LENGTHS, check_equal, make_step
+from test_preference_devices import take_step as take_step_of
 
-from postrain.config import MeshConfig
-from postrain.objectives.sft import divide_by_tokens, make_sft_loss, measure_weights
+from postrain.config import MeshConfig, SftSection, WeightsSection
+from postrain.models.heads import HeadConfig
+from postrain.objectives.sft import divide_by_tokens, make_advantage_loss, make_sft_loss, measure_weights
 from postrain.sharding import make_mesh, replicated
 
 
@@ -33,3 +37,17 @@ def test_one_device_and_eight_take_the_same_step():
         np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, err_msg=name)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+
+
+def test_advantages_over_a_head_are_the_same_on_one_device_and_on_eight():
+    """Their weights, and so what the loss is divided by, depend on the head and on all micro-batches."""
+    head = HeadConfig("value", position="every", bias=True)
+    compute = functools.partial(FORWARD.logprobs_and_outputs, head=head)
+    section = WeightsSection(mode="advantage", baseline="head", temperature=0.3, clip=5.0)
+    loss_fn = make_advantage_loss(compute, SftSection(weights=section), "scores")
+    options = {"loss_fn": loss_fn, "heads": (head,), "loss_coefs": {"value": 0.3}}
+    expected, expected_moved = take_step_of(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1, **options)
+    assert expected["train/weight/value"] == sum(map(len, LENGTHS)) and expected["train/weights/limited"] > 0
+    assert np.abs(expected_moved["heads"]["value"]["kernel"]).max() > 0
+    # Where positions are split, the head is read on another device than most of its document lies on.
+    check_equal(*take_step_of(make_mesh(MeshConfig(1, 2, 1, 1, 4)), 4, **options), expected, expected_moved)

@@ -43,11 +43,12 @@ def advice_lines(advice: list[Attempt]) -> list[str]:
 
 
 def make_step(data=1, rank=0, size=64, fp8=False, **train):
-    values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": {"path": "m", "fp8": fp8}}
+    model = {"path": "m", "fp8": fp8, "lora": {"rank": rank}}
+    values = {"data": {"train": "t", "batch_size": 64, "sequence_length": 1024}, "model": model}
     config = resolve(values | {"mesh": {"data": data}, "train": train})
     mesh = types.SimpleNamespace(shape={"data": data, "fsdp": 8 // data, "expert": 1})
-    model = types.SimpleNamespace(config=types.SimpleNamespace(embed_size=size), frozen=bool(rank))
-    return types.SimpleNamespace(config=config, mesh=mesh, model=model)
+    abstract = types.SimpleNamespace(config=types.SimpleNamespace(embed_size=size))
+    return types.SimpleNamespace(config=config, mesh=mesh, model=abstract)
 
 
 def make_target(chip, usable):

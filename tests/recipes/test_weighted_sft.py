@@ -1,12 +1,20 @@
 """Reward-weighted fine-tuning from config to export: what it is equal to, what it prefers, how it resumes."""
 
 import json
+import re
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from sft_runs import make_values, read_folder, read_lines, without_perf
 
 import postrain
+from postrain.config import resolve
 from postrain.errors import UserError
+from postrain.export import export_workdir
+from postrain.sharding import make_mesh
+from postrain.training.model import abstract_model, load_model
 from postrain.training.rows import Rows
 
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
@@ -54,14 +62,60 @@ def test_a_reward_that_only_tells_members_apart_gives_the_bytes_of_supervised_fi
     assert "Effective share of the tokens of an update" in report and "mode exp, temperature 10.0" in report
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, tmp_path, monkeypatch, streaming):
-    """In memory exp, whose weights come from all rows; streamed ips, whose weights are an array of the batch."""
+def test_a_head_trains_beside_the_vocabulary_and_is_held_against_plain_means(inputs, tmp_path, capsys):
+    """Rewards differ by member, which no prompt names: here the mean of a member's rewards is the better baseline."""
+    rows = write_logged(tmp_path / "rows.jsonl", lambda i, right: right + [0.1, 0.7, -2.0, 3.0][i % 4])
+    weights = {"mode": "advantage", "baseline": "head", "temperature": 0.5, "clip": 20.0}
+    values = values_of(inputs, rows, weights, train={"steps": 4}, optimizer={"head_learning_rate": 0.03})
+    postrain.train(values, tmp_path / "run")
+    printed, lines = capsys.readouterr().out, read_lines(tmp_path / "run" / "metrics.jsonl")
+    rewards = np.array([json.loads(line)["reward"] for line in rows.read_text().splitlines()])
+    assert f"baseline    head, which starts at the mean reward, {rewards.mean():.4g}" in printed
+    for line in lines:
+        explained = 1 - line["train/loss/value"] / rewards.var()
+        assert line["train/value/explained_variance"] == pytest.approx(explained, abs=1e-6)  # of a float32 near 0
+        assert line["train/loss"] == pytest.approx(line["train/loss/sft"] + 0.1 * line["train/loss/value"], rel=1e-5)
+        assert 0 < line["train/weights/effective_share"] < 1 and "train/weights/square" not in line
+    assert re.search(
+        "warning     the head explains .* of the variance of rewards, the mean of the other rows of", printed
+    )
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "Baselines of rewards" in report and "the mean of the other rows of the same member" in report
+
+    # The language model's folder has no head; the checkpoint has it, and is exported without it, too.
+    assert "export      without the head 'value', which stays in the checkpoints\n" in printed
+    assert "without the head 'value'" in export_workdir(tmp_path / "run", tmp_path / "again")
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "run" / "export")
+    export_workdir(tmp_path / "run", tmp_path / "adapter", "adapter")
+    names = lambda path: set(load_file(path))
+    assert names(tmp_path / "again" / "model.safetensors") == names(inputs / "model" / "model.safetensors")
+    assert all(".lora_" in name for name in names(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+    # What `postrain plan` compiles has the head as well.
+    config = resolve(values)
+    mesh = make_mesh(config.mesh)
+    model, planned = (make(config, inputs / "model", mesh) for make in (load_model, abstract_model))
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    assert shapes(model.params) == shapes(planned.params) and "heads" in planned.params and planned.projects
+
+
+WAYS = {
+    "exp": {"mode": "exp", "temperature": 0.2},
+    "streamed": {"mode": "ips", "clip": 2.5},
+    "head": {"mode": "advantage", "baseline": "head", "temperature": 0.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, tmp_path, monkeypatch, way):
+    """In memory exp, whose weights come from all rows; streamed ips, whose weights are an array of the batch; a head
+    beside all parameters, whose weights are made in the step."""
     rows = write_logged(tmp_path / "rows.jsonl", lambda i, right: right + i % 5 / 10)
-    weights = {"mode": "ips", "clip": 2.5} if streaming else {"mode": "exp", "temperature": 0.2}
-    sections = {"train": {"steps": 4, "micro_batches": 2}}
+    weights, sections = WAYS[way], {"train": {"steps": 4, "micro_batches": 2}}
     values = values_of(inputs, rows, weights, **sections)
-    if streaming:
+    if way == "head":
+        values["model"]["lora"] = {"rank": 0}
+    if way == "streamed":
         values["data"] |= {"streaming": True, "stream": {"shards": 2}}
         values["sft"] |= {"label_smoothing": 0.1}
     postrain.train(values, tmp_path / "whole")
@@ -94,14 +148,24 @@ REFUSED = {
     "a baseline that is not read": ({"mode": "exp", "baseline": "member"}, {}, "'exp' does not read 'sft.weights.base"),
     "a temperature that is not read": ({"mode": "ips", "temperature": 2.0}, {}, "does not read 'sft.weights.temp"),
     "weights that are off": ({"clip": 2.0}, {}, "'sft.weights.mode' = 'none' does not read 'sft.weights.clip'"),
-    "an advantage over nothing": ({"mode": "advantage"}, {}, "set 'sft.weights.baseline' to 'member', 'item' or 'va"),
+    "an advantage over nothing": ({"mode": "advantage"}, {}, "set 'sft.weights.baseline' to 'member', 'item', 'va"),
     "a mean over a stream": (
         {"mode": "advantage", "baseline": "item"},
         {"streaming": True},
         "'sft.weights.baseline' = 'item' is a mean over all rows, which 'data.streaming' does not have",
     ),
     "a negative clip": ({"mode": "exp", "clip": -1.0}, {}, "sft.weights.clip"),
-    "a head": ({"mode": "advantage", "baseline": "head"}, {}, "sft.weights.baseline.*'head'"),
+    "a head over a stream": (
+        {"mode": "advantage", "baseline": "head"},
+        {"streaming": True},
+        "'sft.weights.baseline' = 'head' starts at the mean of all rewards, which 'data.streaming' does not have",
+    ),
+    "a head without its mode": ({"mode": "exp", "baseline": "head"}, {}, "'exp' does not read 'sft.weights.base"),
+    "a coefficient of no head": (
+        {"mode": "advantage", "baseline": "member", "head_coef": 0.5},
+        {},
+        "'sft.weights.head_coef' is read with 'sft.weights.baseline' = 'head' alone",
+    ),
 }
 
 
