@@ -246,7 +246,7 @@ def parse_messages(
     Answers may be empty here: ``check_answers`` refuses those that are trained.
 
     ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). ``weighted``: an answer may have
-    a weight besides 0 and 1, which is read, or is of no account as nothing is trained. Raises BadRow.
+    a weight besides 0 and 1, which is read, or ignored where nothing is trained. Raises BadRow.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_json(messages, where, ref)

@@ -68,7 +68,7 @@ def compute_weights(
         limit = math.log(options.clip) if options.clip else math.inf
         is_clipped = exponents > limit
         exponents = np.minimum(exponents, limit)
-        with np.errstate(over="ignore"):  # infinite weights are refused by whoever asked for no division
+        with np.errstate(over="ignore"):  # infinite weights are refused by the caller that does not divide
             return np.exp(exponents - (exponents.max() if divide_by_largest else 0.0)), is_clipped
     weights = np.asarray(rewards, np.float64) / propensities
     limit = options.clip or math.inf
@@ -127,8 +127,8 @@ class RewardWeights:
     def _name(self) -> str:
         options, default = self._options, WeightsSection()
         keys = ("temperature", "baseline", "clip")
-        said = [f", {key} {getattr(options, key)}" for key in keys if getattr(options, key) != getattr(default, key)]
-        return f"with weights of mode {options.mode}{''.join(said)}"
+        changed = [f", {key} {getattr(options, key)}" for key in keys if getattr(options, key) != getattr(default, key)]
+        return f"with weights of mode {options.mode}{''.join(changed)}"
 
     def _read_one(self, document: Document) -> Document:
         """The document with its ``Feedback`` as metadata; with its weight where that depends on no other row."""

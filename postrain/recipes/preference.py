@@ -125,10 +125,11 @@ def measure_margin(evaluate: Evaluator) -> Evaluator:
     """``evaluate``, and how far the mean rewards of both labels are apart, where it has both."""
 
     def measure(state, step: int) -> dict[str, float]:
-        found = evaluate(state, step)
-        if not 0 < found["eval/desirable"] < 1:
-            return found
-        return found | {"eval/rewards/margins": found["eval/rewards/chosen"] - found["eval/rewards/rejected"]}
+        metrics = evaluate(state, step)
+        if not 0 < metrics["eval/desirable"] < 1:
+            return metrics
+        margin = metrics["eval/rewards/chosen"] - metrics["eval/rewards/rejected"]
+        return metrics | {"eval/rewards/margins": margin}
 
     return measure
 

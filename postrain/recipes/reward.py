@@ -133,11 +133,11 @@ def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | N
 
 
 def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
-    """Raises UserError where a label of a numpy batch is no class."""
+    """Raises UserError where a label of a numpy batch is not the number of a class."""
     if (largest := arrays[labelled.FIELD].max()) >= count:
         raise UserError(
-            f"label {largest} is none of the {count} classes, which are counted from 0: list the names of all classes "
-            "as 'data.label_names'"
+            f"label {largest} is not one of the {count} classes, which are counted from 0: list the names of all "
+            "classes as 'data.label_names'"
         )
 
 

@@ -76,7 +76,7 @@ class Texts(NamedTuple):
 
 
 def load_scorer(folder: str | os.PathLike) -> Scorer:
-    """A classifier's folder, over all devices, in their fastest dtype. Raises UserError where it is none."""
+    """A classifier's folder, over all devices, in their fastest dtype. Raises UserError for a language model."""
     found = locate_model(os.fspath(folder))
     labels = read_trunk(found).labels
     if not labels:
