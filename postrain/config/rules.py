@@ -322,6 +322,11 @@ def _check_preference(config: Config) -> None:
         raise UserError(
             f"{where} is by its paper a sum with -log p of the chosen answers: set 'preference.nll_coef', usually to 1"
         )
+    if section.loss in UNPAIRED_LOSSES and config.data.label_names:
+        raise UserError(
+            f"{where} reads labels of true and false, and 'data.label_names' would make the first name false, whatever "
+            "it says: leave it out, and write true or false into the rows (or 1 or 0)"
+        )
     if section.loss in WHOLE_UPDATE_LOSSES and config.train.micro_batches > 1:
         what = "answers" if section.loss in UNPAIRED_LOSSES else "pairs"
         raise UserError(f"{where} compares all {what} of an update with each other: set 'train.micro_batches' to 1")

@@ -124,8 +124,8 @@ class Preparation:
     Attributes:
       name: of it, with whatever it was made from: part of the data fingerprint.
       each: of every document, before its length is judged.
-      together: of all documents of a data set in memory, in their order: as many, none of which takes more than
-        ``sequence_length`` slots.
+      together: of all documents of a data set in memory, in their order: as many, or those that are left, none of
+        which takes more than ``sequence_length`` slots.
       keys: of rows, read besides those of their kind: documents bring them as ``metadata``, None where a row has none.
     """
 

@@ -211,6 +211,18 @@ def parse_prompt_completion(
     return _make_conversation(before + after, raw.get("tools"), ref)
 
 
+def check_last_answer(example: Example) -> None:
+    """Raises BadRow for a conversation that does not end with an answer that is trained: the text's end is another."""
+    if not isinstance(example, Conversation):
+        return
+    last = example.messages[-1]
+    if last["role"] != "assistant" or last.get("train") is False:
+        found = f"a message of role {last['role']!r}" if last["role"] != "assistant" else "an answer with train: false"
+        raise BadRow(
+            example.ref, f"the row must end with the answer that is judged, an assistant message; it ends with {found}"
+        )
+
+
 def repeats_prompt(prompt: str, answer: str) -> bool:
     """Whether plain text that is to follow a prompt begins with the whole prompt, of more than one word, once more."""
     words = prompt.strip()
@@ -234,7 +246,7 @@ def parse_messages(
     Answers may be empty here: ``check_answers`` refuses those that are trained.
 
     ``where``: the key that holds them, for errors and ``unread`` (see ``parse_row``). ``weighted``: an answer may have
-    a weight besides 0 and 1, which is read, or is of no account as nothing is trained. Raises BadRow.
+    a weight besides 0 and 1, which is read, or ignored where nothing is trained. Raises BadRow.
     """
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parse_json(messages, where, ref)

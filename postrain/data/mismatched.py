@@ -25,7 +25,7 @@ def add_mismatched(documents: Sequence[Document], slots: int, seed: int) -> list
 
     Every answer goes to one other document, whose prompt is another: ``seed`` decides which. It is cut where there is
     no room for all of it. Where there is none for any of it, or where one prompt has more than half of all rows, some
-    documents stay alone. Raises UserError where all do.
+    documents stay alone.
     """
     sequences = [document.sequences[0] for document in documents]
     starts = [int(sequence.loss_mask.argmax()) for sequence in sequences]  # of the answers
@@ -38,12 +38,17 @@ def add_mismatched(documents: Sequence[Document], slots: int, seed: int) -> list
             other = _join(own, start, sequences[giver], starts[giver])
             pair.append(cut_end(other, room) if other.slots > room else other)
         groups.append(Group(tuple(pair)))
+    return groups
+
+
+def check_mismatched(groups: Sequence[Document]) -> None:
+    """Raises UserError where none of the documents of ``data.train`` has an answer to another prompt beside it."""
     if all(len(group.sequences) == 1 for group in groups):
         raise UserError(
-            f"none of {len(groups):,} rows can be paired with the answer to another prompt: expected two prompts or "
-            "more, and rows shorter than data.sequence_length: add rows, or use the loss 'bco', which needs none"
+            f"data.train: none of {len(groups):,} rows can be paired with the answer to another prompt: expected two "
+            "prompts or more, and rows shorter than data.sequence_length: add rows, or use the loss 'bco', which needs "
+            "none"
         )
-    return groups
 
 
 def _choose_givers(prompts: Sequence[bytes], seed: int) -> list[int]:
@@ -68,4 +73,4 @@ def _join(own: Rendered, start: int, other: Rendered, other_start: int) -> Rende
     tokens = np.concatenate([own.tokens[:start], other.tokens[other_start:]])
     mask = np.concatenate([np.zeros(start, bool), other.loss_mask[other_start:]])
     label = Field(FIELD, np.full(len(tokens), MISMATCHED, np.int32), of_target=False)
-    return dataclasses.replace(own, tokens=tokens, loss_mask=mask, template_switches=(), fields=(label,))
+    return dataclasses.replace(own, tokens=tokens, loss_mask=mask, template_switches=(), fields=(label,), weights=None)

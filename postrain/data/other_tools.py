@@ -1,6 +1,7 @@
 """Words of other tools in a row, read where they mean what ours mean: what is trained, reasoning, ShareGPT, Alpaca."""
 
 import itertools
+import math
 import re
 from typing import Any
 
@@ -28,6 +29,16 @@ _SHAREGPT_ROLES = (
     | dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool")
     | {"system": "system", "developer": "developer"}
 )
+
+
+def to_number(value: Any) -> float:
+    """A number, also as text, as tables of text have it; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):  # words, or an integer beyond all floats
+        return math.nan
 
 
 # What is trained

@@ -14,7 +14,7 @@ from postrain.config import Config, find_row_kind, format_reader
 from postrain.data.batches.in_memory import ExampleSet, load_examples
 from postrain.data.batches.open import sample_stream
 from postrain.data.batches.row_filter import count
-from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered, share_prompts
+from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered
 from postrain.data.kinds.registry import SFT, needs_tokenizer
 from postrain.data.rendering.render import decode_parts
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
@@ -31,7 +31,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newli
 
 
 def preview(
-    config: Config, html_path: str | os.PathLike | None = None, rows: int = 3, color: bool | None = None
+    config: Config,
+    html_path: str | os.PathLike | None = None,
+    rows: int = 3,
+    color: bool | None = None,
+    preparation: Preparation = AS_RENDERED,
 ) -> str:
     """Loads ``config.data`` as training does, and formats its counts, lengths and some of its documents.
 
@@ -40,6 +44,8 @@ def preview(
       rows: documents shown in full, spread evenly over ``data.train``.
       color: trained tokens in colour, or between marks. None: colour if standard output is a terminal and
         NO_COLOR is not set.
+      preparation: that the recipe's documents go through, ``recipes.find_preparation``; but weights by rewards, which
+        are always shown.
 
     Returns:
       The text to print.
@@ -53,7 +59,7 @@ def preview(
     if html_path is not None:
         check_writable(html_path, "--html")
     tokenizer = load_run_tokenizer(config, config.model.path) if reads_text else None
-    sets, notes = _load_train(config, tokenizer)
+    sets, notes = _load_train(config, tokenizer, preparation)
     kind, examples = next(iter(sets.values())).kind, next(iter(sets.values())).examples
     wanted = find_row_kind(config)
     if kind.name != wanted and format_reader(kind.name):
@@ -62,7 +68,7 @@ def preview(
             f"{wanted}: use a config of another recipe"
         )
     if config.data.eval:
-        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=_prepare(config))
+        sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=preparation)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
@@ -85,21 +91,19 @@ def preview(
     return "\n\n".join(blocks)
 
 
-def _load_train(config: Config, tokenizer: Tokenizer | None) -> tuple[dict[str, ExampleSet], dict[str, list[str]]]:
+def _load_train(
+    config: Config, tokenizer: Tokenizer | None, preparation: Preparation
+) -> tuple[dict[str, ExampleSet], dict[str, list[str]]]:
     """``data.train``, of a stream its first rows, and further lines about it, both by what is shown as its name."""
     weights, data = RewardWeights(config), config.data
-    preparation, expected = _prepare(config, weights.preparation), SFT.name if weights.preparation.keys else None
+    expected = None
+    if weights.preparation.keys:
+        preparation, expected = weights.preparation, SFT.name
     if data.streaming:
         sample = sample_stream(tokenizer, data, kind=expected, preparation=preparation)
         return {"data.train (the first rows)": sample}, {}
     whole = load_examples(data.train, tokenizer, data, kind=expected, preparation=preparation)
     return {"data.train": whole}, {"data.train": weights.summary.splitlines()}
-
-
-def _prepare(config: Config, preparation: Preparation = AS_RENDERED) -> Preparation:
-    """``preparation``, and prompts shared where the recipe does that; "auto" as on devices whose attention can."""
-    shares = config.data.share_prompts != "off" and not config.model.attention.startswith("flash")
-    return share_prompts(preparation) if shares and config.recipe == "preference" else preparation
 
 
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:

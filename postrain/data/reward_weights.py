@@ -6,8 +6,9 @@ From these comes one number a row, by which each of its trained tokens counts. `
 and what the loss of an update is divided by.
 
 Weights of linear, ips and snips are known of each row alone. Those of exp and advantage are divided by the largest of
-all, which changes nothing in a loss that is divided by their sum and keeps them finite; a stream, whose largest is
-unknown, has them as they are.
+all, which changes nothing in a loss that is divided by their sum and keeps them finite; rows that are then left with
+less than LEAST_WEIGHT, which nothing would be learned from, are left out. A stream, whose largest is unknown, has them
+as they are.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import numpy as np
 from postrain.config import Config, WeightsSection
 from postrain.data.bad_row import BadRow, RowRef
 from postrain.data.documents import AS_RENDERED, Document, Field, Preparation, Rendered
+from postrain.data.other_tools import LEAST_WEIGHT, MOST_WEIGHT, to_number
 from postrain.data.row_keys import is_empty
 from postrain.errors import UserError
 
@@ -27,7 +29,6 @@ REWARDS = "rewards"  # of batches with baseline head, float32 [B, T]: of the row
 _GROUPS = ("member", "item")  # keys of rows whose mean reward can be a baseline
 MEANS = {key: f"the mean of the other rows of the same {key}" for key in _GROUPS}
 _FARTHEST = 1e6  # of rewards from their mean, where a head learns them: sums of squares in float32 stay finite
-_LEAST, _MOST = 1e-6, 1e6  # of weights that are not divided by the largest: what sums in float32 can hold
 _LARGEST = 1e30  # of rewards, whose sums and quotients stay finite
 _FEW = 0.05  # the share of rows that the weights leave, below which a warning says so
 
@@ -67,7 +68,7 @@ def compute_weights(
         limit = math.log(options.clip) if options.clip else math.inf
         is_clipped = exponents > limit
         exponents = np.minimum(exponents, limit)
-        with np.errstate(over="ignore"):  # infinite weights are refused by whoever asked for no division
+        with np.errstate(over="ignore"):  # infinite weights are refused by the caller that does not divide
             return np.exp(exponents - (exponents.max() if divide_by_largest else 0.0)), is_clipped
     weights = np.asarray(rewards, np.float64) / propensities
     limit = options.clip or math.inf
@@ -126,15 +127,16 @@ class RewardWeights:
     def _name(self) -> str:
         options, default = self._options, WeightsSection()
         keys = ("temperature", "baseline", "clip")
-        said = [f", {key} {getattr(options, key)}" for key in keys if getattr(options, key) != getattr(default, key)]
-        return f"with weights of mode {options.mode}{''.join(said)}"
+        changed = [f", {key} {getattr(options, key)}" for key in keys if getattr(options, key) != getattr(default, key)]
+        return f"with weights of mode {options.mode}{''.join(changed)}"
 
     def _read_one(self, document: Document) -> Document:
         """The document with its ``Feedback`` as metadata; with its weight where that depends on no other row."""
         assert isinstance(document, Rendered) and document.metadata is not None  # kind sft, with the keys
-        found = read_feedback(document.metadata, self._options, document.ref)
+        row = document.metadata  # one object, of all documents of a row
+        found = read_feedback(row, self._options, document.ref)
         self._least, self._greatest = min(self._least, found.reward), max(self._greatest, found.reward)
-        document = dataclasses.replace(document, metadata=None if self._streaming else {"feedback": found})
+        document = dataclasses.replace(document, metadata=None if self._streaming else {"feedback": found, "row": row})
         if self._options.mode in ("exp", "advantage") and not self._streaming:
             return document
         weights, _ = compute_weights(
@@ -145,10 +147,11 @@ class RewardWeights:
             divide_by_largest=False,
         )
         weight = float(weights[0])
-        if not (weight == 0 or _LEAST <= weight <= _MOST):
+        if not (weight == 0 or LEAST_WEIGHT <= weight <= MOST_WEIGHT):
             raise BadRow(
                 document.ref,
-                f"'reward' = {found.reward:g} gives the weight {weight:g}, expected 0 or {_LEAST:g} to {_MOST:g}: "
+                f"'reward' = {found.reward:g} gives the weight {weight:g}, expected 0 or {LEAST_WEIGHT:g} to "
+                f"{MOST_WEIGHT:g}: "
                 + (
                     "raise 'sft.weights.temperature'"
                     if self._options.mode in ("exp", "advantage")
@@ -161,43 +164,50 @@ class RewardWeights:
     def _weigh_all(self, documents: list[Document]) -> list[Document]:
         """The documents with the weights that need all rows, without their metadata; writes ``summary``."""
         options, sequences = self._options, [one for document in documents for one in document.sequences]
-        rows = {one.ref: one.metadata["feedback"] for one in sequences if one.metadata}
-        rewards = np.array([row.reward for row in rows.values()])
+        # Not by their places in files: the same file may be listed twice, and its rows then count twice.
+        numbers: dict[int, int] = {}
+        row_of = [numbers.setdefault(id(one.metadata["row"]), len(numbers)) for one in sequences if one.metadata]
+        rows = [one.metadata["feedback"] for one, i in zip(sequences, row_of, strict=True) if one.metadata]
+        rows = [rows[first] for first in np.unique(row_of, return_index=True)[1]]
+        rewards = np.array([row.reward for row in rows])
         if self._least == self._greatest and options.mode not in ("ips", "snips"):
             raise UserError(
                 f"{sequences[0].ref}: 'reward' is {self._least:g}, as in all other rows: a reward without variance "
                 "prefers nothing: set 'sft.weights.mode' to 'none', or give rows with different rewards"
             )
         if options.baseline == "head":
-            return self._center(sequences, rows)
-        baselines, groups = np.array([row.value for row in rows.values()]), []
+            return self._center(sequences, rows, row_of)
+        baselines, groups = np.array([row.value for row in rows]), []
         if options.baseline in _GROUPS:
-            groups = [row.groups[options.baseline] for row in rows.values()]
+            groups = [row.groups[options.baseline] for row in rows]
             baselines = group_means(rewards, groups)
-        propensities = np.array([row.propensity for row in rows.values()])
+        propensities = np.array([row.propensity for row in rows])
         weights, is_clipped = compute_weights(rewards, options, propensities=propensities, baselines=baselines)
         if options.mode in ("exp", "advantage"):
-            of_row = dict(zip(rows, weights.tolist(), strict=True))
-            sequences = [self._apply(one, of_row[one.ref]) for one in sequences]
-        weighed = {one.ref: one.weight for one in sequences}
-        final = np.array(list(weighed.values())) * (weights if options.mode == "ips" else 1.0)
-        self.summary = self._format(final, int(is_clipped.sum()))
+            weights[weights < LEAST_WEIGHT] = 0
+            sequences = [self._apply(one, float(weights[i])) for one, i in zip(sequences, row_of, strict=True)]
+        final = np.zeros(len(rows))
+        final[row_of] = [one.weight for one in sequences]
+        self.summary = self._format(final * (weights if options.mode == "ips" else 1.0), int(is_clipped.sum()))
         if options.baseline != "none":
             self.summary += self._format_baseline(rewards, baselines, groups)
-        return [dataclasses.replace(one, metadata=None) for one in sequences]
+        return [dataclasses.replace(one, metadata=None) for one in sequences if one.weight]
 
-    def _center(self, sequences: list[Rendered], rows: dict[RowRef, Feedback]) -> list[Document]:
-        """The documents with their rewards less the mean of all rows, which is what a head of zeros expects."""
-        rewards = np.array([row.reward for row in rows.values()])
+    def _center(self, sequences: list[Rendered], rows: list[Feedback], row_of: list[int]) -> list[Document]:
+        """The documents with their rewards less the mean of all rows, which is what a head of zeros expects.
+
+        ``row_of``: of each sequence its row.
+        """
+        rewards = np.array([row.reward for row in rows])
         mean, self.variance = float(rewards.mean()), float(rewards.var())
-        for ref, row in rows.items():
+        for one, row in zip(sequences, (rows[i] for i in row_of), strict=True):
             if abs(row.reward - mean) > _FARTHEST:
                 raise UserError(
-                    f"{ref}: 'reward' is {row.reward:g}, {abs(row.reward - mean):g} from the mean of all rows, and a "
-                    f"head learns numbers up to {_FARTHEST:g}: scale the rewards and 'sft.weights.temperature' down"
+                    f"{one.ref}: 'reward' is {row.reward:g}, {abs(row.reward - mean):g} from the mean of all rows, and "
+                    f"a head learns numbers up to {_FARTHEST:g}: scale the rewards and 'sft.weights.temperature' down"
                 )
         for key in _GROUPS:
-            groups = [row.groups[key] for row in rows.values() if key in row.groups]
+            groups = [row.groups[key] for row in rows if key in row.groups]
             if len(groups) == len(rows):
                 self.explained[key] = explain_by_others(rewards, groups)
         weights, is_clipped = compute_weights(rewards, self._options, baselines=mean)
@@ -208,12 +218,12 @@ class RewardWeights:
             shares = [f"{share:.1%}, by {MEANS[key]}" for key, share in self.explained.items()]
             self.summary += f"\nbaseline    of the variance of rewards is explained: {'; '.join(shares)}"
 
-        def center(one: Rendered) -> Rendered:
-            values = np.full(len(one.tokens), rows[one.ref].reward - mean, np.float32)
+        def center(one: Rendered, row: Feedback) -> Rendered:
+            values = np.full(len(one.tokens), row.reward - mean, np.float32)
             fields = (*one.fields, Field(REWARDS, values, of_target=True))
             return dataclasses.replace(one, fields=fields, metadata=None)
 
-        return [center(one) for one in sequences]
+        return [center(one, rows[i]) for one, i in zip(sequences, row_of, strict=True)]
 
     def _format(self, weights: np.ndarray, clipped: int) -> str:
         options, size = self._options, effective_size(weights)
@@ -224,6 +234,8 @@ class RewardWeights:
         )
         if options.clip:
             line += f"; {clipped:,} clipped ({clipped / len(weights):.1%})"
+        if options.baseline != "head" and (left_out := int((weights == 0).sum())):
+            line += f"; {left_out:,} left out, of less than {LEAST_WEIGHT:g} of the largest weight"
         if share < _FEW:
             line += (
                 f"\nweights     less than {_FEW:.0%} of the rows decide: "
@@ -286,10 +298,7 @@ def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
     value = row.get(key)
     if is_empty(value):
         raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
-    try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):  # text, or an integer beyond all floats
-        number = math.nan
+    number = to_number(value)
     if not abs(number) <= _LARGEST:
         raise BadRow(ref, f"{key!r} must be a finite number, of size {_LARGEST:g} at most; found {value!r:.40}")
     return number

@@ -26,7 +26,7 @@ from jax.nn import log_sigmoid, sigmoid
 
 from postrain.config import PreferenceSection
 from postrain.objectives.heads import add_router_loss
-from postrain.objectives.segments import reduce_segments, sum_segments
+from postrain.objectives.segments import logistic_loss, reduce_segments, sum_segments
 from postrain.types import Batch, LossSums, WeightedSum
 
 
@@ -86,17 +86,11 @@ def _margin(pair: Pair, options: Options) -> jax.Array:
     return options.beta * (_score(pair.chosen, options) - _score(pair.rejected, options)) - options.target_margin
 
 
-def _smoothed(margin: jax.Array, share: float) -> jax.Array:
-    """-log sigmoid of a margin, with a ``share`` of the labels taken to be wrong."""
-    loss = -(1 - share) * log_sigmoid(margin)
-    return loss - share * log_sigmoid(-margin) if share else loss
-
-
 # --- losses of pairs ---
 
 
 def _logistic(pair: Pair, options: Options) -> jax.Array:
-    return _smoothed(_margin(pair, options), options.label_smoothing)
+    return logistic_loss(_margin(pair, options), options.label_smoothing)
 
 
 def _hinge(pair: Pair, options: Options) -> jax.Array:
@@ -176,12 +170,12 @@ def _aot(pair: Pair, options: Options) -> jax.Array:
     chosen, rejected = pair.chosen, pair.rejected
     leads = _sort(chosen.logp - rejected.logp, pair.is_pair_BG)
     reference = _sort(chosen.reference - rejected.reference, pair.is_pair_BG)
-    return _smoothed(options.beta * (leads - reference), options.label_smoothing)
+    return logistic_loss(options.beta * (leads - reference), options.label_smoothing)
 
 
 def _aot_unpaired(pair: Pair, options: Options) -> jax.Array:
     chosen, rejected = (_sort(answer.ratio, pair.is_pair_BG) for answer in (pair.chosen, pair.rejected))
-    return _smoothed(options.beta * (chosen - rejected), options.label_smoothing)
+    return logistic_loss(options.beta * (chosen - rejected), options.label_smoothing)
 
 
 def _sort(values_BG: jax.Array, is_pair_BG: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ from jax.nn import log_sigmoid
 from postrain.config import RewardSection
 from postrain.objectives.heads import add_router_loss, cross_entropy, squared_error
 from postrain.objectives.preference import Groups, find_groups
-from postrain.objectives.segments import reduce_segments, sum_segments
+from postrain.objectives.segments import logistic_loss, reduce_segments, sum_segments
 from postrain.types import Batch, LossSums, RowTerms, WeightedSum
 
 Options = RewardSection
@@ -83,7 +83,7 @@ def _compare(outputs_BTK: jax.Array, batch: Batch, options: Options) -> tuple[Lo
         if options.margin_of == "scores":
             best, other = (groups.mean(labels_BS, of) for of in (groups.chosen_BS, groups.rejected_BS))
             difference -= options.margin * (best - other)
-        losses_BG = smooth(difference, options.label_smoothing)
+        losses_BG = logistic_loss(difference, options.label_smoothing)
     is_group, is_answer = groups.is_group_BG, groups.group_ids_BS > 0
     sums = LossSums({"reward": mean(losses_BG, is_group)}, {})
     if options.centering_coef:
@@ -101,7 +101,7 @@ def _judge_steps(outputs_BTK: jax.Array, batch: Batch, options: Options) -> tupl
     scores_BT, steps_BT = outputs_BTK[..., 0], batch.fields[STEPS]
     is_step = steps_BT > 0
     signed = jnp.where(steps_BT == RIGHT, scores_BT, -scores_BT)
-    sums = LossSums({"reward": mean(smooth(signed, options.label_smoothing), is_step)}, {})
+    sums = LossSums({"reward": mean(logistic_loss(signed, options.label_smoothing), is_step)}, {})
     sums.metrics.update(accuracy=mean(signed > 0, is_step), **describe_scores(scores_BT, is_step))
     return sums, (jax.nn.sigmoid(jnp.abs(scores_BT)), signed > 0, is_step)
 
@@ -137,12 +137,6 @@ def read_ends(values_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
 
 def mean(values: jax.Array, where: jax.Array) -> WeightedSum:
     return WeightedSum(jnp.where(where, values, 0).sum(dtype=jnp.float32), where.sum(dtype=jnp.float32))
-
-
-def smooth(margin: jax.Array, share: float) -> jax.Array:
-    """-log sigmoid of a margin, with a ``share`` of the labels taken to be wrong."""
-    loss = -(1 - share) * log_sigmoid(margin)
-    return loss - share * log_sigmoid(-margin) if share else loss
 
 
 def compute_list_loss(scores_BS: jax.Array, labels_BS: jax.Array, groups: Groups) -> jax.Array:

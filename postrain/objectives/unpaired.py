@@ -85,9 +85,9 @@ def make_unpaired_loss(
 
     def loss_fn(params, batch: Batch, rng: jax.Array) -> LossSums:
         del rng
-        found, terms = logprobs(params, batch)
+        tokens, terms = logprobs(params, batch)
         reference_BT = jax.lax.stop_gradient(reference_logprobs(jax.lax.stop_gradient(params), batch))
-        answers = find_answers(batch, found.logprobs, found.logprobs - reference_BT)
+        answers = find_answers(batch, tokens.logprobs, tokens.logprobs - reference_BT)
         held = jax.tree.map(jax.lax.stop_gradient, answers)
         rewards_BS, sign_BS = options.beta * answers.ratio, jnp.where(answers.desirable, 1, -1)
         margins_BS = sign_BS * (rewards_BS - find_shift(held, options.beta))

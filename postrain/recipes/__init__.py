@@ -7,6 +7,7 @@ from typing import Any
 
 from postrain.config import Config, check_config, check_model_path, resolve
 from postrain.config.load import load_config
+from postrain.data.documents import AS_RENDERED, Preparation
 from postrain.plan.plan import PlanReport, make_plan
 
 
@@ -30,6 +31,12 @@ def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
     else:
         config = resolve(config)
     return importlib.import_module(f"postrain.recipes.{config.recipe}").train(config, workdir)
+
+
+def find_preparation(config: Config) -> Preparation:
+    """What the config's recipe makes of rendered rows: its ``prepare(config, mesh=None)``, where it has one."""
+    recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
+    return recipe.prepare(config) if hasattr(recipe, "prepare") else AS_RENDERED
 
 
 def plan(config: Config, target: str) -> PlanReport:

@@ -24,7 +24,7 @@ from postrain.config import UNPAIRED_LOSSES, Config, choose_reference, find_row_
 from postrain.data.documents import AS_RENDERED, SHARED_ARRAYS, Document, Layout, Preparation
 from postrain.data.kinds import labelled
 from postrain.data.kinds.preference import LAYOUT, check_groups
-from postrain.data.mismatched import add_mismatched
+from postrain.data.mismatched import add_mismatched, check_mismatched
 from postrain.export import export_state
 from postrain.models.lora import drop_adapters
 from postrain.objectives.preference import make_preference_loss
@@ -64,7 +64,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         held_out = open_eval_rows(session, **own, preparation=preparation)
         total_steps = count_steps(session, rows)
         if unpaired and rows.documents:
-            rows.summary += f"\n{format_labels(config, rows.documents)}"
+            rows.add_note(format_labels(config, rows.documents))
 
         model, reference = load_model(config, session.model_folder, session.mesh), choose_reference(config)
         model = hold_reference(model) if reference == "live" else model
@@ -87,7 +87,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return session.write_report(rows, held_out, CHARTS)
 
 
-def prepare(config: Config, mesh: Mesh) -> Preparation:
+def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
     """What is made of the rendered documents: pairs share their prompt, KTO needs answers to other prompts."""
     if config.preference.loss not in UNPAIRED_LOSSES:
         return prepare_groups(config, mesh)
@@ -98,11 +98,12 @@ def prepare(config: Config, mesh: Mesh) -> Preparation:
 
 
 def format_labels(config: Config, documents: Sequence[Document]) -> str:
-    """Lines about the labels of the rows. Raises UserError where all have the same."""
+    """Lines about the labels of the rows. Raises UserError where all have the same, or none has a mismatched answer."""
     options, counts = config.preference, labelled.count_labels(documents)
     text = f"labels      {counts[1]:,} true, {counts[0]:,} false"
     if options.loss != "kto":
         return text
+    check_mismatched(documents)
     weighted = counts[1] * options.desirable_weight, counts[0] * options.undesirable_weight
     if not 1 <= weighted[0] / weighted[1] <= 4 / 3:
         key, value = "desirable_weight", weighted[1] / counts[1]
@@ -124,10 +125,11 @@ def measure_margin(evaluate: Evaluator) -> Evaluator:
     """``evaluate``, and how far the mean rewards of both labels are apart, where it has both."""
 
     def measure(state, step: int) -> dict[str, float]:
-        found = evaluate(state, step)
-        if not 0 < found["eval/desirable"] < 1:
-            return found
-        return found | {"eval/rewards/margins": found["eval/rewards/chosen"] - found["eval/rewards/rejected"]}
+        metrics = evaluate(state, step)
+        if not 0 < metrics["eval/desirable"] < 1:
+            return metrics
+        margin = metrics["eval/rewards/chosen"] - metrics["eval/rewards/rejected"]
+        return metrics | {"eval/rewards/margins": margin}
 
     return measure
 

@@ -62,8 +62,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
     """
     with open_session(config, workdir) as session:
-        kind, check = find_row_kind(config), make_check(config)
-        preparation = Preparation("with their last token read", each=read_last)
+        kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
         check_variance(rows.documents)
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
@@ -102,6 +101,12 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
 # --- the rows ---
 
 
+def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
+    """What is made of the rendered documents, whatever the config says."""
+    del config, mesh
+    return Preparation("with their last token read", each=read_last)
+
+
 def read_last(document: Document) -> Document:
     """The document with the last token of every sequence read, where its score is.
 
@@ -128,11 +133,11 @@ def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | N
 
 
 def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
-    """Raises UserError where a label of a numpy batch is no class."""
+    """Raises UserError where a label of a numpy batch is not the number of a class."""
     if (largest := arrays[labelled.FIELD].max()) >= count:
         raise UserError(
-            f"label {largest} is none of the {count} classes, which are counted from 0: list the names of all classes "
-            "as 'data.label_names'"
+            f"label {largest} is not one of the {count} classes, which are counted from 0: list the names of all "
+            "classes as 'data.label_names'"
         )
 
 

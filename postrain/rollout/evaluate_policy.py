@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from postrain.config import DataConfig, MeshConfig
 from postrain.data.bad_row import BadRow, RowRef
-from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
+from postrain.data.batches.in_memory import ExampleSet, iter_documents, iter_eval_batches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Rendered, check_token_ids
 from postrain.data.messages import Conversation, Example, check_keys, parse_messages, parse_prompt_completion
@@ -268,11 +268,8 @@ def compute_answer_logprobs(
     sums = np.zeros(len(documents))
     for arrays in iter_eval_batches(rows, data):
         found = to_host(compute(params, place_batch(arrays, mesh))).astype(np.float64)
-        for row, numbers in zip(found, arrays["row_ids"], strict=True):
-            start = 0
-            for i in numbers[numbers >= 0]:
-                sums[i] = row[start : start + rows.lengths[i]].sum()
-                start += rows.lengths[i]
+        for i, place in iter_documents(arrays["row_ids"], rows.lengths):
+            sums[i] = found[place].sum()
     return sums
 
 

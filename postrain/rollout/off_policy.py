@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from postrain.data.reward_weights import effective_size
+
 _FEW = 10  # effective rows, or members, below which no estimate is to be trusted
 _FAR = 4.0  # standard errors that a mean of 1 may be off
 _DRAWS = 1 << 22  # numbers of a block of the bootstrap
@@ -149,8 +151,7 @@ def _bootstrap(units: Mapping[str, Sequence[np.ndarray]], resamples: int, seed: 
 
 def compute_effective_size(decisions: Decisions) -> float:
     """(sum w)^2 / sum w^2, of weights however small."""
-    weights = np.exp(decisions.log_weights - decisions.log_weights.max())
-    return float(weights.sum() ** 2 / np.square(weights).sum())
+    return effective_size(np.exp(decisions.log_weights - decisions.log_weights.max()))
 
 
 def _divide(above: float, below: float) -> float:

@@ -17,13 +17,20 @@ import jax
 import numpy as np
 
 from postrain.config import MeshConfig
-from postrain.data.bad_row import BadRow, RowRef
+from postrain.data.bad_row import BadRow, RowRef, check_string
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Rendered
 from postrain.data.kinds.preference import parse_answers
 from postrain.data.kinds.stepwise import FIELD, Steps, parse_completions, parse_step_prompt, render_steps
-from postrain.data.messages import Example, parse_messages, parse_row
+from postrain.data.messages import (
+    Conversation,
+    Example,
+    PromptCompletion,
+    check_last_answer,
+    parse_messages,
+    parse_row,
+)
 from postrain.data.rendering.render import TEMPLATE_DATE, render_many
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
@@ -57,17 +64,19 @@ class Scorer(NamedTuple):
 class Texts(NamedTuple):
     """What of a row is scored: answers, each by itself, or one answer in steps.
 
-    ``is_list``: whether its score is a list. ``is_open``: the answer was cut off, so that it has no end token.
+    ``is_list``: whether its score is a list. ``is_generated``: a model's answer, which may be one that cannot be
+    rendered. ``is_open``: it was cut off, so that it has no end token.
     """
 
     examples: tuple[Example, ...] = ()
     steps: Steps | None = None
     is_list: bool = False
+    is_generated: bool = False
     is_open: bool = False
 
 
 def load_scorer(folder: str | os.PathLike) -> Scorer:
-    """A classifier's folder, over all devices, in their fastest dtype. Raises UserError where it is none."""
+    """A classifier's folder, over all devices, in their fastest dtype. Raises UserError for a language model."""
     found = locate_model(os.fspath(folder))
     labels = read_trunk(found).labels
     if not labels:
@@ -98,8 +107,8 @@ def score_file(
     without one. ``raw``, ``steps``: see ``parse_row_texts``. ``batch_size``: packed rows that are scored together.
 
     Raises:
-        UserError: naming the line that is not such a row, cannot be rendered, or has a key ``score``; naming ``output``
-            where it cannot be written, or is ``source``.
+        UserError: naming the line that is not such a row, cannot be rendered, has a key ``score``, or whose score is
+            not finite; naming ``output`` where it cannot be written, or is ``source``.
     """
     if output is not None:
         check_writable(output, "--output")
@@ -113,7 +122,11 @@ def score_file(
     model = model if isinstance(model, Scorer) else load_scorer(model)
     if len(model.labels) > 1 and any(one.steps for one in texts):
         raise UserError(f"{source}: steps need a model of one output; this one has {', '.join(model.labels)}")
-    rendered = list(_render(texts, model.tokenizer, system))
+    results = list(_render(texts, model.tokenizer, system))
+    rendered = [[] if isinstance(result, BadRow) else result for result in results]
+    if failed := [result for result in results if isinstance(result, BadRow)]:
+        what = f"{len(failed):,} of the generated answers cannot be rendered, so that their score is null"
+        print(f"warning: {what}; the first at {failed[0]}", file=sys.stderr)
     if longer := sum(one.slots > model.config.max_positions for of_row in rendered for one in of_row):
         limit = f"the {model.config.max_positions:,} positions that the model was pre-trained for"
         print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
@@ -124,6 +137,8 @@ def score_file(
         add({i: line(i, None) for i, documents in enumerate(rendered) if not documents})
         for number, outputs in compute_outputs(model, [one for of_row in rendered for one in of_row], batch_size):
             i = owners[number]
+            if not np.isfinite(outputs).all():
+                raise UserError(f"{rows[i][0]}: its score is not finite: check the model with `postrain verify`")
             of_row = found.setdefault(i, {})
             of_row[number] = outputs
             if len(of_row) == len(rendered[i]):
@@ -138,7 +153,8 @@ def parse_row_texts(row: dict, ref: RowRef, *, raw: bool = False, steps: bool = 
     A row is one of kind sft, in any of its forms; a pair or a list of answers, with scores or without; an answer in
     steps (``completions`` with ``labels``, or with ``steps`` without); or a line that `postrain generate` has written,
     whose answer is scored. The prompt of such a line is a user's message, or with ``raw`` plain text, as there. An
-    empty answer of such a line has no score: there is nothing in it to end.
+    empty answer of such a line has no score: there is nothing in it to end. Of a conversation the last message is
+    scored, which must be an answer that is trained.
     """
     if SCORE in row:
         raise BadRow(ref, f"has a key {SCORE!r} already, which the score goes to: rename it")
@@ -152,11 +168,31 @@ def parse_row_texts(row: dict, ref: RowRef, *, raw: bool = False, steps: bool = 
         if not isinstance(answers, list) or not answers:
             raise BadRow(ref, f"'completions' must be a list of answers; found {answers!r:.40}")
         names = [f"completions[{i}]" for i in range(len(answers))]
-        return Texts(parse_answers(row, answers, names, ref, set()), is_list=True)
+        return Texts(_judge_last(parse_answers(row, answers, names, ref, set())), is_list=True)
     if row.get("chosen") is not None and row.get("rejected") is not None:
         names = ["chosen", "rejected"]
-        return Texts(parse_answers(row, [row[name] for name in names], names, ref, set()), is_list=True)
-    return Texts((parse_row(row, "sft", ref, set()),))
+        answers = [row[name] for name in names]
+        return Texts(_judge_last(parse_answers(row, answers, names, ref, set())), is_list=True)
+    return Texts(_judge_last([parse_row(row, "sft", ref, set())]))
+
+
+def _judge_last(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples with only their last answers trained, so that each becomes one sequence. Raises BadRow."""
+    judged: list[Example] = []
+    for example in examples:
+        check_last_answer(example)
+        if isinstance(example, Conversation):
+            *before, last = example.messages
+            example = dataclasses.replace(example, messages=(*map(_as_context, before), last))
+        judged.append(example)
+    return tuple(judged)
+
+
+def _as_context(message: dict) -> dict:
+    """A parsed message, of which nothing is trained."""
+    if message["role"] != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != "weight"} | {"train": False}
 
 
 def _parse_generated(row: dict, ref: RowRef, raw: bool) -> Texts:
@@ -166,29 +202,38 @@ def _parse_generated(row: dict, ref: RowRef, raw: bool) -> Texts:
     if not answer["text"].strip():
         return Texts()
     prompt = row.get("prompt") if row.get("messages") is None else row["messages"]
-    if isinstance(prompt, str) and raw:
-        made: dict[str, Any] = {"prompt": prompt, "completion": answer["text"]}
+    if isinstance(prompt, str) and raw:  # a model's answer may repeat its prompt
+        text = check_string(answer["text"], f"{GENERATED}.text", ref)
+        example: Example = PromptCompletion(check_string(prompt, "prompt", ref), text, ref)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = parse_messages(messages, ref)
-        before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        messages = parse_messages(messages, ref, weighted=True)
+        before = [*map(_as_context, messages[:-1] if messages[-1]["role"] == "assistant" else messages)]
         completion = [{"role": "assistant", "content": answer["text"]}]
         made = {"prompt": before, "completion": completion, "tools": row.get("tools")}
-    return Texts((parse_row(made, "prompt_completion", ref, set()),), is_open=answer.get("finished") is False)
+        example = parse_row(made, "prompt_completion", ref, set())
+    return Texts(_judge_last([example]), is_generated=True, is_open=answer.get("finished") is False)
 
 
-def _render(texts: Sequence[Texts], tokenizer: Tokenizer, system: str) -> Iterator[list[Rendered]]:
-    """The documents of each row, to their last tokens. Raises BadRow."""
+def _render(texts: Sequence[Texts], tokenizer: Tokenizer, system: str) -> Iterator[list[Rendered] | BadRow]:
+    """The documents of each row, to their last tokens; the BadRow of a generated answer that cannot be rendered.
+
+    Raises the BadRow of other rows.
+    """
     options = {"template_date": TEMPLATE_DATE, "default_system": system}
     answers = render_many((example for one in texts for example in one.examples), tokenizer, **options)
     in_steps = render_steps((one.steps for one in texts if one.steps), tokenizer, **options)
     for one in texts:
         found = [next(in_steps)] if one.steps else [next(answers) for _ in one.examples]
+        refusal = next((result for result in found if isinstance(result, BadRow)), None)
+        if refusal is not None:
+            if not one.is_generated:
+                raise refusal
+            yield refusal
+            continue
         documents = []
         for result in found:
-            if isinstance(result, BadRow):
-                raise result
-            document = dataclasses.replace(result[-1], reads_last=True)  # the last one has all turns
+            (document,) = (dataclasses.replace(sequence, reads_last=True) for sequence in result)
             if one.is_open and int(document.tokens[-1]) in {*tokenizer.stop_ids, tokenizer.eos_id}:
                 document = dataclasses.replace(document, tokens=document.tokens[:-1], loss_mask=document.loss_mask[:-1])
             documents.append(document)

@@ -56,10 +56,10 @@ def make_loss_evaluator(
 def compute_eval_loss(
     eval_step: Callable, params, frozen, batches: Iterable, loss_coefs: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """``{"eval/loss": ..., "eval/NAME": ...}`` of every metric: sums over all batches, each divided by its own weight.
+    """``{"eval/loss": ..., "eval/NAME": ...}``: sums over all batches, each divided by its own weight.
 
     Of several losses ``eval/loss`` is their sum with the factors of ``loss_coefs`` (1 without), and ``eval/loss/NAME``
-    each without.
+    each without. A metric of weight 0 is a mean of nothing, and left out.
     """
     sums = None
     for batch in batches:
@@ -71,7 +71,7 @@ def compute_eval_loss(
     values = {"loss": sum((loss_coefs or {}).get(name, 1.0) * loss for name, loss in losses.items())}
     if len(losses) > 1:
         values |= {f"loss/{name}": loss for name, loss in losses.items()}
-    values |= {name: mean(term) for name, term in sums.metrics.items()}
+    values |= {name: mean(term) for name, term in sums.metrics.items() if term.weight}
     return {f"eval/{name}": value for name, value in values.items()}
 
 

@@ -178,7 +178,7 @@ class Loop:
         with self._watchdog.phase("run"):
             line, pending = self._make_line(updates) | further if logs else {}, None
             if logs:
-                self._check_best_metric("train/", line)
+                self._check_best_metric("train/", [*line, *(updates[-1] if updates else ())])
             if evaluates and self._evaluators:
                 scores = self._evaluate()
                 if scores is None:

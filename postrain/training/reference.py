@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.cluster import processes
-from postrain.data.batches.in_memory import ExampleSet, iter_eval_batches
+from postrain.data.batches.in_memory import ExampleSet, iter_documents, iter_eval_batches
 from postrain.data.documents import Document, Group
 from postrain.errors import UserError
 from postrain.files import write_whole
@@ -91,12 +91,8 @@ def add_reference_logprobs(session: Session, model: Model, forward: Forward, row
 
     def extend(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         out = np.zeros(arrays["tokens"].shape, np.float32)
-        for row, documents in zip(out, arrays["row_ids"], strict=True):
-            start = 0
-            for i in documents[documents >= 0]:
-                own = values[ends[i] - rows.lengths[i] : ends[i]]
-                row[start : start + len(own)] = own
-                start += len(own)
+        for i, place in iter_documents(arrays["row_ids"], rows.lengths):
+            out[place] = values[ends[i] - rows.lengths[i] : ends[i]]
         return {FIELD: out}
 
     return extend
@@ -118,12 +114,8 @@ def _compute(session: Session, model: Model, forward: Forward, rows: ExampleSet,
     values = np.zeros(ends[-1], np.float32)
     for arrays in iter_eval_batches(rows, data):
         found = to_host(run(model.params, model.frozen, place_batch({k: v[own] for k, v in arrays.items()}, mesh)))
-        for row, documents in zip(found, arrays["row_ids"], strict=True):
-            start = 0
-            for i in documents[documents >= 0]:
-                length = rows.lengths[i]
-                values[ends[i] - length : ends[i]] = row[start : start + length]
-                start += length
+        for i, place in iter_documents(arrays["row_ids"], rows.lengths):
+            values[ends[i] - rows.lengths[i] : ends[i]] = found[place]
     if not np.isfinite(values).all():
         bad = next(row for row, end in zip(rows.examples, ends, strict=True) if not np.isfinite(values[:end]).all())
         raise UserError(f"{bad.ref}: log p under the starting model is not finite: check it with `postrain verify`")

@@ -67,7 +67,8 @@ def make_train_step(
     ``batch`` is a pytree whose leaves have the rows first, B a multiple of ``micro_batches`` times the row shards of
     ``mesh``. ``metrics`` are float32 scalars: ``train/loss`` (what the update minimises), ``train/grad_norm`` (before
     clipping), ``train/weight`` (of the first loss), ``train/NAME`` of each metric; of several losses also
-    ``train/loss/NAME`` (without its factor) and ``train/weight/NAME``; and the facts of ``judge_step``.
+    ``train/loss/NAME`` (without its factor) and ``train/weight/NAME``; ``weight_of/NAME`` of each of these means, which
+    is 0 where it is a mean of nothing; and the facts of ``judge_step``.
     """
     loss_coefs = dict(loss_coefs or {})
 
@@ -87,7 +88,9 @@ def make_train_step(
             update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
             old = state.params, state.opt_state, state.ema
             params, opt_state, ema = jax.lax.cond(is_update, update, lambda *same: same, *old)
-            metrics = {f"train/{name}": value for name, value in _divide(sums).items()}
+            means = sums.metrics | ({f"loss/{n}": term for n, term in sums.losses.items()} if len(scales) > 1 else {})
+            metrics = {f"weight_of/{name}": term.weight for name, term in means.items()}
+            metrics |= {f"train/{name}": value for name, value in _divide(sums).items()}
             metrics |= {"train/loss": loss, "train/grad_norm": norm} | facts
             if count_moved_in:
                 metrics["train/weights_moved"] = _share_moved(state.params, params, count_moved_in)

@@ -12,11 +12,12 @@ _EACH_ONCE = ("train/weight", "train/grad_norm", "train/value/", "train/loss/val
 
 
 class StepMeans:
-    """Means of the ``train/`` metrics of updates. Each counts by its ``train/weight``, as its tokens or pairs do in the
-    loss: the mean of the losses is then that of all these batches as one.
+    """Means of the ``train/`` metrics of updates. Each counts by its own weight, ``weight_of/NAME``, and the loss by
+    ``train/weight``, as tokens or pairs do in it: the means are then those of all these batches as one.
 
-    Norms and weights count once an update; of the learning rate the last stands. A value that is not finite, of a step
-    that was skipped, counts only while there is no other. Of one update the values are its own.
+    A metric of weight 0 is a mean of nothing, such as the reward of desirable answers in an update without one: it is
+    left out. Norms and weights count once an update; of the learning rate the last stands. A value that is not finite,
+    of a step that was skipped, counts only while there is no other. Of one update the values are its own.
     """
 
     def __init__(self, saved: Mapping[str, list[float]] | None = None):
@@ -28,6 +29,10 @@ class StepMeans:
         values = {name: float(to_host(value)) for name, value in metrics.items() if name.startswith("train/")}
         for name, value in values.items():
             weight = 1.0 if name.startswith(_EACH_ONCE) else values.get("train/weight", 1.0)
+            if (own := metrics.get(name.replace("train/", "weight_of/", 1))) is not None:
+                weight = float(to_host(own))
+                if not weight:
+                    continue
             mean, total = self._means.get(name, (value, 0.0))
             if not math.isfinite(value):
                 weight = 0.0

@@ -194,12 +194,12 @@ def test_answers_to_one_prompt_share_a_row_and_never_see_each_other(tmp_path, to
 
 def test_the_scores_of_a_pair_differ_by_its_margin(tmp_path, tokenizer):
     row = {"prompt": "hi ", "chosen": "good", "rejected": "bad"}
-    for margin, expected in ((None, 1.0), (2.5, 2.5), (0, 0.0)):
+    for margin, expected in ((None, 1.0), ("", 1.0), (2.5, 2.5), ("2.5", 2.5), (0, 0.0)):
         (group,) = load(tmp_path, "preference", [row | {"margin": margin}], tokenizer).examples
         chosen, rejected = (sequence.fields[0].values[0] for sequence in group.sequences)
         assert chosen > rejected and chosen - rejected == np.float32(expected) or margin == 0
         assert abs(chosen - rejected - expected) < 1e-29
-    for margin in (-1, True, "2", float("inf")):
+    for margin in (-1, True, "two", float("inf"), 10**400):
         reason = refuse(tmp_path, "preference", row | {"margin": margin}, tokenizer)
         assert "'margin' must be a finite number, at least 0; found" in reason
 
@@ -243,6 +243,8 @@ def test_labels_have_names(tmp_path, tokenizer):
         load(tmp_path, "labelled", [row | {"label": 3}], tokenizer, label_names=names)
     with pytest.raises(UserError, match="or a number; found 'news': names need data.label_names, which lists them in"):
         load(tmp_path, "labelled", [row | {"label": "news"}], tokenizer)
+    with pytest.raises(UserError, match="'label' must be a finite number .data.label_numbers.; found 1000"):
+        load(tmp_path, "labelled", [row | {"label": 10**400}], tokenizer, label_numbers=True)
     # In a table of text.
     (tmp_path / "rows.csv").write_text("prompt,completion,label\nhi ,good,True\nhi ,bad,false\nhi ,so,3\n")
     config = make_config(tmp_path / "rows.csv", kind="labelled")
@@ -264,6 +266,9 @@ def test_labels_have_names(tmp_path, tokenizer):
         ({"prompt": "p ", "completion": " ", "label": True}, "'completion' is empty"),
         ({"prompt": "p ", "completion": "a", "label": True, "system": "s"}, "'system' is not read"),
         ({"prompt": "p ", "completion": "a", "label": True, "weight": 2}, "a weight of 2; rows of kind labelled all"),
+        ({"messages": [USER, GOOD | {"weight": 0.5}], "label": True}, "an answer has a weight of 0.5; the label is of"),
+        ({"messages": [USER, GOOD, USER], "label": True}, "it ends with a message of role 'user'"),
+        ({"messages": [USER, GOOD, USER, BAD | {"weight": 0}], "label": 1}, "ends with an answer with train: false"),
         ({"prompt": "p ", "chosen": "a", "rejected": "b"}, "is a row of kind preference"),
     ],
 )
@@ -297,7 +302,7 @@ def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):
 
 
 def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
-    """The ids are those of the prompt as it is served, then of each step and a line break by itself."""
+    """The ids are those of the prompt as it is served, then of each step and a line break."""
     steps, labels = ["I add 2.", "So it is\n5"], [True, False]
     for prompt in ("2 + 2 = ", [USER]):
         row = {"prompt": prompt, "completions": steps, "labels": labels}
@@ -310,6 +315,22 @@ def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
             zip(ends, (2, 1), strict=True)
         )
         assert arrays["segment_ids"].sum() == len(document.tokens), "the last token is read"
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen3", "gemma3"])
+def test_steps_are_encoded_as_one_text(tmp_path, name):
+    """As whoever scores the whole text has them. Llama 2's tokenizer puts a space in front of each text by itself."""
+    tokenizer = load_real(name, "{{ messages[0].content }}")
+    for steps, merged in ((["I add 2.", "def f():", "    return 5 ", "1"], False), (["a", "\n\nb", "c"], True)):
+        row = {"prompt": "Say:\n", "completions": steps, "labels": [True] * len(steps)}
+        (document,) = load(tmp_path, "stepwise", [row], tokenizer).examples
+        start, ends = len(tokenizer.prefix_ids), np.flatnonzero(document.fields[0].values)
+        ids, texts = document.tokens[start:].tolist(), [tokenizer.decode(document.tokens[start : i + 1]) for i in ends]
+        begins = ["".join(f"{step}\n" for step in steps[: i + 1]) for i in range(len(steps))]
+        assert texts == [f"Say:\n{text}" for text in begins]
+        whole = tokenizer.encode_text(texts[-1])
+        # "\n\n\n" may be one token, over the end of the first step: then every step is encoded by itself.
+        assert (ids[-4:] == whole[-4:] and len(ids) == len(whole)) or (merged and name != "phi3")
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,16 @@ def test_rows_of_another_kind_name_the_kind_to_set(tmp_path, tokenizer, found, s
         open_batches(make_config(path, kind="sft", streaming=streaming), tokenizer)
 
 
+def test_a_function_that_leaves_the_label_in_a_row_is_told_to_take_it_out(tmp_path, tokenizer):
+    def rated(row):
+        return row
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "a", "label": True}])
+    config = make_config(path, kind=rated)
+    with pytest.raises(UserError, match="have .*rated take 'label' out of them, or use another recipe"):
+        load_examples(config.train, tokenizer, config, kind="sft")
+
+
 def test_a_row_that_misses_a_key_is_not_taken_for_a_prompt(tmp_path, tokenizer):
     for kind, key in (("sft", "completion"), ("preference", "rejected")):
         whole = {"prompt": "p", **({"chosen": "a", "rejected": "b"} if kind == "preference" else {"completion": "a"})}

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from pipeline_fixtures import chat, make_tokenizer_folder, write_jsonl
 
+from postrain.cli import main
 from postrain.config import Config, DataConfig, ModelSection, SourceConfig
+from postrain.config.load import load_config
 from postrain.data.bad_row import RowRef
+from postrain.data.documents import AS_RENDERED
 from postrain.data.preview import preview, render_tokens_html
 from postrain.data.rendering.render import Rendered
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
+from postrain.recipes import find_preparation
 
 NASTY = "<script>alert('x')</script> & \x1b[2J caf\u00e9"
 
@@ -179,3 +183,20 @@ def test_a_misspelt_key_is_told_with_a_guess(config, tmp_path):
         "'complation' (1 row; did you mean 'completion'?), 'difficulty' (1 row), 'mesages' (1 row; did you mean 'messag"
     )
     assert told in shown
+
+
+def test_documents_are_those_that_the_recipe_trains_on(config, tmp_path, capsys):
+    """KTO's answers to other prompts among them; a reward model reads last tokens, which take slots of a packed row."""
+    rows = [{"prompt": f"{i}+1=", "completion": f" {i + 1}", "label": i % 2} for i in range(4)]
+    pairs = [{"prompt": f"{i}+1=", "chosen": f" {i + 1}", "rejected": f" {i}"} for i in range(4)]
+    assert find_preparation(config) == AS_RENDERED
+    for recipe, made in (("preference", rows), ("reward", pairs)):
+        path = write_jsonl(tmp_path / f"{recipe}.jsonl", made)
+        values = {"recipe": recipe, "model": {"path": config.model.path}, "data": {"train": str(path)}}
+        values |= {"preference": {"loss": "kto"}} if recipe == "preference" else {}
+        code = f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
+        (tmp_path / "config.py").write_text(code)
+        found = find_preparation(load_config(str(tmp_path / "config.py")))
+        assert (found.together is not None, found.each is not None) == (recipe == "preference", recipe == "reward")
+        assert main(["preview", f"--config={tmp_path / 'config.py'}", "--rows=4"]) == 0
+        assert capsys.readouterr().out.count("[labels -1]") == (4 if recipe == "preference" else 0)

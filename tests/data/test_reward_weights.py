@@ -112,6 +112,24 @@ def test_a_row_of_several_documents_counts_once_in_means_and_has_one_weight(tmp_
     assert "of 2 rows" in summary
 
 
+def test_rows_without_weight_are_left_out_and_a_file_that_is_listed_twice_counts_twice(tmp_path, tokenizer):
+    rows = [ROW, ROW | {"reward": 0.0}, ROW | {"reward": -20.0}]
+    loaded, summary = weigh(tmp_path, tokenizer, rows, "exp")
+    assert [example.weight for example in loaded.examples] == pytest.approx([1, math.exp(-1)])
+    assert "of 3 rows" in summary and "; 1 left out, of less than 1e-06 of the largest weight" in summary
+    path = write_jsonl(tmp_path / "one.jsonl", [ROW])
+    data = make_config(path, write_jsonl(tmp_path / "more.jsonl", rows[:2]), path, kind="sft")
+    config = Config(data=data, sft=SftSection(weights=WeightsSection(mode="advantage", baseline="member")))
+    weights = RewardWeights(config)
+    loaded = load_examples(data.train, tokenizer, data, kind="sft", preparation=weights.preparation)
+    assert "of 4 rows" in weights.summary, "the mean of the member is 3/4"
+    assert [example.weight for example in loaded.examples] == pytest.approx([1, 1, math.exp(-1), 1])
+    data = make_config(path, path, write_jsonl(tmp_path / "zero.jsonl", [rows[1]]), kind="sft")
+    weights = RewardWeights(dataclasses.replace(config, data=data))
+    load_examples(data.train, tokenizer, data, kind="sft", preparation=weights.preparation)
+    assert "of 3 rows" in weights.summary
+
+
 def test_numerics_of_rewards_that_no_exponential_holds():
     rewards = np.array([1e6, 1e6 - 1, -1e300])
     weights, clipped = compute_weights(rewards, WeightsSection(mode="exp"))
@@ -234,7 +252,7 @@ def test_a_row_without_what_the_mode_reads_is_refused_by_name_or_left_out(tmp_pa
     rows = [ROW, ROW | {"reward": 2.0}, ROW | change]
     with pytest.raises(UserError, match=rf"rows\.jsonl:3: {message}"):
         weigh(tmp_path, tokenizer, rows, mode, **options)
-    rows = [ROW | {"reward": 1.0 + i} for i in range(30)] + [ROW | change]
+    rows = [ROW | {"reward": 1.0 + i / 10} for i in range(30)] + [ROW | change]
     loaded, _ = weigh(tmp_path, tokenizer, rows, mode, on_bad_row="skip", **options)
     assert loaded.report.total.skipped == 1 and len(loaded.examples) == 30
 

@@ -20,7 +20,7 @@ from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, Rendered, layout_of
-from postrain.data.mismatched import MISMATCHED, add_mismatched
+from postrain.data.mismatched import MISMATCHED, add_mismatched, check_mismatched
 from postrain.errors import UserError
 from postrain.models.lora import drop_adapters
 from postrain.models.params import merge_params
@@ -260,7 +260,7 @@ def test_groups_fit_into_a_row():
         assert (len(group.sequences) == 1) == (slots - document.slots < len(to_lists(document)[0]))
     assert alone and cut
     with pytest.raises(UserError, match="none of 3 rows can be paired with the answer to another prompt"):
-        add_mismatched([make_answer(i, rng, 1, [5, 6]) for i in range(3)], 40, seed=0)
+        check_mismatched(add_mismatched([make_answer(i, rng, 1, [5, 6]) for i in range(3)], 40, seed=0))
     # One prompt of most rows: what cannot be paired stays alone.
     most = [make_answer(i, rng, 1, [5, 6] if i else [7]) for i in range(4)]
     assert [len(group.sequences) for group in add_mismatched(most, 40, seed=0)].count(2) == 2

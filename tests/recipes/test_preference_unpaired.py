@@ -77,12 +77,17 @@ def test_answers_are_learned_by_their_labels(finished):
 
 def test_the_weight_of_a_step_is_its_labelled_answers(inputs, answers, tmp_path, capfd):
     """The packed rows of an epoch as one batch: mismatched answers fill rows and count for nothing."""
-    values = values_of(inputs, answers, data={"batch_size": 11}, train={"steps": 1}, eval={"before": False})
+    one = [json.dumps({"prompt": "say red", "completion": word, "label": word == "red"}) for word in WORDS[:2]]
+    (tmp_path / "eval.jsonl").write_text("\n".join(one) + "\n")
+    data = {"batch_size": 11, "eval": str(tmp_path / "eval.jsonl")}
+    values = values_of(inputs, answers, data=data, train={"steps": 1}, eval={"before": False})
     values["export"] = {"format": "none"}
     postrain.train(values, tmp_path / "run")
     [line] = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert line["train/weight"] == 36 and line["train/desirable"] == pytest.approx(24 / 36)
-    text = capfd.readouterr().out
+    assert "eval/loss" in line and "eval/kl" not in line, "held-out rows of one prompt have no answer to another"
+    text, report = capfd.readouterr().out, (tmp_path / "run" / "report.html").read_text()
+    assert "24 true, 12 false" in report
     assert "labels      24 true, 12 false: 2.00 to 1 by their weights, where 1 to 1.33 is advised" in text
     assert "set 'preference.undesirable_weight' to 2" in text
     assert "mismatched  36 answers to other prompts, 0 of them cut to fit beside the row's own; 0 rows" in text
@@ -185,6 +190,7 @@ def test_the_plan_counts_a_held_reference(inputs, answers):
         ({"preference": {"loss": "sigmoid", "desirable_weight": 2.0}}, "does not read 'preference.desirable_weight'"),
         ({"preference": {"label_smoothing": 0.1}}, "'kto' does not read 'preference.label_smoothing'"),
         ({"data": {"label_names": ["bad", "bad"]}}, "'data.label_names' must be different names; found bad, bad"),
+        ({"data": {"label_names": ["up", "down"]}}, "would make the first name false, whatever it says: leave it out"),
         ({"preference": {"loss": "sigmoid"}, "data": {"label_names": ["a"]}}, "'data.label_names' is of rows of kind"),
     ],
 )

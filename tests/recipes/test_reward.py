@@ -293,7 +293,7 @@ def test_rows_that_teach_nothing_are_refused(inputs, rows, tmp_path, loss, row, 
 def test_classes_without_names_are_false_and_true(inputs, rows, tmp_path):
     lines = [make_labelled(i) | {"label": label} for i, label in enumerate([True, False, 2])]
     data = {"train": str(write(tmp_path / "bad.jsonl", lines)), "eval": [], "label_names": []}
-    with pytest.raises(UserError, match=r"bad.jsonl:3: label 2 is none of the 2 classes, which are counted from 0"):
+    with pytest.raises(UserError, match=r"bad.jsonl:3: label 2 is not one of the 2 classes, which are counted from 0"):
         postrain.train(values_of(inputs, rows, "cross_entropy", data=data), tmp_path / "run")
 
 

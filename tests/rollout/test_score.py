@@ -1,15 +1,20 @@
 """`postrain score`: every row of a file gets its score, whatever it is packed with."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from real_tokenizers import get_template_path, get_tokenizer_folder
 from tiny_models import make_tiny_model
 
 from postrain.cli import main
+from postrain.data.bad_row import RowRef
+from postrain.data.rendering.tokenizer import load_tokenizer
+from postrain.errors import UserError
 from postrain.hf.classifier import load_trunk, save_classifier
 from postrain.models.heads import HeadConfig, init_heads
 from postrain.rollout import score as scoring
@@ -99,6 +104,45 @@ def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path):
     assert score({"prompt": "hi", "generated": {"text": " ", "finished": True}}) is None
 
 
+def test_the_last_answer_is_scored_whatever_stands_before_it(scorer, in_torch, tmp_path, capsys):
+    """Also where a template renders earlier turns of reasoning in another way than the last."""
+    turns = [USER, YES | {"reasoning_content": "so", "weight": 0.5}, USER, NO, USER, YES]
+    text = f"{HEAD}yes<|im_end|>\n{HEAD}no<|im_end|>\n{HEAD}yes<|im_end|>"
+    plain = [{key: value for key, value in turn.items() if key in ("role", "content")} for turn in turns]
+    rows = [
+        {"messages": plain},
+        {"messages": [turn | {"train": True} if turn["role"] == "assistant" else turn for turn in plain[:-1]]
+         + [YES | {"weight": 0.5}]},
+        {"messages": [turn | {"weight": 0.5} if turn["role"] == "assistant" else turn for turn in plain[:-1]],
+         "generated": GENERATED},
+        {"prompt": "hi", "generated": GENERATED | {"text": "<think>never closed"}},
+    ]  # fmt: skip
+    scoring.score_file(scorer, write(tmp_path / "rows.jsonl", rows), str(tmp_path / "out.jsonl"))
+    *scores, unclosed = [row["score"] for row in read(tmp_path / "out.jsonl")]
+    np.testing.assert_allclose(scores, in_torch(text), atol=1e-5)
+    assert unclosed is None
+    error = capsys.readouterr().err
+    assert "1 of the generated answers cannot be rendered, so that their score is null; the first at" in error
+    assert "rows.jsonl:4: " in error
+    folder = shutil.copytree(get_tokenizer_folder("qwen3"), tmp_path / "qwen3")
+    shutil.copy(get_template_path("qwen3"), folder / "chat_template.jinja")
+    tokenizer, three = load_tokenizer(folder), [turns[0], turns[1] | {"weight": 1}, turns[2], turns[1], USER, NO]
+    parsed = scoring.parse_row_texts({"messages": three}, RowRef("rows", "rows.jsonl", 1))
+    ((document,),) = scoring._render([parsed], tokenizer, "")
+    assert tokenizer.decode(document.tokens).endswith("no<|im_end|>") and document.num_trained < 10
+
+
+def test_a_score_that_is_not_finite_names_its_row(scorer, tmp_path):
+    model = scoring.load_scorer(scorer)
+    broken = model._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
+    path = write(tmp_path / "rows.jsonl", [{"text": "good"}])
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: its score is not finite: check the model with `postrain verify"
+    ):
+        scoring.score_file(broken, path, str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_texts_longer_than_the_model_knows_are_told(scorer, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "a" * 512}])
     scoring.score_file(scorer, path, str(tmp_path / "out.jsonl"))
@@ -125,6 +169,11 @@ def test_classes_have_names_and_probabilities(tmp_path):
         ({"prompt": "a", "completions": ["b", ""]}, "completions[1]: 'completion' is empty"),
         ({"prompt": "a", "generated": "b"}, "'generated' must be an object with 'text'"),
         ({"messages": [USER]}, "no assistant message"),
+        (
+            {"messages": [USER, YES, USER]},
+            "must end with the answer that is judged, an assistant message; it ends with a",
+        ),
+        ({"messages": [USER, YES, USER, NO | {"train": False}]}, "it ends with an answer with train: false"),
     ],
 )
 def test_a_row_that_has_no_score_is_named(scorer, tmp_path, capsys, row, words):

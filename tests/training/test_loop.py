@@ -150,7 +150,11 @@ def test_a_line_has_the_means_of_the_steps_since_the_last_one_also_of_a_run_that
     steps = [each[step] for step in (1, 2, 3)]
     weights = [line["train/weight"] for line in steps]
     assert len(set(weights)) > 1
-    for name, counts in (("train/loss", weights), ("train/loss/size", weights), ("train/grad_norm", None)):
+    for name, counts in (
+        ("train/loss", weights),
+        ("train/loss/size", [line["train/weight/size"] for line in steps]),
+        ("train/grad_norm", None),
+    ):
         mean = np.average([line[name] for line in steps], weights=counts)
         assert lines[3][name] == pytest.approx(mean, rel=1e-6), name
     assert lines[3]["train/learning_rate"] == each[3]["train/learning_rate"]

@@ -32,6 +32,20 @@ def test_losses_count_by_their_tokens_norms_once_and_the_last_rate_stands():
     }
 
 
+def test_each_mean_counts_by_its_own_weight_and_one_of_nothing_is_left_out():
+    def kto(chosen, number, total):
+        return metrics(1.0, total) | {"train/rewards/chosen": chosen, "weight_of/rewards/chosen": np.float32(number)}
+
+    means = StepMeans()
+    means.add(kto(0.0, 0, 4))
+    assert "train/rewards/chosen" not in means.values() and means.values()["train/loss"] == 1
+    means.add(kto(1.0, 3, 4))
+    means.add(kto(0.0, 0, 4))
+    means = StepMeans(json.loads(json.dumps(means.to_json())))
+    means.add(kto(5.0, 1, 4))
+    assert means.values()["train/rewards/chosen"] == (3 * 1 + 5) / 4
+
+
 def test_of_one_update_the_values_are_its_own_to_the_bit():
     means = StepMeans()
     means.add(metrics(0.1, 3))

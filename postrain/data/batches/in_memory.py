@@ -312,6 +312,18 @@ def iter_eval_batches(
         yield _assemble_batch(example_set, rows[start : start + local], config.sequence_length)
 
 
+def iter_documents(row_ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, tuple[int, slice]]]:
+    """Of each document of a batch its index among the examples, and its place: its slots in an array [B, T, ...].
+
+    ``row_ids``: of the batch, int32 [B, S]; ``lengths``: of all examples, in slots.
+    """
+    for row, documents in enumerate(row_ids):
+        start = 0
+        for i in documents[documents >= 0].tolist():
+            yield i, (row, slice(start, start + lengths[i]))
+            start += lengths[i]
+
+
 def _assemble_batch(example_set: ExampleSet, rows: Sequence[np.ndarray], sequence_length: int) -> dict[str, np.ndarray]:
     examples = example_set.examples
     batch = assemble_batch(

@@ -34,7 +34,7 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
     int32 says for documents of several sequences which are of one document (0 = padding, 1, 2, ... in order).
 
     A sequence is a segment. What a group shares is a segment of its own before the rest of each of its sequences. It
-    trains nothing and is no member of the group (``group_ids`` 0, fields of targets 0); the segments of the rests see
+    trains nothing and is not part of the group (``group_ids`` 0, fields of targets 0); the segments of the rests see
     it (``prefix_starts``, ``prefix_ends``), and their positions go on from its end.
 
     Raises:

@@ -20,7 +20,7 @@ import numpy as np
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, describe_type, name_keys
 from postrain.data.documents import Document, Field, Layout, Rendered
 from postrain.data.kinds.ids import MAX_ID
-from postrain.data.messages import SFT_FORMS, Example, parse_row
+from postrain.data.messages import SFT_FORMS, Conversation, Example, check_last_answer, parse_row
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
@@ -51,6 +51,12 @@ def parse_labelled(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Label
     example = parse_row(rest, form.removeprefix("labelled_") or "sft", ref, unread)
     if example.weight != 1:
         raise BadRow(ref, f"the row has a weight of {example.weight:g}; rows of kind labelled all count the same")
+    for message in example.messages if isinstance(example, Conversation) else ():
+        if "weight" in message:
+            raise BadRow(
+                ref, f"an answer has a weight of {message['weight']:g}; the label is of the whole row: take it out"
+            )
+    check_last_answer(example)
     return Labelled(example, label, ref)
 
 
@@ -97,7 +103,7 @@ def render_labelled(
 
 def _find_number(row: Labelled) -> np.ndarray:
     """The label, float32 []."""
-    with contextlib.suppress(ValueError):  # a name
+    with contextlib.suppress(ValueError, OverflowError):  # a name, or an integer beyond all floats
         label = np.asarray(float(row.label), np.float32)
         if np.isfinite(label):
             return label

@@ -28,6 +28,7 @@ from postrain.data.messages import (
     parse_prompt_completion,
     repeats_prompt,
 )
+from postrain.data.other_tools import to_number
 from postrain.data.rendering.render import render_many
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys, is_empty
@@ -110,10 +111,10 @@ def parse_answers(
 
 def _parse_margin(margin: Any, ref: RowRef) -> tuple[float, float]:
     """The scores of the chosen and the rejected answer, which differ by the margin, also where it is 0."""
-    margin = 1.0 if margin is None else margin
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < _LARGEST:
+    number = 1.0 if is_empty(margin) else to_number(margin)
+    if not 0 <= number < _LARGEST:
         raise BadRow(ref, f"'margin' must be a finite number, at least 0; found {margin!r:.40}")
-    return float(margin), 0.0 if margin > _LEAST else -_LEAST
+    return number, 0.0 if number > _LEAST else -_LEAST
 
 
 def _parse_scores(answers: Any, scores: Any, ref: RowRef) -> tuple[float, ...]:

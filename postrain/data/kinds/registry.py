@@ -317,9 +317,11 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
                 "sources of a data set are of one kind"
             )
     if expected is not None and kind.name != expected:
+        advice = "give it rows of that kind, or use another recipe"
+        if kind.name == "labelled" and expected == "sft" and parser.left_out:
+            advice = f"have {parser.left_out} take 'label' out of them, or use another recipe"
         raise UserError(
-            f"source {name!r} has rows of kind {kind.name}, and the recipe reads rows of kind {expected}: give it "
-            "rows of that kind, or use another recipe"
+            f"source {name!r} has rows of kind {kind.name}, and the recipe reads rows of kind {expected}: {advice}"
         )
     if kind.cut is None and config.too_long == "truncate":
         raise UserError(

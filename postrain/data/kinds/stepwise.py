@@ -2,9 +2,10 @@
 
 Rows are ``{"prompt": ..., "completions": [step, ...], "labels": [true or false, ...]}``, as trl's stepwise rows. The
 prompt is text, or messages of which the last is not the assistant's; steps are text. The tokens are those of the
-prompt that serving feeds (``kinds/prompts.py``), then those of each step and a line break, encoded by itself: so a
-step's last token is the same whatever follows it. The array of a batch is ``steps``: at the last token of a step 2 for
-a right and 1 for a wrong one, else 0.
+prompt that serving feeds (``kinds/prompts.py``), then those of the steps, each with a line break after it. They are
+encoded as one text, in which every step ends with a token; only where a token would lie over the end of a step, as
+where the next one begins with spaces, each is encoded by itself. The array of a batch is ``steps``: at the last token
+of a step 2 for a right and 1 for a wrong one, else 0.
 
 The steps after a cut would have no labels, so a row is not cut to a length.
 """
@@ -20,7 +21,7 @@ from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, check_string,
 from postrain.data.documents import Field, Layout, Rendered
 from postrain.data.kinds.prompts import Prompt, parse_prompt
 from postrain.data.messages import check_keys
-from postrain.data.rendering.render import BATCH, encode_plain, encode_prompts
+from postrain.data.rendering.render import BATCH, encode_parts, encode_prompts
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys
 
@@ -91,7 +92,7 @@ def render_steps(
 
 def _join(example: Steps, prompt: np.ndarray, tokenizer: Tokenizer) -> Rendered:
     names = [f"completions[{i}]" for i in range(len(example.steps))]
-    parts = encode_plain([step + SEPARATOR for step in example.steps], names, tokenizer, example.ref)
+    parts = encode_parts([step + SEPARATOR for step in example.steps], names, tokenizer, example.ref)
     tokens = np.concatenate([prompt, *parts]).astype(np.int32)
     if not len(prompt):
         raise BadRow(example.ref, "'prompt' has no tokens: the steps have nothing to follow")

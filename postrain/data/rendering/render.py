@@ -256,14 +256,41 @@ def _plan_prompt(
     return Sequence(text, ()), []
 
 
-def encode_plain(texts: list[str], names: list[str], tokenizer: Tokenizer, ref: RowRef) -> list[np.ndarray]:
-    """int32 ids of texts of one row, each by itself, nothing added; ``names``: their keys. Raises BadRow."""
+def encode_parts(texts: list[str], names: list[str], tokenizer: Tokenizer, ref: RowRef) -> list[np.ndarray]:
+    """int32 ids of texts of one row that follow each other, nothing added; ``names``: their keys. Raises BadRow.
+
+    They are encoded as one, after a line break: some tokenizers put a space in front of a text, and so in front of each
+    part that is encoded by itself. Only where a token would lie over the end of a part, each is.
+    """
     check_not_rendered([(repr(name), None, text) for name, text in zip(names, texts, strict=True)], tokenizer, ref)
-    sequences = [Sequence(mark(text, tokenizer.control_pattern), ()) for text in texts]
+    marked = [mark(text, tokenizer.control_pattern) for text in texts]
+    bounds = list(itertools.accumulate(map(len, marked), initial=1))
+    whole = Sequence("\n" + "".join(marked), tuple(itertools.pairwise(bounds)))
     try:
-        return [np.array(encoded.true_ids(), np.int32) for encoded in encode_sequences(sequences, tokenizer)]
+        if (parts := _encode_spans(whole, tokenizer)) is None:
+            alone = encode_sequences([Sequence(text, ()) for text in marked], tokenizer)
+            parts = [encoded.true_ids() for encoded in alone]
+        return [np.array(ids, np.int32) for ids in parts]
     except Refusal as e:
         raise BadRow(ref, str(e), e.advice) from None
+
+
+def _encode_spans(sequence: Sequence, tokenizer: Tokenizer) -> list[np.ndarray] | None:
+    """The ids of each span; None where a token lies over one of their ends. They follow each other, to the text's end.
+
+    Raises Refusal.
+    """
+    fast = tokenizer.fast
+    if MARK_OPEN in sequence.text:
+        sequence, fast = escape(sequence, tokenizer), second_tokenizer(tokenizer).fast
+    found = fast.encode(sequence.text, add_special_tokens=False)
+    starts, ids = [start for start, _ in found.offsets], np.asarray(found.ids, np.int32)
+    places = [bisect.bisect_left(starts, begin) for begin, _ in sequence.spans] + [len(ids)]
+    for place, (begin, _) in zip(places, sequence.spans, strict=False):
+        if place == 0 or found.offsets[place - 1][1] > begin:
+            return None
+    encoded = Encoded(sequence, tokenizer, fast, Ids(ids, starts, range(len(ids))))
+    return [encoded.true_ids(ids[start:stop]) for start, stop in itertools.pairwise(places)]
 
 
 def split_prompt(rendered: Rendered) -> tuple[np.ndarray, np.ndarray]:
