@@ -114,7 +114,7 @@ ALLOWED = {
             "bool(model.frozen.keys() & param_specs(model.config).keys())",
         },
     ),
-    "training/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
+    "training/teaching/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
     "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),
 }

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -21,12 +23,13 @@ import postrain
 from postrain.config import resolve
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
+from postrain.data.batches.token_shift import shift
 from postrain.data.documents import layout_of
 from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
-from postrain.training import teach as teaching
-from postrain.training.taught_rows import read_manifest
-from postrain.training.teach import teach
+from postrain.training.teaching import teach as teaching
+from postrain.training.teaching.manifest import check_teacher_rows, read_manifest
+from postrain.training.teaching.teach import teach
 
 ALL_IDS = 260  # of the tokenizer; student and teacher have more rows, not as many
 QUIET = {"say": lambda line: None}
@@ -141,8 +144,13 @@ def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, taught, tmp_pat
     [
         ({"distill": {"top_k": 9}}, "manifest.json: the rows there are others .top_k was 8, is 9"),
         ({"distill": {"quantization": "int8"}}, "the rows there are others .teacher was"),
-        ({"data": {"sequence_length": 80}}, "the rows there are others .data was"),
+        ({"data": {"sequence_length": 80}}, "the rows there are others .data.sequence_length: was 96, is 80"),
         ({"distill": {"top_k": 270}}, "'distill.top_k' = 270: there are only 260 ids"),
+        ({"distill": {"loss": "reverse_kl"}}, "'distill.loss' is read when the rows are trained on, not by"),
+        (
+            {"data": {"mixture": {"temperature": 2.0}}, "train": {"steps": 1}},
+            "teach` writes every row once, and weights",
+        ),
     ],
 )
 def test_a_folder_of_other_rows_is_not_written_into(inputs, teacher, taught, changes, words):
@@ -177,6 +185,54 @@ def test_taught_rows_are_streamed_as_they_are_read_at_once(inputs, taught):
     slots = config.data.sequence_length
     expected = [np.exp(row.fields[1].values[1:]).sum() + 8 * (slots - row.slots) for row in rows]
     np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-6)
+
+
+def test_weights_of_answers_and_sources_are_those_of_training(inputs, teacher, tmp_path):
+    """Rows that were written count as the rows themselves; another order of rows is no other data."""
+    path = tmp_path / "train.jsonl"
+    answers = [("a", 0.25), ("b", 1.0), ("c", 3.0)]
+    lines = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()[:3]]
+    lines.append(
+        {"messages": [
+            {"role": role, "content": text} | ({"weight": weight} if role == "assistant" else {})
+            for text, weight in answers
+            for role in ("user", "assistant")
+        ], "weight": 2.0}
+    )  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no row\n")
+    data = {"train": [{"path": str(path), "loss_weight": 0.5}], "on_bad_row": "skip", "max_bad_fraction": 0.5}
+    config, said = resolve(values_of(inputs, teacher, data=data)), []
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "manifest.json.partial").touch()  # of a kill while it was first written
+    teach(config, tmp_path / "rows", say=said.append)
+    assert f"rejected    1 bad rows: {tmp_path / 'rows' / '_rejected.jsonl'}" in said
+    assert [row["line"] for row in read_lines(tmp_path / "rows" / "_rejected.jsonl")] == [5]
+    other = resolve(values_of(inputs, teacher, data=data | {"seed": 7, "shuffle": False}))
+    teach(other, tmp_path / "rows", **QUIET)
+
+    tokenizer, stored = load_tokenizer(inputs / "model"), resolve(values_of(inputs, train=tmp_path / "rows"))
+    own = load_examples(config.data.train, tokenizer, config.data, kind="sft").examples
+    read = load_examples(stored.data.train, None, stored.data, kind="kd").examples
+    assert len(own) == len(read) >= 4 and own[-1].weights is not None
+    for row, expected in zip(read, own, strict=True):
+        np.testing.assert_array_equal(shift(row)[2], shift(expected)[2])
+    halved = dataclasses.replace(stored.data.train[0], loss_weight=0.5)
+    for row, whole in zip(load_examples((halved,), None, stored.data, kind="kd").examples, read, strict=True):
+        np.testing.assert_array_equal(shift(row)[2], shift(whole)[2] * 0.5)
+
+
+def test_weights_that_could_not_be_read_again_are_refused(inputs, teacher, tmp_path):
+    row = json.loads((inputs / "train.jsonl").read_text().splitlines()[0]) | {"weight": 1e-6}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"train": [{"path": str(tmp_path / "train.jsonl"), "loss_weight": 1e-3}]}
+    with pytest.raises(UserError, match="train.jsonl:1: its weight times its source's 'loss_weight' is 1e-09"):
+        teach(resolve(values_of(inputs, teacher, data=data)), tmp_path / "rows", **QUIET)
+
+
+def test_half_precision_holds_what_it_has_no_number_for():
+    found = teaching._round_down(np.array([-1e30, -65505.0, -3.3, 0.0], np.float32))
+    assert np.isfinite(found).all() and found.dtype == np.float16
+    np.testing.assert_array_equal(found[:2], [-65504, -65504])
 
 
 # --- train ---
@@ -321,6 +377,60 @@ def test_a_torn_or_missing_shard_is_refused_by_name(inputs, taught, tmp_path):
     (tmp_path / "rows" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="expected the manifest of `postrain teach`"):
         retrain(inputs, tmp_path / "rows", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shard_rows": 0}, "'shard_rows' is 0"),
+        ({"teacher": None}, "'teacher' is None"),
+        ({"temperature": "1"}, "'temperature' is '1'"),
+        ({"shards": {"rows-00000-of-00003.parquet": {"rows": 15}}}, "'shards' says of 'rows-00000-of-00003.parquet'"),
+        ({"version": 1}, "written by another version of postrain"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(taught, tmp_path, change, words):
+    values = json.loads((taught / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=words):
+        read_manifest(tmp_path)
+
+
+def test_rows_in_a_store_have_their_manifest_there(inputs, taught, tmp_path):
+    store = fsspec.filesystem("memory")
+    store.put(f"{taught}/", "/taught/", recursive=True)
+    assert read_manifest("memory://taught") == read_manifest(taught)
+    assert read_manifest("memory://elsewhere") is None
+    with pytest.raises(UserError, match="memory://.*manifest.json: the rows are of teacher .*; 'distill.checksum' is"):
+        retrain(inputs, "memory://taught", tmp_path, distill={"checksum": "0" * 32})
+    name = "/taught/rows-00001-of-00003.parquet"
+    store.pipe(name, store.cat(name)[:-1])
+    with pytest.raises(UserError, match="memory://.*rows-00001-of-00003.parquet is torn: expected"):
+        retrain(inputs, "memory://taught", tmp_path)
+
+
+def test_ids_that_a_teacher_lacks_are_left_out_and_padding_is_refused(inputs, taught, tmp_path):
+    """A teacher of fewer ids: no mass of others is its rest. Ids of rows that are padding have no probability."""
+    config = resolve(values_of(inputs, train=taught))
+    session = types.SimpleNamespace(
+        config=config, tokenizer=load_tokenizer(inputs / "model"), model_folder=inputs / "model", say=lambda text: None
+    )
+    options, known = check_teacher_rows(session)
+    assert known == ALL_IDS
+    options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS - 1)})
+    with pytest.raises(UserError, match="top_ids has id 260, and tokenizer, student and teacher share 260 ids"):
+        options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS)})
+    shutil.copytree(taught, tmp_path / "rows")
+    values = json.loads((taught / "manifest.json").read_text())
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(values | {"vocab_size": 250}))
+    both = dataclasses.replace(
+        config.data, eval=(dataclasses.replace(config.data.train[0], path=str(tmp_path / "rows")),)
+    )
+    session.config = dataclasses.replace(config, data=dataclasses.replace(both, train=both.eval, eval=()))
+    assert check_teacher_rows(session)[1] == 250
+    session.config = dataclasses.replace(config, data=both)
+    with pytest.raises(UserError, match="the rows are of teachers with 260 ids .* and 250 ids"):
+        check_teacher_rows(session)
 
 
 def change_tokenizer(folder, change):

@@ -36,6 +36,7 @@ from postrain.data.documents import (
     Preparation,
     SameLayout,
     check_token_ids,
+    count_fitting_shared,
     count_saved_slots,
     layout_of,
 )
@@ -138,6 +139,7 @@ def load_examples(
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
     report.saved_slots = count_saved_slots(examples)
+    report.fitting_shared = count_fitting_shared(examples, config.sequence_length)
     return example_set
 
 
