@@ -139,7 +139,7 @@ def make_parser() -> Parser:
     command.add_argument("--target", required=True, metavar="CHIP:SHAPE", help="such as v5e:4x4, h100:1x8, cpu:8")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
 
-    command = add("teach", "write what a teacher finds likely in a config's rows, to distill", config=True)
+    command = add("teach", "write a teacher's likeliest tokens in a config's rows, to distill", config=True)
     add_teach_arguments(command)
 
     command = add("export", "write a run's checkpoint as a Hugging Face or PEFT folder")

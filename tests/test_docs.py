@@ -128,7 +128,7 @@ def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
     make_tiny_model(folder / "teacher", "qwen3", vocab_size=330)
     for words in read_commands(ROOT / "docs" / "distill.md"):
         words = [re.sub("STUDENT_DIR|TEACHER_DIR", str(folder / "teacher"), word) for word in words]
-        words = [re.sub("=taught$", f"={folder}/taught", word) for word in in_small(words, folder)]
+        words = [re.sub("=teacher_rows$", f"={folder}/teacher_rows", word) for word in in_small(words, folder)]
         words = [word.replace("--config=", f"--config={ROOT}/") for word in words]
         assert cli.main(words) == 0, capfd.readouterr().err
     assert (folder / "runs" / "distill" / "export" / "model.safetensors").exists()

@@ -86,6 +86,8 @@ def teach(
         check_token_ids(rows.examples, teacher.config.vocab_size)
         check_weights(examples)
         say(str(rows.report))
+        if unread := list_unread(config):
+            say(f"not read    {unread}: by training on these rows")
         if rows.report.total.skipped:
             say(f"rejected    {rows.report.total.skipped:,} bad rows: {folder / REJECTED}")
         identity = identify(config, teacher, tokenizer, rows, vocab_size, dtype, shard_rows)
@@ -110,9 +112,8 @@ def teach(
 
 
 def check_teach_keys(config: Config) -> None:
-    """Raises UserError where there is no teacher, and for keys that `postrain teach` does not read."""
-    section, default = config.distill, DistillSection()
-    if config.recipe != "distill" or not section.teacher:
+    """Raises UserError where there is no teacher, or shares of sources, which `postrain teach` cannot write."""
+    if config.recipe != "distill" or not config.distill.teacher:
         raise UserError("config key 'distill.teacher' is empty: name the folder of the teacher (and recipe 'distill')")
     if has_mixture(config.data):
         raise UserError(
@@ -120,12 +121,13 @@ def check_teach_keys(config: Config) -> None:
             "'data.mixture' are read when the rows are trained on: leave them out here, and give them to "
             "`postrain train`, with a folder for each source"
         )
-    for key in ("loss", "beta", "skew", "nll_coef"):
-        if getattr(section, key) != getattr(default, key):
-            raise UserError(
-                f"config key 'distill.{key}' is read when the rows are trained on, not by `postrain teach`, whose rows "
-                "are for any loss: leave it out here"
-            )
+
+
+def list_unread(config: Config) -> str:
+    """Keys that are set, and that only training reads: the rows are for any loss."""
+    section, default = config.distill, DistillSection()
+    keys = [key for key in ("loss", "beta", "skew", "nll_coef") if getattr(section, key) != getattr(default, key)]
+    return ", ".join(f"distill.{key}" for key in keys)
 
 
 def check_weights(rows: Sequence[Rendered]) -> None:

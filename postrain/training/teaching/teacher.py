@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from postrain.checkpoint.record import fingerprint_model
-from postrain.config import Config, ModelSection
+from postrain.config import Config, DistillSection, ModelSection
 from postrain.data.documents import Preparation
 from postrain.data.rendering.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
@@ -43,10 +43,12 @@ class Teacher(NamedTuple):
 
 def open_teacher(session: Session) -> Teacher:
     """``load_teacher`` of a run, which says what it has loaded."""
-    teacher = load_teacher(session.config, session.tokenizer, session.mesh)
+    teacher, top_k = load_teacher(session.config, session.tokenizer, session.mesh), session.config.distill.top_k
     numbers = num_params(shapes_of(param_specs(teacher.config)))
     kind = teacher.config.quantization if teacher.config.quantization != "none" else teacher.config.compute_dtype
     session.say(f"teacher     {session.config.distill.teacher}: {numbers:,} parameters, {kind}, {teacher.checksum}")
+    if top_k != DistillSection().top_k:
+        session.say(f"not read    distill.top_k = {top_k}: a teacher beside the student gives all ids")
     for line in [*format_backends(teacher.config, session.mesh), *check_teacher_backend(teacher.config)]:
         session.say(f"teacher's {line}")
     return teacher
