@@ -93,8 +93,8 @@ def compare_with_top(options: Options, shared_ids: int) -> Callable:
     """For ``map_logits``: the student's logits against the K likeliest ids of a teacher, and the rest.
 
     ``rows`` are the targets int32 [C], and the ids int32 [C, K], all different, and their log-probabilities float32
-    [C, K] at the temperature of the options; ids are below ``shared_ids``: those of padding have no probability. Besides what ``_measure`` returns ``teacher_top``, the sum of the K
-    probabilities.
+    [C, K] at the temperature of the options. Ids must be below ``shared_ids``: those of padding have no probability.
+    Besides what ``_measure`` returns ``teacher_top``, the sum of the K probabilities.
     """
 
     def values(logits, rows, _) -> dict[str, jax.Array]:

@@ -27,6 +27,8 @@ from postrain.data.batches.token_shift import shift
 from postrain.data.documents import layout_of
 from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
+from postrain.hf.config import read_config
+from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.training.teaching import teach as teaching
 from postrain.training.teaching.manifest import check_teacher_rows, read_manifest
 from postrain.training.teaching.teach import teach
@@ -336,6 +338,12 @@ def test_the_plan_counts_the_teacher(inputs, teacher, tmp_path):
     report = json.loads(result.stdout)
     parameters = sum(parameter.numel() for parameter in load_torch(teacher).parameters())
     assert parameters <= report["model"]["parameters_frozen"] <= 1.2 * parameters  # with padding
+    config = resolve(values_of(inputs, teacher))
+    slots, rows = config.data.sequence_length, config.data.batch_size
+    of_teacher = read_config(teacher)
+    stats = BatchStats(slots * rows, slots * rows, count_pairs(of_teacher, np.full(rows, slots)))
+    forward = sum(count_flops(of_teacher, stats).values()) / 3
+    assert report["flops"]["executed"] - report["flops"]["model"] == pytest.approx(forward, rel=0.01)
     # Split over the two devices, all but the norms.
     assert 4 * parameters / 2 <= report["memory"]["parameters_frozen"] <= 1.2 * 4 * parameters / 2
 
