@@ -59,7 +59,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
     Raises UserError for one that cannot be read, or that does not say what a manifest says.
     """
     head, chain, rest = os.fspath(folder).partition("::")  # of zip://FOLDER::file:///ARCHIVE.zip
-    url = f"{head.rstrip('/')}/{MANIFEST}{chain}{rest}"
+    url = f"{head}{'' if head.endswith('/') else '/'}{MANIFEST}{chain}{rest}"
     content = read_if_there(url)
     if content is None:
         return None
@@ -126,8 +126,7 @@ def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None]:
     for source in (*config.data.train, *config.data.eval):
         folders: dict[str, list[StoredFile]] = {}
         for file in list_files(source.path) if source.path else ():
-            head, chain, rest = file.url.partition("::")
-            folders.setdefault(head.rpartition("/")[0] + chain + rest, []).append(file)
+            folders.setdefault(folder_of(file.url), []).append(file)
         manifests = {folder: read_manifest(folder) for folder in folders}
         if not manifests or None in manifests.values():
             where = source.path or source.name
@@ -151,6 +150,12 @@ def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None]:
     known = next(iter(sizes), None)
     check = functools.partial(check_ids, top_k=config.distill.top_k, vocab_size=min(known or vocab_size, vocab_size))
     return {"check": check}, known
+
+
+def folder_of(url: str) -> str:
+    head, chain, rest = url.partition("::")
+    folder = head.rpartition("/")[0]
+    return (f"{folder}/" if folder.endswith(":/") else folder) + chain + rest  # zip:// is the root of an archive
 
 
 def check_ids(arrays: Mapping[str, np.ndarray], top_k: int, vocab_size: int) -> None:
@@ -187,8 +192,8 @@ def check_folder(
     for name, wanted in (("temperature", section.temperature), ("top_k", section.top_k)):
         if of[name] != wanted:
             raise UserError(
-                f"config key 'distill.{name}' = {wanted}, but the rows of {folder} were taught with {of[name]}: set it "
-                "to that, or teach again"
+                f"config key 'distill.{name}' = {wanted}, but the rows of {folder} were written with {of[name]}: set "
+                "it to that, or let `postrain teach` write them again"
             )
     if of["vocab_size"] > vocab_size:
         raise UserError(

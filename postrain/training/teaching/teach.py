@@ -254,7 +254,7 @@ def encode_shard(rows: Sequence[Rendered], likeliest: Sequence[Likeliest], dtype
 
     logprobs = [found.logprobs for found in likeliest]
     if dtype is np.float16:
-        logprobs = [_round_down(values) for values in logprobs]
+        logprobs = [round_down(values) for values in logprobs]
     columns = {
         "tokens": pa.array([row.tokens.astype(np.int32) for row in rows], pa.list_(pa.int32())),
         "loss_mask": pa.array([row.loss_mask.astype(np.int8) for row in rows], pa.list_(pa.int8())),
@@ -270,7 +270,7 @@ def encode_shard(rows: Sequence[Rendered], likeliest: Sequence[Likeliest], dtype
     return file.getvalue()
 
 
-def _round_down(values: np.ndarray) -> np.ndarray:
+def round_down(values: np.ndarray) -> np.ndarray:
     """In float16, at most ``values``; those below all its numbers are the least of them: their probability is 0."""
     least = np.finfo(np.float16).min
     near = np.maximum(values, least).astype(np.float16)
