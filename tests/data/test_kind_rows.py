@@ -439,7 +439,7 @@ def test_a_teachers_row_may_have_a_weight(tmp_path):
     assert row["loss_mask"].tolist() == [1, 1, 0.5, 0.5]
     least = np.float32(1e-6)  # below 1e-6, and what a column of float32 makes of it
     rows = load(tmp_path, "kd", [TEACHER | {"weight": 0.5, "weights": [0, 3.0, float(least)]}])
-    np.testing.assert_array_equal(assemble_row(rows.examples, 2)["loss_mask"], [1.5, 0.5 * least])
+    np.testing.assert_array_equal(assemble_row(rows.examples, 2, rows.layout)["loss_mask"], [1.5, 0.5 * least])
 
 
 def test_logprobs_that_rounding_puts_above_0_are_0(tmp_path):
