@@ -1,9 +1,9 @@
 """Distillation of a teacher into a smaller student, from what the teacher has written or with the teacher beside it.
 
-    postrain teach --config=configs/distill.py --output=taught --config.model.path=STUDENT_DIR \
+    postrain teach --config=configs/distill.py --output=teacher_rows --config.model.path=STUDENT_DIR \
         --config.distill.teacher=TEACHER_DIR --config.data.train=train.jsonl
     postrain train --config=configs/distill.py --workdir=runs/distill \
-        --config.model.path=STUDENT_DIR --config.data.train=taught
+        --config.model.path=STUDENT_DIR --config.data.train=teacher_rows
 
 Rows are those of configs/sft.py; best are answers that the teacher has written (`postrain generate`). Both models have
 the same tokenizer; docs/distill.md makes a student out of some layers of a teacher. Every parameter of the student

@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny_models import make_tiny_model
 
-from postrain import cli
+from postrain import arguments, cli
 from postrain.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -46,7 +46,8 @@ def test_help_names_every_command_and_no_other():
 
 def test_start_up_loads_nothing_heavy():
     script = (
-        "import sys, postrain, postrain.cli as c; c.make_parser(); print([m for m in ('jax', 'numpy', 'transformers')"
+        "import sys, postrain, postrain.cli, postrain.arguments as a; a.make_parser(); "
+        "print([m for m in ('jax', 'numpy', 'transformers')"
     )
     result = subprocess.run([sys.executable, "-c", script + " if m in sys.modules])"], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
@@ -211,7 +212,7 @@ def test_the_address_of_a_storage_is_refused_as_a_place_to_write(model, tmp_path
 
 
 def test_overrides_are_separated_from_the_other_arguments():
-    rest, overrides = cli.split_overrides(
+    rest, overrides = arguments.split_overrides(
         ["train", "--config.a.b=1=2", "--config=x.py", "--config.c", "word", "--workdir=w"]
     )
     assert rest == ["train", "--config=x.py", "--workdir=w"]
@@ -310,7 +311,7 @@ sys.modules["postrain.hf.gguf.convert"] = types.SimpleNamespace(import_gguf=impo
 
 
 def test_every_option_has_a_help_and_says_its_default():
-    for name, command in cli.make_parser().commands.items():
+    for name, command in arguments.make_parser().commands.items():
         for action in command._actions:
             assert action.help, f"{name} {action.option_strings}"
             if action.option_strings and not action.required and action.nargs != 0 and name not in ("train", "launch"):

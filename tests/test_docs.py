@@ -14,7 +14,7 @@ import typing
 import pytest
 from tiny_models import make_tiny_model
 
-from postrain import cli
+from postrain import arguments, cli
 from postrain.config import Config
 from postrain.config.load import load_config
 
@@ -128,7 +128,7 @@ def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
     make_tiny_model(folder / "teacher", "qwen3", vocab_size=330)
     for words in read_commands(ROOT / "docs" / "distill.md"):
         words = [re.sub("STUDENT_DIR|TEACHER_DIR", str(folder / "teacher"), word) for word in words]
-        words = [re.sub("=taught$", f"={folder}/taught", word) for word in in_small(words, folder)]
+        words = [re.sub("=teacher_rows$", f"={folder}/teacher_rows", word) for word in in_small(words, folder)]
         words = [word.replace("--config=", f"--config={ROOT}/") for word in words]
         assert cli.main(words) == 0, capfd.readouterr().err
     assert (folder / "runs" / "distill" / "export" / "model.safetensors").exists()
@@ -159,8 +159,8 @@ def test_every_command_is_understood(page, folder):
         # The recipe that adding_an_objective.md makes; tests/test_adding_an_objective.py runs that command.
         unknown = ("...", "--config.KEY=VALUE", "--config.recipe=document_sft")
         words = [word for word in words if word not in unknown]
-        rest, overrides = cli.split_overrides(words)
-        args = cli.make_parser().parse_args(rest)
+        rest, overrides = arguments.split_overrides(words)
+        args = arguments.make_parser().parse_args(rest)
         if hasattr(args, "config"):
             needed = {"model.path": "m", "data.train": "t.jsonl"}
             load_config(str(ROOT / args.config), needed | overrides)
@@ -182,7 +182,7 @@ def test_every_key_and_link_exists(page):
 
 def test_the_readme_lists_every_command():
     listed = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    [commands] = [action for action in cli.make_parser()._actions if getattr(action, "choices", None)]
+    [commands] = [action for action in arguments.make_parser()._actions if getattr(action, "choices", None)]
     assert listed == list(commands.choices)
 
 

@@ -38,7 +38,6 @@ WITHOUT_ARRAYS = {
 # Single expressions.
 ALLOWED = {
     "checkpoint/checkpointer.py": ("names of folders", {"int(place.name)"}),
-    "cli.py": ("words of the command line", {"int(word)", "float(word)"}),
     "export.py": (
         "numpy: the arguments of check_logits; dtypes",
         {
@@ -58,7 +57,10 @@ ALLOWED = {
             "np.stack(found)",
         },
     ),
-    "hf/save.py": ("numpy, out of to_host; numbers of layers", {"np.stack(arrays, axis=-1)", "np.asarray(layers)"}),
+    "hf/save.py": (
+        "numpy, out of to_host; numbers of layers",
+        {"np.stack(arrays, axis=-1)", "np.asarray(layers)", "float(value)"},
+    ),
     "hf/tree.py": ("digits in a name", {"int(match.group(1))"}),
     "models/attention/dispatch.py": (
         "arrays that this process alone has made, on one of its devices",
@@ -111,10 +113,9 @@ ALLOWED = {
         {
             "bool(config.model.lora.rank)",
             "np.asarray(pairs, np.int32)",
-            "bool(model.frozen.keys() & param_specs(model.config).keys())",
         },
     ),
-    "training/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
+    "training/teaching/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
     "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),
 }

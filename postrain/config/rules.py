@@ -25,23 +25,49 @@ from postrain.files import check_local
 
 def check_rules(config: Config) -> None:
     """Raises UserError naming keys that do not go together."""
-    data, train, mesh = config.data, config.train, config.mesh
-
-    # The length of the run.
+    data, train = config.data, config.train
     if train.steps == 0 and train.epochs <= 0:
         raise UserError("config keys 'train.steps' and 'train.epochs' are both 0: set one of them")
     key = "'data.streaming'" if data.streaming else "'data.mixture' or weights of 'data.train'"
     if (data.streaming or has_mixture(data)) and not train.steps:
         raise UserError(f"config key {key}: the length of such an epoch is not known beforehand: set 'train.steps'")
+    _check_division(config)
+    _check_sources(data)
+    _check_model(config.model)
+    if config.model.lora.rank == 0 and config.export.format == "adapter":
+        raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
+    if config.eval.generate_rows and not data.eval:
+        raise UserError("config key 'eval.generate_rows' needs held-out rows: give 'data.eval', or set it to 0")
+    _check_unread(config)
+    _check_labels(config)
+    if config.checkpoint.keep_best:
+        _check_best(config)
+    if data.share_prompts == "on" and config.model.attention.startswith("flash"):
+        raise UserError(
+            f"config key 'model.attention' = {config.model.attention!r} computes no shared prompts, but "
+            "'data.share_prompts' is 'on': set the one to auto or chunked, or the other to off"
+        )
+    if config.recipe == "preference":
+        _check_preference(config)
+    _check_weights(config)
+    if config.recipe == "reward":
+        _check_reward(config)
+    if config.recipe == "distill":
+        _check_distill(config)
 
-    # Micro-batches, devices and shards have the same number of rows each. An axis of the mesh that is -1 gets its size
-    # when the devices are counted, and is checked then.
+
+def _check_division(config: Config) -> None:
+    """Micro-batches, devices and shards have the same number of rows each.
+
+    An axis of the mesh that is -1 gets its size when the devices are counted, and is checked then.
+    """
+    data, mesh = config.data, config.mesh
     free = [f"'mesh.{axis.name}'" for axis in dataclasses.fields(mesh) if getattr(mesh, axis.name) == -1]
     if len(free) > 1:
         raise UserError(
             f"config keys {' and '.join(free)} are -1, all devices that are left: give all but one a number"
         )
-    rows, micro_batches, shards = data.batch_size, train.micro_batches, data.stream.shards
+    rows, micro_batches, shards = data.batch_size, config.train.micro_batches, data.stream.shards
     if rows % micro_batches:
         raise UserError(
             f"config key 'train.micro_batches' = {micro_batches} does not divide 'data.batch_size' = {rows}"
@@ -60,14 +86,10 @@ def check_rules(config: Config) -> None:
     if data.streaming and rows % shards:
         raise UserError(f"config key 'data.batch_size' = {rows} must be a multiple of 'data.stream.shards' = {shards}")
 
-    _check_sources(data)
-    _check_model(config.model)
-    if config.model.lora.rank == 0 and config.export.format == "adapter":
-        raise UserError("config key 'export.format' = 'adapter' needs 'model.lora.rank' above 0")
-    if config.eval.generate_rows and not data.eval:
-        raise UserError("config key 'eval.generate_rows' needs held-out rows: give 'data.eval', or set it to 0")
-    _check_unread(config)
-    if names := data.label_names:
+
+def _check_labels(config: Config) -> None:
+    """``data.label_names`` and ``data.label_numbers``, where rows of kind labelled are read."""
+    if names := config.data.label_names:
         if find_row_kind(config) != "labelled":
             raise UserError(
                 f"config key 'data.label_names' is of rows of kind labelled; this recipe reads rows of kind "
@@ -75,24 +97,10 @@ def check_rules(config: Config) -> None:
             )
         if "" in names or len(set(names)) < len(names):
             raise UserError(f"config key 'data.label_names' must be different names; found {', '.join(names)}")
-    if data.label_numbers and (config.recipe, config.reward.loss) != ("reward", "squared_error"):
+    if config.data.label_numbers and (config.recipe, config.reward.loss) != ("reward", "squared_error"):
         raise UserError(
             "config key 'data.label_numbers' is for 'reward.loss' = 'squared_error' of recipe 'reward': leave it out"
         )
-    if config.checkpoint.keep_best:
-        _check_best(config)
-    if config.data.share_prompts == "on" and config.model.attention.startswith("flash"):
-        raise UserError(
-            f"config key 'model.attention' = {config.model.attention!r} computes no shared prompts, but "
-            "'data.share_prompts' is 'on': set the one to auto or chunked, or the other to off"
-        )
-    if config.recipe == "preference":
-        _check_preference(config)
-    _check_weights(config)
-    if config.recipe == "reward":
-        _check_reward(config)
-    if config.recipe == "distill":
-        _check_distill(config)
 
 
 def has_mixture(config: DataConfig) -> bool:

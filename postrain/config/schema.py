@@ -115,8 +115,9 @@ class DataConfig:
     batch_size: Size = 8  # B, packed rows of one update, over all devices and micro-batches
     packing: Literal["best_fit", "none"] = "best_fit"  # none: one document a row
     packing_window: Times = 10_000  # documents that best-fit looks at together
-    # The prompt of a group of answers stands in a row once and is computed once; auto: where the attention can do that
-    share_prompts: Literal["auto", "on", "off"] = "auto"  # the loss is the same, and more groups fit in a row
+    # The prompt of a group of answers stands in a row once and is computed once; auto: where the attention can do that.
+    # A group's length is judged so: on devices that do not share, longer groups are left out (too_long).
+    share_prompts: Literal["auto", "on", "off"] = "auto"  # the loss of a group is the same
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"  # documents over sequence_length; split: of text
     on_bad_row: Literal["error", "skip"] = "error"  # skip: the row is counted and written to rejected.jsonl
     max_bad_fraction: Share = 0.05  # a run that skips a larger share of a source's rows stops
@@ -367,7 +368,7 @@ class DistillSection:
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"  # of a token
     beta: Annotated[float, Range(above=0, below=1)] = 0.5  # of jsd: the teacher's share of the mixture
     skew: Annotated[float, Range(above=0, below=1)] = 0.1  # of the skew losses: how much of itself is mixed in
-    temperature: Positive = 1.0  # that the logits of both are divided by
+    temperature: Annotated[float, Range(1e-3, 1e3)] = 1.0  # that the logits of both are divided by
     nll_coef: NotNegative = 0.0  # factor of the student's own -log p of the token, which is added
     top_k: Annotated[int, Range(1, 2**16)] = 64  # likeliest ids of the teacher in a row of kind kd, for every token
 

@@ -37,8 +37,8 @@ class Rendered:
       template_switches: for each answer the switch of the template that its prompt was rendered with, as
         "enable_thinking=False", where that differs from the default prompt, else ""; empty where all are "".
       fields: further arrays.
-      reads_last: its last token is read too, not only predicted: of a prompt, which is gone on with, and where a head
-        tells something of the whole text.
+      reads_last: its last token is read too, not only predicted: of a prompt, whose answer begins after it, and where a
+        head reads the hidden state there.
       metadata: what else the row says, for whoever scores what is generated; None but for prompts, and for what is
         yet to be prepared.
       weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
@@ -172,6 +172,12 @@ def count_shared_slots(sequences: Sequence[Rendered]) -> int:
 def count_saved_slots(documents: Iterable[Document]) -> int:
     """Slots that these documents would take more if every sequence had the beginning of its group itself."""
     return sum(document.saved_slots for document in documents if isinstance(document, Group))
+
+
+def count_fitting_shared(documents: Iterable[Document], slots: int) -> int:
+    """Groups that fit in ``slots`` slots because their sequences share a beginning."""
+    groups = (document for document in documents if isinstance(document, Group))
+    return sum(group.slots + group.saved_slots > slots for group in groups)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def save_pretrained(
         listed = ", ".join(f"{path} {found.get(path)} instead of {expected.get(path)}" for path in wrong)
         raise ValueError(f"parameters do not fit the model config: {listed}")
     tensors = list_tensors(config, read_family(source_folder))
-    dtypes = choose_dtypes(tensors, source_folder, dtype)
+    dtypes = choose_dtypes(tensors, source_folder, dtype, layers)
     tensors.sort(key=lambda tensor: -dtypes[tensor.name].itemsize)  # the order of a file, so of every gather
     by_name = {tensor.name: tensor for tensor in tensors}
 
@@ -88,10 +88,9 @@ def save_layers(source: str | os.PathLike, folder: str | os.PathLike, layers: Se
     Raises UserError: layers that it does not have, or whose attention windows its config.json could not tell.
     """
     source, layers = locate_model(os.fspath(source)), list(layers)
-    config, params = load_pretrained(source)
+    config = read_config(source)
     if not layers or not all(0 <= i < config.num_layers for i in layers):
         raise UserError(f"layers {layers}: expected some of 0 to {config.num_layers - 1}, which {source} has")
-    params["layers"] = jax.tree.map(lambda leaf: leaf[np.asarray(layers)], params["layers"])
     windows = tuple(config.layer_windows[i] for i in layers) if config.layer_windows else ()
     config = dataclasses.replace(config, num_layers=len(layers), layer_windows=windows if any(windows) else ())
     with tempfile.TemporaryDirectory() as place:
@@ -101,6 +100,8 @@ def save_layers(source: str | os.PathLike, folder: str | os.PathLike, layers: Se
                 f"layers {layers}: which have an attention window follows from their places in {source}, and would be "
                 "others here: choose layers whose windows come in the same order"
             )
+    _, params = load_pretrained(source)
+    params["layers"] = jax.tree.map(lambda leaf: leaf[np.asarray(layers)], params["layers"])
     save_pretrained(folder, params, config, source_folder=source, layers=layers)
 
 
@@ -170,8 +171,10 @@ def _make_gather(sharding: NamedSharding):
     return jax.jit(lambda param, places: param[places], out_shardings=sharding)
 
 
-def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[str, np.dtype]:
-    """Dtype of every tensor in the files; ``dtype`` as in save_pretrained."""
+def choose_dtypes(
+    tensors: list[FileTensor], source_folder, dtype: str, layers: Sequence[int] | None = None
+) -> dict[str, np.dtype]:
+    """Dtype of every tensor in the files; ``dtype`` and ``layers`` as in save_pretrained."""
     if dtype != "as_loaded":
         return dict.fromkeys([tensor.name for tensor in tensors], parse_dtype(dtype, "export.dtype"))
     raw, folder = read_model_json(config_file(source_folder)), pathlib.Path(source_folder)
@@ -182,4 +185,10 @@ def choose_dtypes(tensors: list[FileTensor], source_folder, dtype: str) -> dict[
     known = {name: DTYPES[info.dtype] for name, info in infos.items() if info.dtype in DTYPES}
     if tied := known.get(PROJECTION):  # which may be the only tensor of a tied embedding
         known = {t.name: tied for t in tensors if t.entries[0].param == "embed.embedding"} | known
-    return {t.name: known.get(t.name, stated) for t in tensors}  # packed tensors are written in the stated dtype
+    names = {t.name: t.name for t in tensors}
+    if layers is not None:  # a tensor of layer i was one of layer layers[i]
+        there = list_tensors(read_config(source_folder), read_family(source_folder))
+        by_place = {(t.entries, t.layer, t.expert): t.name for t in there}
+        place = lambda t: (t.entries, t.layer if t.layer is None else layers[t.layer], t.expert)
+        names = {t.name: by_place[place(t)] for t in tensors}
+    return {t.name: known.get(names[t.name], stated) for t in tensors}  # packed ones are written in the stated dtype

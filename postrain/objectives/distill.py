@@ -2,9 +2,8 @@
 
 With p the teacher's and q the student's distribution, each softmax(logits / temperature) over the ids that both have:
 
-    forward_kl       KL(p | q), which covers all that the teacher may say (Hinton et al. 2015, arXiv:1503.02531)
-    reverse_kl       KL(q | p), which stays with what the teacher finds likely; on the student's own answers MiniLLM's
-                     (arXiv:2306.08543)
+    forward_kl       KL(p | q), which covers every mode of the teacher (Hinton et al. 2015, arXiv:1503.02531)
+    reverse_kl       KL(q | p), which seeks some of its modes; on the student's own answers MiniLLM's (arXiv:2306.08543)
     jsd              b KL(p | m) + (1 - b) KL(q | m), m = b p + (1 - b) q, b = ``beta``: the generalised Jensen-Shannon
                      divergence of GKD (Agarwal et al. 2023, arXiv:2306.13649, eq. 1)
     skew_forward_kl  KL(p | a p + (1 - a) q), a = ``skew``, and
@@ -94,8 +93,8 @@ def compare_with_top(options: Options, shared_ids: int) -> Callable:
     """For ``map_logits``: the student's logits against the K likeliest ids of a teacher, and the rest.
 
     ``rows`` are the targets int32 [C], and the ids int32 [C, K], all different, and their log-probabilities float32
-    [C, K] at the temperature of the options. Besides what ``_measure`` returns ``teacher_top``, the sum of the K
-    probabilities.
+    [C, K] at the temperature of the options. Ids must be below ``shared_ids``: those of padding have no probability.
+    Besides what ``_measure`` returns ``teacher_top``, the sum of the K probabilities.
     """
 
     def values(logits, rows, _) -> dict[str, jax.Array]:

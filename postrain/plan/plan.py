@@ -21,9 +21,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from postrain.config import Config
+from postrain.config.rules import choose_reference
 from postrain.errors import UserError
 from postrain.hf.find_model import locate_model
-from postrain.models.config import LoraConfig
+from postrain.models.config import LoraConfig, ModelConfig
 from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.plan.collectives import Collective, read_collectives
 from postrain.plan.report import (
@@ -57,7 +58,7 @@ class CompiledStep:
 
     config: Config
     mesh: Mesh
-    model: Model  # abstract
+    model: Model  # abstract; with a teacher or reference beside it
     program: Program
     traced: jax.stages.Traced
     compiled: jax.stages.Compiled | None  # None where the compiler refused it
@@ -140,7 +141,7 @@ def compile_step(config: Config, folder: str | os.PathLike, target: Target, make
         refused = read_refusal(str(error))
         if refused is None:
             raise UserError(f"--target={target.name}: {explain_compiler(str(error))}") from error
-    return CompiledStep(config, mesh, model, program, traced, compiled, refused, time.perf_counter() - started)
+    return CompiledStep(config, mesh, program.model, program, traced, compiled, refused, time.perf_counter() - started)
 
 
 def explain_compiler(message: str) -> str:
@@ -219,12 +220,24 @@ def count_step_flops(step: CompiledStep) -> Flops:
     data, config = step.config.data, step.model.config
     rows, length = data.batch_size, data.sequence_length
     projected = rows * length if step.model.projects else 0  # onto the vocabulary
-    model = count_flops(config, BatchStats(rows * length, projected, count_pairs(config, np.full(rows, length))))
+    stats = lambda of: BatchStats(rows * length, projected, count_pairs(of, np.full(rows, length)))
+    model = count_flops(config, stats(config))
     # Attention and the projection onto the vocabulary run in loops over blocks whose number depends on the data.
     executed = count_traced_flops(step.traced.jaxpr) + model["attention"] + model["unembedding"]
+    for other in list_forward_only(step):
+        whole = count_flops(dataclasses.replace(other, lora=None, new_rows=None), stats(other))
+        executed += (whole["attention"] + whole["unembedding"]) / 3  # no gradients
     counted = (step.compiled.cost_analysis() or {}).get("flops") if step.compiled else None
     total = sum(model.values())
     return Flops(total, model, max(executed, total), counted and counted * step.mesh.size)
+
+
+def list_forward_only(step: CompiledStep) -> list[ModelConfig]:
+    """Models that a step computes besides the one that trains: a teacher, a reference that is not read from a file."""
+    found = [step.model.teacher] if step.model.teacher else []
+    if step.config.recipe == "preference" and choose_reference(step.config) in ("base", "live"):
+        found.append(step.model.config)
+    return found
 
 
 def sum_by_kind(collectives: list[Collective]) -> dict[str, CollectiveFacts]:

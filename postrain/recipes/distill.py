@@ -1,8 +1,8 @@
 """Distillation: a student learns a teacher's whole distribution of each trained token, not the token alone.
 
-    postrain teach --config=configs/distill.py --output=TAUGHT --config.model.path=STUDENT \
+    postrain teach --config=configs/distill.py --output=ROWS --config.model.path=STUDENT \
         --config.distill.teacher=TEACHER --config.data.train=train.jsonl
-    postrain train --config=configs/distill.py --workdir=RUN --config.model.path=STUDENT --config.data.train=TAUGHT
+    postrain train --config=configs/distill.py --workdir=RUN --config.model.path=STUDENT --config.data.train=ROWS
 
 Rows of kind kd hold the teacher's likeliest ids, written once by `postrain teach`. With ``distill.teacher`` the teacher
 runs beside the student instead, frozen, on the same devices, and rows are of kind sft: it takes memory and time, but no
@@ -32,8 +32,14 @@ from postrain.training.model import TEACHER, Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
 from postrain.training.session import open_session
-from postrain.training.taught_rows import check_taught_rows
-from postrain.training.teacher import abstract_teacher, add_teacher, count_shared_ids, open_teacher, without_teacher
+from postrain.training.teaching.manifest import check_teacher_rows
+from postrain.training.teaching.teacher import (
+    abstract_teacher,
+    add_teacher,
+    count_shared_ids,
+    open_teacher,
+    without_teacher,
+)
 
 CHARTS = (
     Chart("Loss per token", ("train/loss", "eval/loss")),
@@ -51,15 +57,18 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with open_session(config, workdir) as session:
         # What the teacher has written is checked before it is read; a teacher that runs is loaded before its rows.
         teacher = open_teacher(session) if config.distill.teacher else None
-        kind, options = find_row_kind(config), teacher.row_options if teacher else check_taught_rows(session)
+        options, teacher_ids = (teacher.row_options, None) if teacher else check_teacher_rows(session)
+        kind = find_row_kind(config)
         rows = open_train_rows(session, kind=kind, **options)
         held_out = open_eval_rows(session, kind=kind, **options)
         total_steps = count_steps(session, rows)
 
         model = load_model(config, session.model_folder, session.mesh)
         if teacher is not None:
-            add_teacher(model, teacher.config, teacher.params)
-        program = make_program(config, model, session.mesh, total_steps)
+            model = add_teacher(model, teacher.config, teacher.params)
+        shared_ids = count_shared_ids(session.tokenizer, model.config, model.teacher)
+        shared_ids = min(shared_ids, teacher_ids or shared_ids)
+        program = make_program(config, model, session.mesh, total_steps, shared_ids)
         session.print_summary(model, program, rows, held_out)
 
         evaluators = []
@@ -76,17 +85,22 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         return session.write_report(rows, held_out, CHARTS)
 
 
-def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
-    """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract: its teacher is made so, too."""
+def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int, shared_ids: int | None = None) -> Program:
+    """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract: its teacher is made so, too.
+
+    ``shared_ids``: ids that tokenizer, student and teacher have; None: found in their folders.
+    """
     options, arrays = config.distill, {}
     if options.teacher and model.teacher is None:
-        add_teacher(model, *abstract_teacher(config, mesh))
+        model = add_teacher(model, *abstract_teacher(config, mesh))
     if not options.teacher:
         arrays["teacher_ids"] = np.dtype(np.int32), (options.top_k,)
         arrays["teacher_logprobs"] = np.dtype(np.float32), (options.top_k,)
-    tokenizer = load_run_tokenizer(config, locate_model(config.model.path, weights=False))
+    if shared_ids is None:
+        tokenizer = load_run_tokenizer(config, locate_model(config.model.path, weights=False))
+        shared_ids = count_shared_ids(tokenizer, model.config, model.teacher)
     models = [Forward(one, chunk=config.model.loss_chunk) for one in (model.config, model.teacher) if one]
-    compare = make_comparison(options, count_shared_ids(tokenizer, model.config, model.teacher), *models)
+    compare = make_comparison(options, shared_ids, *models)
     return build_program(
         config,
         model,

@@ -134,8 +134,10 @@ def file_facts(config: Config) -> dict[str, str]:
     """
     named = [source.path for source in (*config.data.train, *config.data.eval)]
     named += [config.model.path, config.model.tokenizer, config.data.chat_template, config.model.new_tokens.file]
+    named.append(config.distill.teacher)
     files = [file for path in named if path and "://" not in path for file in _expand(path)]
-    hub_names = [name for name in (config.model.path, config.model.tokenizer) if is_hub_name(name)]
+    models = config.model.path, config.model.tokenizer, config.distill.teacher
+    hub_names = [name for name in models if is_hub_name(name)]
     commits = {f"{name} on the Hugging Face hub": f"commit {fetch_small_files(name).name}" for name in hub_names}
     contents = {}
     for file in dict.fromkeys(files):

@@ -52,11 +52,13 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
     section = config.model
     model = fingerprint_model(folder, make_lora_config(section.lora), section.new_tokens, section.quantization)
     # The data as far as the config and its files tell, the rest as it was saved: the documents are not known yet, nor
-    # the parts that a recipe's own source adds.
-    saved = record.data_fingerprint
-    known = {"documents": saved.get("documents")} if not config.data.streaming else {}
-    now = fingerprint_config(tokenizer, config.data) | known
-    data = saved | {key: value for key, value in now.items() if key in saved}
+    # what the recipe makes of them. A code of accepted changes stands for all of them, so it is judged by
+    # ``check_record`` when they are known.
+    saved, data = record.data_fingerprint, None
+    if not config.data.accept_change:
+        known = {"documents": saved.get("documents")} if not config.data.streaming else {}
+        now = fingerprint_config(tokenizer, config.data) | known
+        data = saved | {key: value for key, value in now.items() if key in saved}
     check_record(place, record, config, data, model)
 
 

@@ -31,6 +31,7 @@ class Program:
       loss_coefs: factors of the named losses, 1 for the others.
       updates: of the whole run.
       train_step: ``(state, batch) -> (state, metrics)``: jitted, and after ``compile`` the executable.
+      model: what it is for, with a teacher or reference where the recipe holds one beside it.
     """
 
     loss_fn: Callable
@@ -41,6 +42,7 @@ class Program:
     loss_coefs: Mapping[str, float]
     updates: int
     train_step: Any
+    model: Model
 
     def compile(self) -> jax.stages.Compiled:
         """Compiles the train step for the abstract state and batch, on the devices of this process."""
@@ -85,7 +87,7 @@ def build_program(
     )
     batch = abstract_batch(config.data, mesh, layout)
     coefs = loss_coefs or {}
-    return Program(loss_fn, eval_loss_fn or loss_fn, optimizer, abstract, batch, coefs, updates, train_step)
+    return Program(loss_fn, eval_loss_fn or loss_fn, optimizer, abstract, batch, coefs, updates, train_step, model)
 
 
 def abstract_batch(config: DataConfig, mesh: Mesh, layout: Layout = NO_LAYOUT) -> Batch:

@@ -108,9 +108,9 @@ def shares_prompts(config: Config, mesh: Mesh | None = None) -> bool:
         return sees_prefixes(config.model.attention)
 
 
-def prepare_groups(config: Config, mesh: Mesh | None = None, preparation: Preparation = AS_RENDERED) -> Preparation:
-    """``preparation`` of rows that become groups, and prompts shared where ``shares_prompts`` says so."""
-    return share_prompts(preparation) if shares_prompts(config, mesh) else preparation
+def prepare_groups(config: Config, mesh: Mesh | None = None) -> Preparation:
+    """Of rows that become groups: their prompts are shared where ``shares_prompts`` says so."""
+    return share_prompts() if shares_prompts(config, mesh) else AS_RENDERED
 
 
 def open_train_rows(

@@ -86,7 +86,8 @@ class Session:
         Raises UserError where the devices cannot run the attention back end that the config names.
         """
         self.say(format_summary(self.config, self.mesh, model, program.updates))
-        if checked := check_backend(model.config):
+        chosen = choose_backend(model.config, self.mesh, self.config.data.share_prompts == "on")
+        if checked := check_backend(dataclasses.replace(model.config, attention=chosen)):
             self.say(f"attention   {checked}")
         self.say(rows.summary + (f"\nheld out\n{held_out.report}" if held_out else ""))
         warnings = (
@@ -200,15 +201,22 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
     return "\n".join(lines)
 
 
-def format_backends(config: ModelConfig, mesh: Mesh, prefixes: bool = False) -> list[str]:
-    """Lines naming the back ends of attention and the experts. Raises UserError where the devices cannot run them.
+def choose_backend(config: ModelConfig, mesh: Mesh, prefixes: bool = False) -> str:
+    """The back end of attention. Raises UserError where the devices cannot run the one that is asked for.
 
     ``prefixes``: shared prompts are asked for, which not every back end computes.
     """
     with mesh_context(mesh):
-        name, instead = select_backend(config.attention), ""
-        if prefixes and not sees_prefixes(name):
-            name, instead = "chunked", f" ({name} computes no shared prompts)"
+        name = select_backend(config.attention)
+        return "chunked" if prefixes and not sees_prefixes(name) else name
+
+
+def format_backends(config: ModelConfig, mesh: Mesh, prefixes: bool = False) -> list[str]:
+    """Lines naming the back ends of attention and the experts. Raises UserError as ``choose_backend``."""
+    name = choose_backend(config, mesh, prefixes)
+    with mesh_context(mesh):
+        usual = select_backend(config.attention)
+        instead = f" ({usual} computes no shared prompts)" if name != usual else ""
         lines = [f"attention   {name}, {config.compute_dtype}, remat {config.remat}{instead}"]
         if config.moe:
             lines.append(f"experts     {grouped_dot.select_backend(config.moe.backend)}")

@@ -13,6 +13,7 @@ google-tunix 0.1.7 (``python -m venv ENV && ENV/bin/pip install google-tunix==0.
 out.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -71,7 +72,7 @@ def make_step(folder: str, lora: bool, loss: str = "sigmoid"):
     config, params = load_pretrained(folder)
     frozen = {}
     if lora:
-        config = config.__class__(**{**vars(config), "lora": LoraConfig(16)})
+        config = dataclasses.replace(config, lora=LoraConfig(16))
         params, frozen = init_lora(config, jax.random.key(0), params), params
     forward = Forward(config, chunk=LOSS_CHUNK)
     of_base = lambda params, batch: forward.logprobs(drop_adapters(params), batch)[0].logprobs

@@ -444,6 +444,9 @@ def test_a_teachers_distribution_stands_where_its_token_is_the_target(tmp_path):
         ({"tokens": [5, -6, 7]}, "tokens must be whole numbers from 0 to 2,147,483,647; found -6"),
         ({"tokens": []}, "tokens must have at least 2 entries; found 0"),
         ({"tokens": "abc"}, "tokens must be a list"),
+        ({"weights": [1, 2]}, "weights must be a list of 3 numbers, one for each token"),
+        ({"weights": [1, -2, 1]}, "weights[1] must be a number from 1e-6 to 1e6; found -2"),
+        ({"weights": [1, float("nan"), 1]}, "weights[1] must be a number from 1e-6 to 1e6; found nan"),
         ({"loss_maks": [0, 1, 1]}, "unknown key 'loss_maks'; did you mean 'loss_mask'?"),
     ],
 )
@@ -455,6 +458,9 @@ def test_a_teachers_row_may_have_a_weight(tmp_path):
     rows = load(tmp_path, "kd", [TEACHER, TEACHER | {"weight": 0.5}])
     row = assemble_row(rows.examples, 4, rows.layout)
     assert row["loss_mask"].tolist() == [1, 1, 0.5, 0.5]
+    least = np.float32(1e-6)  # below 1e-6, and what a column of float32 makes of it
+    rows = load(tmp_path, "kd", [TEACHER | {"weight": 0.5, "weights": [0, 3.0, float(least)]}])
+    np.testing.assert_array_equal(assemble_row(rows.examples, 2, rows.layout)["loss_mask"], [1.5, 0.5 * least])
 
 
 def test_logprobs_that_rounding_puts_above_0_are_0(tmp_path):

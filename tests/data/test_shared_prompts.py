@@ -166,12 +166,17 @@ def test_a_file_of_pairs_takes_fewer_slots_and_says_so(load):
 
 
 def test_groups_that_fit_only_with_a_shared_prompt_are_kept(load):
-    assert len(load(share_prompts(), sequence_length=128)[0].examples) == 23
+    shared, _ = load(share_prompts(), sequence_length=128)
+    assert len(shared.examples) == 23
+    assert "; 4 documents would be too long so, and left out where prompts are not shared" in str(shared.report)
     plain, _ = load(AS_RENDERED, sequence_length=128)
     assert plain.report.total.too_long == 4 and len(plain.examples) == 19
 
 
 def test_the_fingerprint_says_that_prompts_are_shared(load):
     shared, plain = (load(preparation)[0].fingerprint for preparation in (share_prompts(), AS_RENDERED))
-    assert compare_fingerprints(plain, shared) == ["documents were trained as rendered, are with shared prompts"]
+    assert compare_fingerprints(plain, shared) == [
+        "documents were trained as rendered, are with shared prompts (config key 'data.share_prompts', which was off "
+        "then)"
+    ]
     assert "preparation" not in plain

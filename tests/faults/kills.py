@@ -72,7 +72,7 @@ CALLS = {  # what is called at instants of the run that write nothing
     "evaluation": ("postrain.training.evaluate", "compute_eval_loss"),
     "answers": ("postrain.rollout.answers", "answer_questions"),
     "reference": ("postrain.training.reference", "_compute"),
-    "teacher": ("postrain.training.teacher", "load_teacher"),
+    "teacher": ("postrain.training.teaching.teacher", "load_teacher"),
     "export checked": ("postrain.export", "check_logits"),
     "report": ("postrain.training.session", "write_report"),
 }

@@ -92,15 +92,15 @@ def make_answers() -> ExampleSet:
     return ExampleSet(add_mismatched(documents, 128, seed=3), DataReport([]), {})
 
 
-def make_taught(examples: ExampleSet, size: int) -> ExampleSet:
+def add_likeliest(examples: ExampleSet, size: int) -> ExampleSet:
     """``examples`` with a teacher of each token, which likes it best and its neighbours next."""
-    rng, taught = np.random.default_rng(2), []
+    rng, found = np.random.default_rng(2), []
     for row in examples.examples:
         ids = (row.tokens[:, None] + np.arange(size, dtype=np.int32)) % CONFIG.vocab_size
         p = np.sort(rng.dirichlet(np.ones(size + 1), len(ids)), axis=1)[:, :0:-1]
         fields = Field("teacher_ids", ids, True), Field("teacher_logprobs", np.log(p).astype(np.float32), True)
-        taught.append(dataclasses.replace(row, fields=fields))
-    return dataclasses.replace(examples, examples=taught)
+        found.append(dataclasses.replace(row, fields=fields))
+    return dataclasses.replace(examples, examples=found)
 
 
 def compute_curve(
@@ -174,7 +174,7 @@ def compute_distill() -> dict:
     stored = make_distill_loss(make_comparison(DistillSection(nll_coef=0.2), shared, FORWARD))
     return {
         "jsd, live, full": compute_curve(live, make_examples(), lora=False, teacher=teacher),
-        "forward_kl, stored, lora": compute_curve(stored, make_taught(make_examples(), 5), lora=True),
+        "forward_kl, stored, lora": compute_curve(stored, add_likeliest(make_examples(), 5), lora=True),
     }
 
 

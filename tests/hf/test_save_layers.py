@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny_model
 
 from postrain.errors import UserError
@@ -57,4 +58,18 @@ def test_layers_that_are_not_there_are_refused(tmp_path):
     for layers in ([], [0, 3], [-1]):
         with pytest.raises(UserError, match="expected some of 0 to 2, which .*source has"):
             save_layers(source, tmp_path / "student", layers)
+    (source / "model.safetensors").unlink()  # and before weights are read
+    with pytest.raises(UserError, match="expected some of 0 to 2"):
+        save_layers(source, tmp_path / "student", [3])
     assert not (tmp_path / "student").exists()
+
+
+def test_tensors_have_the_dtypes_of_their_own_layers(tmp_path):
+    source = make_tiny_model(tmp_path / "source", "llama")
+    name = "model.layers.{}.mlp.up_proj.weight".format
+    tensors = load_file(source / "model.safetensors")
+    tensors[name(1)] = tensors[name(1)].to(torch.bfloat16)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    save_layers(source, tmp_path / "student", [1, 2])
+    student = load_file(tmp_path / "student" / "model.safetensors")
+    assert [student[name(i)].dtype for i in range(2)] == [torch.bfloat16, torch.float32]

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import fsspec
 import jax
 import numpy as np
 import pytest
@@ -21,12 +23,16 @@ import postrain
 from postrain.config import resolve
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
+from postrain.data.batches.token_shift import shift
 from postrain.data.documents import layout_of
+from postrain.data.files.storage import list_files
 from postrain.data.rendering.tokenizer import compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
-from postrain.training import teach as teaching
-from postrain.training.taught_rows import read_manifest
-from postrain.training.teach import teach
+from postrain.hf.config import read_config
+from postrain.models.flops import BatchStats, count_flops, count_pairs
+from postrain.training.teaching import teach as teaching
+from postrain.training.teaching.manifest import check_teacher_rows, folder_of, read_manifest
+from postrain.training.teaching.teach import teach
 
 ALL_IDS = 260  # of the tokenizer; student and teacher have more rows, not as many
 QUIET = {"say": lambda line: None}
@@ -40,7 +46,7 @@ def teacher(tmp_path_factory):
 
 
 def values_of(inputs, teacher=None, train=None, **sections):
-    """A run of six steps; with a teacher beside the student, or on taught rows."""
+    """A run of six steps; with a teacher beside the student, or on its rows."""
     own = {"eval": {"every": 3, "generate_rows": 2}, "model": {"lora": {"rank": 0}}, "checkpoint": {"every": 3}}
     own["optimizer"] = {"learning_rate": 3e-3}
     own["data"] = {"train": str(train), "eval": ""} if train else {}
@@ -50,8 +56,8 @@ def values_of(inputs, teacher=None, train=None, **sections):
 
 
 @pytest.fixture(scope="module")
-def taught(inputs, teacher, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("taught") / "rows"
+def teacher_rows(inputs, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher_rows") / "rows"
     teach(resolve(values_of(inputs, teacher)), folder, shard_rows=15, **QUIET)
     return folder
 
@@ -69,8 +75,8 @@ def load_torch(folder):
 # --- teach ---
 
 
-def test_taught_rows_are_what_transformers_finds_likeliest(inputs, teacher, taught):
-    config = resolve(values_of(inputs, train=taught))
+def test_rows_of_a_teacher_are_what_transformers_finds_likeliest(inputs, teacher, teacher_rows):
+    config = resolve(values_of(inputs, train=teacher_rows))
     rows = load_examples(config.data.train, None, config.data, kind="kd").examples
     (source,) = resolve(values_of(inputs, teacher)).data.train
     tokenizer = load_tokenizer(inputs / "model")
@@ -89,14 +95,14 @@ def test_taught_rows_are_what_transformers_finds_likeliest(inputs, teacher, taug
         assert not ids[1:][~trained].any()
 
 
-def test_the_manifest_names_what_decides_the_rows(inputs, taught):
-    manifest = read_manifest(taught)
+def test_the_manifest_names_what_decides_the_rows(inputs, teacher_rows):
+    manifest = read_manifest(teacher_rows)
     assert list(manifest.shards) == [f"rows-0000{i}-of-00003.parquet" for i in range(3)] == manifest.names
     assert [facts["rows"] for facts in manifest.shards.values()] == [15, 15, 10]
     assert manifest.identity["vocab_size"] == ALL_IDS and manifest.identity["top_k"] == 8
 
 
-def test_stopped_and_started_again_teach_ends_in_the_same_bytes(inputs, teacher, taught, tmp_path, monkeypatch):
+def test_stopped_and_started_again_teach_ends_in_the_same_bytes(inputs, teacher, teacher_rows, tmp_path, monkeypatch):
     """Between a shard and its line in the manifest, and in the middle of a shard; and where one was damaged since."""
     config, write, calls = resolve(values_of(inputs, teacher)), teaching.write_whole, []
 
@@ -119,10 +125,10 @@ def test_stopped_and_started_again_teach_ends_in_the_same_bytes(inputs, teacher,
     first = tmp_path / "rows" / names[1]
     first.write_bytes(first.read_bytes()[:-1])
     teach(config, tmp_path / "rows", shard_rows=15, **QUIET)
-    assert read_folder(tmp_path / "rows") == read_folder(taught)
+    assert read_folder(tmp_path / "rows") == read_folder(teacher_rows)
 
 
-def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, taught, tmp_path):
+def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, teacher_rows, tmp_path):
     config, output = write_config(tmp_path / "c.py", values_of(inputs, teacher)), tmp_path / "rows"
     words = ["teach", f"--config={config}", f"--output={output}", "--shard-rows=15"]
     process = subprocess.Popen([sys.executable, "-m", "postrain.cli", *words], env=os.environ, stdout=subprocess.PIPE)
@@ -133,7 +139,7 @@ def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, taught, tmp_pat
     result = run_cli(*words)
     assert result.returncode == 0, result.stderr
     assert read_manifest(output).identity["teacher"] in result.stdout
-    assert read_folder(output) == read_folder(taught)
+    assert read_folder(output) == read_folder(teacher_rows)
 
 
 @pytest.mark.parametrize(
@@ -141,34 +147,38 @@ def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, taught, tmp_pat
     [
         ({"distill": {"top_k": 9}}, "manifest.json: the rows there are others .top_k was 8, is 9"),
         ({"distill": {"quantization": "int8"}}, "the rows there are others .teacher was"),
-        ({"data": {"sequence_length": 80}}, "the rows there are others .data was"),
+        ({"data": {"sequence_length": 80}}, "the rows there are others .data.sequence_length: was 96, is 80"),
         ({"distill": {"top_k": 270}}, "'distill.top_k' = 270: there are only 260 ids"),
+        (
+            {"data": {"mixture": {"temperature": 2.0}}, "train": {"steps": 1}},
+            "teach` writes every row once, and weights",
+        ),
     ],
 )
-def test_a_folder_of_other_rows_is_not_written_into(inputs, teacher, taught, changes, words):
-    before = read_folder(taught)
+def test_a_folder_of_other_rows_is_not_written_into(inputs, teacher, teacher_rows, changes, words):
+    before = read_folder(teacher_rows)
     with pytest.raises(UserError, match=words):
-        teach(resolve(values_of(inputs, teacher, **changes)), taught, shard_rows=15, **QUIET)
-    assert read_folder(taught) == before
+        teach(resolve(values_of(inputs, teacher, **changes)), teacher_rows, shard_rows=15, **QUIET)
+    assert read_folder(teacher_rows) == before
 
 
-def test_half_precision_is_smaller_and_never_sums_to_more_than_1(inputs, teacher, taught, tmp_path):
+def test_half_precision_is_smaller_and_never_sums_to_more_than_1(inputs, teacher, teacher_rows, tmp_path):
     teach(resolve(values_of(inputs, teacher)), tmp_path / "rows", dtype="float16", shard_rows=15, **QUIET)
     config = resolve(values_of(inputs))
     load = lambda folder: (
         load_examples(resolve(values_of(inputs, train=folder)).data.train, None, config.data, kind="kd").examples
     )
-    for row, exact in zip(load(tmp_path / "rows"), load(taught), strict=True):
+    for row, exact in zip(load(tmp_path / "rows"), load(teacher_rows), strict=True):
         half, whole = row.fields[1].values, exact.fields[1].values
         assert (half <= whole).all() and np.abs(half - whole).max() < 0.01
     size = lambda folder: sum(path.stat().st_size for path in folder.glob("*.parquet"))
-    assert size(tmp_path / "rows") < 0.9 * size(taught)
+    assert size(tmp_path / "rows") < 0.9 * size(teacher_rows)
 
 
-def test_taught_rows_are_streamed_as_they_are_read_at_once(inputs, taught):
+def test_rows_of_a_teacher_are_streamed_as_they_are_read_at_once(inputs, teacher_rows):
     """Of a stream the sizes of shards are compared, and not their contents."""
     stream = {"streaming": True, "stream": {"shards": 2}, "packing": "none", "shuffle": False}
-    config = resolve(values_of(inputs, train=taught, data=stream))
+    config = resolve(values_of(inputs, train=teacher_rows, data=stream))
     batches = open_train_rows(None, config.data, kind="kd").batches
     seen = [next(batches) for _ in range(20)]
     batches.close()
@@ -177,6 +187,55 @@ def test_taught_rows_are_streamed_as_they_are_read_at_once(inputs, taught):
     slots = config.data.sequence_length
     expected = [np.exp(row.fields[1].values[1:]).sum() + 8 * (slots - row.slots) for row in rows]
     np.testing.assert_allclose(sorted(found), sorted(expected), rtol=1e-6)
+
+
+def test_weights_of_answers_and_sources_are_those_of_training(inputs, teacher, tmp_path):
+    """Rows that were written count as the rows themselves; another order of rows is no other data."""
+    path = tmp_path / "train.jsonl"
+    answers = [("a", 0.25), ("b", 1.0), ("c", 3.0)]
+    lines = [json.loads(line) for line in (inputs / "train.jsonl").read_text().splitlines()[:3]]
+    lines.append(
+        {"messages": [
+            {"role": role, "content": text} | ({"weight": weight} if role == "assistant" else {})
+            for text, weight in answers
+            for role in ("user", "assistant")
+        ], "weight": 2.0}
+    )  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "no row\n")
+    data = {"train": [{"path": str(path), "loss_weight": 0.5}], "on_bad_row": "skip", "max_bad_fraction": 0.5}
+    config, said = resolve(values_of(inputs, teacher, data=data, distill={"loss": "jsd", "beta": 0.3})), []
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "manifest.json.partial").touch()  # of a kill while it was first written
+    teach(config, tmp_path / "rows", say=said.append)
+    assert f"rejected    1 bad rows: {tmp_path / 'rows' / '_rejected.jsonl'}" in said
+    assert "not read    distill.loss, distill.beta: by training on these rows" in said
+    assert [row["line"] for row in read_lines(tmp_path / "rows" / "_rejected.jsonl")] == [5]
+    other = resolve(values_of(inputs, teacher, data=data | {"seed": 7, "shuffle": False}))
+    teach(other, tmp_path / "rows", **QUIET)
+
+    tokenizer, stored = load_tokenizer(inputs / "model"), resolve(values_of(inputs, train=tmp_path / "rows"))
+    own = load_examples(config.data.train, tokenizer, config.data, kind="sft").examples
+    read = load_examples(stored.data.train, None, stored.data, kind="kd").examples
+    assert len(own) == len(read) >= 4 and own[-1].weights is not None
+    for row, expected in zip(read, own, strict=True):
+        np.testing.assert_array_equal(shift(row)[2], shift(expected)[2])
+    halved = dataclasses.replace(stored.data.train[0], loss_weight=0.5)
+    for row, whole in zip(load_examples((halved,), None, stored.data, kind="kd").examples, read, strict=True):
+        np.testing.assert_array_equal(shift(row)[2], shift(whole)[2] * 0.5)
+
+
+def test_weights_that_could_not_be_read_again_are_refused(inputs, teacher, tmp_path):
+    row = json.loads((inputs / "train.jsonl").read_text().splitlines()[0]) | {"weight": 1e-6}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    data = {"train": [{"path": str(tmp_path / "train.jsonl"), "loss_weight": 1e-3}]}
+    with pytest.raises(UserError, match="train.jsonl:1: its weight times its source's 'loss_weight' is 1e-09"):
+        teach(resolve(values_of(inputs, teacher, data=data)), tmp_path / "rows", **QUIET)
+
+
+def test_half_precision_holds_what_it_has_no_number_for():
+    found = teaching.round_down(np.array([-1e30, -65505.0, -3.3, 0.0], np.float32))
+    assert np.isfinite(found).all() and found.dtype == np.float16
+    np.testing.assert_array_equal(found[:2], [-65504, -65504])
 
 
 # --- train ---
@@ -208,7 +267,7 @@ def test_the_exported_student_has_the_logged_divergence(inputs, teacher, finishe
     assert total / count == pytest.approx(metrics["eval/loss"], rel=1e-4)
 
 
-def test_all_ids_of_taught_rows_are_the_teacher_itself(inputs, teacher, finished, tmp_path):
+def test_all_ids_of_stored_rows_are_the_teacher_itself(inputs, teacher, finished, tmp_path):
     everything = {"distill": {"top_k": ALL_IDS}}
     teach(resolve(values_of(inputs, teacher, **everything)), tmp_path / "rows", **QUIET)
     values = values_of(inputs, train=tmp_path / "rows", eval={"generate_rows": 0}, **everything)
@@ -260,12 +319,12 @@ def test_adapters_of_a_student_learn_from_a_quantised_teacher(inputs, teacher, t
         postrain.train(values | {"distill": values["distill"] | {"quantization": "none"}}, tmp_path / "run")
 
 
-def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, taught):
+def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, teacher_rows):
     from postrain.recipes.distill import make_program
     from postrain.sharding import make_mesh
     from postrain.training.model import abstract_model
 
-    config = resolve(values_of(inputs, train=taught))
+    config = resolve(values_of(inputs, train=teacher_rows))
     rows = load_examples(config.data.train, None, config.data, kind="kd")
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     program = make_program(config, abstract_model(config, config.model.path, mesh), mesh, 1)
@@ -280,6 +339,12 @@ def test_the_plan_counts_the_teacher(inputs, teacher, tmp_path):
     report = json.loads(result.stdout)
     parameters = sum(parameter.numel() for parameter in load_torch(teacher).parameters())
     assert parameters <= report["model"]["parameters_frozen"] <= 1.2 * parameters  # with padding
+    config = resolve(values_of(inputs, teacher))
+    slots, rows = config.data.sequence_length, config.data.batch_size
+    of_teacher = read_config(teacher)
+    stats = BatchStats(slots * rows, slots * rows, count_pairs(of_teacher, np.full(rows, slots)))
+    forward = sum(count_flops(of_teacher, stats).values()) / 3
+    assert report["flops"]["executed"] - report["flops"]["model"] == pytest.approx(forward, rel=0.01)
     # Split over the two devices, all but the norms.
     assert 4 * parameters / 2 <= report["memory"]["parameters_frozen"] <= 1.2 * 4 * parameters / 2
 
@@ -291,19 +356,19 @@ def retrain(inputs, folder, tmp_path, **sections):
     postrain.train(values_of(inputs, train=folder, **sections), tmp_path / "run")
 
 
-def test_taught_rows_that_do_not_fit_are_refused_by_name(inputs, taught, tmp_path):
-    checksum = read_manifest(taught).identity["teacher"]
+def test_rows_of_a_teacher_that_do_not_fit_are_refused_by_name(inputs, teacher_rows, tmp_path):
+    checksum = read_manifest(teacher_rows).identity["teacher"]
     for section, words in (
         ({"checksum": "0" * 32}, f"manifest.json: the rows are of teacher {checksum}; 'distill.checksum' is 0000"),
-        ({"temperature": 2.0}, "'distill.temperature' = 2.0, but the rows of .* were taught with 1.0"),
-        ({"top_k": 16}, "'distill.top_k' = 16, but the rows of .* were taught with 8"),
+        ({"temperature": 2.0}, "'distill.temperature' = 2.0, but the rows of .* were written with 1.0"),
+        ({"top_k": 16}, "'distill.top_k' = 16, but the rows of .* were written with 8"),
     ):
         with pytest.raises(UserError, match=words):
-            retrain(inputs, taught, tmp_path, distill=section)
+            retrain(inputs, teacher_rows, tmp_path, distill=section)
 
 
-def test_a_torn_or_missing_shard_is_refused_by_name(inputs, taught, tmp_path):
-    shutil.copytree(taught, tmp_path / "rows")
+def test_a_torn_or_missing_shard_is_refused_by_name(inputs, teacher_rows, tmp_path):
+    shutil.copytree(teacher_rows, tmp_path / "rows")
     shard = tmp_path / "rows" / "rows-00001-of-00003.parquet"
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
@@ -323,13 +388,83 @@ def test_a_torn_or_missing_shard_is_refused_by_name(inputs, taught, tmp_path):
         retrain(inputs, tmp_path / "rows", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shard_rows": 0}, "'shard_rows' is 0"),
+        ({"teacher": None}, "'teacher' is None"),
+        ({"temperature": "1"}, "'temperature' is '1'"),
+        ({"shards": {"rows-00000-of-00003.parquet": {"rows": 15}}}, "'shards' says of 'rows-00000-of-00003.parquet'"),
+        ({"version": 1}, "written by another version of postrain"),
+    ],
+)
+def test_a_manifest_that_says_something_else_is_refused(teacher_rows, tmp_path, change, words):
+    values = json.loads((teacher_rows / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=words):
+        read_manifest(tmp_path)
+
+
+def test_rows_in_a_store_have_their_manifest_there(inputs, teacher_rows, tmp_path):
+    store = fsspec.filesystem("memory")
+    store.put(f"{teacher_rows}/", "/teacher_rows/", recursive=True)
+    assert read_manifest("memory://teacher_rows") == read_manifest(teacher_rows)
+    assert read_manifest("memory://elsewhere") is None
+    with pytest.raises(UserError, match="memory://.*manifest.json: the rows are of teacher .*; 'distill.checksum' is"):
+        retrain(inputs, "memory://teacher_rows", tmp_path, distill={"checksum": "0" * 32})
+    name = "/teacher_rows/rows-00001-of-00003.parquet"
+    store.pipe(name, store.cat(name)[:-1])
+    with pytest.raises(UserError, match="memory://.*rows-00001-of-00003.parquet is torn: expected"):
+        retrain(inputs, "memory://teacher_rows", tmp_path)
+
+
+def test_rows_in_an_archive_have_their_manifest_there(teacher_rows, tmp_path):
+    shutil.make_archive(str(tmp_path / "rows"), "zip", teacher_rows)
+    archive = f"::file://{tmp_path / 'rows.zip'}"
+    files = list_files(f"zip://*.parquet{archive}")
+    assert {folder_of(file.url) for file in files} == {f"zip://{archive}"}
+    assert read_manifest(f"zip://{archive}") == read_manifest(teacher_rows)
+
+
+def test_mistakes_about_the_teacher_name_its_key(inputs, teacher, tmp_path):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    raw = json.loads((teacher / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(raw | {"architectures": ["NoModel"]}))
+    with pytest.raises(UserError, match="^config key 'distill.teacher': .*architecture NoModel is not supported"):
+        retrain(inputs, inputs / "train.jsonl", tmp_path, distill={"teacher": str(tmp_path / "teacher")})
+
+
+def test_ids_that_a_teacher_lacks_are_left_out_and_padding_is_refused(inputs, teacher_rows, tmp_path):
+    """A teacher of fewer ids: no mass of others is its rest. Ids of rows that are padding have no probability."""
+    config = resolve(values_of(inputs, train=teacher_rows))
+    session = types.SimpleNamespace(
+        config=config, tokenizer=load_tokenizer(inputs / "model"), model_folder=inputs / "model", say=lambda text: None
+    )
+    options, known = check_teacher_rows(session)
+    assert known == ALL_IDS
+    options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS - 1)})
+    with pytest.raises(UserError, match="top_ids has id 260, and tokenizer, student and teacher share 260 ids"):
+        options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS)})
+    shutil.copytree(teacher_rows, tmp_path / "rows")
+    values = json.loads((teacher_rows / "manifest.json").read_text())
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps(values | {"vocab_size": 250}))
+    both = dataclasses.replace(
+        config.data, eval=(dataclasses.replace(config.data.train[0], path=str(tmp_path / "rows")),)
+    )
+    session.config = dataclasses.replace(config, data=dataclasses.replace(both, train=both.eval, eval=()))
+    assert check_teacher_rows(session)[1] == 250
+    session.config = dataclasses.replace(config, data=both)
+    with pytest.raises(UserError, match="the rows are of teachers with 260 ids .* and 250 ids"):
+        check_teacher_rows(session)
+
+
 def change_tokenizer(folder, change):
     raw = json.loads((folder / "tokenizer.json").read_text())
     change(raw["model"])
     (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
-def test_another_tokenizer_is_refused_and_another_folder_of_the_same_is_not(inputs, teacher, taught, tmp_path):
+def test_another_tokenizer_is_refused_and_another_folder_of_the_same_is_not(inputs, teacher, teacher_rows, tmp_path):
     from postrain.data.rendering.tokenizer import load_tokenizer
 
     own = load_tokenizer(inputs / "model")
@@ -351,11 +486,11 @@ def test_another_tokenizer_is_refused_and_another_folder_of_the_same_is_not(inpu
     shutil.copytree(inputs / "model", tmp_path / "student")
     change_tokenizer(tmp_path / "student", swap)
     with pytest.raises(UserError, match="made with another tokenizer than the student's, in .*student"):
-        retrain(inputs, taught, tmp_path, model={"path": str(tmp_path / "student")})
+        retrain(inputs, teacher_rows, tmp_path, model={"path": str(tmp_path / "student")})
 
 
-def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inputs, taught, tmp_path):
-    config = resolve(values_of(inputs, train=taught))
+def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inputs, teacher_rows, tmp_path):
+    config = resolve(values_of(inputs, train=teacher_rows))
     rows = load_examples(config.data.train, None, config.data, kind="kd").examples
     lines = [
         {"tokens": row.tokens.tolist(), "loss_mask": row.loss_mask.astype(int).tolist()}

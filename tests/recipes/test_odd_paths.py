@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from sft_runs import make_values, read_lines
 
-from postrain import UserError, cli, load_pretrained, train
+from postrain import UserError, arguments, load_pretrained, train
 from postrain.checkpoint.checkpointer import Checkpointer
 from postrain.config import CheckpointConfig, resolve
 from postrain.config.load import PATHS
@@ -177,5 +177,5 @@ def test_home_is_expanded_in_every_path_of_the_config(monkeypatch):
 )
 def test_home_is_expanded_in_every_path_of_the_command_line(monkeypatch, words, expected):
     monkeypatch.setenv("HOME", "/h")
-    arguments = vars(cli.make_parser().parse_args(words))
-    assert {name: arguments[name] for name in expected} == expected
+    found = vars(arguments.make_parser().parse_args(words))
+    assert {name: found[name] for name in expected} == expected

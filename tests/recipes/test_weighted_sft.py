@@ -142,6 +142,13 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
         UserError, match="documents were trained with weights of mode .*, are with weights of mode .*clip 2.0"
     ):
         postrain.train(changed, tmp_path / "parts")
+    # With a key of the data too: the config alone tells that, the rows both, whose code is the one that is accepted.
+    changed["data"] = values["data"] | {"packing_window": 7}
+    for words in ("has changed: data.packing_window", "data.packing_window.*; documents were trained.*'sft.weights'"):
+        with pytest.raises(UserError, match=words + ".*accept_change=") as caught:
+            postrain.train(changed, tmp_path / "parts")
+        changed["data"]["accept_change"] = str(caught.value).rpartition("=")[2]
+    postrain.train(changed, tmp_path / "parts")
 
 
 REFUSED = {

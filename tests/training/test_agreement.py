@@ -1,5 +1,6 @@
 """Several processes compare their code, config, files and workdir before anything is compiled; errors name them."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 
 from postrain.cluster.authentication import SECRET, make_secret
 from postrain.cluster.launch import find_ports
-from postrain.config import resolve
+from postrain.config import DistillSection, resolve
 from postrain.errors import UserError
 from postrain.training.agreement import PACKAGES, config_facts, file_facts, find_differences, software_facts
 
@@ -50,6 +51,13 @@ def test_every_version_key_and_file_is_compared(tmp_path):
     assert find_differences(keys, "ab") == [
         "config key optimizer.learning_rate: 0.001 on process 0 (a), 0.0001 on process 1 (b)"
     ]
+
+
+def test_the_files_of_a_teacher_are_compared_too(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "model.safetensors").write_text("x")
+    config = dataclasses.replace(make_config(tmp_path), distill=DistillSection(teacher=str(tmp_path / "teacher")))
+    assert f"file {tmp_path / 'teacher' / 'model.safetensors'}" in file_facts(config)
 
 
 def test_a_file_that_cannot_be_read_is_named_as_such(tmp_path, monkeypatch):

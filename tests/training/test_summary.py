@@ -13,7 +13,7 @@ from postrain.errors import UserError
 from postrain.models.config import ModelConfig, MoeConfig
 from postrain.report.workdir import make_workdir, open_workdir, save_config
 from postrain.sharding import make_mesh
-from postrain.training.session import format_backends, format_overlong_warning
+from postrain.training.session import choose_backend, format_backends, format_overlong_warning
 
 CONFIG = ModelConfig(64, 8, 16, 1, 2, 1, 4, max_positions=128)
 
@@ -40,6 +40,7 @@ def test_the_kernel_that_shared_prompts_cannot_have_is_named_once(monkeypatch):
     assert format_backends(CONFIG, mesh) == ["attention   flash_tpu, float32, remat none"]
     line = "attention   chunked, float32, remat none (flash_tpu computes no shared prompts)"
     assert format_backends(CONFIG, mesh, prefixes=True) == [line]
+    assert choose_backend(CONFIG, mesh, prefixes=True) == "chunked", "which is the one that is checked, as it runs"
 
 
 def test_processes_that_make_the_same_workdir_do_not_meet(tmp_path):

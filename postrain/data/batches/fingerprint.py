@@ -21,6 +21,13 @@ from postrain.data.files.storage import StoredFile, is_local, list_files
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.files import digest, spread
 
+# Words of a ``Preparation.name`` -> the key of the config by which documents are prepared so.
+_PREPARED_BY = {
+    "towards teacher": "distill.teacher",
+    "with weights of mode": "sft.weights",
+    "with mismatched answers": "preference.loss",
+    "with their last token read": "reward.loss",
+}
 _SAMPLE = 1 << 16  # bytes of a local file's start, middle and end that tell whether it is the same
 # Keys of the config that decide which rows come when.
 _KEYS = (
@@ -166,8 +173,7 @@ def compare_fingerprints(old: dict, new: dict) -> list[str]:
     elif old.get("tokenizer") != new.get("tokenizer"):
         changes.append("the tokenizer (or the code that renders with it) is another one")
     if old.get("preparation") != new.get("preparation"):
-        was, now = (found.get("preparation", "as rendered") for found in (old, new))
-        changes.append(f"documents were trained {was}, are {now}")
+        changes.append(_compare_preparations(old.get("preparation", ""), new.get("preparation", "")))
     for part, was, now in _differences(old, new, "versions"):
         changes.append(f"the {part} code is another version: was {was}, is {now}")
     if old != new and not changes:
@@ -177,6 +183,15 @@ def compare_fingerprints(old: dict, new: dict) -> list[str]:
             f"the same files and settings give other tokens or loss masks: {cause}the rendering code changed"
         )
     return changes
+
+
+def _compare_preparations(was: str, now: str) -> str:
+    """Names of preparations then and now, different ones, and by which keys of the config that is."""
+    text, shared = f"documents were trained {was or 'as rendered'}, are {now or 'as rendered'}", "with shared prompts"
+    keys = [repr(key) for words, key in _PREPARED_BY.items() if words in was or words in now]
+    if (shared in was) != (shared in now):
+        keys.append(f"'data.share_prompts', which was {'on' if shared in was else 'off'} then")
+    return text + (f" (config key {' and '.join(keys)})" if keys else "")
 
 
 def _differences(old: dict, new: dict, part: str) -> list[tuple]:

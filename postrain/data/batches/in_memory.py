@@ -26,7 +26,7 @@ from postrain.data.batches.fingerprint import fingerprint_rows
 from postrain.data.batches.packing import pack
 from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
-from postrain.data.batches.source import open_source
+from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import (
@@ -36,6 +36,7 @@ from postrain.data.documents import (
     Preparation,
     SameLayout,
     check_token_ids,
+    count_fitting_shared,
     count_saved_slots,
     layout_of,
 )
@@ -115,13 +116,7 @@ def load_examples(
     files: list[dict[str, None]] = [{} for _ in opened]  # that the rows of each source came from, in order
     try:
         for source, row_filter, of_source in zip(opened, filters, files, strict=True):
-            rows = source.rows()
-            while batch := list(itertools.islice(rows, BATCH)):
-                of_source |= dict.fromkeys(row.ref.file for row in batch)
-                for rendered in source.parser.render(batch, tokenizer, config, row_filter.keys):
-                    examples += row_filter.keep(rendered)
-            if row_filter.rejected:
-                row_filter.check_share(row_filter.rejected[-1])
+            examples += _render_source(source, tokenizer, config, row_filter, of_source)
     finally:  # also when the run stops: the reasons are what its user needs then
         if rejected_path is not None:
             rejected = [bad for row_filter in filters for bad in row_filter.rejected]
@@ -138,7 +133,23 @@ def load_examples(
     example_set = ExampleSet(examples, report, fingerprint, found, order)
     report.packed_rows, report.used_slots = len(order.rows_of_epoch(0)), int(example_set.lengths.sum())
     report.saved_slots = count_saved_slots(examples)
+    report.fitting_shared = count_fitting_shared(examples, config.sequence_length)
     return example_set
+
+
+def _render_source(
+    source: Source, tokenizer: Tokenizer | None, config: DataConfig, row_filter: RowFilter, files: dict[str, None]
+) -> list[Document]:
+    """The documents of a source that ``row_filter`` keeps; adds the files that its rows come from, in order."""
+    documents: list[Document] = []
+    rows = source.rows()
+    while batch := list(itertools.islice(rows, BATCH)):
+        files |= dict.fromkeys(row.ref.file for row in batch)
+        for rendered in source.parser.render(batch, tokenizer, config, row_filter.keys):
+            documents += row_filter.keep(rendered)
+    if row_filter.rejected:
+        row_filter.check_share(row_filter.rejected[-1])
+    return documents
 
 
 def _format_empty(report: DataReport, config: DataConfig) -> str:

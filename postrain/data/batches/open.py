@@ -33,7 +33,15 @@ from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
 from postrain.data.batches.source import Source, open_source
 from postrain.data.batches.streamed import ShardedBatches
-from postrain.data.documents import AS_RENDERED, Document, Layout, Preparation, SameLayout, count_saved_slots
+from postrain.data.documents import (
+    AS_RENDERED,
+    Document,
+    Layout,
+    Preparation,
+    SameLayout,
+    count_fitting_shared,
+    count_saved_slots,
+)
 from postrain.data.kinds.registry import find_kind
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError
@@ -234,4 +242,5 @@ def sample_stream(
     report = example_set.report
     report.packed_rows, report.used_slots = len(rows), int(example_set.lengths.sum())
     report.saved_slots = count_saved_slots(examples)
+    report.fitting_shared = count_fitting_shared(examples, config.sequence_length)
     return example_set

@@ -284,6 +284,7 @@ class DataReport:
       packed_rows: rows of the first epoch.
       used_slots: slots of these that hold a document; the rest is padding.
       saved_slots: slots that prompts would take more if each answer had its own.
+      fitting_shared: documents that would then be too long.
       template_switches: answers by the switch of the chat template that their prompts were rendered with, as
         "enable_thinking=False", where such a prompt differs from the template's default.
     """
@@ -293,6 +294,7 @@ class DataReport:
     packed_rows: int = 0
     used_slots: int = 0
     saved_slots: int = 0
+    fitting_shared: int = 0
     template_switches: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -360,10 +362,16 @@ class DataReport:
         if not self.saved_slots:
             return []
         share = self.saved_slots / (self.used_slots + self.saved_slots)
-        return [
+        line = (
             f"shared prompts: {count(self.saved_slots, 'slot')} saved, {share:.1%} of those that the answers would "
             "take with a prompt each"
-        ]
+        )
+        if self.fitting_shared:
+            line += (
+                f"; {count(self.fitting_shared, 'document')} would be too long so, and left out where prompts are not "
+                "shared (data.share_prompts)"
+            )
+        return [line]
 
     def format_unread(self) -> list[str]:
         """For each source with keys that were not read a line with their counts."""

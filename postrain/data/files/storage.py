@@ -125,6 +125,26 @@ def open_file(
     return reader
 
 
+def read_if_there(url: str, options: StorageOptions = DEFAULTS) -> bytes | None:
+    """The whole content of a small file; None where there is none. Raises UserError as ``open_file``."""
+    fs, path = _filesystem(url)
+
+    def look() -> dict | None:
+        try:
+            return _info(fs, path)
+        except FileNotFoundError as e:
+            if not isinstance(real_error(e), FileNotFoundError):
+                raise
+            return None
+
+    info = retry(options, url, look)
+    if info is None or info["type"] == "directory":
+        return None
+    file = _local_file(path) if isinstance(fs, LocalFileSystem) else _stored_file(url, info)
+    with open_file(file, options, 0, file.bytes) as reader:
+        return reader.read()
+
+
 def check_unchanged(file: StoredFile, options: StorageOptions = DEFAULTS) -> None:
     """Raises UserError if the stored file has changed since it was listed."""
     fs, path = _filesystem(file.url)

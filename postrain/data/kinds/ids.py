@@ -27,6 +27,14 @@ def parse_ids(
     return array.astype(np.int32) if largest <= MAX_ID else array.astype(np.int64)
 
 
+def parse_numbers(values: Any, where: str, length: int, ref: RowRef) -> np.ndarray:
+    """float64 [L] from a list of numbers. Raises BadRow."""
+    array = _to_array(values, where, ref)
+    if array.shape != (length,) or array.dtype.kind not in "iuf":
+        raise BadRow(ref, f"{where} must be a list of {length} numbers, one for each token")
+    return array.astype(np.float64)
+
+
 def parse_table(values: Any, where: str, length: int, ref: RowRef) -> np.ndarray:
     """[L, K] numbers, a copy that the caller may change. Raises BadRow."""
     table = _to_array(values, where, ref)

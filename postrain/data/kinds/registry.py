@@ -41,6 +41,7 @@ class Kind:
       render: (examples, tokenizer, and of the config ``options``) -> the documents of each example, or its BadRow.
       cut: (document, slots) -> the document cut to length; None where part of a document cannot be used.
       is_trained: whether documents without a trained token are left out.
+      is_weighted: whether rows count by ``weight``, and by the ``loss_weight`` of their source.
       is_text: whether its tokens are those of a tokenizer.
       options: the keys of ``DataConfig`` by which it is rendered.
     """
@@ -51,6 +52,7 @@ class Kind:
     render: Callable[..., Iterator[Sequence[Document] | BadRow]]
     cut: Callable[[Rendered, int], Rendered] | None
     is_trained: bool = True
+    is_weighted: bool = False
     is_text: bool = True
     options: tuple[str, ...] = ("template_date", "default_system")
 
@@ -83,7 +85,7 @@ def _render_parsed(examples: Iterable[Rendered], tokenizer: Any, **_: Any) -> It
     return ([example] for example in examples)
 
 
-SFT = Kind("sft", SFT_FORMS, _parse_sft, _render_sft, cut_end)
+SFT = Kind("sft", SFT_FORMS, _parse_sft, _render_sft, cut_end, is_weighted=True)
 KINDS = {
     kind.name: kind
     for kind in (
@@ -94,7 +96,7 @@ KINDS = {
             options=("label_names", "label_numbers", "template_date", "default_system"),
         ),
         Kind("stepwise", stepwise.FORMS, stepwise.parse_steps, stepwise.render_steps, None),
-        Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end),
+        Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end, is_weighted=True),
         Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),
     )
@@ -232,7 +234,7 @@ class RowParser:
             return documents
         added = []
         for document in documents:
-            assert isinstance(document, Rendered)  # of kind sft: find_kind refuses others
+            assert isinstance(document, Rendered)  # of a kind that is weighted: find_kind refuses others
             added.append(dataclasses.replace(document, metadata=beside or None, weight=document.weight * factor))
         return added
 
@@ -335,7 +337,7 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
                 f"{of_source.form if kind is SFT else kind.name}: a later part would have lost what it answers: set it "
                 "to 'drop', " + ("'truncate' or 'error'" if kind.cut else "or 'error'")
             )
-        if of_source.loss_weight != 1 and kind is not SFT:
+        if of_source.loss_weight != 1 and not kind.is_weighted:
             raise UserError(
                 f"config key 'loss_weight' of source {source!r}: rows of kind {kind.name} all count the same: leave it "
                 "out, or give the source a 'weight', its share of the rows"

@@ -1,27 +1,29 @@
 """A teacher: a frozen model of another folder, on the devices of the one that learns from it."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from postrain.checkpoint.record import fingerprint_model
-from postrain.config import Config, ModelSection
+from postrain.config import Config, DistillSection, ModelSection
 from postrain.data.documents import Preparation
 from postrain.data.rendering.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
 from postrain.hf.find_model import locate_model
 from postrain.hf.load import load_pretrained
+from postrain.models.attention.dispatch import check_backend
 from postrain.models.config import ModelConfig
 from postrain.models.params import frozen_specs, name_broken, num_params, param_specs, shapes_of
 from postrain.training.model import TEACHER, Model, configure, place_abstract
-from postrain.training.session import Session
+from postrain.training.session import Session, format_backends
 from postrain.types import TrainState
 
 
@@ -41,11 +43,30 @@ class Teacher(NamedTuple):
 
 def open_teacher(session: Session) -> Teacher:
     """``load_teacher`` of a run, which says what it has loaded."""
-    teacher = load_teacher(session.config, session.tokenizer, session.mesh)
+    teacher, top_k = load_teacher(session.config, session.tokenizer, session.mesh), session.config.distill.top_k
     numbers = num_params(shapes_of(param_specs(teacher.config)))
     kind = teacher.config.quantization if teacher.config.quantization != "none" else teacher.config.compute_dtype
     session.say(f"teacher     {session.config.distill.teacher}: {numbers:,} parameters, {kind}, {teacher.checksum}")
+    if top_k != DistillSection().top_k:
+        session.say(f"not read    distill.top_k = {top_k}: a teacher beside the student gives all ids")
+    for line in [*format_backends(teacher.config, session.mesh), *check_teacher_backend(teacher.config)]:
+        session.say(f"teacher's {line}")
     return teacher
+
+
+def check_teacher_backend(config: ModelConfig) -> list[str]:
+    """Lines of ``check_backend``. Raises UserError as that does."""
+    with _of_teacher():
+        return [f"attention   {checked}"] if (checked := check_backend(config)) else []
+
+
+@contextlib.contextmanager
+def _of_teacher() -> Iterator[None]:
+    """Says of mistakes in the block that they are the teacher's: their words are of the keys of a student."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config key 'distill.teacher': {error}") from error
 
 
 def configure_teacher(config: Config, folder: str | os.PathLike, mesh: Mesh) -> ModelConfig:
@@ -58,7 +79,8 @@ def configure_teacher(config: Config, folder: str | os.PathLike, mesh: Mesh) -> 
         attention_chunk=student.attention_chunk,
         quantization=config.distill.quantization,
     )
-    found, _, _ = configure(dataclasses.replace(config, model=section), folder, mesh)
+    with _of_teacher():
+        found, _, _ = configure(dataclasses.replace(config, model=section), folder, mesh)
     return found
 
 
@@ -68,11 +90,14 @@ def load_teacher(config: Config, tokenizer: Tokenizer, mesh: Mesh) -> Teacher:
     Raises UserError as load_pretrained does, where its tokenizer is not ``tokenizer``, the student's, and where a
     weight is not finite.
     """
-    folder = locate_model(config.distill.teacher)
-    check_tokenizer(load_tokenizer(folder), tokenizer)
+    with _of_teacher():
+        folder = locate_model(config.distill.teacher)
+        own = load_tokenizer(folder)
+    check_tokenizer(own, tokenizer)
     model_config = configure_teacher(config, folder, mesh)
     dtype, kind = model_config.compute_dtype, model_config.quantization
-    _, params = load_pretrained(folder, mesh=mesh, dtype=dtype, quantization=kind)
+    with _of_teacher():
+        _, params = load_pretrained(folder, mesh=mesh, dtype=dtype, quantization=kind)
     if broken := name_broken(params):
         raise UserError(f"config key 'distill.teacher': {folder}: {broken} holds numbers that are not finite")
     return Teacher(model_config, params, digest_teacher(folder, kind))
@@ -99,14 +124,16 @@ def count_shared_ids(tokenizer: Tokenizer, student: ModelConfig, teacher: ModelC
     return min(tokenizer.vocab_size, student.vocab_size, (teacher or student).vocab_size)
 
 
-def add_teacher(model: Model, config: ModelConfig, params: Any) -> None:
-    """Puts a teacher beside the frozen parameters of ``model``: the train state then holds it, unsaved."""
-    model.frozen, model.teacher = model.frozen | {TEACHER: params}, config
+def add_teacher(model: Model, config: ModelConfig, params: Any) -> Model:
+    """``model`` with a teacher beside its frozen parameters: the train state then holds it, unsaved."""
+    return dataclasses.replace(model, frozen=model.frozen | {TEACHER: params}, teacher=config)
 
 
 def abstract_teacher(config: Config, mesh: Mesh) -> tuple[ModelConfig, Any]:
     """The configuration and shapes of ``distill.teacher``; no weights are read."""
-    found = configure_teacher(config, locate_model(config.distill.teacher, weights=False), mesh)
+    with _of_teacher():
+        folder = locate_model(config.distill.teacher, weights=False)
+    found = configure_teacher(config, folder, mesh)
     return found, place_abstract(frozen_specs(found), found.compute_dtype, mesh)
 
 
