@@ -59,7 +59,7 @@ ALLOWED = {
     ),
     "hf/save.py": (
         "numpy, out of to_host; numbers of layers",
-        {"np.stack(arrays, axis=-1)", "np.asarray(layers)", "float(value)"},
+        {"np.stack(arrays, axis=-1)", "np.asarray(layers)"},
     ),
     "hf/tree.py": ("digits in a name", {"int(match.group(1))"}),
     "models/attention/dispatch.py": (
