@@ -36,7 +36,14 @@ from postrain.training.model import Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.reference import FIELD as REFERENCE
 from postrain.training.reference import add_reference_logprobs, hold_reference, take_reference
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows, prepare_groups, shares_prompts
+from postrain.training.rows import (
+    count_steps,
+    format_plain_text,
+    open_eval_rows,
+    open_train_rows,
+    prepare_groups,
+    shares_prompts,
+)
 from postrain.training.session import open_session
 
 CHARTS = (
@@ -63,6 +70,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         rows = open_train_rows(session, **own, preparation=preparation)
         held_out = open_eval_rows(session, **own, preparation=preparation)
         total_steps = count_steps(session, rows)
+        rows.add_note(format_plain_text(rows))
         if unpaired and rows.documents:
             rows.add_note(format_labels(config, rows.documents))
 

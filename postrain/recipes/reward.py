@@ -34,7 +34,7 @@ from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model, make_heads
 from postrain.training.program import Program, build_program
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
+from postrain.training.rows import count_steps, format_plain_text, open_eval_rows, open_train_rows
 from postrain.training.session import Session, open_session
 from postrain.types import TrainState
 
@@ -65,6 +65,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
         check_variance(rows.documents)
+        rows.add_note(format_plain_text(rows))
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
         total_steps = count_steps(session, rows)
 

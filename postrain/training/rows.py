@@ -158,6 +158,22 @@ def open_eval_rows(
     return rows
 
 
+def format_plain_text(rows: Rows) -> str:
+    """A line about rows whose prompts are text, of a stream as its first row is; "" without such rows.
+
+    Whoever asks the trained model in another form asks it what it was not trained on, and nothing would show that.
+    """
+    documents = rows.documents or [rows.sample]
+    plain = sum(document.sequences[0].is_plain for document in documents)
+    if not plain:
+        return ""
+    some = "" if plain == len(documents) else f", {plain:,} of {len(documents):,} rows,"
+    return (
+        f"prompts     text prompts{some} are trained as plain text, without the chat template: serve them with --raw "
+        "(postrain generate, postrain score), or write messages"
+    )
+
+
 def _check_documents(documents: Sequence[Document], check: Check | None) -> None:
     if check is None:
         return
