@@ -65,7 +65,7 @@ def preview(
     if kind.name != wanted and format_reader(kind.name):
         raise UserError(
             f"config key 'data.train': rows of kind {kind.name}, but recipe {config.recipe!r} reads rows of kind "
-            f"{wanted}: use a config of another recipe"
+            f"{wanted}; they are for {format_reader(kind.name, wanted)}"
         )
     if config.data.eval:
         sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=preparation)

@@ -124,8 +124,11 @@ ROW_KEYS = {
     "": Keys(("messages", "tools", "prompt", "completion", "text", "conversations", "instruction", "output")),
 }
 
-# Where a row's text is: what an unread key beside them may be another spelling of.
-DATA_KEYS = (*ROW_KEYS[""].read, "chosen", "rejected", "completions", "scores")
+# Where a row's text is, and what counts it: what an unread key beside them may be another spelling of.
+DATA_KEYS = (
+    *ROW_KEYS[""].read, "chosen", "rejected", "completions", "scores",
+    "margin", "weight", "label", "labels", "reward", "propensity",
+)  # fmt: skip
 
 # Of the objects in them
 

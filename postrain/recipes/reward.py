@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -64,7 +64,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with open_session(config, workdir) as session:
         kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
-        check_variance(rows.documents)
+        check_variance(rows.documents, config.data.label_names)
         rows.add_note(format_plain_text(rows))
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
         total_steps = count_steps(session, rows)
@@ -142,14 +142,16 @@ def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
         )
 
 
-def check_variance(documents: Iterable[Document]) -> None:
+def check_variance(documents: Iterable[Document], names: Sequence[str] = ()) -> None:
     """Raises UserError where all labels of documents are the same: there is nothing to learn.
 
-    Pairs and lists have two scores at least.
+    Pairs and lists have two scores at least. ``names``: of the labels, where they have any.
     """
     found = {label for document in documents for label in list_labels(document)}
     if len(found) == 1:
-        raise UserError(f"data.train: all labels are {found.pop()}: there is nothing to tell apart: add rows of others")
+        label = found.pop()
+        shown = repr(names[int(label)]) if names else label
+        raise UserError(f"data.train: all labels are {shown}: there is nothing to tell apart: add rows of others")
 
 
 def list_labels(document: Document) -> list[float]:
