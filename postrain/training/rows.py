@@ -136,7 +136,7 @@ def open_train_rows(
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
-    _check_documents(rows.example_set.examples if rows.example_set else (), check)
+    check_documents(rows.example_set.examples if rows.example_set else (), check)
     return Rows(rows, session.mesh, check)
 
 
@@ -154,7 +154,7 @@ def open_eval_rows(
         )
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
-    _check_documents(rows.examples, check)
+    check_documents(rows.examples, check)
     return rows
 
 
@@ -174,7 +174,8 @@ def format_plain_text(rows: Rows) -> str:
     )
 
 
-def _check_documents(documents: Sequence[Document], check: Check | None) -> None:
+def check_documents(documents: Sequence[Document], check: Check | None) -> None:
+    """Raises UserError naming the first row whose document ``check`` refuses."""
     if check is None:
         return
     for document in documents:
