@@ -202,12 +202,13 @@ def run_preview(args, overrides) -> None:
     with ends_at_once():
         from postrain.data.preview import preview
         from postrain.hf.find_model import locate_model
-        from postrain.recipes import find_preparation
+        from postrain.recipes import describe_rows, find_preparation
 
     if not config.model.tokenizer:  # the tokenizer is the model's: a model on the hub is needed here, without weights
         path = str(locate_model(config.model.path, weights=False))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
-    print(preview(config, html_path=args.html, rows=args.rows, preparation=find_preparation(config)))
+    options = {"preparation": find_preparation(config), "describe": functools.partial(describe_rows, config)}
+    print(preview(config, html_path=args.html, rows=args.rows, **options))
 
 
 def run_plan(args, overrides) -> int:

@@ -244,9 +244,13 @@ def _read_value(value: Any, kind: Any, key: str) -> Any:
     return os.path.expanduser(value)
 
 
+_OTHER_NAMES = {"dpo": "sigmoid", "s-dpo": "softmax", "bt": "bradley_terry"}  # what others call a choice
+
+
 def _check_choice(value: str, choices: Iterable[str], key: str) -> None:
     if value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
+        meant = _OTHER_NAMES.get(value, "")
+        near = [meant] if meant in choices else difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(f"config key '{key}' must be one of {', '.join(choices)}; found {value!r}{hint}")
 

@@ -43,6 +43,7 @@ class Rendered:
         yet to be prepared.
       weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
       weights: float32 [L], factors of ``weight`` for single tokens, above 0; None: all are 1.
+      is_plain: it is a prompt and an answer that are text, which no chat template was put around.
     """
 
     tokens: np.ndarray
@@ -55,6 +56,7 @@ class Rendered:
     metadata: dict[str, Any] | None = None
     weight: float = 1.0
     weights: np.ndarray | None = None
+    is_plain: bool = False
 
     @property
     def sequences(self) -> tuple["Rendered", ...]:

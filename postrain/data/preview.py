@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -36,6 +37,7 @@ def preview(
     rows: int = 3,
     color: bool | None = None,
     preparation: Preparation = AS_RENDERED,
+    describe: Callable[[Sequence[Document]], Sequence[str]] | None = None,
 ) -> str:
     """Loads ``config.data`` as training does, and formats its counts, lengths and some of its documents.
 
@@ -46,6 +48,8 @@ def preview(
         NO_COLOR is not set.
       preparation: that the recipe's documents go through, ``recipes.find_preparation``; but weights by rewards, which
         are always shown.
+      describe: what the recipe says of ``data.train``; its UserError is shown, not raised, as the rows then are to be
+        looked at.
 
     Returns:
       The text to print.
@@ -65,8 +69,10 @@ def preview(
     if kind.name != wanted and format_reader(kind.name):
         raise UserError(
             f"config key 'data.train': rows of kind {kind.name}, but recipe {config.recipe!r} reads rows of kind "
-            f"{wanted}: use a config of another recipe"
+            f"{wanted}; they are for {format_reader(kind.name, wanted)}"
         )
+    if describe is not None and not config.data.streaming and not _format_lists(sets["data.train"], config):
+        notes["data.train"] += _describe(examples, config, describe)
     if config.data.eval:
         sets["data.eval"] = load_examples(config.data.eval, tokenizer, config.data, preparation=preparation)
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
@@ -104,6 +110,15 @@ def _load_train(
         return {"data.train (the first rows)": sample}, {}
     whole = load_examples(data.train, tokenizer, data, kind=expected, preparation=preparation)
     return {"data.train": whole}, {"data.train": weights.summary.splitlines()}
+
+
+def _describe(
+    documents: Sequence[Document], config: Config, describe: Callable[[Sequence[Document]], Sequence[str]]
+) -> list[str]:
+    try:
+        return list(describe(documents))
+    except UserError as error:
+        return [f"recipe {config.recipe!r} would refuse the rows: {error}"]
 
 
 def _format_lists(example_set: ExampleSet, config: Config) -> list[str]:

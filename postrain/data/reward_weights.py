@@ -254,6 +254,11 @@ class RewardWeights:
         sizes = np.unique(np.asarray(groups), return_counts=True)[1]
         alone = int((sizes == 1).sum())
         line += f"; {len(sizes):,} {self._options.baseline}s"
+        if alone == len(sizes):
+            return line + (
+                f", each with one row, which is its own baseline: all advantages are 0, and all rows count the same: "
+                f"give several rows of a {self._options.baseline}, or set another 'sft.weights.baseline'"
+            )
         return line + (f", {alone:,} of them with one row, which is its own baseline" if alone else "")
 
     def _apply(self, document: Rendered, weight: float) -> Rendered:
@@ -299,6 +304,8 @@ def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
     if is_empty(value):
         raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
     number = to_number(value)
+    if isinstance(value, bool):
+        raise BadRow(ref, f"{key!r} must be a number; found {str(value).lower()}: write 1 and 0 for true and false")
     if not abs(number) <= _LARGEST:
         raise BadRow(ref, f"{key!r} must be a finite number, of size {_LARGEST:g} at most; found {value!r:.40}")
     return number

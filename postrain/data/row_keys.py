@@ -104,6 +104,9 @@ def find_near_key(key: str, known: tuple[str, ...], strict: bool = False) -> str
     """The known key that ``key`` misspells, or empty; ``prompt_id`` contains a known key and is not a misspelling."""
     if not strict and set(key.split("_")) & set(known):
         return ""
+    lower = key.lower()
+    if swapped := [one for one in known if one != lower and one[0] == lower[:1] and sorted(one) == sorted(lower)]:
+        return swapped[0]
     cutoff = 0.8 if strict else 0.85
     return next(iter(difflib.get_close_matches(key if strict else key.lower(), known, n=1, cutoff=cutoff)), "")
 
@@ -124,8 +127,11 @@ ROW_KEYS = {
     "": Keys(("messages", "tools", "prompt", "completion", "text", "conversations", "instruction", "output")),
 }
 
-# Where a row's text is: what an unread key beside them may be another spelling of.
-DATA_KEYS = (*ROW_KEYS[""].read, "chosen", "rejected", "completions", "scores")
+# Where a row's text is, and what counts it: what an unread key beside them may be another spelling of.
+DATA_KEYS = (
+    *ROW_KEYS[""].read, "chosen", "rejected", "completions", "scores",
+    "margin", "weight", "label", "labels", "reward", "propensity",
+)  # fmt: skip
 
 # Of the objects in them
 

@@ -227,6 +227,11 @@ def _find_family(raw: dict, where: str) -> Family:
     known = [name for name in architectures if name in FAMILIES]
     if not known:
         found = ", ".join(map(str, architectures))
+        if any(family.classifier in architectures for family in FAMILIES.values() if family.classifier):
+            raise UserError(
+                f"{where}: architecture {found} is a reward model or classifier, expected a language model: "
+                "`postrain score` reads it"
+            )
         raise UserError(
             f"{where}: architecture {found} is not supported; supported are {', '.join([*FAMILIES, *TEXT_PARTS])}"
         )

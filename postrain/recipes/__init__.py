@@ -3,12 +3,14 @@ compiles its step for hardware that need not be there."""
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from postrain.config import Config, check_config, check_model_path, resolve
 from postrain.config.load import load_config
-from postrain.data.documents import AS_RENDERED, Preparation
+from postrain.data.documents import AS_RENDERED, Document, Preparation
 from postrain.plan.plan import PlanReport, make_plan
+from postrain.training.rows import check_documents
 
 
 def train(config: Any, workdir: str | os.PathLike) -> dict[str, float]:
@@ -37,6 +39,14 @@ def find_preparation(config: Config) -> Preparation:
     """What the config's recipe makes of rendered rows: its ``prepare(config, mesh=None)``, where it has one."""
     recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
     return recipe.prepare(config) if hasattr(recipe, "prepare") else AS_RENDERED
+
+
+def describe_rows(config: Config, documents: Sequence[Document]) -> list[str]:
+    """Lines that the config's recipe has about rows before it trains on them. Raises UserError as it would."""
+    recipe = importlib.import_module(f"postrain.recipes.{config.recipe}")
+    if hasattr(recipe, "make_check"):
+        check_documents(documents, recipe.make_check(config))
+    return recipe.describe_rows(config, documents).splitlines() if hasattr(recipe, "describe_rows") else []
 
 
 def plan(config: Config, target: str) -> PlanReport:

@@ -15,7 +15,7 @@ Losses of single answers (KTO, BCO) read rows with a label in place of pairs.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -36,7 +36,14 @@ from postrain.training.model import Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.reference import FIELD as REFERENCE
 from postrain.training.reference import add_reference_logprobs, hold_reference, take_reference
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows, prepare_groups, shares_prompts
+from postrain.training.rows import (
+    count_steps,
+    format_plain_text,
+    open_eval_rows,
+    open_train_rows,
+    prepare_groups,
+    shares_prompts,
+)
 from postrain.training.session import open_session
 
 CHARTS = (
@@ -57,14 +64,14 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     """
     with open_session(config, workdir) as session:
         unpaired = config.preference.loss in UNPAIRED_LOSSES
-        check = functools.partial(check_groups, lists=config.preference.loss == "softmax")
-        own = {"kind": find_row_kind(config), "check": labelled.check_two_labels if unpaired else check}
+        own = {"kind": find_row_kind(config), "check": make_check(config)}
         preparation = prepare(config, session.mesh)
         rows = open_train_rows(session, **own, preparation=preparation)
         held_out = open_eval_rows(session, **own, preparation=preparation)
         total_steps = count_steps(session, rows)
-        if unpaired and rows.documents:
-            rows.add_note(format_labels(config, rows.documents))
+        rows.add_note(format_plain_text(rows))
+        if rows.documents:
+            rows.add_note(describe_rows(config, rows.documents))
 
         model, reference = load_model(config, session.model_folder, session.mesh), choose_reference(config)
         model = hold_reference(model) if reference == "live" else model
@@ -95,6 +102,18 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
         return AS_RENDERED
     together = functools.partial(add_mismatched, slots=config.data.sequence_length, seed=config.data.seed)
     return Preparation("with mismatched answers", together=together)
+
+
+def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None]:
+    """What a numpy batch must be for the loss of ``config``."""
+    if config.preference.loss in UNPAIRED_LOSSES:
+        return labelled.check_two_labels
+    return functools.partial(check_groups, lists=config.preference.loss == "softmax")
+
+
+def describe_rows(config: Config, documents: Sequence[Document]) -> str:
+    """Lines about all rows together, "" of pairs. Raises UserError where they teach nothing."""
+    return format_labels(config, documents) if config.preference.loss in UNPAIRED_LOSSES else ""
 
 
 def format_labels(config: Config, documents: Sequence[Document]) -> str:

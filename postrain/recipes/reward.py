@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -34,7 +34,7 @@ from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model, make_heads
 from postrain.training.program import Program, build_program
-from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
+from postrain.training.rows import count_steps, format_plain_text, open_eval_rows, open_train_rows
 from postrain.training.session import Session, open_session
 from postrain.types import TrainState
 
@@ -64,7 +64,8 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with open_session(config, workdir) as session:
         kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
-        check_variance(rows.documents)
+        describe_rows(config, rows.documents)
+        rows.add_note(format_plain_text(rows))
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
         total_steps = count_steps(session, rows)
 
@@ -132,6 +133,12 @@ def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | N
     return None
 
 
+def describe_rows(config: Config, documents: Sequence[Document]) -> str:
+    """ "": nothing is to be said of all rows together. Raises UserError where they teach nothing."""
+    check_variance(documents, config.data.label_names)
+    return ""
+
+
 def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
     """Raises UserError where a label of a numpy batch is not the number of a class."""
     if (largest := arrays[labelled.FIELD].max()) >= count:
@@ -141,14 +148,16 @@ def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:
         )
 
 
-def check_variance(documents: Iterable[Document]) -> None:
+def check_variance(documents: Iterable[Document], names: Sequence[str] = ()) -> None:
     """Raises UserError where all labels of documents are the same: there is nothing to learn.
 
-    Pairs and lists have two scores at least.
+    Pairs and lists have two scores at least. ``names``: of the labels, where they have any.
     """
     found = {label for document in documents for label in list_labels(document)}
     if len(found) == 1:
-        raise UserError(f"data.train: all labels are {found.pop()}: there is nothing to tell apart: add rows of others")
+        label = found.pop()
+        shown = repr(names[int(label)]) if names else label
+        raise UserError(f"data.train: all labels are {shown}: there is nothing to tell apart: add rows of others")
 
 
 def list_labels(document: Document) -> list[float]:

@@ -31,6 +31,7 @@ from postrain.training.model import choose_compute_dtype
 
 _ROW_KEYS = {key: Keys((key, "tools"), PROMPT_KEYS | MEDIA_KEYS) for key in ("prompt", "messages")}
 GENERATED = "generated"  # the key of an answered line that holds its answer
+RAW = "raw"  # the key in it that is true where the prompt was plain text to be continued
 
 
 class ChatModel(NamedTuple):
@@ -215,10 +216,10 @@ def answer_file(
     """Answers every line of a JSONL file; returns how many.
 
     A line is ``{"prompt": text or messages}`` or ``{"messages": [...]}``, of which a last assistant message is
-    left out and answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added, go to
-    ``output``, written when all are complete, or to the terminal. Where something ends it earlier, the lines answered
-    until then are in ``output`` + ".unfinished", or on the terminal. ``model``, where it is a folder, is loaded after
-    the two files have been checked.
+    left out and answered anew. The same lines, each with ``"generated": {"text", "finished"}`` added, with ``raw``
+    also ``"raw": true``, go to ``output``, written when all are complete, or to the terminal. Where something ends it
+    earlier, the lines answered until then are in ``output`` + ".unfinished", or on the terminal. ``model``, where it is
+    a folder, is loaded after the two files have been checked.
 
     Raises:
         UserError: naming the line that is not such a row, or has a key ``generated``; naming ``output`` where it
@@ -243,9 +244,10 @@ def answer_file(
         ids.append(encode_prompt(model.tokenizer, prompt, system, tools=tools, raw=raw, thinking=thinking))
     sampling = for_tokenizer(sampling, model.tokenizer, model.config)
     batches = sampler.generate_batches(model.params, model.config, ids, sampling, batch_size=batch_size)
+    form = {RAW: True} if raw else {}  # so that whoever reads the answers knows what they go on
     with keep_lines(output, len(rows)) as add:
         for batch in batches:
-            answers = {i: to_answer(completion, model.tokenizer)._asdict() for i, completion in batch.items()}
+            answers = {i: to_answer(completion, model.tokenizer)._asdict() | form for i, completion in batch.items()}
             add({i: json.dumps({**rows[i][0], GENERATED: answers[i]}, ensure_ascii=False) for i in sorted(answers)})
     return len(rows)
 

@@ -13,6 +13,7 @@ is p(answer | question) itself, the share of one text among all texts, which is 
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -100,13 +101,14 @@ class PolicyReport:
         found = self.evaluation
         units = f", {found.members:,} members" if self.by == "member" else ""
         lines = [
-            f"{self.model} on {found.rows:,} logged rows{units} of {self.file}",
+            f"{self.model} on {found.rows:,} logged row{'s' * (found.rows != 1)}{units} of {self.file}",
             f"its probability of an answer is that among {self.over}; effective sample size "
             f"{found.effective_size:,.1f}, mean weight {found.mean_weight:.4g}",
             f"{'estimate':<12}  {'value':>11}  95% interval, by {self.by}",
         ]
         lines += [
-            f"{name:<12}  {one.value:>11.5g}  {one.low:.5g} to {one.high:.5g}" for name, one in found.estimates.items()
+            f"{name:<12}  {one.value:>11.5g}  " + ("-" if math.isnan(one.low) else f"{one.low:.5g} to {one.high:.5g}")
+            for name, one in found.estimates.items()
         ]
         lines += [f"warning: {doubt}" for doubt in found.warnings]
         lines += [f"keys that were not read: {', '.join(self.unread)}"] if self.unread else []

@@ -24,6 +24,8 @@ import numpy as np
 from postrain.data.reward_weights import effective_size
 
 _FEW = 10  # effective rows, or members, below which no estimate is to be trusted
+_MOST = 0.9  # effective share of the rows from which weights are about equal
+_FEW_ROWS = 30  # below which the bootstrap's intervals are too narrow
 _FAR = 4.0  # standard errors that a mean of 1 may be off
 _DRAWS = 1 << 22  # numbers of a block of the bootstrap
 
@@ -99,19 +101,21 @@ def evaluate(
         for name, sides in parts.items()
     }
     draws = _bootstrap(units, resamples, seed)
+    number = len(decisions.rewards) if inverse is None else int(inverse.max()) + 1  # of units: one has no interval
     tails = [50 * (1 - level), 50 * (1 + level)]
     estimates = {}
     for name, (above, below) in parts.items():
         found = draws[name][np.isfinite(draws[name])]
-        low, high = np.percentile(found, tails) if len(found) else (math.nan, math.nan)
+        low, high = np.percentile(found, tails) if len(found) and number > 1 else (math.nan, math.nan)
         estimates[name] = Estimate(_divide(above.sum(), below.sum()), float(low), float(high))
     size = compute_effective_size(decisions)
-    members = len(decisions.rewards) if inverse is None else int(inverse.max()) + 1
     doubts = _find_doubts(decisions, size)
-    if inverse is not None and members < _FEW:
-        doubts.append(f"intervals over {members} members: so few say little of others: expected {_FEW} or more")
+    least = _FEW_ROWS if inverse is None else _FEW
+    if number < least:
+        units_of = f"{number} {'row' if inverse is None else 'member'}{'s' * (number != 1)}"
+        doubts.append(f"intervals over {units_of}: so few say little of others: expected {least} or more")
     mean = float(decisions.weights.mean())
-    return Evaluation(len(decisions.rewards), members, estimates, size, mean, tuple(doubts))
+    return Evaluation(len(decisions.rewards), number, estimates, size, mean, tuple(doubts))
 
 
 def _ratios(decisions: Decisions, clip: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -162,10 +166,13 @@ def _find_doubts(decisions: Decisions, size: float) -> list[str]:
     """Lines about decisions from which this policy can hardly be evaluated."""
     doubts, rows = [], len(decisions.rewards)
     if size < _FEW:
-        doubts.append(
-            f"effective sample size {size:.1f} of {rows:,} rows: the estimates with weights rest on so few, as the "
-            "model prefers other answers than those that were logged"
+        what = (
+            f"effective sample size {size:.1f} of {rows:,} row{'s' * (rows != 1)}: the estimates with weights rest on"
         )
+        if size < _MOST * rows:
+            doubts.append(f"{what} so few, as the model prefers other answers than those that were logged")
+        else:
+            doubts.append(f"{what} so few: give more rows")
     if (off := _far_from_one(decisions.weights)) is not None:
         doubts.append(
             f"the mean of the model's probability / propensity is {off[0]:.3g} +- {off[1]:.2g}, expected 1: "

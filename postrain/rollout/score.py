@@ -39,7 +39,7 @@ from postrain.hf.classifier import HEAD_NAME, load_trunk, read_trunk
 from postrain.hf.find_model import locate_model
 from postrain.models.config import ModelConfig
 from postrain.models.heads import HeadConfig
-from postrain.rollout.chat import GENERATED, keep_lines
+from postrain.rollout.chat import GENERATED, RAW, keep_lines
 from postrain.sharding import batch_sharding, make_mesh, mesh_context, num_row_shards, replicated, to_host
 from postrain.training.model import Forward, choose_compute_dtype
 from postrain.training.rows import place_batch
@@ -65,7 +65,8 @@ class Texts(NamedTuple):
     """What of a row is scored: answers, each by itself, or one answer in steps.
 
     ``is_list``: whether its score is a list. ``is_generated``: a model's answer, which may be one that cannot be
-    rendered. ``is_open``: it was cut off, so that it has no end token.
+    rendered. ``is_open``: it was cut off, so that it has no end token. ``is_message``: its prompt, a text, was made a
+    message.
     """
 
     examples: tuple[Example, ...] = ()
@@ -73,6 +74,7 @@ class Texts(NamedTuple):
     is_list: bool = False
     is_generated: bool = False
     is_open: bool = False
+    is_message: bool = False
 
 
 def load_scorer(folder: str | os.PathLike) -> Scorer:
@@ -127,6 +129,12 @@ def score_file(
     if failed := [result for result in results if isinstance(result, BadRow)]:
         what = f"{len(failed):,} of the generated answers cannot be rendered, so that their score is null"
         print(f"warning: {what}; the first at {failed[0]}", file=sys.stderr)
+    if messages := sum(one.is_message for one in texts):
+        print(
+            f"note: {messages:,} of the text prompts are put through the chat template, as `postrain generate` did; a "
+            "model that was trained on rows of text has seen none: give both commands --raw",
+            file=sys.stderr,
+        )
     if longer := sum(one.slots > model.config.max_positions for of_row in rendered for one in of_row):
         limit = f"the {model.config.max_positions:,} positions that the model was pre-trained for"
         print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
@@ -152,9 +160,9 @@ def parse_row_texts(row: dict, ref: RowRef, *, raw: bool = False, steps: bool = 
 
     A row is one of kind sft, in any of its forms; a pair or a list of answers, with scores or without; an answer in
     steps (``completions`` with ``labels``, or with ``steps`` without); or a line that `postrain generate` has written,
-    whose answer is scored. The prompt of such a line is a user's message, or with ``raw`` plain text, as there. An
-    empty answer of such a line has no score: there is nothing in it to end. Of a conversation the last message is
-    scored, which must be an answer that is trained.
+    whose answer is scored. The prompt of such a line is a user's message, or plain text where it was that for
+    `generate` (its key ``raw``), and with ``raw`` in any case. An empty answer of such a line has no score: there is
+    nothing in it to end. Of a conversation the last message is scored, which must be an answer that is trained.
     """
     if SCORE in row:
         raise BadRow(ref, f"has a key {SCORE!r} already, which the score goes to: rename it")
@@ -199,20 +207,25 @@ def _parse_generated(row: dict, ref: RowRef, raw: bool) -> Texts:
     answer = row[GENERATED]
     if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
         raise BadRow(ref, f"{GENERATED!r} must be an object with 'text', as `postrain generate` writes it")
+    if not isinstance(answer.get(RAW, False), bool):
+        raise BadRow(ref, f"'{GENERATED}.{RAW}' must be true or false; found {answer[RAW]!r:.40}")
     if not answer["text"].strip():
         return Texts()
     prompt = row.get("prompt") if row.get("messages") is None else row["messages"]
-    if isinstance(prompt, str) and raw:  # a model's answer may repeat its prompt
+    is_text = isinstance(prompt, str)
+    if is_text and (raw or answer.get(RAW)):  # a model's answer may repeat its prompt
         text = check_string(answer["text"], f"{GENERATED}.text", ref)
         example: Example = PromptCompletion(check_string(prompt, "prompt", ref), text, ref)
     else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [{"role": "user", "content": prompt}] if is_text else prompt
         messages = parse_messages(messages, ref, weighted=True)
         before = [*map(_as_context, messages[:-1] if messages[-1]["role"] == "assistant" else messages)]
         completion = [{"role": "assistant", "content": answer["text"]}]
         made = {"prompt": before, "completion": completion, "tools": row.get("tools")}
         example = parse_row(made, "prompt_completion", ref, set())
-    return Texts(_judge_last([example]), is_generated=True, is_open=answer.get("finished") is False)
+    is_message = is_text and isinstance(example, Conversation)
+    is_open = answer.get("finished") is False
+    return Texts(_judge_last([example]), is_generated=True, is_open=is_open, is_message=is_message)
 
 
 def _render(texts: Sequence[Texts], tokenizer: Tokenizer, system: str) -> Iterator[list[Rendered] | BadRow]:

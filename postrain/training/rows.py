@@ -136,7 +136,7 @@ def open_train_rows(
         )
     check_rows({"data.train": rows.fingerprint})
     rows.batches.check_token_ids(find_vocab_size(config, session.model_folder))
-    _check_documents(rows.example_set.examples if rows.example_set else (), check)
+    check_documents(rows.example_set.examples if rows.example_set else (), check)
     return Rows(rows, session.mesh, check)
 
 
@@ -154,11 +154,28 @@ def open_eval_rows(
         )
     check_rows({"data.eval": rows.fingerprint})
     check_token_ids(rows.examples, find_vocab_size(config, session.model_folder))
-    _check_documents(rows.examples, check)
+    check_documents(rows.examples, check)
     return rows
 
 
-def _check_documents(documents: Sequence[Document], check: Check | None) -> None:
+def format_plain_text(rows: Rows) -> str:
+    """A line about rows whose prompts are text, of a stream as its first row is; "" without such rows.
+
+    Whoever asks the trained model in another form asks it what it was not trained on, and nothing would show that.
+    """
+    documents = rows.documents or [rows.sample]
+    plain = sum(document.sequences[0].is_plain for document in documents)
+    if not plain:
+        return ""
+    some = "" if plain == len(documents) else f", {plain:,} of {len(documents):,} rows,"
+    return (
+        f"prompts     text prompts{some} are trained as plain text, without the chat template: serve them with --raw "
+        "(postrain generate, postrain score), or write messages"
+    )
+
+
+def check_documents(documents: Sequence[Document], check: Check | None) -> None:
+    """Raises UserError naming the first row whose document ``check`` refuses."""
     if check is None:
         return
     for document in documents:

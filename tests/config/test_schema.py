@@ -74,6 +74,7 @@ def test_to_dict_and_back():
     ("key", "value", "words"),
     [
         ("optimizer.learning_rat", 1e-5, "did you mean 'optimizer.learning_rate'?"),
+        ("preference.loss", "dpo", "did you mean 'sigmoid'?"),
         ("optimiser", {}, "did you mean 'optimizer'?"),
         ("train.learning_rate", 1e-5, "did you mean 'optimizer.learning_rate'?"),
         ("data.train", {"path": "x.jsonl", "kid": "text"}, "did you mean 'data.train.kind'?"),

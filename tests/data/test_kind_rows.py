@@ -255,8 +255,14 @@ def test_labels_have_names(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "p ", "completion": "a"}, "expected a 'label' beside the text, true or false or a class; found"),
-        ({"prompt": "p ", "completion": "a", "label": None}, "beside the text, true or false or a class; found null"),
+        (
+            {"prompt": "p ", "completion": "a"},
+            "expected a 'label' beside the text, true or false, or for recipe 'reward' also a class; found",
+        ),
+        (
+            {"prompt": "p ", "completion": "a", "label": None},
+            "true or false, or for recipe 'reward' also a class; found null",
+        ),
         ({"label": True}, "expected the keys 'messages', or 'conversations'"),
         ({"prompt": "p ", "completion": "a", "label": -1}, "a whole number from 0, or a name; found -1"),
         ({"prompt": "p ", "completion": "a", "label": 0.5}, "a whole number from 0, or a name; found 0.5"),
@@ -281,7 +287,21 @@ def test_a_labelled_row_is_one_of_kind_sft_where_that_is_read_and_no_preference(
     found = load(tmp_path, "sft", [row], tokenizer)
     assert found.report.total.rows == 1 and "label" in str(found.report.format_unread())
     advice = "for recipe 'preference' with 'preference.loss' = 'kto' or 'bco' or 'apo_zero_unpaired': use a config like"
-    assert f"is a row of kind labelled, {advice}" in refuse(tmp_path, "preference", row, tokenizer)
+    told = refuse(tmp_path, "preference", row, tokenizer)
+    assert f"is a row of kind labelled, {advice} configs/preference.py:kto" in told
+    del row["label"]
+    assert "which returns {'messages': [...], 'label': ...} for a row" in refuse(tmp_path, "labelled", row, tokenizer)
+    pair = {"prompt": "p ", "chosen": "a", "rejected": "b"}
+    told = "use a config like configs/preference.py without ':kto' ('preference.loss')"
+    assert told in refuse(tmp_path, "labelled", pair, tokenizer)
+    told = "is a row of kind sft, for a teacher to answer: run `postrain teach` first, or set 'distill.teacher'"
+    assert told in refuse(tmp_path, "kd", row, tokenizer)
+
+
+def test_a_misspelt_weight_of_a_pair_is_told(tmp_path, tokenizer):
+    row = {"prompt": "p ", "chosen": "a", "rejected": "b", "wieght": 2}
+    found = load(tmp_path, "preference", [row], tokenizer)
+    assert "did you mean 'weight'?" in str(found.report.format_unread())
 
 
 def test_a_label_is_of_one_whole_sequence(tmp_path, tokenizer):

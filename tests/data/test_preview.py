@@ -1,6 +1,7 @@
 """The preview shows what is trained on, exactly, and lets nothing in a row steer the terminal or the page."""
 
 import dataclasses
+import functools
 import html.parser
 import re
 
@@ -17,7 +18,7 @@ from postrain.data.preview import preview, render_tokens_html
 from postrain.data.rendering.render import Rendered
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.recipes import find_preparation
+from postrain.recipes import describe_rows, find_preparation
 
 NASTY = "<script>alert('x')</script> & \x1b[2J caf\u00e9"
 
@@ -163,6 +164,24 @@ def test_lists_that_training_refuses_are_told(config, tmp_path):
     told = f"would refuse 2 rows with more, the first at {tmp_path}/lists.jsonl:1: make rows of two out of longer lists"
     assert shown.count(told) == 1 and told in shown.partition("data.eval")[2]
     assert told in _Page((tmp_path / "page.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("second", "told"),
+    [
+        ({"prompt": "c", "label": 5}, r"recipe 'preference' would refuse the rows: .*rows.jsonl:2: the label is 5"),
+        ({"prompt": "a", "label": False}, "would refuse the rows: .*none of 2 rows can be paired with the answer to"),
+        ({"prompt": "c", "label": False}, "labels      1 true, 1 false\nmismatched  2 answers to other prompts"),
+    ],
+)
+def test_what_the_recipe_says_of_all_rows_is_told(config, tmp_path, second, told):
+    rows = [{"prompt": "a", "completion": "b", "label": True}, {"completion": "d"} | second]
+    source = SourceConfig(path=str(write_jsonl(tmp_path / "rows.jsonl", rows)), kind="labelled")
+    data = dataclasses.replace(config.data, train=(source,), eval=())
+    section = dataclasses.replace(config.preference, loss="kto")
+    config = dataclasses.replace(config, recipe="preference", data=data, preference=section)
+    options = {"preparation": find_preparation(config), "describe": functools.partial(describe_rows, config)}
+    assert re.search(told, preview(config, color=False, **options))
 
 
 def test_what_the_length_costs_is_told(config):

@@ -216,7 +216,13 @@ BAD = {
         {"reward": "good"},
         "'reward' must be a finite number, of size 1e.30 at most; found 'good'",
     ),
-    "a flag": ("linear", {}, {"reward": True}, "'reward' must be a finite number, of size 1e.30 at most; found True"),
+    "a flag": (
+        "linear",
+        {},
+        {"reward": True},
+        "'reward' must be a number; found true: write 1 and 0 for true and false",
+    ),
+    "another name": ("exp", {}, {"reward": None, "rewards": 3}, "unknown key 'rewards'; did you mean 'reward'"),
     "NaN": ("exp", {}, {"reward": float("nan")}, "'reward' must be a finite number, of size 1e.30 at most; found nan"),
     "a number beyond all": ("exp", {}, {"reward": 10**400}, "'reward' must be a finite number, of size"),
     "infinity": (

@@ -11,6 +11,7 @@ from tiny_models import make_tiny_model, make_tiny_tokenizer, randomize
 
 from postrain.errors import UserError
 from postrain.hf.classifier import load_classifier, save_classifier
+from postrain.hf.config import read_config
 from postrain.hf.load import load_pretrained
 from postrain.models.heads import HeadConfig, apply_heads, init_heads
 from postrain.models.transformer import compute_hidden
@@ -111,3 +112,13 @@ def test_folders_that_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(raw | {"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(UserError, match="missing: score.weight; left over: lm_head.weight"):
         load_classifier(folder)
+
+
+def test_a_language_model_is_wanted_and_a_classifier_found(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}'
+    )
+    with pytest.raises(
+        UserError, match="is a reward model or classifier, expected a language .*`postrain score` reads"
+    ):
+        read_config(tmp_path)

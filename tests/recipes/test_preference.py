@@ -128,6 +128,7 @@ def test_the_report_shows_the_margins(finished):
     page = (finished[0] / "report.html").read_text()
     assert re.search("rewards/margins|Reward margin", page)
     assert "shared prompts: 206 slots saved, 20.9% of those that the answers would take" in page
+    assert "text prompts are trained as plain text, without the chat template: serve them with --raw" in page
 
 
 def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, pairs):

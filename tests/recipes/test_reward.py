@@ -280,7 +280,7 @@ def test_settings_that_a_reward_model_cannot_have_are_refused(inputs, rows, tmp_
         ("squared_error", make_rated(0) | {"label": "much"}, "bad.jsonl:1: 'label' must be a finite number"),
         ("squared_error", make_rated(0) | {"label": float("nan")}, "bad.jsonl:1: "),
         ("squared_error", make_rated(0), "data.train: all labels are 0.25: there is nothing to"),
-        ("cross_entropy", make_labelled(0), "data.train: all labels are 0: there is nothing to"),
+        ("cross_entropy", make_labelled(0), "data.train: all labels are 'warm': there is nothing"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused(inputs, rows, tmp_path, loss, row, words):

@@ -187,6 +187,13 @@ def test_answers_are_kept_where_something_ends_it_early(model, tmp_path, monkeyp
     assert answers[1:] == kept
 
 
+def test_an_answer_says_that_its_prompt_was_plain_text(model, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    assert answer_file(model, str(source), None, SamplingParams(max_new_tokens=1), raw=True) == 1
+    assert json.loads(capsys.readouterr().out)["generated"]["raw"] is True
+
+
 def test_a_prompt_that_is_null_is_absent(model, tmp_path, capsys):
     messages = [{"role": "user", "content": "hi"}]
     rows = [

@@ -158,3 +158,6 @@ def test_options_and_members_are_checked(model, tmp_path, capsys):
     ):
         assert cli.main(["evaluate-policy", str(model), str(file), *words]) == 2
         assert capsys.readouterr().err.startswith(message)
+    assert cli.main(["evaluate-policy", str(model), str(file)]) == 0
+    told = capsys.readouterr().out
+    assert f"{model} on 1 logged row of {file}" in told and told.splitlines()[3].endswith("          1  -")

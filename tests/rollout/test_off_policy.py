@@ -160,6 +160,17 @@ def test_intervals_cover_the_truth_as_often_as_they_say_and_members_widen_them()
     assert evaluate(decisions, seed=3) == evaluate(decisions, seed=3) != evaluate(decisions, seed=4)
 
 
+def test_a_single_row_has_no_interval_and_few_rows_are_told():
+    one = evaluate(Decisions(np.array([1.0]), np.array([0.5]), np.log([0.5])))
+    assert one.estimates["ips"].value == 1 and math.isnan(one.estimates["ips"].low)
+    assert one.warnings == (
+        "effective sample size 1.0 of 1 row: the estimates with weights rest on so few: give more rows",
+        "intervals over 1 row: so few say little of others: expected 30 or more",
+    )
+    many = np.full(30, 0.5)
+    assert not evaluate(Decisions(np.arange(30.0), many, np.log(many))).warnings
+
+
 def test_long_texts_whose_probabilities_no_float_holds_are_estimated_by_their_ratios():
     decisions = Decisions(
         np.array([1.0, 0.0, 1.0]), np.array([0.5, 0.5, 0.25]), np.log([0.5, 0.5, 0.25]) + np.array([-900, -900, -901.0])

@@ -73,6 +73,7 @@ ROWS = [
     ({"prompt": "a ", "completions": ["b", "c"], "labels": [True, False]}, ["a b\n", "a b\nc\n"]),
     ({"prompt": "hi", "generated": GENERATED}, f"{HEAD}yes<|im_end|>"),
     ({"messages": [USER, YES | {"content": "old"}], "generated": GENERATED | {"finished": False}}, f"{HEAD}yes"),
+    ({"prompt": "hi", "generated": GENERATED | {"raw": True}}, "hiyes<|im_end|>"),
 ]  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_every_row_has_the_score_of_its_text_in_the_order_of_the_file(scorer, in
     assert not (tmp_path / "out.jsonl.unfinished").exists()
 
 
-def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path):
+def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path, capsys):
     def score(row, **options):
         path = write(tmp_path / "rows.jsonl", [row])
         scoring.score_file(scorer, path, str(tmp_path / "out.jsonl"), **options)
@@ -97,8 +98,10 @@ def test_options_say_how_rows_are_read(scorer, in_torch, tmp_path):
 
     generated = {"prompt": "hi", "generated": GENERATED}
     assert score(generated, raw=True) == pytest.approx(in_torch("hiyes<|im_end|>"), abs=1e-5)
+    assert "note" not in capsys.readouterr().err
     head = "<|im_start|>system\nBe.<|im_end|>\n" + HEAD
     assert score(generated, system="Be.") == pytest.approx(in_torch(f"{head}yes<|im_end|>"), abs=1e-5)
+    assert "note: 1 of the text prompts are put through the chat template" in capsys.readouterr().err
     steps = {"prompt": "a ", "completions": ["b", "c"]}
     assert score(steps, steps=True) == pytest.approx([in_torch("a b\n"), in_torch("a b\nc\n")], abs=1e-5)
     assert score({"prompt": "hi", "generated": {"text": " ", "finished": True}}) is None
@@ -168,6 +171,7 @@ def test_classes_have_names_and_probabilities(tmp_path):
         ({"prompt": "a", "completions": []}, "'completions' must be a list of answers; found []"),
         ({"prompt": "a", "completions": ["b", ""]}, "completions[1]: 'completion' is empty"),
         ({"prompt": "a", "generated": "b"}, "'generated' must be an object with 'text'"),
+        ({"prompt": "a", "generated": GENERATED | {"raw": "no"}}, "'generated.raw' must be true or false; found 'no'"),
         ({"messages": [USER]}, "no assistant message"),
         (
             {"messages": [USER, YES, USER]},

@@ -411,9 +411,10 @@ def _check_shards(path: str, files: list[StoredFile]) -> None:
     for (before, total, after), numbers in there.items():
         if missing := sorted(set(range(int(total))) - numbers):
             first = f"{before}-{missing[0]:0{len(total)}}-of-{total}{after}"
+            again = " (the same `postrain teach` again writes those of a teacher)" if after == ".parquet" else ""
             raise UserError(
-                f"{path}: {len(missing)} of {int(total)} shards are missing, the first is {first}: add them, or select "
-                "some with braces, as {00000..00003}"
+                f"{path}: {len(missing)} of {int(total)} shards are missing, the first is {first}: add them{again}, or "
+                "select some with braces, as {00000..00003}"
             )
 
 

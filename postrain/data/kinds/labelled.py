@@ -30,6 +30,7 @@ FORMS = {f"labelled_{form}": (*keys, "label") for form, keys in SFT_FORMS.items(
 LAYOUT = Layout({FIELD: (np.dtype(np.int32), ())})  # of its batches
 NUMBERS = Layout({FIELD: (np.dtype(np.float32), ())})  # with ``data.label_numbers``
 Label = int | float | str
+_FUNCTION_ADVICE = FUNCTION_ADVICE.replace("[...]}", "[...], 'label': ...}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,11 @@ class Labelled:
 def parse_labelled(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Labelled:
     """One row, checked; ``form`` is one of FORMS, or "". ``unread`` takes the keys that are not read. Raises BadRow."""
     if raw.get("label") is None:
-        found, advice = ("null", "") if "label" in raw else (name_keys(raw), FUNCTION_ADVICE)
-        raise BadRow(ref, f"expected a 'label' beside the text, true or false or a class; found {found}", advice)
+        found, advice = ("null", "") if "label" in raw else (name_keys(raw), _FUNCTION_ADVICE)
+        reason = (
+            f"expected a 'label' beside the text, true or false, or for recipe 'reward' also a class; found {found}"
+        )
+        raise BadRow(ref, reason, advice)
     label = _parse_label(raw["label"], ref)
     rest = {key: value for key, value in raw.items() if key != "label"}
     example = parse_row(rest, form.removeprefix("labelled_") or "sft", ref, unread)

@@ -162,7 +162,7 @@ class RowParser:
                 self.form, self.kind, self._decided_by = form, _KIND_OF[form], ref
                 return
             if other := self._find_other_form(found):
-                other_kinds = other_kinds or [f"{ref} {_format_kind(_KIND_OF[other])}"]
+                other_kinds = other_kinds or [f"{ref} {_format_kind(_KIND_OF[other], self.kind)}"]
             if found and not shapes:
                 shapes = [f"{self.advice}; {ref} has the keys {name_keys(found)}: {FUNCTION_ADVICE}"]
             undecided += row is not None
@@ -187,6 +187,7 @@ class RowParser:
             unread = set() if unread is None else unread
             example = self.kind.parse(row, self.form, ref, unread)
             if beside:
+                _check_beside(row, beside, ref)
                 beside |= {key: row.get(key) for key in beside}
                 unread.difference_update(beside)
             return example
@@ -288,7 +289,7 @@ class RowParser:
         if self._decided_by is None:
             keys = ", or ".join(" and ".join(map(repr, keys)) for keys in self.kind.forms.values())
             reason = f"expected a row of {self.expected}, with the keys {keys}; found {name_keys(row)}"
-            raise BadRow(ref, f"{reason}; it {_format_kind(kind)}")
+            raise BadRow(ref, f"{reason}; it {_format_kind(kind, self.kind)}")
         raise BadRow(
             ref,
             f"expected a row of kind {expected}, as the first at {self._decided_by}; found one of kind {found}",
@@ -296,9 +297,17 @@ class RowParser:
         )
 
 
-def _format_kind(kind: Kind) -> str:
+def _check_beside(row: dict, wanted: Iterable[str], ref: RowRef) -> None:
+    """Raises BadRow for a key that is a misspelt one of those without which a row is refused."""
+    needed = tuple(key for key in wanted if key in ("reward", "propensity") and row.get(key) is None)
+    for key in row if needed else ():
+        if near := find_near_key(str(key), needed):
+            raise BadRow(ref, f"unknown key {key!r:.60}; did you mean {near!r}?")
+
+
+def _format_kind(kind: Kind, wanted: Kind) -> str:
     """What to do with a row of another kind than the recipe reads."""
-    if reader := format_reader(kind.name):
+    if reader := format_reader(kind.name, wanted.name):
         return f"is a row of kind {kind.name}, for {reader}"
     return f"is a row of kind {kind.name}: set kind='{kind.name}' for the source"
 
@@ -319,7 +328,8 @@ def find_kind(sources: Sequence[tuple[str, RowParser]], config: DataConfig, expe
                 "sources of a data set are of one kind"
             )
     if expected is not None and kind.name != expected:
-        advice = "give it rows of that kind, or use another recipe"
+        reader = format_reader(kind.name, expected)
+        advice = f"they are for {reader}" if reader else "give it rows of that kind, or use another recipe"
         if kind.name == "labelled" and expected == "sft" and parser.left_out:
             advice = f"have {parser.left_out} take 'label' out of them, or use another recipe"
         raise UserError(

@@ -100,4 +100,5 @@ def _join(example: Steps, prompt: np.ndarray, tokenizer: Tokenizer) -> Rendered:
     steps = np.zeros(len(tokens), np.int32)
     steps[ends] = [RIGHT if label else WRONG for label in example.labels]
     mask = np.arange(len(tokens)) >= len(prompt)
-    return Rendered(tokens, mask, example.ref, fields=(Field(FIELD, steps, False),), reads_last=True)
+    fields, is_plain = (Field(FIELD, steps, False),), isinstance(example.prompt.prompt, str)
+    return Rendered(tokens, mask, example.ref, fields=fields, reads_last=True, is_plain=is_plain)

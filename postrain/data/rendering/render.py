@@ -94,9 +94,10 @@ def render_many(
                 yield plan
                 continue
             parts = [next(encoded) for _ in plan[0]]
+            is_plain = isinstance(example, PromptCompletion)
             try:
                 yield [
-                    Rendered(tokens, mask, example.ref, template_switches=switches, weights=weights)
+                    Rendered(tokens, mask, example.ref, template_switches=switches, weights=weights, is_plain=is_plain)
                     for part in parts
                     for tokens, mask, switches, weights in part.sequences(*plan[1:])
                 ]
