@@ -115,9 +115,9 @@ def get_config(arg: str = "preference") -> ConfigDict:
     if arg in ("preference", "reward"):
         config.data.train[0]["kind"] = config.data.eval[0]["kind"] = to_pair if arg == "preference" else to_close_pair
     if arg == "preference":
-        config.train = {"steps": 80}
+        config.train = {"steps": 160}
         config.preference = {"beta": 0.3, "nll_coef": 1.0}  # what is right stays likely
-        config.optimizer.learning_rate = 1e-4
+        config.optimizer.learning_rate = 4e-4
     elif arg == "reward":
         config.reward = {"centering_coef": 0.01}
         config.data.sequence_length = 512
