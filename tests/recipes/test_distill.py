@@ -440,7 +440,7 @@ def test_ids_that_a_teacher_lacks_are_left_out_and_padding_is_refused(inputs, te
     session = types.SimpleNamespace(
         config=config, tokenizer=load_tokenizer(inputs / "model"), model_folder=inputs / "model", say=lambda text: None
     )
-    options, known = check_teacher_rows(session)
+    options, known, _ = check_teacher_rows(session)
     assert known == ALL_IDS
     options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS - 1)})
     with pytest.raises(UserError, match="top_ids has id 260, and tokenizer, student and teacher share 260 ids"):
