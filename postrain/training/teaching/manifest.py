@@ -128,7 +128,8 @@ def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None, li
 
     Returns options for ``open_train_rows``; how many ids of the vocabulary that teacher had, None where no manifest
     says it; and the lines that were said. Raises UserError where the rows are not what the student and the config can
-    learn from: see ``check_folder``. Rows without a manifest, of other tools, are taken as they are unless the config names a checksum.
+    learn from: see ``check_folder``. Rows without a manifest, of other tools, are taken as they are unless the config
+    names a checksum.
     """
     config = session.config
     vocab_size = count_shared_ids(session.tokenizer, read_config(session.model_folder))
