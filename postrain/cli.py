@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except UserError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if as_program:  # a second one, while libraries are put away, has nothing more to say
             signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
-        return _fail("interrupted", 130)
+        return _fail(": ".join(["interrupted", *map(str, error.args)]), 130)
     except BrokenPipeError:  # `postrain preview | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -234,7 +234,10 @@ def run_teach(args, overrides) -> None:
         from postrain.training.teaching.teach import teach
 
     say = functools.partial(print, flush=True)
-    teach(config, args.output, dtype=args.dtype, shard_rows=args.shard_rows, say=say)
+    try:
+        teach(config, args.output, dtype=args.dtype, shard_rows=args.shard_rows, say=say)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command goes on from the shards in {args.output}") from None
     print(f"wrote {args.output}")
 
 

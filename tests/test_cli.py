@@ -224,6 +224,7 @@ def test_overrides_are_separated_from_the_other_arguments():
     [
         (UserError("two\nlines"), 2, "error: two lines\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (KeyboardInterrupt("the same command goes on"), 130, "error: interrupted: the same command goes on\n"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "the disk is full (runs/x): free some space"),
         (ValueError("RESOURCE_EXHAUSTED: [No space left on device]"), 1, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), 1, "not allowed to write (runs/x)"),

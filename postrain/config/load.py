@@ -293,9 +293,9 @@ def to_dict(config: Config) -> dict:
 
 
 def format_config(config: Config) -> str:
-    """One ``section.key = value`` a line; keys that differ from their default are marked with ``*``."""
+    """One ``section.key = value`` a line, of the keys that differ from their default."""
     values, defaults = flatten(to_dict(config)), flatten(to_dict(Config()))
-    return "\n".join(f"{'*' if value != defaults.get(key) else ' '} {key} = {value!r}" for key, value in values.items())
+    return "\n".join(f"{key} = {value!r}" for key, value in values.items() if value != defaults.get(key))
 
 
 # Paths

@@ -26,13 +26,13 @@ from postrain.hf.find_model import locate_model
 from postrain.objectives.distill import compare_with_logits, compare_with_top, make_distill_loss, match_rows
 from postrain.report.page import Chart
 from postrain.rollout.answers import make_answer_evaluator
-from postrain.training.evaluate import make_loss_evaluator
+from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import TEACHER, Forward, Model, load_model
 from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, open_eval_rows, open_train_rows
-from postrain.training.session import open_session
-from postrain.training.teaching.manifest import check_teacher_rows
+from postrain.training.session import Session, open_session
+from postrain.training.teaching.manifest import check_teacher_rows, format_low_mass
 from postrain.training.teaching.teacher import (
     abstract_teacher,
     add_teacher,
@@ -40,11 +40,13 @@ from postrain.training.teaching.teacher import (
     open_teacher,
     without_teacher,
 )
+from postrain.types import TrainState
 
 CHARTS = (
     Chart("Loss per token", ("train/loss", "eval/loss")),
     Chart("-log p of the token", ("train/nll", "eval/nll")),
     Chart("Share of tokens with the teacher's likeliest", ("train/agreement", "eval/agreement"), 0.0, 1.0),
+    Chart("The teacher's probability of the ids in the rows", ("train/teacher_top", "eval/teacher_top"), 0.0, 1.0),
     Chart("Gradient norm before clipping", ("train/grad_norm",), 0.0),
 )
 
@@ -57,11 +59,16 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     with open_session(config, workdir) as session:
         # What the teacher has written is checked before it is read; a teacher that runs is loaded before its rows.
         teacher = open_teacher(session) if config.distill.teacher else None
-        options, teacher_ids = (teacher.row_options, None) if teacher else check_teacher_rows(session)
+        if teacher:
+            options, teacher_ids = teacher.row_options, None
+            named = [f"teacher     {config.distill.teacher}, {teacher.checksum}"]
+        else:
+            options, teacher_ids, named = check_teacher_rows(session)
         kind = find_row_kind(config)
         rows = open_train_rows(session, kind=kind, **options)
         held_out = open_eval_rows(session, kind=kind, **options)
         total_steps = count_steps(session, rows)
+        rows.notes = [*named, *rows.notes]
 
         model = load_model(config, session.model_folder, session.mesh)
         if teacher is not None:
@@ -73,7 +80,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
         evaluators = []
         if held_out is not None:
-            evaluators.append(make_loss_evaluator(session, program, held_out))
+            evaluators.append(warn_of_low_mass(session, make_loss_evaluator(session, program, held_out)))
             answer = make_answer_evaluator(session, model.config, held_out)
             evaluators.append(lambda state, step: answer(without_teacher(state), step))
         with open_loop(session, program, model, rows, total_steps, evaluators, held_out) as loop:
@@ -83,6 +90,21 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 
         export_state(session, without_teacher(loop.state), model)
         return session.write_report(rows, held_out, CHARTS)
+
+
+def warn_of_low_mass(session: Session, evaluate: Evaluator) -> Evaluator:
+    """``evaluate``, which says once where the ids in the held-out rows have little of the teacher's probability."""
+    said: set[str] = set()
+
+    def measure(state: TrainState, step: int) -> dict[str, float]:
+        metrics = evaluate(state, step)
+        mass = metrics.get("eval/teacher_top", 1.0)  # a teacher that runs gives all ids
+        if (warning := format_low_mass(mass, session.config.distill.top_k)) and not said:
+            said.add(warning)
+            session.say(warning)
+        return metrics
+
+    return measure
 
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int, shared_ids: int | None = None) -> Program:

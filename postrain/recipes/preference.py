@@ -13,6 +13,7 @@ before them (``data.share_prompts``). The loss of an update is the mean over its
 Losses of single answers (KTO, BCO) read rows with a label in place of pairs.
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ from postrain.training.rows import (
     prepare_groups,
     shares_prompts,
 )
-from postrain.training.session import open_session
+from postrain.training.session import ShownRow, open_session
 
 CHARTS = (
     Chart("Loss per pair or answer", ("train/loss", "eval/loss")),
@@ -91,7 +92,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 loop.finish_step(metrics)
 
         export_state(session, loop.state, model)
-        return session.write_report(rows, held_out, CHARTS)
+        return session.write_report(rows, held_out, CHARTS, shown=show_answers(rows.sample) if unpaired else None)
 
 
 def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
@@ -138,6 +139,15 @@ def format_labels(config: Config, documents: Sequence[Document]) -> str:
         f"\nmismatched  {len(pairs):,} answers to other prompts, {cut:,} of them cut to fit beside the row's own; "
         f"{alone:,} rows without one"
     )
+
+
+def show_answers(document: Document) -> ShownRow:
+    """A labelled answer, and of KTO the mismatched one beside it, which is not trained."""
+    own, *mismatched = document.sequences
+    label = "true" if next(values for name, values, _ in own.fields if name == labelled.FIELD)[0] else "false"
+    others = [dataclasses.replace(one, loss_mask=np.zeros_like(one.loss_mask)) for one in mismatched]
+    line = "its prompt with an answer to another one: mismatched, not trained"
+    return ShownRow(((f"label {label}", own), *((line, other) for other in others)))
 
 
 def measure_margin(evaluate: Evaluator) -> Evaluator:

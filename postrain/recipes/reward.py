@@ -35,7 +35,7 @@ from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model, make_heads
 from postrain.training.program import Program, build_program
 from postrain.training.rows import count_steps, format_plain_text, open_eval_rows, open_train_rows
-from postrain.training.session import Session, open_session
+from postrain.training.session import Session, ShownRow, open_session
 from postrain.types import TrainState
 
 CHARTS = (
@@ -80,7 +80,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
                 loop.finish_step(metrics)
 
         export_state(session, loop.state, model)
-        return session.write_report(rows, held_out, CHARTS, read_tables(session))
+        return session.write_report(rows, held_out, CHARTS, read_tables(session), show_scores(config, rows.sample))
 
 
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
@@ -121,6 +121,22 @@ def read_last(document: Document) -> Document:
 def _read_last(sequence: Rendered) -> Rendered:
     fields = tuple(field._replace(of_target=False) for field in sequence.fields)
     return dataclasses.replace(sequence, fields=fields, reads_last=True)
+
+
+def show_scores(config: Config, document: Document) -> ShownRow:
+    """The row's sequences with the tokens coloured at which a score is learned, and what it is held to."""
+    shown = []
+    for sequence in document.sequences:
+        mask, label = np.arange(sequence.num_tokens) == sequence.num_tokens - 1, ""
+        for name, values, _ in sequence.fields:
+            if name == stepwise.FIELD:
+                mask = values > 0
+                label = "steps " + ", ".join("right" if one == stepwise.RIGHT else "wrong" for one in values[mask])
+            elif name == labelled.FIELD:
+                names = config.data.label_names
+                label = f"label {names[int(values[0])] if names else f'{values[0]:g}'}"
+        shown.append((label, dataclasses.replace(sequence, loss_mask=mask)))
+    return ShownRow(tuple(shown), "A training row: the score at the coloured token is trained")
 
 
 def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | None:

@@ -71,6 +71,7 @@ CARDS = (
 def write_report(
     workdir: str | os.PathLike,
     *,
+    row_title: str = "",
     row_html: str = "",
     consumed: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
@@ -82,7 +83,7 @@ def write_report(
 
     Args:
       workdir: of a run, finished or not.
-      row_html: a training row with its trained tokens coloured, as HTML.
+      row_title, row_html: a training row with its trained tokens coloured, as HTML, and what it shows.
       consumed: for each source, a line about the rows used of it.
       environment: name -> value, to list.
       cards, charts: what to show of the metrics, such as ``(*CHARTS, Chart("Margins", ("train/margins",)))``. Metrics
@@ -113,6 +114,7 @@ def write_report(
         charts=shown_charts,
         tables=tables,
         answers=_collect_answers(samples),
+        row_title=row_title,
         row_html=row_html,
         consumed=consumed,
         config=json.dumps(config, indent=2),

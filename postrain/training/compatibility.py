@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -30,6 +31,11 @@ _SHOWN = 8  # changes in one message
 HARMLESS: tuple[str, ...] = ("mesh.", "trackers.", "checkpoint.", "export.", "train.log_every", "train.micro_batches")
 HARMLESS += ("train.hang_timeout", "data.accept_change", "data.prefetch")
 HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
+# Keys that a finished run may change besides: what they name is compared by its content, or they decide what is
+# measured and how the work is done, not what was trained.
+_OF_NO_UPDATE: tuple[str, ...] = ("train.steps", "train.epochs")
+_OF_NO_UPDATE += ("data.", "eval.", "model.path", "model.tokenizer", "model.new_tokens.file", "distill.teacher")
+_OF_NO_UPDATE += ("distill.checksum", "model.attention", "model.remat", "model.loss_chunk")
 
 
 def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
@@ -98,13 +104,28 @@ def check_record(
     )
 
 
-def check_total_steps(checkpoints: pathlib.Path, total_steps: int) -> None:
-    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps``.
+def check_total_steps(checkpoints: pathlib.Path, total_steps: int, config: Config, data: dict) -> None:
+    """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps``, or exactly as many with
+    other values of keys that decide what is trained, or with other data (fingerprint ``data``).
 
-    The model of an earlier step cannot be made from it, and its own is of another length of training.
+    The model of an earlier step cannot be made from it, and its own is of another length of training. Of a finished run
+    no update would have the new values, which its config.json and report would then show.
     """
     place, record = _read_newest(checkpoints)
-    if record is not None and record.step > total_steps:
+    if record is None:
+        return
+    if record.step == total_steps:
+        changed = [one for one in _list_changes(record, config) if not one[0].startswith(_OF_NO_UPDATE)]
+        before = [f"{key} = {old!r}" for key, old, _ in changed]
+        after = [repr(new) for *_, new in changed]
+        if compare_fingerprints(record.data_fingerprint, data):
+            before, after = [*before, "other data"], [*after, "these data"]
+        if before:
+            raise UserError(
+                f"{place}: this run is finished: {total_steps:,} steps with {shorten(before, _SHOWN)}; nothing is left "
+                f"to train with {shorten(after, _SHOWN)}: use another workdir, or raise train.steps (or train.epochs)"
+            )
+    if record.step > total_steps:
         raise UserError(
             f"{place}: the run already is at step {record.step}, past the {total_steps} that train.steps (or "
             "train.epochs) asks for: ask for at least as many, take the model of a checkpoint with `postrain export "
@@ -117,19 +138,24 @@ def format_config_changes(record: RunRecord, config: Config, held_out: dict | No
 
     ``held_out``: fingerprint of the held-out rows; None: there are none.
     """
-    before, after = flatten(record.config), flatten(to_dict(config))
-    harmless = HARMLESS
-    if config.sft.noise:  # it is drawn for each micro-batch
-        harmless = tuple(key for key in harmless if key != "train.micro_batches")
-    changed = [
-        f"{key} {before.get(key)!r} -> {after.get(key)!r}"
-        for key in after
-        if before.get(key) != after.get(key) and not key.startswith(harmless)
-    ]
+    changed = [f"{key} {before!r} -> {after!r}" for key, before, after in _list_changes(record, config)]
     if record.held_out_fingerprint and held_out:
         differences = compare_fingerprints(record.held_out_fingerprint, held_out)
         changed += [f"held out: {difference}" for difference in differences]
     return f"; changed since: {', '.join(changed)}" if changed else ""
+
+
+def _list_changes(record: RunRecord, config: Config) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value now) of the keys that affect results."""
+    before, after = flatten(record.config), flatten(to_dict(config))
+    harmless = HARMLESS
+    if config.sft.noise:  # it is drawn for each micro-batch
+        harmless = tuple(key for key in harmless if key != "train.micro_batches")
+    return [
+        (key, before.get(key), after[key])
+        for key in after
+        if before.get(key) != after[key] and not key.startswith(harmless)
+    ]
 
 
 def format_rate_jump(record: RunRecord, config: OptimizerConfig, total_updates: int, update: int) -> str:

@@ -189,10 +189,11 @@ def check_documents(documents: Sequence[Document], check: Check | None) -> None:
 def count_steps(session: Session, rows: Rows) -> int:
     """Steps of the whole run: ``train.steps``, or as many as its epochs take.
 
-    Raises UserError where the checkpoint in the workdir is already past them.
+    Raises UserError where the checkpoint in the workdir is already past them, or is of the last one and of a config
+    that trains something else.
     """
     total = session.config.train.steps or rows.num_steps(session.config.train.epochs)
-    check_total_steps(session.workdir / "checkpoints", total)
+    check_total_steps(session.workdir / "checkpoints", total, session.config, rows.fingerprint)
     return total
 
 

@@ -8,17 +8,19 @@ import pathlib
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from markupsafe import Markup
 
 from postrain.cluster import processes
 from postrain.cluster.stopping import Watchdog
 from postrain.config import Config, check_paths, format_config
 from postrain.data.batches.in_memory import ExampleSet
 from postrain.data.batches.row_filter import count
+from postrain.data.documents import Rendered
 from postrain.data.preview import render_tokens_html
 from postrain.data.rendering.tokenizer import Tokenizer, load_run_tokenizer
 from postrain.hf.find_model import locate_model
@@ -52,6 +54,13 @@ if TYPE_CHECKING:
 
 
 FEW_UPDATES = 10  # a run of fewer has hardly left the warm-up of the learning rate
+
+
+class ShownRow(NamedTuple):
+    """A training row for the report: sequences, each with a line to stand above it, "" for none."""
+
+    sequences: tuple[tuple[str, Rendered], ...]
+    title: str = "A training row: the coloured tokens are trained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +125,18 @@ class Session:
         held_out: ExampleSet | None = None,
         charts: Sequence[Chart] = CHARTS,
         tables: Sequence[Table] = (),
+        shown: "ShownRow | None" = None,
     ) -> dict[str, float]:
-        """Writes report.html with these charts and tables, and says where; returns the last value of every metric."""
+        """Writes report.html with these charts and tables, and says where; returns the last value of every metric.
+
+        ``shown``: the row to show; None: ``rows.sample``, with all its trained tokens.
+        """
         step, metrics = read_last_values(self.workdir)
         notes = [*rows.notes, *(held_out.report.format_unread() if held_out else ())]
         consumed = rows.format_consumption(rows.join_states(processes.gather(rows.get_state())))
+        if rows.example_set is not None:
+            consumed = [*rows.example_set.report.format_use(), *consumed]
+        shown = shown or ShownRow(tuple(("", sequence) for sequence in rows.sample.sequences))
         if self.is_lead:
             # What the figures depend on besides the config.
             packages = ("jax", "flax", "optax", "transformers", "numpy")
@@ -132,7 +148,11 @@ class Session:
             }
             write_report(
                 self.workdir,
-                row_html="".join(render_tokens_html(one, self.tokenizer) for one in rows.sample.sequences),
+                row_title=shown.title,
+                row_html="".join(
+                    Markup("<p>{}</p>").format(line) * bool(line) + render_tokens_html(sequence, self.tokenizer)
+                    for line, sequence in shown.sequences
+                ),
                 consumed=[*consumed, *notes],
                 environment=environment,
                 charts=charts,
@@ -188,8 +208,8 @@ def format_summary(config: Config, mesh: Mesh, model: Model, total_steps: int) -
     divided = f", its rows in {shards} parts on the devices" if shards > 1 else ""
     splits = f"{train.micro_batches} micro-batch{'es' * (train.micro_batches != 1)}"
     lines = [
-        "config (* = not the default)",
-        format_config(config),
+        "config      what is not the default; config.json in the workdir has all keys",
+        *(f"            {line}" for line in format_config(config).splitlines()),
         f"devices     {format_mesh(mesh)}, jax {jax.__version__}",
         *(f"            {line}" for line in format_undivided(model, mesh)),
         f"parameters  {trained:,} trained, {frozen:,} frozen ({trained / (trained + frozen):.2%} trained)",

@@ -52,6 +52,9 @@ def test_a_source_weighs_its_tokens_beside_the_weights_of_its_rows(tmp_path, tok
         loaded = load_examples(data.train, tokenizer, data)
         [batch] = make_eval_batches(loaded, data)
         masks.append(batch["loss_mask"])
+        header, *lines = loaded.report.table()
+        shown = [line[-1] for line in lines] if header[-1] == "loss weight" else []
+        assert shown == ([] if weight == 1 else ["0.25", "1", ""])
         prints.append(loaded.fingerprint)
     np.testing.assert_array_equal(masks[1], masks[0] * np.float32([[0.25], [0.25], [1], [1]]))
     assert masks[0].max(1).tolist() == [2, 1, 1, 1]
@@ -66,6 +69,7 @@ def test_a_stream_weighs_them_too_and_shares_stay_as_they_are(tmp_path, tokenize
         opened = open_train_rows(tokenizer, data)
         found[weight] = [next(opened.batches) for _ in range(3)], opened.fingerprint
         opened.batches.close()
+        assert ("a: loss weight 0.5" in opened.summary) == (weight == 0.5)
     for plain, weighted in zip(found[1.0][0], found[0.5][0], strict=True):
         np.testing.assert_array_equal(plain["tokens"], weighted["tokens"])
     values = lambda weight: sorted({float(x) for batch in found[weight][0] for x in batch["loss_mask"].max(1)})

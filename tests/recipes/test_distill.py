@@ -31,7 +31,7 @@ from postrain.errors import UserError
 from postrain.hf.config import read_config
 from postrain.models.flops import BatchStats, count_flops, count_pairs
 from postrain.training.teaching import teach as teaching
-from postrain.training.teaching.manifest import check_teacher_rows, folder_of, read_manifest
+from postrain.training.teaching.manifest import LOW_MASS, check_teacher_rows, folder_of, read_manifest
 from postrain.training.teaching.teach import teach
 
 ALL_IDS = 260  # of the tokenizer; student and teacher have more rows, not as many
@@ -222,6 +222,28 @@ def test_weights_of_answers_and_sources_are_those_of_training(inputs, teacher, t
     halved = dataclasses.replace(stored.data.train[0], loss_weight=0.5)
     for row, whole in zip(load_examples((halved,), None, stored.data, kind="kd").examples, read, strict=True):
         np.testing.assert_array_equal(shift(row)[2], shift(whole)[2] * 0.5)
+
+
+def test_ids_that_leave_much_of_the_teacher_out_are_warned_of(inputs, teacher, tmp_path, capsys):
+    said: list[str] = []
+    teach(resolve(values_of(inputs, teacher, distill={"top_k": 1})), tmp_path / "rows", say=said.append)
+    rows = load_examples(
+        resolve(values_of(inputs, train=tmp_path / "rows")).data.train, None, resolve(values_of(inputs)).data, kind="kd"
+    ).examples
+    mass = np.concatenate([np.exp(row.fields[1].values[row.loss_mask]).sum(1) for row in rows]).mean()
+    assert mass < LOW_MASS
+    line = f"warning     the 1 ids of a token have {mass:.1%} of the teacher's probability in the mean: much of"
+    assert said[-1].startswith(line) and f"bytes, {mass:.1%} of the probability" in said[-2]
+    teach(resolve(values_of(inputs, teacher, distill={"top_k": ALL_IDS})), tmp_path / "whole", say=said.append)
+    assert said[-1].endswith("bytes, 100.0% of the probability"), "and no warning after it"
+    data = {"eval": [{"path": str(tmp_path / "rows")}]}
+    values = values_of(inputs, train=tmp_path / "rows", distill={"top_k": 1})
+    values["data"] |= data
+    values |= {"export": {"format": "none"}, "train": {"steps": 1}, "eval": {"generate_rows": 0}}
+    postrain.train(values, tmp_path / "run")
+    printed, page = capsys.readouterr().out, (tmp_path / "run" / "report.html").read_text()
+    assert printed.count(line) == 1
+    assert "train/teacher_top" in page and f"teacher     {read_manifest(tmp_path / 'rows').identity['teacher']}" in page
 
 
 def test_weights_that_could_not_be_read_again_are_refused(inputs, teacher, tmp_path):
@@ -440,7 +462,7 @@ def test_ids_that_a_teacher_lacks_are_left_out_and_padding_is_refused(inputs, te
     session = types.SimpleNamespace(
         config=config, tokenizer=load_tokenizer(inputs / "model"), model_folder=inputs / "model", say=lambda text: None
     )
-    options, known = check_teacher_rows(session)
+    options, known, _ = check_teacher_rows(session)
     assert known == ALL_IDS
     options["check"]({"teacher_ids": np.full((1, 2, 8), ALL_IDS - 1)})
     with pytest.raises(UserError, match="top_ids has id 260, and tokenizer, student and teacher share 260 ids"):

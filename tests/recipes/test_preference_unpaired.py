@@ -1,6 +1,7 @@
 """KTO and its relatives from config to export, and references that are held, cached, or the model without adapters."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -87,7 +88,10 @@ def test_the_weight_of_a_step_is_its_labelled_answers(inputs, answers, tmp_path,
     assert line["train/weight"] == 36 and line["train/desirable"] == pytest.approx(24 / 36)
     assert "eval/loss" in line and "eval/kl" not in line, "held-out rows of one prompt have no answer to another"
     text, report = capfd.readouterr().out, (tmp_path / "run" / "report.html").read_text()
-    assert "24 true, 12 false" in report
+    assert "24 true, 12 false" in report and "mismatched  36 answers to other prompts" in report
+    assert "train: 36 documents an epoch, of 36 rows" in report and "<p>label false</p>" in report
+    _, other = report.split("<p>its prompt with an answer to another one: mismatched, not trained</p>")
+    assert "<span" not in other[: other.index("</pre>")], "nothing of it is coloured as trained"
     assert "labels      24 true, 12 false: 2.00 to 1 by their weights, where 1 to 1.33 is advised" in text
     assert "set 'preference.undesirable_weight' to 2" in text
     assert "mismatched  36 answers to other prompts, 0 of them cut to fit beside the row's own; 0 rows" in text
@@ -100,6 +104,19 @@ def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(inputs, 
     assert read_folder(tmp_path / "run" / "export") == read_folder(finished[0] / "export")
     metrics = [without_perf(read_lines(folder / "metrics.jsonl")) for folder in (tmp_path / "run", finished[0])]
     assert metrics[0] == metrics[1]
+
+
+def test_a_finished_run_is_not_written_down_with_a_key_that_trained_nothing(inputs, answers, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    before = read_folder(tmp_path / "run")
+    message = "this run is finished: 8 steps with preference.beta = 0.5; nothing is left to train with 0.1: use another"
+    with pytest.raises(UserError, match=message):
+        postrain.train(values_of(inputs, answers, preference={"beta": 0.1}), tmp_path / "run")
+    assert read_folder(tmp_path / "run") == before
+    # What updates do not depend on may change, and is exported anew.
+    values = values_of(inputs, answers, eval={"every": 2}) | {"export": {"dtype": "bfloat16"}}
+    postrain.train(values, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["export"]["dtype"] == "bfloat16"
 
 
 def test_a_held_reference_is_the_base_without_its_adapters(inputs, answers, finished, tmp_path):

@@ -19,7 +19,7 @@ from postrain.data.documents import Preparation, layout_of
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.export import export_workdir
-from postrain.recipes.reward import LAYOUTS, read_last
+from postrain.recipes.reward import LAYOUTS, read_last, show_scores
 from postrain.rollout.score import score_file
 
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
@@ -108,6 +108,19 @@ def test_the_report_has_the_table_of_calibration(finished):
     gaps = [row["share"] * abs(row["accuracy"] - row["confidence"]) for row in table["bins"]]
     assert sum(gaps) == pytest.approx(metrics["eval/calibration_error"], rel=1e-6)
     assert all(f"{row['confidence']:.1%}" in page for row in table["bins"])
+    assert "the score at the coloured token is trained" in page and page.count('title="1 trained token"') == 2
+    assert "bradley_terry: 36 documents an epoch, of 36 rows" in page
+
+
+def test_the_shown_row_has_its_label_and_its_scored_tokens_coloured(inputs, rows):
+    tokenizer, lines = load_tokenizer(inputs / "model"), {}
+    for loss in ("stepwise", "cross_entropy", "squared_error"):
+        config = resolve(values_of(inputs, rows, loss))
+        found = load_examples(config.data.train, tokenizer, config.data, kind=find_row_kind(config))
+        [(line, sequence)] = show_scores(config, read_last(found.examples[2])).sequences
+        lines[loss] = line, int(sequence.loss_mask.sum())
+    steps = "steps right, wrong, right"  # of row 2
+    assert lines == {"stepwise": (steps, 3), "cross_entropy": ("label none", 1), "squared_error": ("label 3", 1)}
 
 
 def score(folder, path, output, **options):

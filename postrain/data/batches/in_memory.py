@@ -26,7 +26,7 @@ from postrain.data.batches.fingerprint import fingerprint_rows
 from postrain.data.batches.packing import pack
 from postrain.data.batches.resumable import Epochs
 from postrain.data.batches.row_filter import DataReport, RowCounts, RowFilter, count
-from postrain.data.batches.source import Source, open_source
+from postrain.data.batches.source import Source, list_loss_weights, open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import (
@@ -122,6 +122,7 @@ def load_examples(
             rejected = [bad for row_filter in filters for bad in row_filter.rejected]
             _write_rejected(pathlib.Path(rejected_path), rejected, {file for of_source in files for file in of_source})
     report = DataReport([row_filter.counts for row_filter in filters], config.sequence_length)
+    report.loss_weights = list_loss_weights(opened)
     if not examples:
         raise UserError(_format_empty(report, config))
     switches = (switch for example in examples for switch in example.template_switches if switch)

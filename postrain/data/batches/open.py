@@ -31,7 +31,7 @@ from postrain.data.batches.in_memory import ExampleSet, MemoryBatches, load_exam
 from postrain.data.batches.packing import pack
 from postrain.data.batches.resumable import Epochs, RenderedRows
 from postrain.data.batches.row_filter import DataReport, RejectedLog, RowCounts, RowFilter, count
-from postrain.data.batches.source import Source, open_source
+from postrain.data.batches.source import Source, list_loss_weights, open_source
 from postrain.data.batches.streamed import ShardedBatches
 from postrain.data.documents import (
     AS_RENDERED,
@@ -187,6 +187,7 @@ def _open_stream(
 
     names, sizes = [source.name for source in sources], [source.size for source in sources]
     shards, lines = config.stream.shards, [source.format_summary() for source in sources]
+    lines += [f"{name}: loss weight {weight:g}" for name, weight in list_loss_weights(sources).items()]
     return TrainRows(
         batches=ShardedBatches(names, sizes, open_shard, config, layout=layout.layout, shards=shards, **process),
         fingerprint=fingerprint_stream(sources, tokenizer, config, preparation),
@@ -237,7 +238,8 @@ def sample_stream(
         reports.append(counts)
     if not examples:
         raise UserError(f"nothing to train on in the first rows of {', '.join(r.name for r in reports)}")
-    example_set = ExampleSet(examples, DataReport(reports, config.sequence_length), {}, found)
+    report = DataReport(reports, config.sequence_length, loss_weights=list_loss_weights(sources))
+    example_set = ExampleSet(examples, report, {}, found)
     rows = pack(example_set.lengths, config.sequence_length, window=config.packing_window, method=config.packing)
     report = example_set.report
     report.packed_rows, report.used_slots = len(rows), int(example_set.lengths.sum())

@@ -287,6 +287,7 @@ class DataReport:
       fitting_shared: documents that would then be too long.
       template_switches: answers by the switch of the chat template that their prompts were rendered with, as
         "enable_thinking=False", where such a prompt differs from the template's default.
+      loss_weights: source -> ``loss_weight``, of those that have another one than 1.
     """
 
     sources: list[RowCounts]
@@ -296,6 +297,7 @@ class DataReport:
     saved_slots: int = 0
     fitting_shared: int = 0
     template_switches: dict[str, int] = dataclasses.field(default_factory=dict)
+    loss_weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> RowCounts:
@@ -317,6 +319,9 @@ class DataReport:
             )
             for s in lines
         ]  # fmt: skip
+        if self.loss_weights:
+            weights = ["loss weight", *(f"{self.loss_weights.get(source.name, 1):g}" for source in self.sources), ""]
+            return [(*row, weight) for row, weight in zip([header, *cells], weights, strict=False)]
         return [header, *cells]
 
     def __str__(self) -> str:
@@ -356,6 +361,14 @@ class DataReport:
             if source.left_out
         ]
         return [packing, *self.format_shared(), *switches, *lengths, *functions, *self.format_unread()]
+
+    def format_use(self) -> list[str]:
+        """For each source a line about the documents that every epoch has of it."""
+        return [
+            f"{source.name}: {count(source.documents, 'document')} an epoch, of {count(source.rows, 'row')}"
+            + (f", loss weight {self.loss_weights[source.name]:g}" if source.name in self.loss_weights else "")
+            for source in self.sources
+        ]
 
     def format_shared(self) -> list[str]:
         """A line about prompts that answers share, where they do."""

@@ -17,7 +17,7 @@ import dataclasses
 import inspect
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -92,6 +92,11 @@ class Source(abc.ABC):
         if not self._data.shuffle:
             return np.arange(size)
         return permutation(size, (self._data.seed, epoch, self._index, 2))
+
+
+def list_loss_weights(sources: Sequence[Source]) -> dict[str, float]:
+    """Source -> ``loss_weight``, of those that have another one than 1."""
+    return {source.name: source.config.loss_weight for source in sources if source.config.loss_weight != 1}
 
 
 def open_source(config: SourceConfig, data: DataConfig, index: int = 0) -> Source:

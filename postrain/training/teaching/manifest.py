@@ -24,6 +24,7 @@ from postrain.training.session import Session
 from postrain.training.teaching.teacher import count_shared_ids
 
 MANIFEST, VERSION = "manifest.json", 2
+LOW_MASS = 0.9  # of the teacher's probability; where the K ids have less, much of what it says is left out
 # What a manifest says of all rows: of numbers, which are above 0, and of others their type.
 _TEXTS = ("teacher", "compute_dtype", "vocabulary", "dtype")
 _COUNTS = ("vocab_size", "top_k", "rows", "shard_rows")
@@ -112,12 +113,23 @@ def check_shard(path: str, size: int | None, facts: dict[str, Any], whole: bool 
     return ""
 
 
-def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None]:
+def format_low_mass(mass: float, top_k: int) -> str:
+    """A warning where the ``top_k`` ids of a token have, in the mean, less than LOW_MASS of the probability, or ""."""
+    if mass >= LOW_MASS:
+        return ""
+    return (
+        f"warning     the {top_k} ids of a token have {mass:.1%} of the teacher's probability in the mean: much of "
+        "what it says is left out: let `postrain teach` write the rows with a higher distill.top_k"
+    )
+
+
+def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None, list[str]]:
     """Says which teacher wrote the rows of ``data.train`` and ``data.eval``.
 
-    Returns options for ``open_train_rows``, and how many ids of the vocabulary that teacher had; None where no manifest
-    says it. Raises UserError where the rows are not what the student and the config can learn from: see
-    ``check_folder``. Rows without a manifest, of other tools, are taken as they are unless the config names a checksum.
+    Returns options for ``open_train_rows``; how many ids of the vocabulary that teacher had, None where no manifest
+    says it; and the lines that were said. Raises UserError where the rows are not what the student and the config can
+    learn from: see ``check_folder``. Rows without a manifest, of other tools, are taken as they are unless the config
+    names a checksum.
     """
     config = session.config
     vocab_size = count_shared_ids(session.tokenizer, read_config(session.model_folder))
@@ -145,11 +157,12 @@ def check_teacher_rows(session: Session) -> tuple[dict[str, Any], int | None]:
     if len(sizes) > 1:
         listed = " and ".join(f"{size:,} ids ({folder})" for size, folder in sizes.items())
         raise UserError(f"the rows are of teachers with {listed}: their rest is not the same: train on one of them")
-    for line in lines:
-        session.say(f"teacher     {line}")
+    said = [f"teacher     {line}" for line in lines]
+    for line in said:
+        session.say(line)
     known = next(iter(sizes), None)
     check = functools.partial(check_ids, top_k=config.distill.top_k, vocab_size=min(known or vocab_size, vocab_size))
-    return {"check": check}, known
+    return {"check": check}, known, said
 
 
 def folder_of(url: str) -> str:

@@ -37,7 +37,7 @@ from postrain.sharding import batch_sharding, make_mesh, mesh_context, replicate
 from postrain.training.model import Forward
 from postrain.training.rows import place_batch
 from postrain.training.session import format_backends
-from postrain.training.teaching.manifest import MANIFEST, Manifest, check_shard, read_manifest
+from postrain.training.teaching.manifest import MANIFEST, Manifest, check_shard, format_low_mass, read_manifest
 from postrain.training.teaching.teacher import Teacher, check_teacher_backend, count_shared_ids, load_teacher
 
 DTYPES: dict[str, type[np.floating]] = {"float32": np.float32, "float16": np.float16}
@@ -95,19 +95,22 @@ def teach(
         say(f"teacher     {teacher.checksum}, {config.distill.top_k} of {vocab_size:,} ids a token")
         for line in [*format_backends(teacher.config, mesh), *check_teacher_backend(teacher.config)]:
             say(line)
-        run = make_teacher_step(config, teacher, mesh, vocab_size)
+        run, masses = make_teacher_step(config, teacher, mesh, vocab_size), []
         for number, name in enumerate(manifest.names):
             if name in manifest.shards:
                 continue
             part = examples[number * shard_rows : (number + 1) * shard_rows]
             found = compute_shard(run, dataclasses.replace(rows, examples=list(part)), config, mesh)
-            content = encode_shard(part, found, DTYPES[dtype])
+            content, mass = encode_shard(part, found, DTYPES[dtype]), list_masses(part, found)
+            masses.append(mass)
             write_whole(folder / name, content)
             facts = {"rows": len(part), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             listed = manifest.shards | {name: facts}
             manifest = Manifest(identity, {name: listed[name] for name in manifest.names if name in listed})
             manifest.write(folder)
-            say(f"{name}  {len(part):,} rows, {len(content):,} bytes")
+            say(f"{name}  {len(part):,} rows, {len(content):,} bytes, {mass.mean():.1%} of the probability")
+        if masses and (warning := format_low_mass(float(np.concatenate(masses).mean()), config.distill.top_k)):
+            say(warning)
     return manifest
 
 
@@ -241,6 +244,16 @@ def compute_shard(run: Callable, rows: ExampleSet, config: Config, mesh) -> list
         if not np.isfinite(logprobs).all():
             raise UserError(f"{row.ref}: the teacher's log p is not finite: check it with `postrain verify`")
     return found
+
+
+def list_masses(rows: Sequence[Rendered], likeliest: Sequence[Likeliest]) -> np.ndarray:
+    """The teacher's probability of the K ids at each trained token of the rows, float64 [N]."""
+    return np.concatenate(
+        [
+            np.exp(found.logprobs[row.loss_mask], dtype=np.float64).sum(1)
+            for row, found in zip(rows, likeliest, strict=True)
+        ]
+    )
 
 
 def encode_shard(rows: Sequence[Rendered], likeliest: Sequence[Likeliest], dtype: type[np.floating]) -> bytes:
