@@ -78,7 +78,7 @@ ALLOWED = {
     ),
     "recipes/reward.py": (
         "numpy: fields of documents",
-        {"values[:1].tolist()", "(values[values > 0] == stepwise.RIGHT).astype(int).tolist()"},
+        {"int(values[0])", "values[:1].tolist()", "(values[values > 0] == stepwise.RIGHT).astype(int).tolist()"},
     ),
     "rollout/answers.py": (
         "a rendered row, in numpy; texts",
@@ -115,7 +115,10 @@ ALLOWED = {
             "np.asarray(pairs, np.int32)",
         },
     ),
-    "training/teaching/teach.py": ("numpy: rows that are out of to_host", {"np.concatenate(arrays)"}),
+    "training/teaching/teach.py": (
+        "numpy: rows that are out of to_host",
+        {"np.concatenate(arrays)", "np.concatenate(masses)", "float(np.concatenate(masses).mean())"},
+    ),
     "training/step.py": ("shapes", {"float(a.size)", "float(sum((a.size for a, _ in pairs)))"}),
     "training/session.py": ("lengths of documents; metrics as numbers", {"float(value)", "int(length)"}),
 }

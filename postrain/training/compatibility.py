@@ -35,7 +35,7 @@ HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 # measured and how the work is done, not what was trained.
 _OF_NO_UPDATE: tuple[str, ...] = ("train.steps", "train.epochs")
 _OF_NO_UPDATE += ("data.", "eval.", "model.path", "model.tokenizer", "model.new_tokens.file", "distill.teacher")
-_OF_NO_UPDATE += ("distill.checksum", "model.attention", "model.remat", "model.loss_chunk")
+_OF_NO_UPDATE += ("distill.quantization", "distill.checksum", "model.attention", "model.remat", "model.loss_chunk")
 
 
 def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
@@ -118,7 +118,7 @@ def check_total_steps(checkpoints: pathlib.Path, total_steps: int, config: Confi
         changed = [one for one in _list_changes(record, config) if not one[0].startswith(_OF_NO_UPDATE)]
         before = [f"{key} = {old!r}" for key, old, _ in changed]
         after = [repr(new) for *_, new in changed]
-        if compare_fingerprints(record.data_fingerprint, data):
+        if config.data.accept_change and compare_fingerprints(record.data_fingerprint, data):  # else refused as such
             before, after = [*before, "other data"], [*after, "these data"]
         if before:
             raise UserError(

@@ -150,7 +150,7 @@ class Session:
                 self.workdir,
                 row_title=shown.title,
                 row_html="".join(
-                    Markup("<p>{}</p>").format(line) * bool(line) + render_tokens_html(sequence, self.tokenizer)
+                    (Markup("<p>{}</p>").format(line) if line else "") + render_tokens_html(sequence, self.tokenizer)
                     for line, sequence in shown.sequences
                 ),
                 consumed=[*consumed, *notes],

@@ -248,12 +248,9 @@ def compute_shard(run: Callable, rows: ExampleSet, config: Config, mesh) -> list
 
 def list_masses(rows: Sequence[Rendered], likeliest: Sequence[Likeliest]) -> np.ndarray:
     """The teacher's probability of the K ids at each trained token of the rows, float64 [N]."""
-    return np.concatenate(
-        [
-            np.exp(found.logprobs[row.loss_mask], dtype=np.float64).sum(1)
-            for row, found in zip(rows, likeliest, strict=True)
-        ]
-    )
+    pairs = zip(rows, likeliest, strict=True)
+    masses = [np.exp(found.logprobs[row.loss_mask], dtype=np.float64).sum(1) for row, found in pairs]
+    return np.concatenate(masses)
 
 
 def encode_shard(rows: Sequence[Rendered], likeliest: Sequence[Likeliest], dtype: type[np.floating]) -> bytes:
