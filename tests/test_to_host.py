@@ -78,7 +78,12 @@ ALLOWED = {
     ),
     "recipes/reward.py": (
         "numpy: fields of documents",
-        {"int(values[0])", "values[:1].tolist()", "(values[values > 0] == stepwise.RIGHT).astype(int).tolist()"},
+        {
+            "int(label)",
+            "int(values[0])",
+            "values[:1].tolist()",
+            "(values[values > 0] == stepwise.RIGHT).astype(int).tolist()",
+        },
     ),
     "rollout/answers.py": (
         "a rendered row, in numpy; texts",
