@@ -84,17 +84,22 @@ def preview(
         "\n".join([key, str(s.report), *notes.get(key, ()), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
         for key, s in sets.items()
     ]
+    return "\n\n".join([*blocks, *_format_rows(shown, reader, color)])
+
+
+def _format_rows(documents: Sequence[Document], reader: Tokenizer | None, color: bool) -> list[str]:
+    """What the marks mean, and the documents in full; nothing where there are none."""
+    if not documents:
+        return []
     legend = "trained tokens are " + (_mark("coloured", color) if color else "between " + _mark(" and ", color))
-    if any(_spells_control(s, reader) for document in shown for s in document.sequences):
+    if any(_spells_control(s, reader) for document in documents for s in document.sequences):
         spelt = _mark_spelt("underlined", color) if color else "between " + _mark_spelt(" and ", color)
         legend += f"; control tokens that a row spells, ordinary text to the model, are {spelt}"
-    blocks += [legend] if shown else []
-    blocks += [
+    return [legend] + [
         f"--- {_format_header(document)}"
         + "".join(f"\n{_format_note(s)}{_format_tokens(s, reader, color)}" for s in document.sequences)
-        for document in shown
+        for document in documents
     ]
-    return "\n\n".join(blocks)
 
 
 def _load_train(

@@ -126,18 +126,7 @@ def score_file(
         raise UserError(f"{source}: steps need a model of one output; this one has {', '.join(model.labels)}")
     results = list(_render(texts, model.tokenizer, system))
     rendered = [[] if isinstance(result, BadRow) else result for result in results]
-    if failed := [result for result in results if isinstance(result, BadRow)]:
-        what = f"{len(failed):,} of the generated answers cannot be rendered, so that their score is null"
-        print(f"warning: {what}; the first at {failed[0]}", file=sys.stderr)
-    if messages := sum(one.is_message for one in texts):
-        print(
-            f"note: {messages:,} of the text prompts are put through the chat template, as `postrain generate` did; a "
-            "model that was trained on rows of text has seen none: give both commands --raw",
-            file=sys.stderr,
-        )
-    if longer := sum(one.slots > model.config.max_positions for of_row in rendered for one in of_row):
-        limit = f"the {model.config.max_positions:,} positions that the model was pre-trained for"
-        print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
+    _warn(texts, results, model.config.max_positions)
     owners = [i for i, documents in enumerate(rendered) for _ in documents]  # of every document its row
     found: dict[int, dict[int, np.ndarray]] = {}
     with keep_lines(output, len(rows), "scores") as add:
@@ -153,6 +142,23 @@ def score_file(
                 in_order = [of_row[number] for number in sorted(found.pop(i))]
                 add({i: line(i, format_score(in_order, texts[i], model.labels))})
     return len(rows)
+
+
+def _warn(texts: Sequence[Texts], results: Sequence[list[Rendered] | BadRow], max_positions: int) -> None:
+    """Lines on standard error about rows whose score is null, or may not be of what the model was trained on."""
+    if failed := [result for result in results if isinstance(result, BadRow)]:
+        what = f"{len(failed):,} of the generated answers cannot be rendered, so that their score is null"
+        print(f"warning: {what}; the first at {failed[0]}", file=sys.stderr)
+    if messages := sum(one.is_message for one in texts):
+        print(
+            f"note: {messages:,} of the text prompts are put through the chat template, as `postrain generate` did; a "
+            "model that was trained on rows of text has seen none: give both commands --raw",
+            file=sys.stderr,
+        )
+    rendered = [one for result in results if not isinstance(result, BadRow) for one in result]
+    if longer := sum(one.slots > max_positions for one in rendered):
+        limit = f"the {max_positions:,} positions that the model was pre-trained for"
+        print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
 
 
 def parse_row_texts(row: dict, ref: RowRef, *, raw: bool = False, steps: bool = False) -> Texts:

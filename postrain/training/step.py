@@ -88,10 +88,7 @@ def make_train_step(
             update = functools.partial(_update, optimizer, grads, scale * clip, ema_decay)
             old = state.params, state.opt_state, state.ema
             params, opt_state, ema = jax.lax.cond(is_update, update, lambda *same: same, *old)
-            means = sums.metrics | ({f"loss/{n}": term for n, term in sums.losses.items()} if len(scales) > 1 else {})
-            metrics = {f"weight_of/{name}": term.weight for name, term in means.items()}
-            metrics |= {f"train/{name}": value for name, value in _divide(sums).items()}
-            metrics |= {"train/loss": loss, "train/grad_norm": norm} | facts
+            metrics = _divide(sums) | {"train/loss": loss, "train/grad_norm": norm} | facts
             if count_moved_in:
                 metrics["train/weights_moved"] = _share_moved(state.params, params, count_moved_in)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema, history=history)
@@ -138,15 +135,17 @@ def compute_scales(losses: dict[str, WeightedSum], loss_coefs: Mapping[str, floa
 
 
 def _divide(sums: LossSums) -> dict[str, jax.Array]:
-    """Each metric's mean, "weight" of the first loss; of several losses also "loss/NAME" and "weight/NAME"."""
-    scales = compute_scales(sums.metrics, {})
-    values = {name: term.total * scales[name] for name, term in sums.metrics.items()}
-    values["weight"] = next(iter(sums.losses.values())).weight
-    if len(sums.losses) > 1:
-        scales = compute_scales(sums.losses, {})
-        values |= {f"loss/{name}": term.total * scales[name] for name, term in sums.losses.items()}
-        values |= {f"weight/{name}": term.weight for name, term in sums.losses.items()}
-    return values
+    """Means as "train/NAME" with "weight_of/NAME", of metrics and, where there are several, of losses, "loss/NAME".
+
+    And "train/weight" of the first loss, "train/weight/NAME" of each of several.
+    """
+    several = sums.losses if len(sums.losses) > 1 else {}
+    means = sums.metrics | {f"loss/{name}": term for name, term in several.items()}
+    scales = compute_scales(means, {})
+    values = {f"train/{name}": term.total * scales[name] for name, term in means.items()}
+    values["train/weight"] = next(iter(sums.losses.values())).weight
+    values |= {f"train/weight/{name}": term.weight for name, term in several.items()}
+    return values | {f"weight_of/{name}": term.weight for name, term in means.items()}
 
 
 def sum_gradients(
