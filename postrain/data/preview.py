@@ -78,7 +78,7 @@ def preview(
     picked = np.unique(np.linspace(0, len(examples) - 1, min(rows, len(examples))).astype(int)) if rows > 0 else []
     shown, reader = [examples[i] for i in picked], tokenizer if kind.is_text else None
     if html_path is not None:
-        _write_html(pathlib.Path(html_path), sets, shown, reader, config)
+        _write_html(pathlib.Path(html_path), sets, notes, shown, reader, config)
     color = use_color() if color is None else color
     blocks = [
         "\n".join([key, str(s.report), *notes.get(key, ()), *_format_lists(s, config)]) + f"\n\n{_format_histogram(s)}"
@@ -226,12 +226,17 @@ def _format_histogram(example_set: ExampleSet) -> str:
 
 
 def _write_html(
-    path: pathlib.Path, sets: dict[str, ExampleSet], shown: list[Document], tokenizer: Tokenizer | None, config: Config
+    path: pathlib.Path,
+    sets: dict[str, ExampleSet],
+    further: dict[str, list[str]],
+    shown: list[Document],
+    tokenizer: Tokenizer | None,
+    config: Config,
 ) -> None:
     tables = []
     for name, example_set in sets.items():
         header, *lines = example_set.report.table()
-        notes = [*example_set.report.format_notes(), *_format_lists(example_set, config)]
+        notes = [*example_set.report.format_notes(), *further.get(name, ()), *_format_lists(example_set, config)]
         table = {"name": name, "header": header, "lines": lines, "notes": notes}
         tables.append(table | {"histogram": _histogram(example_set)})
     spelt_style = _SPELT_STYLE if any(_spells_control(s, tokenizer) for d in shown for s in d.sequences) else ""

@@ -170,9 +170,10 @@ class RewardWeights:
         rows = [one.metadata["feedback"] for one, i in zip(sequences, row_of, strict=True) if one.metadata]
         rows = [rows[first] for first in np.unique(row_of, return_index=True)[1]]
         rewards = np.array([row.reward for row in rows])
-        if self._least == self._greatest and options.mode not in ("ips", "snips"):
+        is_same = self._least == self._greatest or (options.baseline == "head" and rewards.min() == rewards.max())
+        if is_same and options.mode not in ("ips", "snips"):
             raise UserError(
-                f"{sequences[0].ref}: 'reward' is {self._least:g}, as in all other rows: a reward without variance "
+                f"{sequences[0].ref}: 'reward' is {rewards[0]:g}, as in all other rows: a reward without variance "
                 "prefers nothing: set 'sft.weights.mode' to 'none', or give rows with different rewards"
             )
         if options.baseline == "head":
@@ -285,8 +286,8 @@ def read_feedback(row: dict, options: WeightsSection, ref: RowRef) -> Feedback:
         value = read_number(row, "value", where, ref)
     elif options.baseline in _GROUPS:
         groups[options.baseline] = read_name(row, options.baseline, where, ref)
-    elif options.baseline == "head":
-        groups = {key: read_name(row, key, where, ref) for key in _GROUPS if not is_empty(row.get(key))}
+    elif options.baseline == "head":  # which is only compared with their means
+        groups = {key: str(row[key]) for key in _GROUPS if isinstance(row.get(key), str | int)}
     return Feedback(reward, propensity, groups, value)
 
 

@@ -145,7 +145,8 @@ def make_weight_meter(
         square = metrics.pop("train/weights/square")
         share = metrics["train/weights/mean"] ** 2 / jnp.where(square > 0, square, 1)
         explained = 1 - metrics[f"train/loss/{VALUE_NAME}"] / variance
-        return metrics | {"train/weights/effective_share": share, EXPLAINED: explained}
+        weight = {EXPLAINED.replace("train/", "weight_of/"): metrics[f"weight_of/loss/{VALUE_NAME}"]}
+        return metrics | weight | {"train/weights/effective_share": share, EXPLAINED: explained}
 
     return jax.jit(measure, out_shardings=replicated(mesh))
 
@@ -156,7 +157,7 @@ def judge_head(session: Session, weights: RewardWeights) -> tuple[Table, ...]:
     Of the head the lines of the last quarter of the run; each row was judged before the update that it was part of. ()
     without a head.
     """
-    found = [line[EXPLAINED] for line in read_metrics(session.workdir) if EXPLAINED in line]
+    found = [line[EXPLAINED] for line in read_metrics(session.workdir) if line.get(EXPLAINED) is not None]
     if session.config.sft.weights.baseline != "head" or not found:
         return ()
     head = statistics.fmean(found[-max(len(found) // 4, 1) :])

@@ -35,7 +35,8 @@ HARMLESS += ("eval.every", "eval.before", "eval.batch_size")
 # measured and how the work is done, not what was trained.
 _OF_NO_UPDATE: tuple[str, ...] = ("train.steps", "train.epochs")
 _OF_NO_UPDATE += ("data.", "eval.", "model.path", "model.tokenizer", "model.new_tokens.file", "distill.teacher")
-_OF_NO_UPDATE += ("distill.quantization", "distill.checksum", "model.attention", "model.remat", "model.loss_chunk")
+_OF_NO_UPDATE += ("distill.quantization", "distill.checksum", "distill.top_k", "train.count_moved")
+_OF_NO_UPDATE += ("model.attention", "model.remat", "model.loss_chunk")
 
 
 def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokenizer, folder: str | os.PathLike) -> None:
@@ -106,14 +107,16 @@ def check_record(
 
 def check_total_steps(checkpoints: pathlib.Path, total_steps: int, config: Config, data: dict) -> None:
     """Raises UserError when the run in ``checkpoints`` has done more than ``total_steps``, or exactly as many with
-    other values of keys that decide what is trained, or with other data (fingerprint ``data``).
+    other values of keys that decide what is trained, or with other data (fingerprint ``data``); and where it cannot go
+    on with these data.
 
     The model of an earlier step cannot be made from it, and its own is of another length of training. Of a finished run
     no update would have the new values, which its config.json and report would then show.
     """
     place, record = _read_newest(checkpoints)
-    if record is None:
+    if record is None or place is None:
         return
+    check_record(place, record, config, data, record.model_fingerprint)  # which was compared before
     if record.step == total_steps:
         changed = [one for one in _list_changes(record, config) if not one[0].startswith(_OF_NO_UPDATE)]
         before = [f"{key} = {old!r}" for key, old, _ in changed]
@@ -147,14 +150,13 @@ def format_config_changes(record: RunRecord, config: Config, held_out: dict | No
 
 def _list_changes(record: RunRecord, config: Config) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of the keys that affect results."""
-    before, after = flatten(record.config), flatten(to_dict(config))
+    # A record of an older version lacks newer keys, which then had no other value than their default.
+    before, after = flatten(to_dict(Config())) | flatten(record.config), flatten(to_dict(config))
     harmless = HARMLESS
     if config.sft.noise:  # it is drawn for each micro-batch
         harmless = tuple(key for key in harmless if key != "train.micro_batches")
     return [
-        (key, before.get(key), after[key])
-        for key in after
-        if before.get(key) != after[key] and not key.startswith(harmless)
+        (key, before[key], after[key]) for key in after if before[key] != after[key] and not key.startswith(harmless)
     ]
 
 

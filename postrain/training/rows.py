@@ -100,10 +100,12 @@ class Rows:
 def shares_prompts(config: Config, mesh: Mesh | None = None) -> bool:
     """Whether the answers of a group share the computation of their prompt: ``data.share_prompts``, on these devices.
 
-    Without a mesh: on what this process has.
+    Without a mesh, for a preview: on devices that run any back end.
     """
     if config.data.share_prompts != "auto":
         return config.data.share_prompts == "on"
+    if mesh is None:
+        return not config.model.attention.startswith("flash")
     with mesh_context(mesh):
         return sees_prefixes(config.model.attention)
 

@@ -7,13 +7,13 @@ from typing import Any
 from postrain.sharding import to_host
 
 _LAST = "train/learning_rate"
-# No means over what is trained: also train/weights_moved, and what a head expects, of each document once.
-_EACH_ONCE = ("train/weight", "train/grad_norm", "train/value/", "train/loss/value")
+_EACH_ONCE = ("train/weight", "train/grad_norm")  # no means over what is trained; also train/weights_moved
 
 
 class StepMeans:
     """Means of the ``train/`` metrics of updates. Each counts by its own weight, ``weight_of/NAME``, and the loss by
-    ``train/weight``, as tokens or pairs do in it: the means are then those of all these batches as one.
+    ``train/weight``, as tokens or pairs do in it: the means are then those of all these batches as one. (Not quite the
+    sum of several losses, of which that is the first one's weight.)
 
     A metric of weight 0 is a mean of nothing, such as the reward of desirable answers in an update without one: it is
     left out. Norms and weights count once an update; of the learning rate the last stands. A value that is not finite,

@@ -64,7 +64,8 @@ def make_step(folder: str, lora: bool, loss: str = "sigmoid"):
     from postrain.hf.load import load_pretrained
     from postrain.models.config import LoraConfig
     from postrain.models.lora import drop_adapters, init_lora
-    from postrain.objectives.preference import REFERENCE_FREE, make_preference_loss
+    from postrain.config import REFERENCE_FREE
+    from postrain.objectives.preference import make_preference_loss
     from postrain.training.model import Forward
     from postrain.training.optimizer import make_optimizer
     from postrain.training.step import init_train_state, make_train_step

@@ -143,7 +143,10 @@ def test_home_is_expanded_in_every_path_of_the_config(monkeypatch):
         },
     }
     config = resolve(values)
+    short = {"model": {"path": "~/m"}, "data": {"train": "~/a.jsonl"}}
+    student = resolve(short | {"recipe": "distill", "distill": {"teacher": "~/teacher"}})
     found = {
+        "distill.teacher": student.distill.teacher,
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "model.new_tokens.file": config.model.new_tokens.file,
@@ -153,7 +156,14 @@ def test_home_is_expanded_in_every_path_of_the_config(monkeypatch):
         "data.stream.cache_folder": config.data.stream.cache_folder,
     }
     assert set(found) == set(PATHS)
-    assert list(found.values()) == ["/h/m", "/h/t", "/h/n", ["/h/a.jsonl", "/h/b.jsonl"], ["/h/e.jsonl"]] + [
+    assert list(found.values()) == [
+        "/h/teacher",
+        "/h/m",
+        "/h/t",
+        "/h/n",
+        ["/h/a.jsonl", "/h/b.jsonl"],
+        ["/h/e.jsonl"],
+    ] + [
         "/h/c.jinja",
         "/h/cache",
     ]

@@ -122,7 +122,7 @@ def test_what_is_printed_first(inputs, tmp_path, capsys):
         line = f"source '{name}': keys that were not read: '{key}' (40 rows)"
         assert printed.count(line) == 1 and line in page
     for words in (
-        "* optimizer.learning_rate = 0.01",
+        "  optimizer.learning_rate = 0.01",
         "1 device (cpu)",
         "frozen",
         "2 rows x 96 tokens x 1 micro-batch x 1 host = 192 tokens an update",

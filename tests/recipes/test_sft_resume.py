@@ -264,6 +264,14 @@ def changes_of(old, new):
     return format_config_changes(record, resolve(new), None)
 
 
+def test_a_key_that_an_older_version_did_not_have_is_no_change(inputs):
+    """A run that it has finished may be repeated."""
+    config = resolve(make_values(inputs))
+    old = to_dict(config)
+    del old["sft"]["weights"], old["train"]["count_moved"]
+    assert format_config_changes(RunRecord(1, {}, old, {}, {}), config, None) == ""
+
+
 def test_other_held_out_rows_are_told(inputs):
     unseen = {"every": 3, "before": False, "batch_size": 2}
     line = changes_of(make_values(inputs), make_values(inputs, data={"eval": "other.jsonl"}, eval=unseen))

@@ -10,12 +10,14 @@ from safetensors.numpy import load_file
 from sft_runs import make_values, read_folder, read_lines, without_perf
 
 import postrain
-from postrain.config import resolve
+from postrain.config import Config, MeshConfig, SftSection, WeightsSection, resolve
 from postrain.errors import UserError
 from postrain.export import export_workdir
+from postrain.recipes.sft import make_weight_meter
 from postrain.sharding import make_mesh
 from postrain.training.model import abstract_model, load_model
 from postrain.training.rows import Rows
+from postrain.training.step_means import StepMeans
 
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
 
@@ -60,6 +62,17 @@ def test_a_reward_that_only_tells_members_apart_gives_the_bytes_of_supervised_fi
     assert 0 < min(shares) < 0.9, "rows of reward 30 decide"
     report = (tmp_path / "alone" / "report.html").read_text()
     assert "Effective share of the tokens of an update" in report and "mode exp, temperature 10.0" in report
+
+
+def test_what_a_head_explains_is_of_all_documents_of_a_line():
+    """Not of each update alike, of which one may have few; and an update without any explains nothing."""
+    config = Config(sft=SftSection(weights=WeightsSection(mode="advantage", baseline="head")))
+    measure, means = make_weight_meter(config, make_mesh(MeshConfig()), variance=4.0), StepMeans()
+    for loss, documents in ((4.0, 1.0), (0.0, 3.0), (0.0, 0.0)):
+        value = {"train/loss/value": loss, "weight_of/loss/value": documents}
+        means.add(measure(value | {"train/weights/mean": 1.0, "train/weights/square": 1.0}, None))
+    line = means.values()
+    assert line["train/loss/value"] == 1 and line["train/value/explained_variance"] == 0.75
 
 
 def test_a_head_trains_beside_the_vocabulary_and_is_held_against_plain_means(inputs, tmp_path, capsys):

@@ -70,7 +70,9 @@ def read_manifest(folder: str | os.PathLike) -> Manifest | None:
     except (ValueError, AttributeError) as error:
         version, wrong = None, f"{type(error).__name__}: {error}"
     if not wrong and isinstance(version, int) and version != VERSION:
-        raise UserError(f"{url}: written by another version of postrain: let `postrain teach` write the rows again")
+        raise UserError(
+            f"{url}: written by another version of postrain: let `postrain teach` write the rows to another folder"
+        )
     if wrong := wrong or _find_wrong(values):
         raise UserError(f"{url}: expected the manifest of `postrain teach`, cannot be read as one: {wrong}")
     shards = values.pop("shards")
