@@ -60,11 +60,10 @@ def make_step(folder: str, lora: bool, loss: str = "sigmoid"):
     """The train step of the tiny model, its first state, and log p of the reference as a function of the parameters."""
     import jax
 
-    from postrain.config import OptimizerConfig, PreferenceSection
+    from postrain.config import REFERENCE_FREE, OptimizerConfig, PreferenceSection
     from postrain.hf.load import load_pretrained
     from postrain.models.config import LoraConfig
     from postrain.models.lora import drop_adapters, init_lora
-    from postrain.config import REFERENCE_FREE
     from postrain.objectives.preference import make_preference_loss
     from postrain.training.model import Forward
     from postrain.training.optimizer import make_optimizer
