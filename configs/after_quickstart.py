@@ -12,7 +12,7 @@
 - `logged`, from the model that the quickstart starts from: fine-tuning on answers of a careless assistant, who leaves
   out the last wish of most requests, and how members rated it. `exp` and `advantage` weigh its answers by the ratings.
 
-`tests/benchmarks/methods.py` runs them all, and docs/recipes.md has what they reach.
+`tests/benchmarks/methods.py` runs them all and writes what they reach into docs/recipes.md.
 """
 
 import copy
