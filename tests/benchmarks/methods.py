@@ -2,6 +2,7 @@
 
     python tests/benchmarks/methods.py --seeds 0 1 2 --write                    # all methods
     python tests/benchmarks/methods.py --methods preference --seeds 0 --write   # one; the figures of others stay
+    python tests/benchmarks/methods.py --results methods.jsonl --write          # measures what is not in that file yet
 
 Every figure is of commands that a reader can run: trains by configs/quickstart.py and configs/after_quickstart.py,
 then answers or scores the held-out rows with the model that was written. A bar is met when its worst seed meets it.
@@ -134,15 +135,11 @@ METHODS: dict[str, tuple[Callable, str, Callable]] = {
 }
 
 
-def measure(methods: Sequence[str], seed: int, folder: pathlib.Path) -> dict[str, dict[str, float]]:
-    needs_start = set(methods) != {"weighted"}
-    start = train("quickstart.py:fast", folder / "start", seed) if needs_start else folder
-    found = {}
-    for name in methods:
-        began = time.perf_counter()
-        found[name] = METHODS[name][0](start, folder, seed)
-        found[name]["minutes"] = (time.perf_counter() - began) / 60
-        workloads.emit(method=name, seed=seed, **found[name])
+def measure(method: str, seed: int, start: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
+    began = time.perf_counter()
+    found = METHODS[method][0](start, folder, seed)
+    found |= {"seed": seed, "minutes": (time.perf_counter() - began) / 60}
+    workloads.emit(method=method, **found)
     return found
 
 
@@ -150,23 +147,33 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--results", type=pathlib.Path, help="JSON lines: a line a method and seed, as they come")
     arguments = parser.parse_args()
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.methods}
+    known: dict[tuple[str, int], dict[str, float]] = {}
+    if arguments.results and arguments.results.exists():
+        for line in map(json.loads, arguments.results.read_text("utf-8").splitlines()):
+            known[line.pop("method"), line["seed"]] = line
     for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, found in measure(arguments.methods, seed, pathlib.Path(folder)).items():
-                runs[name].append(found | {"seed": seed})
+        missing = [name for name in arguments.methods if (name, seed) not in known]
+        with tempfile.TemporaryDirectory() as name:
+            folder = start = pathlib.Path(name)
+            if set(missing) - {"weighted"}:
+                start = train("quickstart.py:fast", folder / "start", seed)
+            for method in missing:
+                known[method, seed] = measure(method, seed, start, folder)
+                if arguments.results:
+                    with arguments.results.open("a", encoding="utf-8") as file:
+                        print(json.dumps({"method": method, **known[method, seed]}), file=file)
     missed = False
-    for name, of_seeds in runs.items():
-        _, line, find_bars = METHODS[name]
-        bars = find_bars(of_seeds)
-        lines = [
-            f"- seed {found['seed']}, {found['minutes']:.0f} minutes: {line.format(**found)}" for found in of_seeds
-        ]
+    for method in arguments.methods:
+        _, line, find_bars = METHODS[method]
+        runs = [known[method, seed] for seed in arguments.seeds]
+        bars = find_bars(runs)
+        lines = [f"- seed {found['seed']}, {found['minutes']:.0f} minutes: {line.format(**found)}" for found in runs]
         text = "\n".join([workloads.describe_machine(), "", *lines, "", describe_bars(bars)])
         print(text, flush=True)
         if arguments.write:
-            workloads.write_section(PAGE, name, text)
+            workloads.write_section(PAGE, method, text)
         missed |= not all(bar.met for bar in bars)
     if missed:
         raise SystemExit(1)
