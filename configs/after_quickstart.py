@@ -122,14 +122,17 @@ def get_config(arg: str = "preference") -> ConfigDict:
         config.reward = {"centering_coef": 0.01}
         config.data.sequence_length = 512
         config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 10})
-        config.train, config.eval = {"epochs": 1.0}, {"every": 80}
+        config.train = {"epochs": 0.5}
     elif arg in ("distill", "student"):  # few layers, all of which train
         config.model.lora.rank = 0
         config.optimizer.learning_rate = 1e-3
-        config.train = {"steps": 300}
+        config.train = {"steps": 150}
+        if arg == "distill":
+            config.distill = {"tokens": "all"}  # that it learns more from than from answers alone
     else:
         config.data.train[0]["kind"] = to_logged
-        config.train = {"epochs": 1.0}
+        config.data.batch_size, config.model.loss_chunk = 1, 128
+        config.train = {"epochs": 0.6}
     if arg == "exp":
         config.sft = {"weights": {"mode": "exp", "temperature": 0.3}}
     if arg == "advantage":

@@ -365,6 +365,7 @@ class DistillSection:
     teacher: str = ""  # a Hugging Face folder that runs beside the student, or for teach; empty: rows are of kind kd
     quantization: Literal["none", "nf4", "int8"] = "none"  # of the teacher
     checksum: str = ""  # the only teacher that rows of kind kd may come from, as teach prints it; empty: any
+    tokens: Literal["trained", "all"] = "trained"  # of a row, that are learned; all: those of its prompt too
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"] = "forward_kl"  # of a token
     beta: Annotated[float, Range(above=0, below=1)] = 0.5  # of jsd: the teacher's share of the mixture
     skew: Annotated[float, Range(above=0, below=1)] = 0.1  # of the skew losses: how much of itself is mixed in

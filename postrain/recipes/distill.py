@@ -9,7 +9,7 @@ runs beside the student instead, frozen, on the same devices, and rows are of ki
 disk, and no part of its distribution is left out.
 
 The loss of an update is the sum over trained tokens of a divergence between the two distributions
-(``objectives/distill.py``), divided once by their number.
+(``objectives/distill.py``), divided once by their number. With ``distill.tokens=all`` those of prompts are trained too.
 """
 
 import os
@@ -60,13 +60,15 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
         # What the teacher has written is checked before it is read; a teacher that runs is loaded before its rows.
         teacher = open_teacher(session) if config.distill.teacher else None
         if teacher:
-            options, teacher_ids = teacher.row_options, None
+            options, teacher_ids = teacher.row_options(config.distill.tokens), None
+            of_held_out = teacher.row_options()  # whose loss is of answers, whatever is learned
             named = [f"teacher     {config.distill.teacher}, {teacher.checksum}"]
         else:
             options, teacher_ids, named = check_teacher_rows(session)
+            of_held_out = options
         kind = find_row_kind(config)
         rows = open_train_rows(session, kind=kind, **options)
-        held_out = open_eval_rows(session, kind=kind, **options)
+        held_out = open_eval_rows(session, kind=kind, **of_held_out)
         total_steps = count_steps(session, rows)
         rows.notes = [*named, *rows.notes]
 

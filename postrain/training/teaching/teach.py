@@ -38,7 +38,13 @@ from postrain.training.model import Forward
 from postrain.training.rows import place_batch
 from postrain.training.session import format_backends
 from postrain.training.teaching.manifest import MANIFEST, Manifest, check_shard, format_low_mass, read_manifest
-from postrain.training.teaching.teacher import Teacher, check_teacher_backend, count_shared_ids, load_teacher
+from postrain.training.teaching.teacher import (
+    Teacher,
+    check_teacher_backend,
+    choose_tokens,
+    count_shared_ids,
+    load_teacher,
+)
 
 DTYPES: dict[str, type[np.floating]] = {"float32": np.float32, "float16": np.float16}
 ROW_GROUP = 64  # rows that are read together
@@ -81,7 +87,14 @@ def teach(
         vocab_size = count_shared_ids(tokenizer, read_config(model_folder), teacher.config)
         if config.distill.top_k > vocab_size:
             raise UserError(f"config key 'distill.top_k' = {config.distill.top_k}: there are only {vocab_size:,} ids")
-        rows = load_examples(config.data.train, tokenizer, config.data, folder / REJECTED, kind="sft")
+        rows = load_examples(
+            config.data.train,
+            tokenizer,
+            config.data,
+            folder / REJECTED,
+            kind="sft",
+            preparation=choose_tokens(config.distill.tokens),
+        )
         examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
         check_token_ids(rows.examples, teacher.config.vocab_size)
         check_weights(examples)

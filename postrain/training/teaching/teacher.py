@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from postrain.checkpoint.record import fingerprint_model
 from postrain.config import Config, DistillSection, ModelSection
-from postrain.data.documents import Preparation
+from postrain.data.documents import AS_RENDERED, Document, Preparation, Rendered
 from postrain.data.rendering.tokenizer import Tokenizer, compare_vocabularies, load_tokenizer
 from postrain.errors import UserError
 from postrain.hf.find_model import locate_model
@@ -34,11 +34,26 @@ class Teacher(NamedTuple):
     params: Any  # in the compute dtype, or quantised
     checksum: str  # of its weights, config.json and quantisation
 
-    @property
-    def row_options(self) -> dict[str, Any]:
-        """For ``open_train_rows`` and ``open_eval_rows``: rows are another run's where the teacher is another one."""
+    def row_options(self, tokens: str = "trained") -> dict[str, Any]:
+        """For ``open_train_rows`` and ``open_eval_rows``: rows are another run's where the teacher is another one.
+
+        ``tokens``: of a row, that are learned, as ``distill.tokens`` has it.
+        """
         check = functools.partial(check_ids, vocab_size=self.config.vocab_size)
-        return {"check": check, "preparation": Preparation(f"towards teacher {self.checksum}")}
+        chosen, towards = choose_tokens(tokens), f"towards teacher {self.checksum}"
+        name = f"{towards}, {chosen.name}" if chosen.name else towards
+        return {"check": check, "preparation": dataclasses.replace(chosen, name=name)}
+
+
+def choose_tokens(tokens: str) -> Preparation:
+    """What ``distill.tokens`` makes of rows: with "all" the teacher's word on the prompt is learned as well."""
+    return Preparation("all tokens", each=train_all) if tokens == "all" else AS_RENDERED
+
+
+def train_all(document: Document) -> Document:
+    """A sequence with every token trained but the first, which nothing predicts."""
+    assert isinstance(document, Rendered)
+    return dataclasses.replace(document, loss_mask=np.arange(len(document.tokens)) > 0)
 
 
 def open_teacher(session: Session) -> Teacher:
