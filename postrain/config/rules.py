@@ -428,6 +428,11 @@ def _check_distill(config: Config) -> None:
             )
     if not section.teacher and section.quantization != "none":
         raise UserError("config key 'distill.quantization' is of a teacher that runs: give 'distill.teacher'")
+    if not section.teacher and section.tokens != default.tokens:
+        raise UserError(
+            "config key 'distill.tokens' is of a teacher that runs, or of `postrain teach`, which writes it into its "
+            "rows: leave it out, or give 'distill.teacher'"
+        )
     if section.teacher and section.checksum:
         raise UserError(
             "config key 'distill.checksum' is of rows that a teacher has written, 'distill.teacher' one that runs: "

@@ -301,6 +301,24 @@ def test_all_ids_of_stored_rows_are_the_teacher_itself(inputs, teacher, finished
             assert own[f"train/{name}"] == pytest.approx(other[f"train/{name}"], rel=tolerance), (own["step"], name)
 
 
+def test_prompts_are_learned_too_where_all_tokens_are(inputs, teacher, finished, tmp_path):
+    """The same beside the teacher and on its rows; held-out answers are measured as ever."""
+    all_tokens = {"distill": {"top_k": ALL_IDS, "tokens": "all"}}
+    teach(resolve(values_of(inputs, teacher, **all_tokens)), tmp_path / "rows", **QUIET)
+    stored = values_of(inputs, train=tmp_path / "rows", eval={"generate_rows": 0}, distill={"top_k": ALL_IDS})
+    config = resolve(stored)
+    rows = load_examples(config.data.train, load_tokenizer(inputs / "model"), config.data, kind="kd").examples
+    assert rows and all(row.loss_mask[1:].all() and not row.loss_mask[0] for row in rows)
+    one_step = {"export": {"format": "none"}, "train": {"steps": 1}}
+    postrain.train(stored | one_step, tmp_path / "stored")
+    postrain.train(values_of(inputs, teacher, **all_tokens) | one_step, tmp_path / "live")
+    [of_rows], lines = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("stored", "live"))
+    answers = read_lines(finished[0] / "metrics.jsonl")
+    assert lines[0]["eval/loss"] == answers[0]["eval/loss"]
+    assert of_rows["train/loss"] == pytest.approx(lines[1]["train/loss"], rel=1e-6)
+    assert abs(of_rows["train/loss"] / answers[1]["train/loss"] - 1) > 1e-3
+
+
 def test_stopped_by_a_crash_and_started_again_it_ends_in_the_same_bytes(
     inputs, teacher, finished, tmp_path, monkeypatch
 ):
@@ -539,6 +557,7 @@ def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inpu
         ({"distill": {"beta": 0.2}}, "'distill.beta' is not read by 'distill.loss' = 'forward_kl'"),
         ({"distill": {"loss": "jsd", "skew": 0.2}}, "'distill.skew' is not read"),
         ({"distill": {"quantization": "nf4"}}, "'distill.quantization' is of a teacher that runs"),
+        ({"distill": {"tokens": "all"}}, "'distill.tokens' is of a teacher that runs, or of `postrain teach`"),
         ({"distill": {"teacher": "t", "checksum": "0"}}, "'distill.checksum' is of rows that a teacher has written"),
         ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "a teacher does not know the new tokens"),
     ],
