@@ -81,7 +81,9 @@ def teach(
         vocab_size = count_shared_ids(tokenizer, read_config(model_folder), teacher.config)
         if config.distill.top_k > vocab_size:
             raise UserError(f"config key 'distill.top_k' = {config.distill.top_k}: there are only {vocab_size:,} ids")
-        rows = load_examples(config.data.train, tokenizer, config.data, folder / REJECTED, kind="sft")
+        # The rows of a manifest have their file of bad ones already, and no other rows are written beside them.
+        rejected = None if (folder / MANIFEST).exists() else folder / REJECTED
+        rows = load_examples(config.data.train, tokenizer, config.data, rejected, kind="sft")
         examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
         check_token_ids(rows.examples, teacher.config.vocab_size)
         check_weights(examples)
