@@ -108,7 +108,8 @@ def write_export(
         names, heads = ", ".join(head.name for head in heads), ()
         params = {key: value for key, value in params.items() if key != "heads"}
         left_out = f"export      without the head {names!r}, which stays in the checkpoints"
-    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer, heads)
+    trained_on = (model.fingerprint or {}).get("trained_on", "")
+    target = _Target(os.fspath(folder), config, model.config, mesh, source_folder, tokenizer, heads, trained_on)
     write = _write_adapter if (format or config.export.format) == "adapter" else _write_merged
     with staged_folder(folder, lead=jax.process_index() == 0) as staged:
         note = write(staged, params, frozen, target)
@@ -129,6 +130,7 @@ class _Target(NamedTuple):
     source_folder: str | os.PathLike
     tokenizer: Tokenizer
     heads: tuple[HeadConfig, ...]
+    trained_on: str  # of a classifier, as ``hf.classifier.Trunk`` has it
 
 
 def _write_adapter(staged: pathlib.Path, params, frozen, target: _Target) -> str:
@@ -171,7 +173,8 @@ def _write_merged(staged: pathlib.Path, params, frozen, target: _Target) -> str:
     options = {"source_folder": source, "dtype": target.config.export.dtype, "tokenizer": target.tokenizer}
     if heads:
         head = dataclasses.replace(heads[0], position="last")
-        save_classifier(staged, tree, target.model_config, head, labels=name_classes(target.config), **options)
+        named = {"labels": name_classes(target.config), "trained_on": target.trained_on}
+        save_classifier(staged, tree, target.model_config, head, **named, **options)
     else:
         save_pretrained(staged, tree, target.model_config, **options)
     dtypes = find_dtypes(staged, target.model_config)
@@ -238,6 +241,7 @@ def export_workdir(
         restored = checkpointer.restore(abstract, check, step=step)
     state = restored.state.replace(frozen=model.frozen)
     model.params = None  # where the run started: not needed, and as large as the state
+    model.fingerprint = restored.record.model_fingerprint  # with the form of the rows
     note = write_export(
         output, state, model, config, mesh=mesh, source_folder=folder, tokenizer=tokenizer, format=format
     )

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from postrain.config import NewTokensSection
@@ -15,6 +16,7 @@ from postrain.errors import UserError
 from postrain.files import digest, spread
 from postrain.hf.tensors import list_weight_files, read_header
 from postrain.models.config import LoraConfig
+from postrain.models.heads import HeadConfig
 
 WHOLE_BYTES = 20 * 10**9  # of a folder: up to here every byte is hashed (a GB takes under a second), above it samples
 _BLOCK = 1 << 24  # read and hashed at once
@@ -54,11 +56,13 @@ def fingerprint_model(
     lora: LoraConfig | None = None,
     new_tokens: NewTokensSection | None = None,
     quantization: str = "none",
+    heads: Sequence[HeadConfig] = (),
 ) -> dict[str, Any]:
-    """Fingerprint of a run's starting model, adapters and new tokens, compared when the run resumes.
+    """Fingerprint of a run's starting model, adapters, new tokens and heads, compared when the run resumes.
 
-    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha``, ``quantization`` and what config.json
-    says do not. Later keys are left out at their defaults, as older checkpoints do not have them.
+    ``rank`` and ``targets`` show in the parameters' shapes as well, ``alpha``, ``quantization``, the places of heads
+    and what config.json says do not. Later keys are left out at their defaults, as older checkpoints do not have them.
+    A reward model's also has ``trained_on``, the form of its rows, which is not compared: the rows themselves are.
     """
     adapters = lora and {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
     if lora:
@@ -68,7 +72,9 @@ def fingerprint_model(
     for name in ("config.json", "generation_config.json"):  # the second says where answers end, and is exported
         path = pathlib.Path(folder) / name
         files[name] = {"sha256": digest(path)} if path.is_file() else None
-    fingerprint = {"files": files, "lora": adapters}
+    fingerprint: dict[str, Any] = {"files": files, "lora": adapters}
+    if heads:
+        fingerprint["heads"] = [dataclasses.asdict(head) for head in heads]
     tokens = read_new_tokens(new_tokens) if new_tokens is not None else ()
     if tokens:
         listed = [[token.text, token.start] for token in tokens]

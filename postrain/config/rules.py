@@ -235,10 +235,10 @@ def _check_unread(config: Config) -> None:
             "config key 'optimizer.weight_decay_exclude' is set, but 'optimizer.weight_decay' is 0: leave it out, or "
             "set the decay"
         )
-    if config.data.share_prompts == "on" and (config.recipe != "preference" or find_row_kind(config) != "preference"):
+    if config.data.share_prompts == "on" and find_row_kind(config) != "preference":
         raise UserError(
-            "config key 'data.share_prompts' = 'on' is read by recipe 'preference' alone, and there of rows with "
-            "several answers to a prompt: leave it out"
+            "config key 'data.share_prompts' = 'on' is read by recipes 'preference' and 'reward' alone, and there of "
+            "rows with several answers to a prompt: leave it out"
         )
     used = {
         "sft": config.sft != SftSection(),

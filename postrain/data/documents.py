@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,13 +15,14 @@ _ID_ARRAYS = ("tokens", "targets", "teacher_ids")  # of a batch, those that hold
 class Field(NamedTuple):
     """An array of a sequence besides its tokens: ``values`` [L, ...], one entry for each token.
 
-    ``of_target``: entry t is about the prediction of token t, as the loss mask is, and stands where token t is the
-    target; else it is read together with token t.
+    ``of``: what entry t is about. "token": it is read together with token t. "target": it is about the prediction of
+    token t, as the loss mask is, and stands where token t is the target. "sequence": all entries are the same and about
+    the whole sequence, such as its score; they stand in all slots that are the sequence's own.
     """
 
     name: str
     values: np.ndarray
-    of_target: bool
+    of: Literal["token", "target", "sequence"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Rendered:
         yet to be prepared.
       weight: how much each of its trained tokens counts beside those of other rows; 0: it is not trained on.
       weights: float32 [L], factors of ``weight`` for single tokens, above 0; None: all are 1.
-      is_plain: it is a prompt and an answer that are text, which no chat template was put around.
+      form: what of a row it was rendered from: "messages", through the chat template; without one a "prompt" and an
+        answer that are text, or a "text" alone; "" where the row was ids, or is a prompt.
     """
 
     tokens: np.ndarray
@@ -56,7 +58,7 @@ class Rendered:
     metadata: dict[str, Any] | None = None
     weight: float = 1.0
     weights: np.ndarray | None = None
-    is_plain: bool = False
+    form: Literal["messages", "prompt", "text", ""] = ""
 
     @property
     def sequences(self) -> tuple["Rendered", ...]:
@@ -166,7 +168,7 @@ def count_shared_slots(sequences: Sequence[Rendered]) -> int:
     for other in sequences[1:]:
         same &= first.tokens[:limit] == other.tokens[:limit]
         for mine, theirs in zip(first.fields, other.fields, strict=True):
-            if not mine.of_target:  # it is read beside the tokens
+            if mine.of == "token":
                 same &= (mine.values[:limit] == theirs.values[:limit]).reshape(limit, -1).all(1)
     return max((limit if same.all() else int(same.argmin())) - 1, 0)
 

@@ -72,5 +72,5 @@ def _join(own: Rendered, start: int, other: Rendered, other_start: int) -> Rende
     """The prompt of one sequence, its first ``start`` tokens, and the answer of another."""
     tokens = np.concatenate([own.tokens[:start], other.tokens[other_start:]])
     mask = np.concatenate([np.zeros(start, bool), other.loss_mask[other_start:]])
-    label = Field(FIELD, np.full(len(tokens), MISMATCHED, np.int32), of_target=False)
+    label = Field(FIELD, np.full(len(tokens), MISMATCHED, np.int32), of="sequence")
     return dataclasses.replace(own, tokens=tokens, loss_mask=mask, template_switches=(), fields=(label,), weights=None)

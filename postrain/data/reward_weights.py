@@ -14,6 +14,7 @@ as they are.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -221,7 +222,7 @@ class RewardWeights:
 
         def center(one: Rendered, row: Feedback) -> Rendered:
             values = np.full(len(one.tokens), row.reward - mean, np.float32)
-            fields = (*one.fields, Field(REWARDS, values, of_target=True))
+            fields = (*one.fields, Field(REWARDS, values, of="sequence"))
             return dataclasses.replace(one, fields=fields, metadata=None)
 
         return [center(one, rows[i]) for one, i in zip(sequences, row_of, strict=True)]
@@ -266,7 +267,7 @@ class RewardWeights:
         if self._options.mode != "ips":
             return dataclasses.replace(document, weight=document.weight * weight)
         values = np.full(len(document.tokens), weight, np.float32)
-        return dataclasses.replace(document, fields=(*document.fields, Field(FIELD, values, of_target=True)))
+        return dataclasses.replace(document, fields=(*document.fields, Field(FIELD, values, of="sequence")))
 
 
 # --- the keys of a row ---
@@ -301,9 +302,7 @@ def read_propensity(row: dict, where: str, ref: RowRef) -> float:
 
 def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
     """A finite number, in CSV as text. ``where``: what reads it. Raises BadRow."""
-    value = row.get(key)
-    if is_empty(value):
-        raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
+    value = _read_value(row, key, where, ref)
     number = to_number(value)
     if isinstance(value, bool):
         raise BadRow(ref, f"{key!r} must be a number; found {str(value).lower()}: write 1 and 0 for true and false")
@@ -314,11 +313,16 @@ def read_number(row: dict, key: str, where: str, ref: RowRef) -> float:
 
 def read_name(row: dict, key: str, where: str, ref: RowRef) -> str:
     """The id of whom or what a row is about, text or a whole number, as text. Raises BadRow."""
-    value = row.get(key)
-    if is_empty(value):
-        raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
+    value = _read_value(row, key, where, ref)
     if isinstance(value, float) and value.is_integer():  # of a table, in whose column something is null
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadRow(ref, f"{key!r} must be text or a whole number; found {value!r:.40}")
     return str(value)
+
+
+def _read_value(row: dict, key: str, where: str, ref: RowRef) -> Any:
+    value = row.get(key)
+    if is_empty(value):
+        raise BadRow(ref, f"{key!r} is missing or null, and {where} reads it")
+    return value

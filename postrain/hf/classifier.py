@@ -40,6 +40,7 @@ from postrain.trees import flatten, unflatten
 
 SCORE = TensorName("heads.score.kernel", "score.weight", transpose=True)
 HEAD_NAME = "score"
+TRAINED_ON = "postrain_trained_on"  # a key of config.json, of which transformers takes no notice
 _CAUSAL = {family.classifier: name for name, family in FAMILIES.items()}  # classifier -> language model
 
 
@@ -50,11 +51,14 @@ class Trunk(NamedTuple):
       config: without a projection onto the vocabulary, ``tie_embeddings`` is True.
       family: for the names of its tensors.
       labels: of a classifier the names of its outputs; () of a language model.
+      trained_on: of a classifier "messages", which are put through the chat template, or "text", which is not; "" where
+        that is not recorded.
     """
 
     config: ModelConfig
     family: Family
     labels: tuple[str, ...]
+    trained_on: str = ""
 
 
 def read_trunk(folder: str | os.PathLike) -> Trunk:
@@ -69,7 +73,8 @@ def read_trunk(folder: str | os.PathLike) -> Trunk:
     number = raw.get("num_labels", len(names) or 2)  # two where nothing is stated
     raw = {key: value for key, value in raw.items() if key != "num_labels"}
     config = parse_config(raw | {"architectures": [causal], "tie_word_embeddings": True}, str(where))
-    return Trunk(config, FAMILIES[causal], tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(number)))
+    labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(number))
+    return Trunk(config, FAMILIES[causal], labels, str(raw.get(TRAINED_ON, "")))
 
 
 def open_trunk(folder: str | os.PathLike) -> tuple[TensorFiles, Trunk]:
@@ -128,6 +133,7 @@ def save_classifier(
     *,
     source_folder: str | os.PathLike,
     labels: Sequence[str] = (),
+    trained_on: str = "",
     dtype: str = "as_loaded",
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -135,8 +141,8 @@ def save_classifier(
 
     ``params``: ``embed``, ``layers``, ``final_norm`` and ``heads``; a projection onto the vocabulary is left out.
     ``source_folder``: of the language model or classifier that it was trained from. ``labels``: names of the outputs.
-    ``dtype`` and ``tokenizer`` as in save_pretrained. Raises UserError when the folder cannot be written, ValueError
-    for a head that the format has no place for.
+    ``trained_on``: as ``Trunk`` has it. ``dtype`` and ``tokenizer`` as in save_pretrained. Raises UserError when the
+    folder cannot be written, ValueError for a head that the format has no place for.
     """
     if head.position != "last" or head.bias or (labels and len(labels) != head.outputs):
         raise ValueError(f"expected a head at the last position without bias and a label for each output, found {head}")
@@ -153,6 +159,7 @@ def save_classifier(
 
     def finish(temporary: pathlib.Path) -> None:
         described = _make_config(raw, family, head, labels) | {"vocab_size": config.vocab_size}
+        described |= {TRAINED_ON: trained_on} if trained_on else {}
         if tokenizer is not None:
             described["pad_token_id"] = None if (pad := choose_pad(tokenizer, config.vocab_size)) is None else pad[1]
         if dtype != "as_loaded":
@@ -185,7 +192,9 @@ def choose_pad(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, int] | None:
 def _make_config(raw: dict, family: Family, head: HeadConfig, labels: Sequence[str]) -> dict:
     """The content of config.json, but for dtype and vocabulary."""
     names = list(labels) or [f"LABEL_{i}" for i in range(head.outputs)]
-    described = {key: value for key, value in raw.items() if key not in ("quantization_config", "num_labels")}
+    described = {
+        key: value for key, value in raw.items() if key not in ("quantization_config", "num_labels", TRAINED_ON)
+    }
     if described.get("pad_token_id") is None:  # without one transformers takes no batches
         eos = described.get("eos_token_id")
         described["pad_token_id"] = eos[0] if isinstance(eos, list) else eos

@@ -336,7 +336,7 @@ HARMLESS_KEYS = frozenset(
     "output_attentions output_hidden_states output_logits output_scores return_dict return_dict_in_generate "
     "tie_last_hidden_states base_model_tp_plan base_model_pp_plan tp_plan keys_to_ignore_at_inference "
     "classifier_dropout token_classification_bias image_token_id image_token_index mm_tokens_per_image "
-    "torchscript use_bfloat16 id2label label2id num_labels problem_type "
+    "torchscript use_bfloat16 id2label label2id num_labels problem_type postrain_trained_on "
     "task_specific_params finetuning_task prefix chunk_size_feed_forward cache_implementation cache_config "
     "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups "
     "diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from postrain.config import UNPAIRED_LOSSES, Config, choose_reference, find_row_kind
 from postrain.data.documents import AS_RENDERED, SHARED_ARRAYS, Document, Layout, Preparation
 from postrain.data.kinds import labelled
-from postrain.data.kinds.preference import LAYOUT, check_groups
+from postrain.data.kinds.preference import LAYOUT, check_groups, format_distances
 from postrain.data.mismatched import add_mismatched, check_mismatched
 from postrain.export import export_state
 from postrain.models.lora import drop_adapters
@@ -113,8 +113,10 @@ def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None]:
 
 
 def describe_rows(config: Config, documents: Sequence[Document]) -> str:
-    """Lines about all rows together, "" of pairs. Raises UserError where they teach nothing."""
-    return format_labels(config, documents) if config.preference.loss in UNPAIRED_LOSSES else ""
+    """Lines about all rows together, "" where nothing is to be said. Raises UserError where they teach nothing."""
+    if config.preference.loss in UNPAIRED_LOSSES:
+        return format_labels(config, documents)
+    return format_distances(documents)
 
 
 def format_labels(config: Config, documents: Sequence[Document]) -> str:

@@ -4,8 +4,9 @@
 
 The score of an answer is the head's output at the answer's last token, which is its end token: every document is read
 to its end. ``reward.loss`` says what scores are held to, and so which rows are read: pairs and scored lists (kind
-preference), steps (kind stepwise), classes or numbers (kind labelled). The trunk trains, or adapters of it, and the
-head in any case. What comes out is a classifier's folder (``hf/classifier.py``).
+preference), which share the computation of their prompt, steps (kind stepwise), classes or numbers (kind labelled). The
+trunk trains, or adapters of it, and the head in any case. What comes out is a classifier's folder
+(``hf/classifier.py``).
 
 How far the model's own certainty can be trusted is measured on held-out rows: its calibration error, and a table of it
 in the report.
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 
 from postrain.config import Config, find_row_kind
 from postrain.data.batches.in_memory import ExampleSet
-from postrain.data.documents import Document, Group, Preparation, Rendered
+from postrain.data.documents import SHARED_ARRAYS, Document, Group, Layout, Preparation
 from postrain.data.kinds import labelled, preference, stepwise
 from postrain.errors import UserError
 from postrain.export import export_state
@@ -34,7 +35,15 @@ from postrain.training.evaluate import Evaluator, make_loss_evaluator
 from postrain.training.loop import open_loop
 from postrain.training.model import Forward, Model, load_model, make_heads
 from postrain.training.program import Program, build_program
-from postrain.training.rows import count_steps, format_plain_text, open_eval_rows, open_train_rows
+from postrain.training.rows import (
+    count_steps,
+    find_form,
+    format_plain_text,
+    open_eval_rows,
+    open_train_rows,
+    prepare_groups,
+    shares_prompts,
+)
 from postrain.training.session import Session, ShownRow, open_session
 from postrain.types import TrainState
 
@@ -62,14 +71,15 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     Returns the last value of every metric. Resumes, and raises, as ``recipes.sft`` does.
     """
     with open_session(config, workdir) as session:
-        kind, check, preparation = find_row_kind(config), make_check(config), prepare(config)
+        kind, check, preparation = find_row_kind(config), make_check(config), prepare(config, session.mesh)
         rows = open_train_rows(session, kind=kind, check=check, preparation=preparation)
-        describe_rows(config, rows.documents)
+        rows.add_note(describe_rows(config, rows.documents))
         rows.add_note(format_plain_text(rows))
         held_out = open_eval_rows(session, kind=kind, check=check, preparation=preparation)
         total_steps = count_steps(session, rows)
 
         model = load_model(config, session.model_folder, session.mesh)
+        model.fingerprint |= {"trained_on": find_form(rows)}  # for whoever scores with it
         program = make_program(config, model, session.mesh, total_steps)
         session.print_summary(model, program, rows, held_out)
 
@@ -86,6 +96,9 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
 def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> Program:
     """Loss, optimizer and jitted update of this recipe; ``model`` may be abstract."""
     forward, options = Forward(model.config, chunk=config.model.loss_chunk), config.reward
+    layout = LAYOUTS[options.loss]
+    if layout is preference.LAYOUT and shares_prompts(config, mesh):
+        layout = Layout(layout.arrays | SHARED_ARRAYS)
     outputs = functools.partial(forward.outputs, head=model.heads[0])
     return build_program(
         config,
@@ -95,7 +108,7 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
         loss_fn=make_reward_loss(outputs, options),
         eval_loss_fn=make_reward_loss(outputs, options, held_out=True),
         loss_coefs={"centering": options.centering_coef} if options.centering_coef else None,
-        layout=LAYOUTS[options.loss],
+        layout=layout,
     )
 
 
@@ -103,24 +116,20 @@ def make_program(config: Config, model: Model, mesh: Mesh, total_steps: int) -> 
 
 
 def prepare(config: Config, mesh: Mesh | None = None) -> Preparation:
-    """What is made of the rendered documents, whatever the config says."""
-    del config, mesh
-    return Preparation("with their last token read", each=read_last)
+    """What is made of the rendered documents: their last tokens are read, and answers that are compared share their
+    prompt.
+    """
+    preparation = Preparation("with their last token read", each=read_last)
+    if find_row_kind(config) != "preference":
+        return preparation
+    return prepare_groups(config, mesh, preparation)
 
 
 def read_last(document: Document) -> Document:
-    """The document with the last token of every sequence read, where its score is.
-
-    What the data say of a sequence stands at all its places, so at that one, too.
-    """
+    """The document with the last token of every sequence read, where its score is."""
     if isinstance(document, Group):
-        return Group(tuple(map(_read_last, document.sequences)))
-    return _read_last(document)
-
-
-def _read_last(sequence: Rendered) -> Rendered:
-    fields = tuple(field._replace(of_target=False) for field in sequence.fields)
-    return dataclasses.replace(sequence, fields=fields, reads_last=True)
+        return Group(tuple(dataclasses.replace(one, reads_last=True) for one in document.sequences))
+    return dataclasses.replace(document, reads_last=True)
 
 
 def show_scores(config: Config, document: Document) -> ShownRow:
@@ -150,9 +159,10 @@ def make_check(config: Config) -> Callable[[Mapping[str, np.ndarray]], None] | N
 
 
 def describe_rows(config: Config, documents: Sequence[Document]) -> str:
-    """ "": nothing is to be said of all rows together. Raises UserError where they teach nothing."""
+    """A line about all rows together, "" where nothing is to be said. Raises UserError where they teach nothing."""
     check_variance(documents, config.data.label_names)
-    return ""
+    reads_order = find_row_kind(config) == "preference" and config.reward.margin_of != "scores"
+    return preference.format_distances(documents) if reads_order else ""
 
 
 def check_classes(arrays: Mapping[str, np.ndarray], count: int) -> None:

@@ -35,7 +35,7 @@ from postrain.data.rendering.render import TEMPLATE_DATE, render_many
 from postrain.data.rendering.tokenizer import Tokenizer, load_tokenizer
 from postrain.errors import UserError
 from postrain.files import check_writable, read_jsonl
-from postrain.hf.classifier import HEAD_NAME, load_trunk, read_trunk
+from postrain.hf.classifier import HEAD_NAME, TRAINED_ON, load_trunk, read_trunk
 from postrain.hf.find_model import locate_model
 from postrain.models.config import ModelConfig
 from postrain.models.heads import HeadConfig
@@ -49,12 +49,16 @@ LENGTH, STEP = 1024, 64  # slots of a packed row where no text is longer, and wh
 
 
 class Scorer(NamedTuple):
-    """A reward model or classifier with its tokenizer. ``labels``: of its outputs."""
+    """A reward model or classifier with its tokenizer.
+
+    ``labels``: of its outputs. ``trained_on``: as ``hf.classifier.Trunk`` has it.
+    """
 
     params: Any
     config: ModelConfig
     labels: tuple[str, ...]
     tokenizer: Tokenizer
+    trained_on: str = ""
 
     @property
     def head(self) -> HeadConfig:
@@ -80,7 +84,7 @@ class Texts(NamedTuple):
 def load_scorer(folder: str | os.PathLike) -> Scorer:
     """A classifier's folder, over all devices, in their fastest dtype. Raises UserError for a language model."""
     found = locate_model(os.fspath(folder))
-    labels = read_trunk(found).labels
+    _, _, labels, trained_on = read_trunk(found)
     if not labels:
         raise UserError(
             f"{folder}: expected a reward model or classifier (*ForSequenceClassification), found a language model: "
@@ -88,7 +92,7 @@ def load_scorer(folder: str | os.PathLike) -> Scorer:
         )
     dtype = choose_compute_dtype("auto")
     config, params = load_trunk(found, mesh=make_mesh(MeshConfig()), dtype=dtype)
-    return Scorer(params, dataclasses.replace(config, compute_dtype=dtype), labels, load_tokenizer(found))
+    return Scorer(params, dataclasses.replace(config, compute_dtype=dtype), labels, load_tokenizer(found), trained_on)
 
 
 def score_file(
@@ -109,8 +113,9 @@ def score_file(
     without one. ``raw``, ``steps``: see ``parse_row_texts``. ``batch_size``: packed rows that are scored together.
 
     Raises:
-        UserError: naming the line that is not such a row, cannot be rendered, has a key ``score``, or whose score is
-            not finite; naming ``output`` where it cannot be written, or is ``source``.
+        UserError: naming the line that is not such a row, is of another form than the model was trained on, cannot be
+            rendered, has a key ``score``, or whose score is not finite; naming ``output`` where it cannot be written,
+            or is ``source``.
     """
     if output is not None:
         check_writable(output, "--output")
@@ -122,11 +127,12 @@ def score_file(
         raise UserError(f"{source} has no rows: write one JSON object on each line")
     texts = [parse_row_texts(row, ref, raw=raw, steps=steps) for ref, row in rows]
     model = model if isinstance(model, Scorer) else load_scorer(model)
+    check_forms([ref for ref, _ in rows], texts, model.trained_on)
     if len(model.labels) > 1 and any(one.steps for one in texts):
         raise UserError(f"{source}: steps need a model of one output; this one has {', '.join(model.labels)}")
     results = list(_render(texts, model.tokenizer, system))
     rendered = [[] if isinstance(result, BadRow) else result for result in results]
-    _warn(texts, results, model.config.max_positions)
+    _warn(texts, results, model)
     owners = [i for i, documents in enumerate(rendered) for _ in documents]  # of every document its row
     found: dict[int, dict[int, np.ndarray]] = {}
     with keep_lines(output, len(rows), "scores") as add:
@@ -144,20 +150,38 @@ def score_file(
     return len(rows)
 
 
-def _warn(texts: Sequence[Texts], results: Sequence[list[Rendered] | BadRow], max_positions: int) -> None:
+def check_forms(refs: Sequence[RowRef], texts: Sequence[Texts], trained_on: str) -> None:
+    """Raises UserError for a row of another form than ``trained_on``, where that is known: its score means nothing."""
+    names = {"messages": "conversations, through the chat template", "text": "plain text, without the chat template"}
+    for ref, one in zip(refs, texts, strict=True) if trained_on in names else ():
+        found = {"messages" if isinstance(example, Conversation) else "text" for example in one.examples}
+        if one.steps:
+            found = {"messages" if one.steps.form == "messages" else "text"}
+        if found <= {trained_on}:
+            continue
+        how = "write it as messages" if trained_on == "messages" else "write it as text"
+        if one.is_message or (one.is_generated and trained_on == "messages"):
+            how = f"run `postrain generate` and `postrain score` {'with' if trained_on == 'text' else 'without'} --raw"
+        raise UserError(
+            f"{ref}: would be scored as {names[found.pop()]}, but the model was trained on {names[trained_on]} "
+            f"({TRAINED_ON!r} in its config.json): {how}"
+        )
+
+
+def _warn(texts: Sequence[Texts], results: Sequence[list[Rendered] | BadRow], model: Scorer) -> None:
     """Lines on standard error about rows whose score is null, or may not be of what the model was trained on."""
     if failed := [result for result in results if isinstance(result, BadRow)]:
         what = f"{len(failed):,} of the generated answers cannot be rendered, so that their score is null"
         print(f"warning: {what}; the first at {failed[0]}", file=sys.stderr)
-    if messages := sum(one.is_message for one in texts):
+    if not model.trained_on and (messages := sum(one.is_message for one in texts)):
         print(
             f"note: {messages:,} of the text prompts are put through the chat template, as `postrain generate` did; a "
             "model that was trained on rows of text has seen none: give both commands --raw",
             file=sys.stderr,
         )
     rendered = [one for result in results if not isinstance(result, BadRow) for one in result]
-    if longer := sum(one.slots > max_positions for one in rendered):
-        limit = f"the {max_positions:,} positions that the model was pre-trained for"
+    if longer := sum(one.slots > model.config.max_positions for one in rendered):
+        limit = f"the {model.config.max_positions:,} positions that the model was pre-trained for"
         print(f"warning: {longer:,} of the texts are longer than {limit}", file=sys.stderr)
 
 

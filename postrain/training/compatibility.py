@@ -21,7 +21,7 @@ from postrain.data.batches.fingerprint import compare_fingerprints, digest_chang
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.errors import UserError, shorten
 from postrain.sharding import to_host
-from postrain.training.model import make_lora_config
+from postrain.training.model import make_heads, make_lora_config
 from postrain.training.optimizer import make_schedule, state_structure
 from postrain.trees import flatten
 
@@ -56,8 +56,8 @@ def check_resumable(checkpoints: pathlib.Path, config: Config, tokenizer: Tokeni
                 f"would replace it: use another workdir, or move {export} away"
             )
         return
-    section = config.model
-    model = fingerprint_model(folder, make_lora_config(section.lora), section.new_tokens, section.quantization)
+    section, lora, heads = config.model, make_lora_config(config.model.lora), make_heads(config)
+    model = fingerprint_model(folder, lora, section.new_tokens, section.quantization, heads)
     # The data as far as the config and its files tell, the rest as it was saved: the documents are not known yet, nor
     # what the recipe makes of them. A code of accepted changes stands for all of them, so it is judged by
     # ``check_record`` when they are known.
@@ -205,10 +205,17 @@ def _compare_models(saved: dict | None, now: dict | None) -> list[str]:
         for key, name in keys.items()
         if key in before and key in after and before[key] != after[key]
     ]
+    if saved.get("heads") and saved["heads"] != now.get("heads", []):  # older checkpoints do not say
+        changes.append(f"heads: were {_name_heads(saved['heads'])}, are {_name_heads(now.get('heads', []))}")
     changes += _compare_new_tokens(saved.get("new_tokens") or {}, now.get("new_tokens") or {})
     files, files_now = saved["files"], now["files"]
     others = [name for name in sorted(files.keys() | files_now.keys()) if files.get(name) != files_now.get(name)]
     return changes + ([f"model.path: other content of {shorten(others, 3)}"] if others else [])
+
+
+def _name_heads(heads: list[dict]) -> str:
+    named = (", ".join(f"{key} {value}" for key, value in head.items()) for head in heads)
+    return " and ".join(f"({one})" for one in named) or "none"
 
 
 def _compare_new_tokens(before: dict, after: dict) -> list[str]:

@@ -78,7 +78,7 @@ def load_model(config: Config, folder: str | os.PathLike, mesh: Mesh) -> Model:
             f"{folder}: {broken} holds numbers that are not finite: download the model again, or train anew"
         )
     section = config.model
-    fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization)
+    fingerprint = fingerprint_model(folder, model_config.lora, section.new_tokens, section.quantization, heads)
     started = start_rows(base, new, rows, mesh) if new and rows else {}
     trained, key = {}, jax.random.key(config.train.seed)
     if heads:

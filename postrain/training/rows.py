@@ -110,9 +110,9 @@ def shares_prompts(config: Config, mesh: Mesh | None = None) -> bool:
         return sees_prefixes(config.model.attention)
 
 
-def prepare_groups(config: Config, mesh: Mesh | None = None) -> Preparation:
-    """Of rows that become groups: their prompts are shared where ``shares_prompts`` says so."""
-    return share_prompts() if shares_prompts(config, mesh) else AS_RENDERED
+def prepare_groups(config: Config, mesh: Mesh | None = None, preparation: Preparation = AS_RENDERED) -> Preparation:
+    """``preparation`` of rows that become groups: their prompts are shared where ``shares_prompts`` says so."""
+    return share_prompts(preparation) if shares_prompts(config, mesh) else preparation
 
 
 def open_train_rows(
@@ -166,7 +166,7 @@ def format_plain_text(rows: Rows) -> str:
     Whoever asks the trained model in another form asks it what it was not trained on, and nothing would show that.
     """
     documents = rows.documents or [rows.sample]
-    plain = sum(document.sequences[0].is_plain for document in documents)
+    plain = sum(document.sequences[0].form == "prompt" for document in documents)
     if not plain:
         return ""
     some = "" if plain == len(documents) else f", {plain:,} of {len(documents):,} rows,"
@@ -174,6 +174,14 @@ def format_plain_text(rows: Rows) -> str:
         f"prompts     text prompts{some} are trained as plain text, without the chat template: serve them with --raw "
         "(postrain generate, postrain score), or write messages"
     )
+
+
+def find_form(rows: Rows) -> str:
+    """ "messages" where all rows are conversations, "text" where none is; "" of both, and of a stream."""
+    forms = {document.sequences[0].form for document in rows.documents}
+    if forms == {"messages"}:
+        return "messages"
+    return "text" if forms and forms <= {"prompt", "text"} else ""
 
 
 def check_documents(documents: Sequence[Document], check: Check | None) -> None:

@@ -49,7 +49,7 @@ def make_groups(pairs):
         sequences = []
         for answer, score in zip(answers, (1.0, 0.0), strict=True):
             tokens = np.concatenate([prompt, answer])
-            fields = (Field("scores", np.full(len(tokens), score, np.float32), True),)
+            fields = (Field("scores", np.full(len(tokens), score, np.float32), "sequence"),)
             mask = np.arange(len(tokens)) >= len(prompt)
             sequences.append(Rendered(tokens, mask, RowRef("workload", "workload", i), fields=fields))
         groups.append(share_prompts().each(Group(tuple(sequences))))

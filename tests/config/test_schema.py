@@ -128,7 +128,11 @@ def test_to_dict_and_back():
         ("optimizer", {"schedule": "constant", "final_fraction": 0.1}, "is not read by schedule 'constant'"),
         ("optimizer.weight_decay_exclude", ["norm"], "'optimizer.weight_decay_exclude' is set, but 'optimizer.weight"),
         ("preference.beta", 0.5, "config keys 'preference.*' are not read by recipe 'sft'"),
-        ("data.share_prompts", "on", "config key 'data.share_prompts' = 'on' is read by recipe 'preference' alone"),
+        (
+            "data.share_prompts",
+            "on",
+            "config key 'data.share_prompts' = 'on' is read by recipes 'preference' and 'reward' alone",
+        ),
         ("eval.generate_rows", 5, "config key 'eval.generate_rows' needs held-out rows"),
         ("optimizer.momentum", 1, "config key 'optimizer.momentum' must be below 1"),
         ("optimizer.final_fraction", 1.5, "config key 'optimizer.final_fraction' must be at most 1, found 1.5"),

@@ -110,7 +110,7 @@ def expected_arrays(documents, capacity):
             part = {"tokens": tokens, "targets": targets, "loss_mask": mask, "positions": np.arange(slots)}
             part["segment_ids"] = np.full(slots, segment)
             for field in sequence.fields:
-                part[field.name] = field.values[1:] if field.of_target else field.values[:slots]
+                part[field.name] = field.values[1:] if field.of == "target" else field.values[:slots]
             if len(document.sequences) > 1:
                 part["group_ids"] = np.full(slots, number)
             parts.append(part)

@@ -337,6 +337,19 @@ def test_the_label_of_a_step_is_at_its_last_token(tmp_path, tokenizer):
         assert arrays["segment_ids"].sum() == len(document.tokens), "the last token is read"
 
 
+@pytest.mark.parametrize("name", ["phi3", "llama3"])
+def test_the_first_step_is_encoded_as_an_answer_would_be(tmp_path, name):
+    """Phi 3's prompts end with a special token, and its tokenizer puts a space in front of what follows one."""
+    tokenizer, steps = load_real(name, name), ["I add 2.", "Say <|end|> <|im_end|>"]
+    row = {"prompt": [USER], "completions": steps, "labels": [True, False]}
+    (document,) = load(tmp_path, "stepwise", [row], tokenizer).examples
+    whole = {"messages": [USER, assistant("\n".join(steps) + "\n!")]}
+    (expected,) = load(tmp_path, "sft", [whole], tokenizer).examples
+    assert document.tokens.tolist() == expected.tokens[: document.num_tokens].tolist()
+    first = int(document.loss_mask.argmax())
+    assert (document.tokens[first - 1] == tokenizer.control_tokens.get("<|assistant|>")) == (name == "phi3")
+
+
 @pytest.mark.parametrize("name", ["phi3", "qwen3", "gemma3"])
 def test_steps_are_encoded_as_one_text(tmp_path, name):
     """As whoever scores the whole text has them. Llama 2's tokenizer puts a space in front of each text by itself."""

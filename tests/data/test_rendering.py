@@ -24,7 +24,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from postrain.data.bad_row import BadRow
 from postrain.data.messages import parse_row
-from postrain.data.rendering.render import encode_sequences, render_many, render_prompt, split_prompt
+from postrain.data.rendering.encode import encode_sequences
+from postrain.data.rendering.render import render_many, render_prompt, split_prompt
 from postrain.data.rendering.template import ChatTemplate, TemplateRefusal
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.data.rendering.trained_spans import Sequence

@@ -28,9 +28,9 @@ REF = RowRef("test", "test", 1)
 
 def make_sequence(tokens, first, score=0.0, reads_last=False, seen=None, mask=None):
     mask = np.arange(len(tokens)) >= first if mask is None else mask
-    fields = (Field("scores", np.full(len(tokens), score, np.float32), True),)
+    fields = (Field("scores", np.full(len(tokens), score, np.float32), "sequence"),)
     if seen is not None:
-        fields += (Field("seen", np.asarray(seen, np.int32), False),)
+        fields += (Field("seen", np.asarray(seen, np.int32), "token"),)
     return Rendered(np.asarray(tokens, np.int32), mask, REF, fields=fields, reads_last=reads_last)
 
 

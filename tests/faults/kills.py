@@ -9,6 +9,7 @@
     python tests/faults/kills.py --kills=30 --head         # rated answers, with a head beside the vocabulary
     python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
     python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
+    python tests/faults/kills.py --kills=30 --kto --head   # a share of the kills in runs of each
 
 ``--write`` adds to what the page has of other seeds.
 
@@ -474,7 +475,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    how = parser.add_mutually_exclusive_group()
+    how = parser.add_argument_group("the runs, of one or more kinds")
     how.add_argument("--processes", choices="12", default="1", help=f"2: of a run, with {DEVICES} devices each")
     how.add_argument("--streamed", action="store_true", help="runs whose data are streamed from an object store")
     how.add_argument("--preference", action="store_true", help="runs of recipe preference, of every parameter")
@@ -485,12 +486,15 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
     ways = [way for way in ("streamed", "preference", "kto", "reward", "head", "distill") if getattr(arguments, way)]
-    way = ways[0] if ways else arguments.processes
-    with tempfile.TemporaryDirectory(prefix="kills") as folder:
-        found = measure(arguments.kills, arguments.seed, pathlib.Path(folder), way)
+    ways = ways or [arguments.processes]
+    found = {}
+    for i, way in enumerate(ways):
+        kills = arguments.kills * (i + 1) // len(ways) - arguments.kills * i // len(ways)
+        with tempfile.TemporaryDirectory(prefix="kills") as folder:
+            found[way] = measure(kills, arguments.seed, pathlib.Path(folder), way)
+        if arguments.write:
+            importlib.import_module("kill_figures").write(PAGE, way, found[way])
     print(json.dumps(found, indent=2))
-    if arguments.write:
-        importlib.import_module("kill_figures").write(PAGE, way, found)
 
 
 if __name__ == "__main__":

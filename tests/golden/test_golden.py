@@ -5,6 +5,7 @@ PYTHONPATH=tests python tests/golden/test_golden.py preference
 PYTHONPATH=tests python tests/golden/test_golden.py reward
 PYTHONPATH=tests python tests/golden/test_golden.py unpaired
 PYTHONPATH=tests python tests/golden/test_golden.py distill
+PYTHONPATH=tests python tests/golden/test_golden.py weighted
 """
 
 import dataclasses
@@ -18,12 +19,21 @@ import numpy as np
 import pytest
 from odd_config import ODD_CONFIG
 
-from postrain.config import DataConfig, DistillSection, OptimizerConfig, PreferenceSection, RewardSection
+from postrain.config import (
+    DataConfig,
+    DistillSection,
+    OptimizerConfig,
+    PreferenceSection,
+    RewardSection,
+    SftSection,
+    WeightsSection,
+)
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Field, Group, Rendered
 from postrain.data.mismatched import add_mismatched
+from postrain.data.reward_weights import REWARDS, compute_weights
 from postrain.models.config import LoraConfig
 from postrain.models.heads import HeadConfig, head_specs
 from postrain.models.lora import drop_adapters, lora_specs
@@ -31,7 +41,7 @@ from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.distill import make_distill_loss
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.reward import make_reward_loss
-from postrain.objectives.sft import make_sft_loss
+from postrain.objectives.sft import make_advantage_loss, make_sft_loss
 from postrain.objectives.unpaired import make_unpaired_loss
 from postrain.recipes.distill import make_comparison
 from postrain.recipes.reward import read_last
@@ -76,7 +86,7 @@ def make_pairs() -> ExampleSet:
         sequences = []
         for tokens, score in ((rising, 1.0), (other, 0.0)):
             tokens = (tokens % CONFIG.vocab_size).astype(np.int32)
-            scores = Field("scores", np.full(len(tokens), score, np.float32), True)
+            scores = Field("scores", np.full(len(tokens), score, np.float32), "sequence")
             ref = RowRef("golden", "golden", i)
             sequences.append(Rendered(tokens, np.arange(len(tokens)) >= prompt, ref, fields=(scores,)))
         groups.append(Group(tuple(sequences)))
@@ -88,7 +98,7 @@ def make_answers() -> ExampleSet:
     documents = []
     for sequence in (one for group in make_pairs().examples for one in group.sequences):
         label = sequence.fields[0].values.astype(np.int32)
-        documents.append(dataclasses.replace(sequence, fields=(Field("labels", label, False),)))
+        documents.append(dataclasses.replace(sequence, fields=(Field("labels", label, "sequence"),)))
     return ExampleSet(add_mismatched(documents, 128, seed=3), DataReport([]), {})
 
 
@@ -98,7 +108,7 @@ def add_likeliest(examples: ExampleSet, size: int) -> ExampleSet:
     for row in examples.examples:
         ids = (row.tokens[:, None] + np.arange(size, dtype=np.int32)) % CONFIG.vocab_size
         p = np.sort(rng.dirichlet(np.ones(size + 1), len(ids)), axis=1)[:, :0:-1]
-        fields = Field("teacher_ids", ids, True), Field("teacher_logprobs", np.log(p).astype(np.float32), True)
+        fields = Field("teacher_ids", ids, "target"), Field("teacher_logprobs", np.log(p).astype(np.float32), "target")
         found.append(dataclasses.replace(row, fields=fields))
     return dataclasses.replace(examples, examples=found)
 
@@ -178,12 +188,37 @@ def compute_distill() -> dict:
     }
 
 
+def compute_weighted() -> dict:
+    """Rows weighted by their rewards alone, and by how far those are above what a head expects."""
+    rows, rng = make_examples(), np.random.default_rng(4)
+    rewards = 1 + 0.5 * rng.standard_normal(len(rows.examples))
+    weights, _ = compute_weights(rewards, WeightsSection(mode="exp", temperature=0.4))
+    weighted = [dataclasses.replace(row, weight=float(w)) for row, w in zip(rows.examples, weights, strict=True)]
+    field = lambda row, reward: Field(REWARDS, np.full(len(row.tokens), reward, np.float32), "sequence")
+    rewarded = [
+        dataclasses.replace(row, fields=(field(row, reward),))
+        for row, reward in zip(rows.examples, rewards, strict=True)
+    ]
+    head = HeadConfig("value", position="every", bias=True, zeros=True)
+    compute = lambda params, batch, rng: FORWARD.logprobs_and_outputs(params, batch, rng, head=head)
+    section = WeightsSection(mode="advantage", baseline="head", temperature=0.7, clip=5.0)
+    advantage = make_advantage_loss(compute, SftSection(weights=section), REWARDS)
+    with_rewards = dataclasses.replace(rows, examples=rewarded)
+    options = {"trained": head_specs([head], CONFIG.embed_size), "loss_coefs": {"value": 0.5}}
+    exp = make_sft_loss(FORWARD.nll)
+    return {
+        "exp, full": compute_curve(exp, dataclasses.replace(rows, examples=weighted), lora=False),
+        "advantage over a head, lora": compute_curve(advantage, with_rewards, lora=True, **options),
+    }
+
+
 CURVES = {
     "sft": compute_sft,
     "preference": compute_preference,
     "unpaired": compute_unpaired,
     "reward": compute_reward,
     "distill": compute_distill,
+    "weighted": compute_weighted,
 }
 
 

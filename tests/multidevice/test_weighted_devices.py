@@ -4,27 +4,28 @@ import functools
 
 import jax
 import numpy as np
-from test_preference_devices import FORWARD, LENGTHS, check_equal, make_step
-from test_preference_devices import take_step as take_step_of
+from device_steps import check_equal, one_device
+from device_steps import take_step as take_step_of
+from test_preference_devices import CONFIG, FORWARD, LENGTHS, make_arrays
 
 from postrain.config import MeshConfig, SftSection, WeightsSection
 from postrain.models.heads import HeadConfig
 from postrain.objectives.sft import divide_by_tokens, make_advantage_loss, make_sft_loss, measure_weights
-from postrain.sharding import make_mesh, replicated
+from postrain.sharding import make_global_batch, make_mesh, replicated
+from postrain.types import Batch
 
 
 def take_step(mesh, micro_batches):
     """(metrics of the step and of its weights, what it subtracts from the adapters); ``scores`` are the weights."""
-    loss_fn = divide_by_tokens(make_sft_loss(FORWARD.nll), "scores")
-    step, state, batch = make_step(mesh, loss_fn, micro_batches)
-    before = jax.device_get(state.params)
+    loss_fn, arrays = divide_by_tokens(make_sft_loss(FORWARD.nll), "scores"), make_arrays()
+    batch = Batch.from_arrays(make_global_batch(arrays, mesh))
     measured = jax.jit(lambda batch: measure_weights(batch, "scores"), out_shardings=replicated(mesh))(batch)
-    state, metrics = step(state, batch)
-    return jax.device_get(metrics | measured), jax.tree.map(lambda a, b: a - np.asarray(b), before, state.params)
+    metrics, moved = take_step_of(mesh, CONFIG, loss_fn, arrays, micro_batches=micro_batches)
+    return metrics | jax.device_get(measured), moved
 
 
 def test_one_device_and_eight_take_the_same_step():
-    metrics, gradient = take_step(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1)
+    metrics, gradient = take_step(one_device(), 1)
     found, other = take_step(make_mesh(MeshConfig(2, 2, 2)), 2)
     assert metrics["train/weight"] > 100 and 0 < metrics["train/weights/effective_share"] < 1
     for name in (
@@ -45,9 +46,10 @@ def test_advantages_over_a_head_are_the_same_on_one_device_and_on_eight():
     compute = functools.partial(FORWARD.logprobs_and_outputs, head=head)
     section = WeightsSection(mode="advantage", baseline="head", temperature=0.3, clip=5.0)
     loss_fn = make_advantage_loss(compute, SftSection(weights=section), "scores")
-    options = {"loss_fn": loss_fn, "heads": (head,), "loss_coefs": {"value": 0.3}}
-    expected, expected_moved = take_step_of(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), 1, **options)
+    step, options = (CONFIG, loss_fn, make_arrays()), {"heads": (head,), "loss_coefs": {"value": 0.3}}
+    expected, expected_moved = take_step_of(one_device(), *step, **options)
     assert expected["train/weight/value"] == sum(map(len, LENGTHS)) and expected["train/weights/limited"] > 0
     assert np.abs(expected_moved["heads"]["value"]["kernel"]).max() > 0
     # Where positions are split, the head is read on another device than most of its document lies on.
-    check_equal(*take_step_of(make_mesh(MeshConfig(1, 2, 1, 1, 4)), 4, **options), expected, expected_moved)
+    found = take_step_of(make_mesh(MeshConfig(1, 2, 1, 1, 4)), *step, micro_batches=4, **options)
+    check_equal(found, (expected, expected_moved))

@@ -46,7 +46,7 @@ def make_group(answers, scores, prompt, index=0) -> Group:
     sequences = []
     for answer, score in zip(answers, scores, strict=True):
         tokens = np.array([*prompt, *answer], np.int32)
-        field = Field("scores", np.full(len(tokens), score, np.float32), True)
+        field = Field("scores", np.full(len(tokens), score, np.float32), "sequence")
         sequences.append(
             Rendered(tokens, np.arange(len(tokens)) >= len(prompt), RowRef("test", "test", index), fields=(field,))
         )

@@ -100,7 +100,7 @@ def make_text(tokens, *fields):
 def make_group(scores, rng) -> Group:
     """Answers of these scores, also of a single token; the scores are not in order."""
     texts = [draw(rng) for _ in scores]
-    of = lambda text, score: Field("scores", np.full(len(text), score, np.float32), True)
+    of = lambda text, score: Field("scores", np.full(len(text), score, np.float32), "sequence")
     return Group(tuple(make_text(text, of(text, score)) for text, score in zip(texts, scores, strict=True)))
 
 
@@ -223,7 +223,7 @@ def make_step_texts(count=7):
         tokens = draw(rng, 30)
         steps = np.where(rng.random(len(tokens)) < 0.3, rng.integers(1, 3, len(tokens)), 0).astype(np.int32)
         steps[-1] = 1 + i % 2
-        texts.append(make_text(tokens, Field("steps", steps, False)))
+        texts.append(make_text(tokens, Field("steps", steps, "token")))
     return texts
 
 
@@ -247,7 +247,7 @@ def make_labelled_texts(count=9):
     rng = np.random.default_rng(4)
     texts = [draw(rng) for _ in range(count)]
     return [
-        make_text(text, Field("labels", np.full(len(text), i % CLASSES, np.int32), False))
+        make_text(text, Field("labels", np.full(len(text), i % CLASSES, np.int32), "sequence"))
         for i, text in enumerate(texts)
     ]
 

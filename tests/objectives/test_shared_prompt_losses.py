@@ -1,20 +1,24 @@
 """Losses and gradients of groups do not depend on whether their prompts are computed once or for each answer."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 from tiny_models import make_tiny_model
 
-from postrain.config import PreferenceSection
+from postrain.config import PreferenceSection, RewardSection
 from postrain.data.bad_row import RowRef
 from postrain.data.batches.packing import pack
 from postrain.data.batches.token_shift import assemble_batch
 from postrain.data.documents import Field, Group, Rendered, layout_of, share_prompts
 from postrain.hf.load import load_pretrained
 from postrain.models.flops import count_batch
+from postrain.models.heads import HeadConfig, init_heads
 from postrain.objectives.preference import make_preference_loss
+from postrain.objectives.reward import make_reward_loss
+from postrain.recipes.reward import read_last
 from postrain.training.model import Forward
 from postrain.types import Batch
 
@@ -25,9 +29,10 @@ FAMILIES = {
     "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6},
 }
 LENGTH = 96
+HEAD = HeadConfig("score", position="every")
 
 
-def make_groups(most_answers: int) -> list[Group]:
+def make_groups(most_answers: int, least: float = 0.0) -> list[Group]:
     """Groups of 2 answers or more, ragged, with prompts from one token on and holes in the masks of answers."""
     rng, groups = np.random.default_rng(3), []
     for i in range(9):
@@ -38,7 +43,7 @@ def make_groups(most_answers: int) -> list[Group]:
             mask = np.concatenate([np.zeros(len(prompt), bool), rng.random(len(answer)) < 0.8])
             mask[-1] = True
             tokens = np.concatenate([prompt, answer]).astype(np.int32)
-            scores = Field("scores", np.full(len(tokens), j % 3 + 0.1 * j, np.float32), True)
+            scores = Field("scores", np.full(len(tokens), least + j % 3 + 0.1 * j, np.float32), "sequence")
             sequences.append(Rendered(tokens, mask, RowRef("test", "test", i), fields=(scores,)))
         groups.append(Group(tuple(sequences)))
     return groups
@@ -49,9 +54,9 @@ def make_batch(groups, packed=True, length=LENGTH) -> Batch:
     return Batch.from_arrays(assemble_batch([[groups[i] for i in row] for row in bins], length, layout_of(groups[0])))
 
 
-def make_both(most_answers, packed=True, length=LENGTH) -> tuple[Batch, Batch]:
-    """The groups with their prompts shared, and without."""
-    groups = make_groups(most_answers)
+def make_both(most_answers, packed=True, length=LENGTH, each=None, least=0.0) -> tuple[Batch, Batch]:
+    """The groups with their prompts shared, and without; ``each``: of a ``Preparation``, which they go through."""
+    groups = [each(group) if each else group for group in make_groups(most_answers, least)]
     shared = make_batch([share_prompts().each(group) for group in groups], packed, length)
     return shared, make_batch(groups, packed, 2 * length)
 
@@ -102,6 +107,28 @@ def test_losses_metrics_and_gradients_of_preferences(tmp_path, loss, packed):
     loss_fn = make_preference_loss(
         forward.logprobs, lambda params, batch: forward.logprobs(other, batch)[0].logprobs, options
     )
+    check_losses(loss_fn, params, make_both(2 if loss == "sigmoid" else 5, packed), "preference")
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
+def test_losses_metrics_and_gradients_of_rewards(tmp_path, loss):
+    """Of answers that are read to their ends, which a head scores; the scores of the data are also below 0."""
+    config, params = load(tmp_path, "gemma2")
+    params |= init_heads([HEAD], config, jax.random.key(0))
+    outputs = functools.partial(Forward(config, chunk=16).outputs, head=HEAD)
+    options = RewardSection(loss=loss, centering_coef=0.2)
+    if loss == "bradley_terry":
+        options = dataclasses.replace(options, margin=0.5, margin_of="scores")
+    check_losses(
+        make_reward_loss(outputs, options, held_out=True),
+        params,
+        make_both(2 if loss == "bradley_terry" else 5, each=read_last, least=-1.5),
+        "reward",
+    )
+
+
+def check_losses(loss_fn, params, both, name):
+    """The same sums and gradients of batches with shared prompts and without."""
 
     @jax.jit
     def compute(params, batch):
@@ -111,10 +138,9 @@ def test_losses_metrics_and_gradients_of_preferences(tmp_path, loss, packed):
 
         return jax.value_and_grad(mean, has_aux=True)(params)
 
-    both = make_both(2 if loss == "sigmoid" else 5, packed)
     ((found, sums), grads), ((expected, expected_sums), expected_grads) = (compute(params, batch) for batch in both)
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    assert sums.losses["preference"].weight == expected_sums.losses["preference"].weight == 9
+    assert sums.losses[name].weight == expected_sums.losses[name].weight == 9
     for name, term in expected_sums.metrics.items():
         assert float(sums.metrics[name].total) == pytest.approx(float(term.total), rel=1e-5, abs=1e-5), name
     for (path, grad), leaf in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):

@@ -35,7 +35,7 @@ WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
 def make_answer(i, rng, label, prompt=None, length=None):
     prompt = rng.integers(4, 301, rng.integers(1, 9)).tolist() if prompt is None else prompt
     tokens = np.array([*prompt, *rng.integers(4, 301, length or rng.integers(1, 18))], np.int32)
-    field = Field("labels", np.full(len(tokens), label, np.int32), of_target=False)
+    field = Field("labels", np.full(len(tokens), label, np.int32), of="sequence")
     mask = np.arange(len(tokens)) >= len(prompt)
     return Rendered(tokens, mask, RowRef("test", "test", i), fields=(field,))
 

@@ -160,7 +160,7 @@ def make_documents():
     for i, trained in enumerate(trained_of):
         length = max(trained) + 1 + i % 2
         mask = np.isin(np.arange(length), trained)
-        reward = Field(REWARDS, np.full(length, [1.5, -0.5, 0.0, 30.0, 0.4][i], np.float32), of_target=True)
+        reward = Field(REWARDS, np.full(length, [1.5, -0.5, 0.0, 30.0, 0.4][i], np.float32), of="sequence")
         tokens = rng.integers(0, 301, length).astype(np.int32)
         documents.append(Rendered(tokens, mask, RowRef("t", "t", i), fields=(reward,), weight=[1.0, 2.0][i == 1]))
     return documents

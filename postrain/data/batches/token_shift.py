@@ -34,8 +34,8 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
     int32 says for documents of several sequences which are of one document (0 = padding, 1, 2, ... in order).
 
     A sequence is a segment. What a group shares is a segment of its own before the rest of each of its sequences. It
-    trains nothing and is not part of the group (``group_ids`` 0, fields of targets 0); the segments of the rests see
-    it (``prefix_starts``, ``prefix_ends``), and their positions go on from its end.
+    trains nothing and is not part of the group (``group_ids`` and fields of targets and sequences are 0); the segments
+    of the rests see it (``prefix_starts``, ``prefix_ends``), and their positions go on from its end.
 
     Raises:
       ValueError: the documents do not fit.
@@ -57,11 +57,11 @@ def assemble_row(documents: Sequence[Document], capacity: int, layout: Layout = 
             row["loss_mask"][start:stop] = loss_mask
             row["segment_ids"][start:stop] = segment
             row["positions"][start:stop] = places[part.start : part.start + len(tokens)]
-            for name, values, of_target in sequence.fields:
-                if not of_target:
-                    row[name][start:stop] = values[part.start : part.start + len(tokens)]
-                elif not is_prefix:
+            for name, values, of in sequence.fields:
+                if of == "target" and not is_prefix:
                     row[name][start : start + len(values) - 1 - part.start] = values[part.start + 1 :]
+                elif of == "token" or (of == "sequence" and not is_prefix):
+                    row[name][start:stop] = values[part.start : part.start + len(tokens)]
             if "group_ids" in row and not is_prefix:
                 row["group_ids"][start:stop] = number
             if shared and not is_prefix:

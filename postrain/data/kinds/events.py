@@ -33,9 +33,9 @@ def parse_events(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Rendere
         span = int(times[-1] - times[0])
         if span > MAX_ID:
             raise BadRow(ref, f"times span {span:,} seconds: expected unix seconds, not milliseconds or smaller units")
-        fields.append(Field("seconds", (times - times[0]).astype(np.int32), False))
+        fields.append(Field("seconds", (times - times[0]).astype(np.int32), "token"))
     if raw.get("actions") is not None:
-        fields.append(Field("actions", parse_ids(raw["actions"], "actions", ref, length=len(items)), False))
+        fields.append(Field("actions", parse_ids(raw["actions"], "actions", ref, length=len(items)), "token"))
     return Rendered(items, np.arange(len(items)) > 0, ref, fields=tuple(fields))
 
 

@@ -141,7 +141,7 @@ def _add_label(row: Labelled, sequences: list[Rendered], label: np.ndarray) -> R
             "give all assistant messages but the last train: false",
         )
     (sequence,) = sequences
-    return dataclasses.replace(sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label), of_target=False),))
+    return dataclasses.replace(sequence, fields=(Field(FIELD, np.full(len(sequence.tokens), label), of="sequence"),))
 
 
 def check_two_labels(arrays: Mapping[str, np.ndarray]) -> None:

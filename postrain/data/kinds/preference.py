@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, name_keys
-from postrain.data.documents import Field, Group, Layout, Rendered
+from postrain.data.documents import Document, Field, Group, Layout, Rendered
 from postrain.data.messages import (
     REPEATED,
     Example,
@@ -222,9 +222,21 @@ def _make_group(example: Preference, results: list[list[Rendered] | BadRow]) -> 
             raise BadRow(example.ref, f"{example.names[j]} and {example.names[i]} are equal: nothing is preferred")
     return Group(
         tuple(
-            dataclasses.replace(one, fields=(Field("scores", np.full(len(one.tokens), score, np.float32), True),))
+            dataclasses.replace(one, fields=(Field("scores", np.full(len(one.tokens), score, np.float32), "sequence"),))
             for one, score in zip(sequences, example.scores, strict=True)
         )
+    )
+
+
+def format_distances(documents: Iterable[Document]) -> str:
+    """A line about rows whose margins or scores say more than an order, which nothing else is read of; "" of none."""
+    scores = [[sequence.fields[0].values[0] for sequence in document.sequences] for document in documents]
+    number = sum(float(max(of_row) - min(of_row)) not in (1.0, float(np.float32(_LEAST))) for of_row in scores)
+    if not number:
+        return ""
+    return (
+        f"scores      only their order is read; in {number:,} of {len(scores):,} rows the best and the worst are not 1 "
+        "apart (of pairs by 'margin')"
     )
 
 

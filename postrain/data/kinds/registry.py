@@ -24,9 +24,6 @@ from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import find_near_key
 from postrain.errors import UserError
 
-# Part of the data fingerprint: bump when a code change would make other documents of rows that are not of kind sft.
-KINDS_VERSION = 1
-
 _ENOUGH = 1000  # rows without a known form, after which ``decide`` gives up on a source
 
 
@@ -44,6 +41,8 @@ class Kind:
       is_weighted: whether rows count by ``weight``, and by the ``loss_weight`` of their source.
       is_text: whether its tokens are those of a tokenizer.
       options: the keys of ``DataConfig`` by which it is rendered.
+      version: part of the data fingerprint (but for kind sft, whose code is the tokenizer's): bump it when a code
+        change makes other documents of the same rows.
     """
 
     name: str
@@ -55,6 +54,7 @@ class Kind:
     is_weighted: bool = False
     is_text: bool = True
     options: tuple[str, ...] = ("template_date", "default_system")
+    version: int = 1
 
 
 class RenderedRow(NamedTuple):
@@ -95,7 +95,8 @@ KINDS = {
             "labelled", labelled.FORMS, labelled.parse_labelled, labelled.render_labelled, None,
             options=("label_names", "label_numbers", "template_date", "default_system"),
         ),
-        Kind("stepwise", stepwise.FORMS, stepwise.parse_steps, stepwise.render_steps, None),
+        # 2: the first step is encoded after the special token that the prompt ends with.
+        Kind("stepwise", stepwise.FORMS, stepwise.parse_steps, stepwise.render_steps, None, version=2),
         Kind("kd", teacher.FORMS, teacher.parse_teacher_row, _render_parsed, cut_end, is_weighted=True),
         Kind("events", events.FORMS, events.parse_events, _render_parsed, events.keep_latest, is_text=False),
         Kind("prompts", prompts.FORMS, prompts.parse_prompt, prompts.render_prompts, None, is_trained=False),
@@ -141,7 +142,7 @@ class RowParser:
 
     @property
     def identity(self) -> dict[str, Any]:
-        kind = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": KINDS_VERSION}
+        kind = {} if self.kind is SFT else {"kind": self.kind.name, "kinds_version": self.kind.version}
         weight = {"loss_weight": self.loss_weight} if self.loss_weight != 1 else {}
         return kind | weight | ({"function": identify_function(self._function, "kind")} if self._function else {})
 

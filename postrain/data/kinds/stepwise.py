@@ -13,7 +13,7 @@ The steps after a cut would have no labels, so a row is not cut to a length.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,8 @@ from postrain.data.bad_row import FUNCTION_ADVICE, BadRow, RowRef, check_string,
 from postrain.data.documents import Field, Layout, Rendered
 from postrain.data.kinds.prompts import Prompt, parse_prompt
 from postrain.data.messages import check_keys
-from postrain.data.rendering.render import BATCH, encode_parts, encode_prompts
+from postrain.data.rendering.encode import encode_parts
+from postrain.data.rendering.render import BATCH, encode_prompts
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.data.row_keys import INPUT_KEYS, LOSS_KEYS, MEDIA_KEYS, PROMPT_KEYS, REASONING_KEYS, Keys
 
@@ -41,6 +42,10 @@ class Steps:
     steps: tuple[str, ...]
     labels: tuple[bool, ...]
     ref: RowRef
+
+    @property
+    def form(self) -> Literal["messages", "prompt"]:
+        return "prompt" if isinstance(self.prompt.prompt, str) else "messages"
 
 
 def parse_steps(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Steps:
@@ -92,13 +97,14 @@ def render_steps(
 
 def _join(example: Steps, prompt: np.ndarray, tokenizer: Tokenizer) -> Rendered:
     names = [f"completions[{i}]" for i in range(len(example.steps))]
-    parts = encode_parts([step + SEPARATOR for step in example.steps], names, tokenizer, example.ref)
-    tokens = np.concatenate([prompt, *parts]).astype(np.int32)
     if not len(prompt):
         raise BadRow(example.ref, "'prompt' has no tokens: the steps have nothing to follow")
+    texts = [step + SEPARATOR for step in example.steps]
+    parts = encode_parts(texts, names, tokenizer, example.ref, before=int(prompt[-1]))
+    tokens = np.concatenate([prompt, *parts]).astype(np.int32)
     ends = len(prompt) + np.cumsum([len(part) for part in parts]) - 1
     steps = np.zeros(len(tokens), np.int32)
     steps[ends] = [RIGHT if label else WRONG for label in example.labels]
     mask = np.arange(len(tokens)) >= len(prompt)
-    fields, is_plain = (Field(FIELD, steps, False),), isinstance(example.prompt.prompt, str)
-    return Rendered(tokens, mask, example.ref, fields=fields, reads_last=True, is_plain=is_plain)
+    fields = (Field(FIELD, steps, "token"),)
+    return Rendered(tokens, mask, example.ref, fields=fields, reads_last=True, form=example.form)

@@ -46,7 +46,7 @@ def parse_teacher_row(raw: dict, form: str, ref: RowRef, unread: set[str]) -> Re
         at = int(repeated.argmax())
         raise BadRow(ref, f"top_ids[{at}] must be K different ids; found {ids[at].tolist()}")
     logprobs[logprobs > 0] = 0  # above 0 by rounding only
-    fields = Field("teacher_ids", ids.astype(np.int32), True), Field("teacher_logprobs", logprobs, True)
+    fields = Field("teacher_ids", ids.astype(np.int32), "target"), Field("teacher_logprobs", logprobs, "target")
     weights = _read_weights(raw.get("weights"), mask, ref)
     return Rendered(tokens, mask, ref, fields=fields, weight=read_weight(raw, ref), weights=weights)
 

@@ -26,7 +26,7 @@ a part is refused, and the message names the part.
 
 Strings of a row that spell a token which only templates may write (``<|im_end|>`` in a user's message) are
 wrapped in two noncharacters while the template runs, so that afterwards they can be told from the template's
-own and encoded as ordinary text (see render.py).
+own and encoded as ordinary text (see encode.py).
 """
 
 import contextlib

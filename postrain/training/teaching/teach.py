@@ -87,13 +87,10 @@ def teach(
         vocab_size = count_shared_ids(tokenizer, read_config(model_folder), teacher.config)
         if config.distill.top_k > vocab_size:
             raise UserError(f"config key 'distill.top_k' = {config.distill.top_k}: there are only {vocab_size:,} ids")
+        # The rows of a manifest have their file of bad ones already, and no other rows are written beside them.
+        rejected, tokens = None if (folder / MANIFEST).exists() else folder / REJECTED, config.distill.tokens
         rows = load_examples(
-            config.data.train,
-            tokenizer,
-            config.data,
-            folder / REJECTED,
-            kind="sft",
-            preparation=choose_tokens(config.distill.tokens),
+            config.data.train, tokenizer, config.data, rejected, kind="sft", preparation=choose_tokens(tokens)
         )
         examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
         check_token_ids(rows.examples, teacher.config.vocab_size)
