@@ -19,7 +19,7 @@ from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.rollout.constraints import ConstraintFactory, WrongConstraint, pack_ids
 from postrain.rollout.constraints.json_schema import OPTIONS, prepare_schema
 from postrain.rollout.constraints.patterns import translate
-from postrain.rollout.constraints.token_bytes import TokenBytes, read_token_bytes
+from postrain.rollout.constraints.token_bytes import read_token_bytes
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 CACHED = 256  # compiled constraints of a tokenizer that are kept
@@ -96,12 +96,12 @@ class _Compiler:
         return self.library.LLTokenizer(source, eos_token=list(self.stop_ids))
 
     def _compile(self, kind: str, value: str) -> ConstraintFactory:
-        grammar = self.library.LLMatcher.grammar_from_lark(_EXACT + _write_grammar(kind, json.loads(value)))
+        decoded = json.loads(value)
+        grammar = self.library.LLMatcher.grammar_from_lark(_EXACT + _write_grammar(kind, decoded))
         words = self.text_words
-        if kind == "grammar":  # the special tokens that it names
-            words = words | pack_ids(
-                [i for name, i in self.special.items() if name in json.loads(value)], self.vocab_size
-            )
+        if kind == "grammar":
+            named = [i for name, i in self.special.items() if name in decoded]
+            words = words | pack_ids(named, self.vocab_size)
         matcher = self._match(self.tokenizer, grammar, kind)
         first = self._match(self.first_tokenizer, grammar, kind) if self.first_tokenizer is not None else None
 
@@ -229,10 +229,8 @@ def _write_choices(choices: Any) -> str:
 
 def _check_grammar(text: str) -> str:
     """A grammar of the user, its JSON schemas prepared. Raises WrongConstraint for what would be passed over."""
-    if re.search(r"^\s*[?!]?[\w.-]+\s*\[[^\]\n]*\btemperature\s*=", text, re.MULTILINE):
-        raise WrongConstraint(
-            "grammar", "temperature= of a rule has no effect here: leave it out, set it for the request"
-        )
+    if found := re.search(r"^\s*[?!]?[\w.-]+\s*\[[^\]\n]*\b(temperature|stop)\s*=", text, re.MULTILINE):
+        raise WrongConstraint("grammar", f"{found.group(1)}= of a rule cannot be kept here: leave it out")
     if re.search(r"<\[", text):
         raise WrongConstraint("grammar", "ids of tokens (<[...]>) may name what is no token: write <name> of a token")
     parts, end = [], 0
@@ -252,8 +250,11 @@ def _check_grammar(text: str) -> str:
 
 def _first_lines(message: str) -> str:
     """The library's message in one line, without the lines of the grammar that it was given."""
+    if "oneOf constraints" in message:
+        return "the schemas of a oneOf must exclude each other, as by the const of a required property: write anyOf"
     lines = [line.strip() for line in message.strip().splitlines()]
-    return " ".join(line for line in lines if line and not re.match(r"(\d+ \||\^)", line))[:300]
+    text = " ".join(line for line in lines if line and not re.match(r"(\d+ \||\^)", line))
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)[:200]
 
 
 def _import_library():

@@ -5,6 +5,7 @@ letter of its own reading: whole numbers beyond 2**53 are rounded, a key may be 
 ``format: date`` has a 30th of February's neighbours. What comes out of ``prepare_schema`` has none of that.
 """
 
+import difflib
 import json
 import re
 from typing import Any
@@ -28,6 +29,7 @@ _LISTS = frozenset(("anyOf", "allOf", "oneOf", "prefixItems"))
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
 _COUNTS = frozenset("minItems maxItems minProperties maxProperties minLength maxLength".split())
+_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 _OTHERS = frozenset(("type", "const", "enum", "$ref", "required", "pattern", "format"))
 KEYWORDS = _SCHEMAS | _LISTS | _MAPS | _NUMBERS | _COUNTS | _OTHERS
 
@@ -53,7 +55,7 @@ def prepare_schema(schema: Any) -> Any:
         raise WrongConstraint(KIND, f"expected a JSON schema, found what is not JSON: {e}") from None
     if isinstance(schema, dict):
         schema = _take_header(schema)
-    places: set[str] = set()
+    places: dict[str, Any] = {}
     references: list[tuple[str, str]] = []
     prepared = _prepare(schema, "#", places, references)
     for place, reference in references:
@@ -61,6 +63,7 @@ def prepare_schema(schema: Any) -> Any:
             raise WrongConstraint(
                 KIND, f"{place}: expected the place of a schema in this one, such as #/$defs/name; found {reference!r}"
             )
+    _check_can_end(places)
     return prepared
 
 
@@ -72,13 +75,15 @@ def _take_header(schema: dict) -> dict:
     return {key: value for key, value in schema.items() if key not in ("$schema", "$id", "id")}
 
 
-def _prepare(node: Any, place: str, places: set[str], references: list[tuple[str, str]]) -> Any:
-    places.add(place)
+def _prepare(node: Any, place: str, places: dict[str, Any], references: list[tuple[str, str]]) -> Any:
+    """``node`` and what is below it, each noted under its place."""
+    places[place] = node
     if isinstance(node, bool):
         return node
     if not isinstance(node, dict):
         raise WrongConstraint(KIND, f"{place}: expected a schema (an object, true or false), found {node!r:.40}")
     prepared: dict[str, Any] = {}
+    places[place] = prepared
     for key, value in node.items():
         here = f"{place}/{_escape(key)}"
         below = lambda part, one, here=here: _prepare(one, f"{here}/{_escape(str(part))}", places, references)
@@ -111,9 +116,9 @@ def _prepare(node: Any, place: str, places: set[str], references: list[tuple[str
             _check_value(key, value, here)
             prepared[key] = value
         else:
+            near = difflib.get_close_matches(key, KEYWORDS, 1)
             raise WrongConstraint(
-                KIND,
-                f"{here}: this keyword is not supported: leave it out; supported are {', '.join(sorted(KEYWORDS))}",
+                KIND, f"{here}: this keyword is not supported: {f'write {near[0]}' if near else 'leave it out'}"
             )
     _move_exclusive(node, prepared)
     _check_key_count(prepared, place)
@@ -132,6 +137,9 @@ def _check_value(key: str, value: Any, place: str) -> None:
         _check_representable(value, place)
     elif key in _COUNTS:
         _check(place, isinstance(value, int) and not isinstance(value, bool) and value >= 0, value, "a whole number")
+    elif key == "type":
+        names = value if isinstance(value, list) else [value]
+        _check(place, names and all(name in _TYPES for name in names), value, f"one of {', '.join(_TYPES)}, or a list")
     elif key == "const":
         _check_representable(value, place)
     elif key == "enum":
@@ -203,6 +211,40 @@ def _move_patterns(node: dict, place: str) -> None:
         node["pattern"] = patterns[0]
     if len(patterns) == 2:
         node["allOf"] = [*node.get("allOf", ()), {"pattern": patterns[1]}]
+
+
+def _check_can_end(places: dict[str, Any]) -> None:
+    """Refuses a schema that leads back to itself with no way out: every text of it would go on for ever."""
+    ending: set[str] = set()
+    before = -1
+    while before < len(ending):
+        before = len(ending)
+        ending |= {place for place, node in places.items() if place not in ending and _ends(node, places, ending)}
+    if "#" not in ending:
+        raise WrongConstraint(KIND, "no value satisfies it: every one would need another of its own kind inside")
+
+
+def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
+    """Whether some value of ``node`` is finite, by those of its parts that are known to be."""
+    if isinstance(node, bool):
+        return node
+    unknown = {id(other) for place, other in places.items() if place not in ending}
+    ends = lambda part: part if isinstance(part, bool) else id(part) not in unknown
+    if "$ref" in node and node["$ref"] not in ending:
+        return False
+    if not all(map(ends, node.get("allOf", ()))):
+        return False
+    if not all(any(map(ends, node[key])) for key in ("anyOf", "oneOf") if key in node):
+        return False
+    types = node.get("type", _TYPES)
+    types = {types} if isinstance(types, str) else set(types)
+    if "const" in node or "enum" in node or types - {"array", "object"}:
+        return True
+    least = node.get("minItems", 0)
+    items = [*node.get("prefixItems", ()), *[node.get("items", True)] * least][:least]
+    others = node.get("additionalProperties", True)
+    members = [node.get("properties", {}).get(name, others) for name in node.get("required", ())]
+    return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))
 
 
 def _escape(key: str) -> str:

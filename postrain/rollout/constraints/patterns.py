@@ -7,6 +7,7 @@ and ``\\s`` generate ASCII alone, which every dialect accepts.
 """
 
 import re
+import warnings
 from re import _constants, _parser
 
 from postrain.rollout.constraints import WrongConstraint
@@ -36,7 +37,9 @@ def translate(pattern: str, kind: str, *, search: bool = False) -> str:
     constrained: look-around, back-references, boundaries in the middle, ``(?m)``.
     """
     try:
-        tree = _parser.parse(pattern)
+        with warnings.catch_warnings():  # of sets that a later version of re may read otherwise
+            warnings.simplefilter("ignore")
+            tree = _parser.parse(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as e:
         raise WrongConstraint(kind, f"{pattern!r} is not a regular expression of Python's re: {e}") from None
     writer = _Writer(pattern, kind)
@@ -112,8 +115,11 @@ class _Writer:
         return f"[{'^' if negated else ''}{''.join(parts)}]"
 
     def write_range(self, first: int, last: int) -> str:
-        if first <= 0xDFFF and last >= 0xD800:
-            self.refuse("half of a surrogate pair")
+        if first <= 0xDFFF and last >= 0xD800:  # halves of pairs, which are no characters by themselves
+            if first >= 0xD800 and last <= 0xDFFF:
+                self.refuse("half of a surrogate pair")
+            below = self.write_range(first, 0xD7FF) if first < 0xD800 else ""
+            return below + (self.write_range(0xE000, last) if last > 0xDFFF else "")
         return f"\\x{{{first:X}}}" + (f"-\\x{{{last:X}}}" if last > first else "")
 
     def write_other_case(self, first: int, last: int, negated: bool) -> str:
