@@ -197,12 +197,12 @@ def test_special_tokens_and_ids_that_are_none_never_come(real, name):
     """Not where any text may come, nor of a model with more rows than the tokenizer has tokens."""
     tokenizer = real(name)
     size = tokenizer.vocab_size + 77
+    special = list(set(read_token_bytes(tokenizer).special) - tokenizer.stop_ids)
     for spec in ({"regex": r"(?s).*"}, {"grammar": "start: /(?s:.*)/"}, {"grammar": 'start: A\nA: ~"x"'}):
         constraint = compile_constraint(spec, tokenizer, vocab_size=size)()
         words = constraint.allowed()
         assert words.dtype == np.uint32 and words.shape == (-(-size // 32),)
         allowed = unpack_ids(words)
-        special = list(set(read_token_bytes(tokenizer).special) - tokenizer.stop_ids)
         assert len(allowed) > 0.9 * tokenizer.vocab_size - len(special)
         assert not np.isin(special, allowed).any() and np.isin(list(tokenizer.stop_ids), allowed).all()
         assert np.isin(allowed, list(tokenizer.ids)).all()
@@ -322,7 +322,7 @@ def test_schemas_that_cannot_be_kept(tiny, schema, message):
         ({"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x", "type": "null"}, ["null"], ["1"]),
         ({"type": "array", "items": {"$ref": "#"}}, ["[]", "[[],[[]]]"], ["[1]"]),
         ({"type": "string", "pattern": "^2", "format": "date"}, ['"2024-01-31"'], ['"1999-01-01"', '"2x"']),
-        ({"properties": {"a/b": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"const": 1}}}, ['{"a/b":1}'], ['{"a/b":2}']),
+        ({"properties": {"a": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"const": 1}}}, ['{"a":1}'], ['{"a":2}']),
         ({"type": "string", "maxLength": 2}, ['"😀é"', '"\\n"'], ['"abc"']),
         ({"examples": [1], "default": 2, "deprecated": True, "const": None}, ["null"], ["1", "2"]),
     ],

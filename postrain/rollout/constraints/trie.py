@@ -55,7 +55,8 @@ class Trie:
         """The arrays of ``trie_mask``. Levels are dense from the first on, as long as all fit into ``dense_bytes``."""
         first = int(self.tokens.min()) // 32
         num_words = int(self.tokens.max()) // 32 + 1 - first
-        fits = [start for start in self.level_starts[1:].tolist() if start * num_words * 4 <= dense_bytes]
+        # The last level has no children, and needs no table.
+        fits = [start for start in self.level_starts[1:-1].tolist() if start * num_words * 4 <= dense_bytes]
         num_dense = max(fits, default=0)
         dense = np.zeros((num_dense, num_words * 32), bool)
         edges = int(self.offsets[num_dense])
