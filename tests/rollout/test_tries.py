@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from postrain.rollout.constraints import WrongConstraint, unpack_ids
-from postrain.rollout.constraints.trie import DEAD, build_trie, trie_advance, trie_is_end, trie_mask
+from postrain.rollout.constraints.device_trie import (
+    DEAD,
+    draw_children,
+    put_trie,
+    trie_advance,
+    trie_is_end,
+    trie_mask,
+)
+from postrain.rollout.constraints.trie import build_trie
+from postrain.rollout.sampling import make_uniforms
 
 VOCAB = 1000
 
@@ -72,7 +81,7 @@ def test_the_device_walks_as_the_host_does(count, longest, ragged, stop_id, dens
     """However many of its levels are tables of bits."""
     sequences = make_sequences(np.random.default_rng(count), count, longest, ragged=ragged)
     trie = build_trie(sequences, vocab_size=VOCAB, stop_id=stop_id)
-    device = trie.to_device(dense_bytes)
+    device = put_trie(trie, dense_bytes)
     assert device.dense.nbytes <= dense_bytes
     states = np.arange(-1, len(trie.rows))
     words = np.asarray(trie_mask(device, jnp.asarray(states)))
@@ -135,7 +144,7 @@ def test_walks_within_a_compiled_loop():
     rng = np.random.default_rng(0)
     sequences = make_sequences(rng, 500, 4, ragged=True)
     trie = build_trie(sequences, vocab_size=VOCAB, stop_id=0)
-    device = trie.to_device(dense_bytes=2000)
+    device = put_trie(trie, dense_bytes=2000)
 
     @jax.jit
     def draw(key):
@@ -151,6 +160,48 @@ def test_walks_within_a_compiled_loop():
     states, tokens = map(np.asarray, draw(jax.random.key(0)))
     for row, path in zip(trie.rows[states], tokens.T, strict=True):
         assert path[path >= 0].tolist() == [*sequences[row], 0]
+
+
+@pytest.mark.parametrize("stop_id", [None, 0])
+def test_children_are_drawn_as_the_model_says(stop_id):
+    """In one compiled loop: as often as the renormalised probabilities say, with the log p of the whole vocabulary."""
+    rng = np.random.default_rng(0)
+    sequences = make_sequences(rng, 12, 3, low=300, high=304)
+    trie = build_trie(sequences, vocab_size=VOCAB, stop_id=stop_id)
+    device, num_rows, temperature = put_trie(trie), 20_000, 0.7
+    logits = rng.normal(size=VOCAB).astype(np.float32) * 2  # the same after every path
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(0), row))(jnp.arange(num_rows))
+
+    @jax.jit
+    def draw(temperatures):
+        def step(states, position):
+            uniforms = make_uniforms(keys, jnp.full(num_rows, position))
+            one = draw_children(device, states, jnp.broadcast_to(logits, (num_rows, VOCAB)), uniforms, temperatures)
+            return one.states, (one.tokens, one.logprobs, one.model_logprobs)
+
+        return jax.lax.scan(step, jnp.zeros(num_rows, jnp.int32), jnp.arange(trie.depth + 1))
+
+    half = np.arange(num_rows) < num_rows // 2  # the others greedy
+    states, (tokens, logprobs, model_logprobs) = jax.tree.map(
+        np.asarray, draw(np.where(half, np.float32(temperature), 0))
+    )
+    rows = trie.rows[states]
+    assert (rows >= 0).all() and len(set(rows[~half])) == 1 and (tokens[-1] == -1).all()
+    log_p = lambda scaled: scaled - np.log(np.exp(scaled).sum())
+    expected, model = np.zeros(len(sequences)), np.zeros(len(sequences))
+    for row, sequence in enumerate(sequences):
+        state = 0
+        for token in [*sequence, *([] if stop_id is None else [stop_id])]:
+            children = trie.children(state)
+            place = int(np.searchsorted(children, token))
+            expected[row] += log_p(logits[children] / temperature)[place]
+            model[row] += log_p(logits / temperature)[token]
+            state = int(trie.offsets[state]) + place + 1
+    np.testing.assert_allclose(logprobs.sum(0)[half], expected[rows[half]], atol=1e-5)
+    np.testing.assert_allclose(model_logprobs.sum(0)[half], model[rows[half]], atol=1e-4)
+    assert not logprobs[:, ~half].any()
+    counts, share = np.bincount(rows[half], minlength=len(sequences)), np.exp(expected)
+    assert np.abs(counts / half.sum() - share).max() < 5 * np.sqrt(share.max() / half.sum())
 
 
 def test_matrices_and_lists_give_the_same_trie():
