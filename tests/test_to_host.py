@@ -89,18 +89,40 @@ ALLOWED = {
         "a rendered row, in numpy; texts",
         {"float(found.strip() == expected.strip())", "part.tolist()"},
     ),
-    "rollout/sampler.py": (
-        "numpy: prompts and what the loop counts of them; tokens out of to_host",
+    "rollout/engine.py": (
+        "numpy: prompts, counts of the loop, and a chunk out of to_host",
         {
-            "int(chunk[0][i, step])",
-            "int(counts.max())",
-            "int(differ.argmax())",
-            "int(lengths.max())",
-            "int(positions[remaining > 0].max())",
+            "bool(request.until(token))",
+            "chunk.tokens[slot, :count].tolist()",
+            "int((chunk.tokens[slot] >= 0).sum())",
+            "int(done[row])",
+            "int(filling.done[0])",
+            "int(finite.argmin())",
+            "int(left.max())",
+            "np.array([len(context) for context in filling.contexts])",
+            "np.array([min(done, len(context)) for (done, _), context in zip(found, contexts, strict=True)], np.int32)",
             "np.asarray(prompt, np.int32)",
-            "np.concatenate(parts, axis=1)",
-            "np.stack([context[:shortest] for context in distinct])",
-            "tokens[i, :length].tolist()",
+            "np.asarray(prompt_ids, np.int32)",
+            "np.concatenate([piece[i] for piece in scores])",
+            "np.concatenate(logprobs)",
+        },
+    ),
+    "rollout/prefixes.py": (
+        "numpy: ids",
+        {
+            "int(differ.argmax())",
+        },
+    ),
+    "rollout/sampling.py": (
+        "a dtype",
+        {
+            "float(jnp.finfo(jnp.float32).min)",
+        },
+    ),
+    "rollout/slots.py": (
+        "numpy: what rows are asked and where they stand",
+        {
+            "int((last + np.minimum(self.rows.remaining, steps))[open_rows].max())",
         },
     ),
     "sharding.py": (

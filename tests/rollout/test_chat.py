@@ -16,7 +16,6 @@ from postrain.data.messages import parse_row
 from postrain.data.rendering.render import render, render_prompt, split_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.rollout import sampler
 from postrain.rollout.chat import (
     TextStream,
     answer_file,
@@ -26,7 +25,8 @@ from postrain.rollout.chat import (
     generate,
     load_chat_model,
 )
-from postrain.rollout.sampler import SamplingParams
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def test_ids_that_are_no_tokens_are_never_chosen(model):
     """The tiny model has 301 rows, its tokenizer 260 tokens: decoding would leave the others out without a word."""
     prompts = [[1, 2, 3]] * 8
     wild = SamplingParams(max_new_tokens=40, temperature=3.0, seed=1)
-    free = sampler.generate(model.params, model.config, prompts, wild)
+    free = Engine(model.params, model.config).generate(prompts, wild)
     assert any(token not in model.tokenizer.ids for one in free for token in one.tokens)
     fitted = for_tokenizer(wild, model.tokenizer, model.config)
     assert fitted.stop_ids == tuple(sorted(model.tokenizer.stop_ids))
     for sampling in (fitted, dataclasses.replace(fitted, temperature=0.0)):
-        out = sampler.generate(model.params, model.config, prompts, sampling)
+        out = Engine(model.params, model.config).generate(prompts, sampling)
         assert all(token in model.tokenizer.ids for one in out for token in one.tokens)
     pieces = []
     answer = answer_prompt(model, "hi", wild, write=pieces.append)
@@ -160,15 +160,15 @@ def test_answers_are_kept_where_something_ends_it_early(model, tmp_path, monkeyp
     rows = [{"prompt": "hi " * length} for length in (1, 3, 2)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = SamplingParams(max_new_tokens=2)
-    whole, left = sampler._generate_batch, [2]
+    whole, left = Engine._begin_filling, [2]
 
-    def end_at_the_third(*arguments):
+    def end_at_the_third(engine):
         left[0] -= 1
         if left[0] < 0:
             raise error
-        return whole(*arguments)
+        return whole(engine)
 
-    monkeypatch.setattr(sampler, "_generate_batch", end_at_the_third)
+    monkeypatch.setattr(Engine, "_begin_filling", end_at_the_third)
     for place in (str(output), None):
         left[0] = 2
         with pytest.raises(type(error)):
@@ -251,13 +251,13 @@ def switched(tmp_path_factory):
 @pytest.fixture
 def fed(monkeypatch):
     """The prompts that the sampler is given, as they come."""
-    prompts, sample = [], sampler.generate_batches
+    prompts, submit = [], Engine.submit
 
-    def record(params, config, given, *rest, **options):
-        prompts.extend(given)
-        return sample(params, config, given, *rest, **options)
+    def record(engine, prompt, *rest, **options):
+        prompts.append(prompt.tolist())
+        return submit(engine, prompt, *rest, **options)
 
-    monkeypatch.setattr(sampler, "generate_batches", record)
+    monkeypatch.setattr(Engine, "submit", record)
     return prompts
 
 
