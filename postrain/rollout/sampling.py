@@ -170,7 +170,7 @@ def _filter(logits_BV, weights_BV, filters: Filters):
         return jnp.where((logits_BV >= least_B1) | (filters.top_k <= 0)[:, None], weights, 0.0)
 
     def keep_top_p(weights):
-        least_B1 = find_threshold(weights, weights, filters.top_p * weights.sum(-1))[:, None]
+        least_B1 = find_threshold(weights, weights, filters.top_p * _sum(weights))[:, None]
         return jnp.where((weights >= least_B1) | (filters.top_p >= 1)[:, None], weights, 0.0)
 
     unchanged = lambda weights: weights
@@ -181,8 +181,11 @@ def _filter(logits_BV, weights_BV, filters: Filters):
 
 def _log_total(edited_BV, best_B1, scale_B1, *, above_best: bool):
     """Log of the sum of exp((logits - best) / temperature), [B]. ``above_best``: some may be far above the best."""
-    scaled = (edited_BV - best_B1) / scale_B1
-    return jax.nn.logsumexp(scaled, axis=-1) if above_best else jnp.log(jnp.exp(scaled).sum(-1))
+    if not above_best:
+        return jnp.log(_sum(jnp.exp((edited_BV - best_B1) / scale_B1)))
+    highest_B1 = _split(edited_BV).max(-1).max(-1)[:, None]
+    log_total_B = jnp.log(_sum(jnp.exp((edited_BV - highest_B1) / scale_B1)))
+    return log_total_B + ((highest_B1 - best_B1) / scale_B1)[:, 0]
 
 
 def _model_logprobs(whole_BV, tokens_B, best_B1, scale_B1, log_total_B, edited: bool, tops: int):
@@ -229,7 +232,8 @@ def find_threshold(values_BV: jax.Array, weights_BV: jax.Array, targets_B: jax.A
     def halve(bracket):
         low, high = bracket
         middle = _midpoint(low, high)
-        reached = jnp.where(values_BV >= _from_ordered(middle)[:, None], weights_BV, 0.0).sum(-1) >= targets_B
+        counted = jnp.where(values_BV >= _from_ordered(middle)[:, None], weights_BV, 0.0)
+        reached = _sum(counted) >= targets_B
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     return _from_ordered(jax.lax.while_loop(is_open, halve, (low, high))[0])
@@ -263,6 +267,11 @@ def _leave_out(logits_BV, allowed_BW):
 def _split(x_BV):
     """[B, V] -> [B, C, W]: W is the largest power of two up to MAX_CHUNK that divides V."""
     return x_BV.reshape(x_BV.shape[0], -1, math.gcd(x_BV.shape[1], MAX_CHUNK))
+
+
+def _sum(x_BV):
+    """Of each row, [B]. In two levels, as a sum over a long row is not vectorised on CPU."""
+    return _split(x_BV).sum(-1).sum(-1)
 
 
 def _take(x_BV, index_B):
