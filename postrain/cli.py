@@ -266,7 +266,7 @@ def run_generate(args, overrides) -> None:
     with ends_at_once():
         from postrain.config import check_model_path
         from postrain.rollout.chat import answer_file, answer_prompt, load_chat_model
-        from postrain.rollout.sampler import SamplingParams, WrongSetting
+        from postrain.rollout.requests import SamplingParams, WrongSetting
 
     names = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
     try:

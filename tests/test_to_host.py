@@ -114,18 +114,46 @@ ALLOWED = {
             "trie.level_starts[1:-1].tolist()",
         },
     ),
-    "rollout/sampler.py": (
-        "numpy: prompts and what the loop counts of them; tokens out of to_host",
+    "rollout/prefixes.py": (
+        "numpy: ids",
         {
-            "int(chunk[0][i, step])",
-            "int(counts.max())",
             "int(differ.argmax())",
-            "int(lengths.max())",
-            "int(positions[remaining > 0].max())",
+        },
+    ),
+    "rollout/sampling.py": (
+        "a dtype",
+        {
+            "float(jnp.finfo(jnp.float32).min)",
+        },
+    ),
+    "rollout/engine.py": (
+        "numpy: prompts, and a chunk out of to_host",
+        {
+            "bool(edits or tops)",
+            "bool(request.until(token))",
+            "chunk.tokens[slot, :count].tolist()",
+            "int((chunk.tokens[slot] >= 0).sum())",
+            "int(finite.argmin())",
             "np.asarray(prompt, np.int32)",
-            "np.concatenate(parts, axis=1)",
-            "np.stack([context[:shortest] for context in distinct])",
-            "tokens[i, :length].tolist()",
+            "np.asarray(prompt_ids, np.int32)",
+        },
+    ),
+    "rollout/filling.py": (
+        "numpy: ids, and scores out of to_host",
+        {
+            "int(done[row])",
+            "int(filling.done[0])",
+            "int(left.max())",
+            "np.array([len(context) for context in filling.contexts])",
+            "np.array([min(done, len(context)) for (done, _), context in zip(found, contexts, strict=True)], np.int32)",
+            "np.concatenate([piece[i] for piece in scores])",
+            "np.concatenate(logprobs)",
+        },
+    ),
+    "rollout/slots.py": (
+        "numpy: what rows are asked and where they stand",
+        {
+            "int((last + np.minimum(self.rows.remaining, steps))[open_rows].max())",
         },
     ),
     "sharding.py": (

@@ -38,14 +38,29 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype=None, *, spli
     return KVCache(k=jnp.zeros((config.num_layers, *shape), dtype), v=jnp.zeros((config.num_layers, *shape), dtype))
 
 
-def grow_cache(cache: KVCache, length: int) -> KVCache:
-    """The same cache with ``length`` slots a row, the new ones empty."""
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)]), cache)
+def resize_cache(cache: KVCache, rows: jax.Array, length: int) -> KVCache:
+    """The cache of ``rows`` (int32 [B'], each as often as it is named) with ``length`` slots a row, new ones empty."""
+
+    def change(x):
+        x = jax.lax.slice_in_dim(x, 0, min(length, x.shape[-2]), axis=x.ndim - 2)
+        x = jnp.take(x, rows, axis=x.ndim - 4)
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, length - x.shape[-2]), (0, 0)])
+
+    return jax.tree.map(change, cache)
 
 
-def take_rows(cache: KVCache, rows: jax.Array) -> KVCache:
-    """The cache of ``rows`` (int32 [B']), each as often as it is named."""
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), cache)
+def insert_rows(cache: KVCache, small: KVCache, sources: jax.Array, targets: jax.Array, count: jax.Array) -> KVCache:
+    """Row ``sources[i]`` of ``small`` in the place of the beginning of row ``targets[i]``, for the first ``count``."""
+
+    def insert(i, cache):
+        def put(x, new):
+            new = jax.lax.slice_in_dim(new, 0, min(x.shape[-2], new.shape[-2]), axis=x.ndim - 2)
+            row = jax.lax.dynamic_slice_in_dim(new, sources[i], 1, axis=x.ndim - 4)
+            return jax.lax.dynamic_update_slice_in_dim(x, row, targets[i], axis=x.ndim - 4)
+
+        return jax.tree.map(put, cache, small)
+
+    return jax.lax.fori_loop(0, count, insert, cache)
 
 
 def write_cache(cache: jax.Array, new_BSKH: jax.Array, positions_BS: jax.Array, layer=None) -> jax.Array:

@@ -51,13 +51,19 @@ def linear(x: jax.Array, p: dict, config: ModelConfig) -> jax.Array:
         y = y + narrow @ (p["lora_b"].astype(wide) * scale).astype(x.dtype)
     y = checkpoint_name(y, "linear")  # the sum, not its two products: what rematerialisation keeps is kept once
     if "magnitude" in p:
-        norms = column_norms(p, adapter_scale(config.lora.alpha, p["lora_a"]), accumulation_dtype(x.dtype))
-        norms = checkpoint_name(norms, "linear")
-        y = y * (p["magnitude"] / jnp.where(norms > 0, norms, 1)).astype(x.dtype)  # a dead channel stays dead
+        scale = p["column_scale"] if "column_scale" in p else compute_column_scale(p, config)
+        y = y * scale.astype(x.dtype)
     if "bias" in p:
         y = y + p["bias"].astype(x.dtype)
     y = y.reshape(*x.shape[:-1], -1)
     return y
+
+
+def compute_column_scale(p: dict, config: ModelConfig) -> jax.Array:
+    """What DoRA multiplies each output channel by: its magnitude over the norm of kernel and adapter, [O]."""
+    norms = column_norms(p, adapter_scale(config.lora.alpha, p["lora_a"]), accumulation_dtype(config.compute_dtype))
+    norms = checkpoint_name(norms, "linear")
+    return p["magnitude"] / jnp.where(norms > 0, norms, 1)  # a dead channel stays dead
 
 
 def _attend(x_BTD, p, config, rotations, attend):
@@ -259,21 +265,44 @@ def compute_hidden_and_terms(
     return hidden, None if routed is None else router_terms(routed, config.moe)
 
 
-def split_layers(params: dict, config: ModelConfig) -> dict:
-    """``params`` with a tuple of L trees as ``layers``, adapters merged, for ``compute_hidden_cached`` to run in turn.
+def split_layers(params: dict, config: ModelConfig, old: dict | None = None) -> dict:
+    """``params`` with a tuple of L trees as ``layers``, for ``compute_hidden_cached`` to run in turn.
 
-    A copy of the layers, and nothing is quantised any more. Where XLA copies what a scan slices (CPU), a step of
-    generation would otherwise copy every weight; on accelerators the scan needs no second copy in memory.
+    A copy of the layers, and nothing is quantised any more; adapters stay beside their kernels. Where XLA copies what a
+    scan slices (CPU), a step of generation would otherwise copy every weight; on accelerators the scan needs no second
+    copy in memory. ``old``: what this function returned for other parameters, whose layers are taken over where
+    ``params`` has none of their leaves; one layer after the other is replaced.
     """
-    layers = tuple(_take_layer(params["layers"], i, config) for i in range(config.num_layers))
-    rest = {name: dequantize_params(p, config.compute_dtype) for name, p in params.items() if name != "layers"}
-    return rest | {"layers": layers}
+    layers = [None] * config.num_layers if old is None else list(old["layers"])
+    for i, layer in enumerate(layers):
+        layer = _overlay(layer, _take_layer(params.get("layers", {}), i, config))
+        layers[i] = _overlay(layer, _scale_columns(layer, config)) if config.lora and config.lora.dora else layer
+    rest = dequantize_params({name: p for name, p in params.items() if name != "layers"}, config.compute_dtype)
+    whole = merge_lora(_overlay(old, rest), config)  # rows of new tokens in their table
+    return whole | {"layers": tuple(layers)}
+
+
+def _overlay(old: dict | None, new: dict) -> dict:
+    """``new``, and what only ``old`` has."""
+    if old is None:
+        return new
+    both = {key: _overlay(old.get(key), value) if isinstance(value, dict) else value for key, value in new.items()}
+    return old | both
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _take_layer(layers, index, config):
     one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1), layers)
-    return jax.tree.map(lambda x: x[0], dequantize_params(merge_lora(one, config), config.compute_dtype))
+    return jax.tree.map(lambda x: x[0], dequantize_params(one, config.compute_dtype))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _scale_columns(p: dict, config: ModelConfig) -> dict:
+    """The ``column_scale`` of every linear layer with magnitudes, which ``linear`` would compute at every step."""
+    if "magnitude" in p:
+        return {"column_scale": compute_column_scale(p, config)}
+    scales = {key: _scale_columns(value, config) for key, value in p.items() if isinstance(value, dict)}
+    return {key: value for key, value in scales.items() if value}
 
 
 def compute_hidden_cached(params, config: ModelConfig, tokens_BS, positions_BS, cache: KVCache):

@@ -16,9 +16,9 @@ from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.files import read_jsonl, write_whole
 from postrain.models.config import ModelConfig
 from postrain.models.params import merge_params
-from postrain.rollout import sampler
 from postrain.rollout.chat import for_tokenizer, to_answer
-from postrain.rollout.sampler import SamplingParams
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import SamplingParams
 from postrain.training.evaluate import Evaluator
 from postrain.training.session import Session
 from postrain.types import TrainState
@@ -67,22 +67,19 @@ def make_questions(examples: Sequence[Rendered], tokenizer: Tokenizer, limit: in
 
 
 def answer_questions(
-    params,
-    config: ModelConfig,
+    engine: Engine,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
     metrics: Sequence[str],
     max_new_tokens: int,
-    batch_size: int,
 ) -> list[Sample]:
-    """Greedy answers and their scores. ``params`` is the whole tree, adapters merged or beside their kernels."""
-    sampling = for_tokenizer(SamplingParams(max_new_tokens=max_new_tokens), tokenizer, config)
-    prompts = [question.prompt for question in questions]
-    completions = sampler.generate(params, config, prompts, sampling, batch_size=batch_size)
+    """Greedy answers and their scores."""
+    sampling = for_tokenizer(SamplingParams(max_new_tokens=max_new_tokens), tokenizer, engine.config)
+    completions = engine.generate([question.prompt for question in questions], sampling)
     samples = []
     for question, completion in zip(questions, completions, strict=True):
-        found, finished = to_answer(completion, tokenizer)
+        found, finished = to_answer(completion, tokenizer, sampling)
         # An answer that never stops is wrong, however well it begins.
         scores = {name: SCORES[name](found, question.answer) * finished for name in metrics}
         prompt = tokenizer.decode(question.prompt)
@@ -111,15 +108,11 @@ def make_answer_evaluator(session: Session, model_config: ModelConfig, rows: Exa
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
         if not questions:
             return {}
-        samples = answer_questions(
-            merge_params(state.params if state.ema is None else state.ema, state.frozen),
-            model_config,
-            tokenizer,
-            questions,
-            metrics=config.metrics,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
+        # An engine a time: between evaluations its copy of the weights would take memory from training.
+        params = merge_params(state.params if state.ema is None else state.ema, state.frozen)
+        engine = Engine(params, model_config, slots=config.batch_size, version=step)
+        options = {"metrics": config.metrics, "max_new_tokens": config.max_new_tokens}
+        samples = answer_questions(engine, tokenizer, questions, **options)
         if session.is_lead:
             append_samples(session.workdir / "samples.jsonl", step, samples)
         return mean_scores(samples)

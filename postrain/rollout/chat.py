@@ -24,8 +24,8 @@ from postrain.files import check_writable, read_jsonl, write_whole
 from postrain.hf.find_model import find_model
 from postrain.hf.peft.adapter import load_model
 from postrain.models.config import ModelConfig
-from postrain.rollout import sampler
-from postrain.rollout.sampler import Completion, SamplingParams
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import Completion, SamplingParams
 from postrain.sharding import make_mesh
 from postrain.training.model import choose_compute_dtype
 
@@ -136,25 +136,44 @@ def encode_prompt(
 
 def answer_ids(model: ChatModel, prompts: list, sampling: SamplingParams, batch_size: int = 32) -> list[Answer]:
     """Answers to prompts of token ids; stops at the tokenizer's stop ids."""
+    answers = dict(iterate_answers(model, prompts, sampling, batch_size))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def iterate_answers(
+    model: ChatModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams, batch_size: int = 32
+) -> Iterator[tuple[int, Answer]]:
+    """(index, answer) of prompts of token ids as they come, the longest prompts first; stops as ``answer_ids`` does."""
     sampling = for_tokenizer(sampling, model.tokenizer, model.config)
-    completions = sampler.generate(model.params, model.config, prompts, sampling, batch_size=batch_size)
-    return [to_answer(completion, model.tokenizer) for completion in completions]
+    engine = Engine(model.params, model.config, slots=batch_size)
+
+    def until(index: int) -> Callable[[int], bool]:
+        stream = TextStream(model.tokenizer, sampling.stop)
+        return lambda token: stream.ends_with(token)
+
+    for index, completion in engine.iterate(prompts, sampling, until=until if sampling.stop else None):
+        yield index, to_answer(completion, model.tokenizer, sampling)
 
 
 def for_tokenizer(sampling: SamplingParams, tokenizer: Tokenizer, config: ModelConfig) -> SamplingParams:
     """``sampling`` that never chooses an id of the model that is no token; with the tokenizer's stop ids where it has
-    none.
+    none and does not ignore them.
 
     Many models have more rows than their tokenizer has tokens. Decoding leaves those ids out without a word.
     """
-    stops = sampling.stop_ids or tuple(tokenizer.stop_ids)
+    stops = sampling.stop_ids or (() if sampling.ignore_eos else tuple(tokenizer.stop_ids))
     banned = set(range(config.vocab_size)) - tokenizer.ids - set(stops)
     return dataclasses.replace(sampling, stop_ids=stops, banned_ids=tuple(banned.union(sampling.banned_ids)))
 
 
-def to_answer(completion: Completion, tokenizer: Tokenizer) -> Answer:
-    tokens = completion.tokens[:-1] if completion.finished else completion.tokens
-    return Answer(tokenizer.decode(tokens), completion.finished)
+def to_answer(completion: Completion, tokenizer: Tokenizer, sampling: SamplingParams) -> Answer:
+    """The text of a completion up to its stop id, or before the first of ``sampling.stop`` in it."""
+    tokens = completion.tokens
+    if completion.finished and tokens and tokens[-1] in sampling.stop_ids:
+        tokens = tokens[:-1]
+    text = tokenizer.decode(tokens)
+    places = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
+    return Answer(text[: min(places, default=len(text))], completion.finished)
 
 
 def answer_prompt(
@@ -167,39 +186,64 @@ def answer_prompt(
     write: Callable[[str], None] = lambda text: None,
 ) -> Answer:
     """Answers one prompt; ``write`` is called with each piece of text as it is generated."""
-    stops, stream = model.tokenizer.stop_ids, TextStream(model.tokenizer)
-
-    def on_token(row: int, token: int) -> None:
-        del row
-        if token not in stops:
-            write(stream.push(token))
-
     ids = encode_prompt(model.tokenizer, prompt, system, raw=raw, thinking=thinking)
     sampling = for_tokenizer(sampling, model.tokenizer, model.config)
-    [completion] = sampler.generate(model.params, model.config, [ids], sampling, on_token=on_token)
+    stream = TextStream(model.tokenizer, sampling.stop)
+
+    def take(token: int) -> bool:
+        if token not in sampling.stop_ids:
+            write(stream.push(token))
+        return stream.ended
+
+    engine = Engine(model.params, model.config, slots=1, steps=1)
+    [completion] = engine.generate([ids], sampling, until=lambda index: take)
     write(stream.end())
-    return to_answer(completion, model.tokenizer)
+    return to_answer(completion, model.tokenizer, sampling)
 
 
 class TextStream:
-    """Token ids one at a time -> text. The pieces of ``push`` and ``end`` join to the decoding of all ids.
+    """Token ids one at a time -> text. The pieces of ``push`` and ``end`` join to the decoding of all ids, or to that
+    before the first of the texts ``stops`` in it.
 
-    A character may take several tokens: text is held back while it ends in an incomplete character.
+    A character may take several tokens: text is held back while it ends in an incomplete character, and while it ends
+    in what may become one of ``stops``. ``ended``: one of them has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.ids, self.written = tokenizer, [], 0
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.tokenizer, self.stops, self.ids, self.ended = tokenizer, tuple(stops), [], False
+        self._written = 0  # characters of the text of all ids
 
     def push(self, token: int) -> str:
+        if self.ended:
+            return ""
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
-        return "" if text.endswith("\ufffd") else self._new(text)
+        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        if places:
+            self.ended = True
+            return self._new(text[: min(places)])
+        if text.endswith("\ufffd"):
+            return ""
+        return self._new(text[: len(text) - self._count_held(text)])
+
+    def ends_with(self, token: int) -> bool:
+        """Takes a token whose text nobody reads; whether one of ``stops`` has come."""
+        self.push(token)
+        return self.ended
 
     def end(self) -> str:
-        return self._new(self.tokenizer.decode(self.ids))
+        return "" if self.ended else self._new(self.tokenizer.decode(self.ids))
+
+    def _count_held(self, text: str) -> int:
+        """The longest end of the text that one of ``stops`` begins with."""
+        longest = max(map(len, self.stops), default=0)
+        for size in range(min(longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self.stops):
+                return size
+        return 0
 
     def _new(self, text: str) -> str:
-        new, self.written = text[self.written :], len(text)
+        new, self._written = text[self._written :], max(self._written, len(text))
         return new
 
 
@@ -242,13 +286,10 @@ def answer_file(
                 prompt = prompt[:-1]
         tools = parse_tools(row.get("tools"), ref)
         ids.append(encode_prompt(model.tokenizer, prompt, system, tools=tools, raw=raw, thinking=thinking))
-    sampling = for_tokenizer(sampling, model.tokenizer, model.config)
-    batches = sampler.generate_batches(model.params, model.config, ids, sampling, batch_size=batch_size)
     form = {RAW: True} if raw else {}  # so that whoever reads the answers knows what they go on
     with keep_lines(output, len(rows)) as add:
-        for batch in batches:
-            answers = {i: to_answer(completion, model.tokenizer)._asdict() | form for i, completion in batch.items()}
-            add({i: json.dumps({**rows[i][0], GENERATED: answers[i]}, ensure_ascii=False) for i in sorted(answers)})
+        for i, answer in iterate_answers(model, ids, sampling, batch_size):
+            add({i: json.dumps({**rows[i][0], GENERATED: answer._asdict() | form}, ensure_ascii=False)})
     return len(rows)
 
 

@@ -8,14 +8,16 @@ the second uniform keeps the resolution of rare tokens: 2^-23 of their chunk, no
 
 top-k and top-p (Holtzman et al. 2020, arXiv:1904.09751) are thresholds found by bisection over the bit
 patterns of float32: at most 32 passes over the row, exact, and no sort. Tokens that tie with the last one
-included are included too, so that the result does not depend on the order of ids.
+included are included too, so that the result does not depend on the order of ids. Every row has its own settings, and
+a threshold that no row asks for is not looked for.
 
 Two log-probabilities come back with each token. ``logprobs`` is under the distribution that was sampled
-from, after temperature, banned ids, top-k and top-p: importance ratios need this one. ``model_logprobs`` is the
-model's own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with. Where
-every id may be chosen they are equal.
+from, after edits, temperature, ids that are left out, and filters: importance ratios need this one. ``model_logprobs``
+is the model's own at the same temperature over the whole vocabulary, which a trainer recomputes and compares with.
+Where every id may be chosen they are equal. ``kept_mass`` is the probability of all ids that could be chosen, under the
+edited logits of the whole vocabulary.
 
-Legend: B rows, V entries of the vocabulary (padded), C chunks, W ids of a chunk.
+Legend: B rows, V entries of the vocabulary (padded), C chunks, W ids of a chunk; 32 W' bits for the V ids.
 """
 
 import math
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 MAX_CHUNK = 256
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @flax.struct.dataclass
@@ -34,71 +37,170 @@ class Choice:
     tokens: jax.Array  # int32
     logprobs: jax.Array  # float32, under the distribution sampled from; 0 when greedy, which is certain
     model_logprobs: jax.Array  # float32, under softmax(logits / temperature); of temperature 1 when greedy
+    kept_mass: jax.Array  # float32, of the ids that could be chosen; of the one id when greedy
+    top_ids: jax.Array | None = None  # int32 [B, number of them]: the most probable ids of the model
+    top_logprobs: jax.Array | None = None  # float32 [B, number of them], as model_logprobs
 
 
-def choose_greedy(logits_BV: jax.Array, *, vocab_size: int, allowed_V=None) -> Choice:
+@flax.struct.dataclass
+class Filters:
+    """Which ids of each row may be drawn, all [B]: at most ``top_k`` ids (0: all); of them the fewest most probable
+    whose probabilities, renormalised, reach ``top_p`` (1: all); of them those of at least ``min_p`` times the
+    probability of the best (0: all). Ties are kept."""
+
+    top_k: jax.Array  # int32
+    top_p: jax.Array  # float32
+    min_p: jax.Array  # float32
+
+
+@flax.struct.dataclass
+class Edits:
+    """What changes each row's logits before anything else, as ``rollout.requests.SamplingParams`` says."""
+
+    bias_BV: jax.Array  # float32
+    counts_BV: jax.Array  # int32: how often the answer has each id
+    prompt_BV: jax.Array  # bool: whether the prompt has it
+    stops_BV: jax.Array  # bool: ids that would end the row
+    length: jax.Array  # int32 [B]: tokens of the answer so far
+    minimum: jax.Array  # int32 [B]: tokens before which it must not end
+    repetition: jax.Array  # float32 [B]
+    presence: jax.Array  # float32 [B]
+    frequency: jax.Array  # float32 [B]
+
+    def apply(self, logits_BV: jax.Array) -> jax.Array:
+        """``logits_BV`` with ids beyond those of the arrays as they were."""
+        rest = logits_BV.shape[-1] - self.bias_BV.shape[-1]
+        bias, counts, prompt, stops = (
+            jnp.pad(x, ((0, 0), (0, rest))) for x in (self.bias_BV, self.counts_BV, self.prompt_BV, self.stops_BV)
+        )
+        edited = logits_BV + bias
+        factor = jnp.where(edited > 0, 1 / self.repetition[:, None], self.repetition[:, None])
+        edited = jnp.where((counts > 0) | prompt, edited * factor, edited)
+        edited -= self.presence[:, None] * (counts > 0) + self.frequency[:, None] * counts
+        too_early = stops & (self.length < self.minimum)[:, None]
+        return jnp.where(too_early, LOWEST, jnp.maximum(edited, LOWEST))
+
+    def count(self, tokens_B: jax.Array) -> "Edits":
+        """With one more token of each answer; -1: none."""
+        rows = jnp.arange(tokens_B.shape[0])
+        places = jnp.where(tokens_B < 0, self.counts_BV.shape[-1], tokens_B)
+        counts = self.counts_BV.at[rows, places].add(1, mode="drop")
+        return self.replace(counts_BV=counts, length=self.length + (tokens_B >= 0))
+
+
+def choose_greedy(
+    logits_BV: jax.Array, *, vocab_size: int, allowed_BW=None, edits: Edits | None = None, tops: int = 0
+) -> Choice:
     """The most probable id below ``vocab_size`` of every row, the lowest of those that tie.
 
-    ``allowed_V``: bool [vocab_size], the ids that may be chosen; None: all.
+    ``allowed_BW``: uint32 [B, ceil(vocab_size / 32)], bit i of word j is set where id 32 j + i may be chosen; None:
+    all. ``tops``: how many of the model's most probable ids come along.
     """
     whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
-    logits = _leave_out(whole, allowed_V)
-    # In two levels because an argmax over a long row is not vectorised on CPU: there it costs 10x a max.
-    chunks_BCW = _split(logits)
-    chunk_B = jnp.argmax(chunks_BCW.max(-1), axis=-1)
-    within_BW = _take_chunk(chunks_BCW, chunk_B)
-    tokens = chunk_B * chunks_BCW.shape[-1] + jnp.argmax(within_BW, axis=-1)
-    best_B1 = within_BW.max(-1, keepdims=True)
-    if allowed_V is None:
-        model_logprobs = -jnp.log(jnp.exp(whole - best_B1).sum(-1))
-    else:  # an id that is left out may be far more probable
-        model_logprobs = -jax.nn.logsumexp(whole - best_B1, axis=-1)
-    return Choice(tokens.astype(jnp.int32), jnp.zeros_like(model_logprobs), model_logprobs)
+    edited = whole if edits is None else edits.apply(whole)
+    logits = _leave_out(edited, allowed_BW)
+    tokens, best_B1 = _find_best(logits, _split(logits).max(-1))
+    log_total_B = _log_total(edited, best_B1, 1.0, above_best=allowed_BW is not None)
+    kept_mass = jnp.minimum(jnp.exp(-log_total_B), 1)
+    ones = jnp.ones_like(best_B1)
+    model_B, tops_B = _model_logprobs(whole, tokens, best_B1, ones, log_total_B, edits is not None, tops)
+    return Choice(tokens, jnp.zeros_like(model_B), model_B, kept_mass, *tops_B)
 
 
-def choose_sampled(
+def choose(
     logits_BV: jax.Array,
     uniforms_B2: jax.Array,
+    temperature_B: jax.Array,
     *,
     vocab_size: int,
-    temperature,
-    top_k: int = 0,
-    top_p=None,
-    allowed_V=None,
+    filters: Filters | None = None,
+    allowed_BW=None,
+    edits: Edits | None = None,
+    tops: int = 0,
 ) -> Choice:
     """One id below ``vocab_size`` per row, drawn with two uniform numbers in [0, 1) per row.
 
-    ``temperature`` divides the logits; ids that are not ``allowed_V`` (as in choose_greedy) are left out; then stay at
-    most ``top_k`` ids (0: all), then the fewest most probable ids whose probabilities, renormalised after top-k, reach
-    ``top_p`` (None: all); ties are kept.
+    A row of temperature 0 takes the most probable id, as ``choose_greedy`` does. Other temperatures divide the logits,
+    after ``edits``; ids that are not ``allowed_BW`` (as in choose_greedy) are left out before ``filters``.
     """
     whole = _mask_vocabulary(logits_BV.astype(jnp.float32), vocab_size)
-    logits = _leave_out(whole, allowed_V)
-    best_B1 = logits.max(-1, keepdims=True)
-    weights_BV = jnp.exp((logits - best_B1) / temperature)
-    candidates_BV = weights_BV
-    if 0 < top_k < vocab_size:
-        kth_B = find_threshold(logits, jnp.ones_like(logits), jnp.full(logits.shape[0], top_k, jnp.float32))
-        candidates_BV = jnp.where(logits >= kth_B[:, None], candidates_BV, 0.0)
-    if top_p is not None:
-        least_B = find_threshold(candidates_BV, candidates_BV, top_p * candidates_BV.sum(-1))
-        candidates_BV = jnp.where(candidates_BV >= least_B[:, None], candidates_BV, 0.0)
+    edited = whole if edits is None else edits.apply(whole)
+    logits = _leave_out(edited, allowed_BW)
+    best_token_B, best_B1 = _find_best(logits, _split(logits).max(-1))
+    is_greedy_B = temperature_B == 0
+    scale_B1 = jnp.where(is_greedy_B, 1.0, temperature_B)[:, None]
+    weights_BV = jnp.exp((logits - best_B1) / scale_B1)
+    candidates_BV = weights_BV if filters is None else _filter(logits, weights_BV, filters)
     candidates_BCW = _split(candidates_BV)
     sums_BC = candidates_BCW.sum(-1)
     chunk_B = invert_cumulative(sums_BC, uniforms_B2[:, 0])
-    chunk_BW = _take_chunk(candidates_BCW, chunk_B)
-    within_B = invert_cumulative(chunk_BW, uniforms_B2[:, 1])
-    log_weight_B = jnp.log(jnp.take_along_axis(chunk_BW, within_B[:, None], axis=-1)[:, 0])
-    logprobs_B = log_weight_B - jnp.log(sums_BC.sum(-1))
-    if allowed_V is not None:
-        # The best one subtracted first: logits over a small temperature are large numbers.
-        model_logprobs_B = log_weight_B - jax.nn.logsumexp((whole - best_B1) / temperature, axis=-1)
-    elif candidates_BV is weights_BV:
-        model_logprobs_B = logprobs_B
-    else:
-        model_logprobs_B = log_weight_B - jnp.log(weights_BV.sum(-1))
-    tokens_B = (chunk_B * candidates_BCW.shape[-1] + within_B).astype(jnp.int32)
-    return Choice(tokens=tokens_B, logprobs=logprobs_B, model_logprobs=model_logprobs_B)
+    within_B = invert_cumulative(_take_chunk(candidates_BCW, chunk_B), uniforms_B2[:, 1])
+    drawn_B = (chunk_B * candidates_BCW.shape[-1] + within_B).astype(jnp.int32)
+    tokens_B = jnp.where(is_greedy_B, best_token_B, drawn_B)
+
+    log_kept_B = jnp.log(sums_BC.sum(-1))
+    log_total_B = log_kept_B
+    if filters is not None or allowed_BW is not None:
+        log_total_B = _log_total(edited, best_B1, scale_B1, above_best=allowed_BW is not None)
+    log_weight_B = (_take(logits, tokens_B) - best_B1[:, 0]) / scale_B1[:, 0]
+    logprobs_B = jnp.where(is_greedy_B, 0.0, log_weight_B - log_kept_B)
+    kept_mass_B = jnp.minimum(jnp.exp(jnp.where(is_greedy_B, 0.0, log_kept_B) - log_total_B), 1)
+    model_B, tops_B = _model_logprobs(whole, tokens_B, best_B1, scale_B1, log_total_B, edits is not None, tops)
+    return Choice(tokens_B, logprobs_B, model_B, kept_mass_B, *tops_B)
+
+
+def _find_best(logits_BV, chunk_best_BC):
+    """(the id of the largest logit, the lowest of those that tie, int32 [B]; that logit [B, 1]).
+
+    In two levels because an argmax over a long row is not vectorised on CPU: there it costs 10x a max.
+    """
+    chunk_B = jnp.argmax(chunk_best_BC, axis=-1)
+    within_BW = _take_chunk(_split(logits_BV), chunk_B)
+    tokens_B = chunk_B * within_BW.shape[-1] + jnp.argmax(within_BW, axis=-1)
+    return tokens_B.astype(jnp.int32), within_BW.max(-1, keepdims=True)
+
+
+def _filter(logits_BV, weights_BV, filters: Filters):
+    """The weights with 0 for ids that ``filters`` leave out."""
+
+    def keep_top_k(weights):
+        size = weights.shape[-1]
+        counts = jnp.where(filters.top_k > 0, filters.top_k, size).astype(jnp.float32)
+        least_B1 = find_threshold(logits_BV, jnp.ones_like(weights), counts)[:, None]
+        return jnp.where((logits_BV >= least_B1) | (filters.top_k <= 0)[:, None], weights, 0.0)
+
+    def keep_top_p(weights):
+        least_B1 = find_threshold(weights, weights, filters.top_p * _sum(weights))[:, None]
+        return jnp.where((weights >= least_B1) | (filters.top_p >= 1)[:, None], weights, 0.0)
+
+    unchanged = lambda weights: weights
+    kept_BV = jax.lax.cond((filters.top_k > 0).any(), keep_top_k, unchanged, weights_BV)
+    kept_BV = jax.lax.cond((filters.top_p < 1).any(), keep_top_p, unchanged, kept_BV)
+    return jnp.where(kept_BV >= filters.min_p[:, None], kept_BV, 0.0)  # the best one's weight is 1
+
+
+def _log_total(edited_BV, best_B1, scale_B1, *, above_best: bool):
+    """Log of the sum of exp((logits - best) / temperature), [B]. ``above_best``: some may be far above the best."""
+    if not above_best:
+        return jnp.log(_sum(jnp.exp((edited_BV - best_B1) / scale_B1)))
+    highest_B1 = _split(edited_BV).max(-1).max(-1)[:, None]
+    log_total_B = jnp.log(_sum(jnp.exp((edited_BV - highest_B1) / scale_B1)))
+    return log_total_B + ((highest_B1 - best_B1) / scale_B1)[:, 0]
+
+
+def _model_logprobs(whole_BV, tokens_B, best_B1, scale_B1, log_total_B, edited: bool, tops: int):
+    """Log-probabilities of ``tokens_B`` under the model before edits; (ids, log-probabilities) of the ``tops`` best."""
+    if edited:
+        log_total_B = _log_total(whole_BV, best_B1, scale_B1, above_best=True)
+    # The best one subtracted first: logits over a small temperature are large numbers.
+    logprobs_B = (_take(whole_BV, tokens_B) - best_B1[:, 0]) / scale_B1[:, 0] - log_total_B
+    return logprobs_B, find_top(whole_BV, tops, best_B1, scale_B1, log_total_B) if tops else ()
+
+
+def find_top(logits, count: int, best, scale, log_total):
+    """(ids, log-probabilities) of the ``count`` largest of ``logits`` [..., V]; the others as in ``_log_total``."""
+    values, ids = jax.lax.top_k(logits, count)
+    return ids.astype(jnp.int32), (values - best) / scale - log_total[..., None]
 
 
 def invert_cumulative(weights_BN: jax.Array, uniforms_B: jax.Array) -> jax.Array:
@@ -130,7 +232,8 @@ def find_threshold(values_BV: jax.Array, weights_BV: jax.Array, targets_B: jax.A
     def halve(bracket):
         low, high = bracket
         middle = _midpoint(low, high)
-        reached = jnp.where(values_BV >= _from_ordered(middle)[:, None], weights_BV, 0.0).sum(-1) >= targets_B
+        counted = jnp.where(values_BV >= _from_ordered(middle)[:, None], weights_BV, 0.0)
+        reached = _sum(counted) >= targets_B
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     return _from_ordered(jax.lax.while_loop(is_open, halve, (low, high))[0])
@@ -148,19 +251,31 @@ def make_uniforms(row_keys_B: jax.Array, positions_B: jax.Array) -> jax.Array:
 def _mask_vocabulary(logits_BV, vocab_size):
     if vocab_size == logits_BV.shape[-1]:
         return logits_BV
-    return jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, jnp.finfo(logits_BV.dtype).min)
+    return jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, LOWEST)
 
 
-def _leave_out(logits_BV, allowed_V):
-    if allowed_V is None:
+def _leave_out(logits_BV, allowed_BW):
+    if allowed_BW is None:
         return logits_BV
-    allowed_V = jnp.pad(allowed_V, (0, logits_BV.shape[-1] - allowed_V.shape[-1]))
-    return jnp.where(allowed_V, logits_BV, jnp.finfo(logits_BV.dtype).min)
+    bits = (allowed_BW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(bits.shape[0], -1)
+    size = logits_BV.shape[-1]
+    bits = jnp.pad(bits, ((0, 0), (0, max(size - bits.shape[-1], 0))))[:, :size]
+    return jnp.where(bits > 0, logits_BV, LOWEST)
 
 
 def _split(x_BV):
     """[B, V] -> [B, C, W]: W is the largest power of two up to MAX_CHUNK that divides V."""
     return x_BV.reshape(x_BV.shape[0], -1, math.gcd(x_BV.shape[1], MAX_CHUNK))
+
+
+def _sum(x_BV):
+    """Of each row, [B]. In two levels, as a sum over a long row is not vectorised on CPU."""
+    return _split(x_BV).sum(-1).sum(-1)
+
+
+def _take(x_BV, index_B):
+    return jnp.take_along_axis(x_BV, index_B[:, None], axis=-1)[:, 0]
 
 
 def _take_chunk(x_BCW, chunk_B):

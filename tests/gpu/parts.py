@@ -27,7 +27,8 @@ from postrain.models.flops import count_batch, count_flops
 from postrain.models.params import init_params, num_params
 from postrain.objectives.logprobs import compute_weighted_nll
 from postrain.recipes.sft import make_program
-from postrain.rollout.sampler import SamplingParams, generate
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import SamplingParams
 from postrain.sharding import make_mesh
 from postrain.training.model import abstract_model
 from postrain.training.step import init_train_state
@@ -494,7 +495,7 @@ def generate_cases(sizes: Sizes) -> Cases:
     def measure(rows: int, temperature: float):
         prompts = rng.integers(0, model_config.vocab_size, (rows, sizes.prompt)).tolist()
         sampling = SamplingParams(temperature=temperature, max_new_tokens=sizes.new_tokens)
-        run = lambda: generate(make_params(), model_config, prompts, sampling, batch_size=rows)
+        run = lambda: Engine(make_params(), model_config, slots=rows).generate(prompts, sampling)
         start = time.perf_counter()
         run()
         first = time.perf_counter() - start

@@ -16,7 +16,6 @@ from postrain.data.messages import parse_row
 from postrain.data.rendering.render import render, render_prompt, split_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.rollout import sampler
 from postrain.rollout.chat import (
     TextStream,
     answer_file,
@@ -26,7 +25,9 @@ from postrain.rollout.chat import (
     generate,
     load_chat_model,
 )
-from postrain.rollout.sampler import SamplingParams
+from postrain.rollout.engine import Engine
+from postrain.rollout.filling import Filler
+from postrain.rollout.requests import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +47,12 @@ def test_ids_that_are_no_tokens_are_never_chosen(model):
     """The tiny model has 301 rows, its tokenizer 260 tokens: decoding would leave the others out without a word."""
     prompts = [[1, 2, 3]] * 8
     wild = SamplingParams(max_new_tokens=40, temperature=3.0, seed=1)
-    free = sampler.generate(model.params, model.config, prompts, wild)
+    free = Engine(model.params, model.config).generate(prompts, wild)
     assert any(token not in model.tokenizer.ids for one in free for token in one.tokens)
     fitted = for_tokenizer(wild, model.tokenizer, model.config)
     assert fitted.stop_ids == tuple(sorted(model.tokenizer.stop_ids))
     for sampling in (fitted, dataclasses.replace(fitted, temperature=0.0)):
-        out = sampler.generate(model.params, model.config, prompts, sampling)
+        out = Engine(model.params, model.config).generate(prompts, sampling)
         assert all(token in model.tokenizer.ids for one in out for token in one.tokens)
     pieces = []
     answer = answer_prompt(model, "hi", wild, write=pieces.append)
@@ -160,15 +161,15 @@ def test_answers_are_kept_where_something_ends_it_early(model, tmp_path, monkeyp
     rows = [{"prompt": "hi " * length} for length in (1, 3, 2)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = SamplingParams(max_new_tokens=2)
-    whole, left = sampler._generate_batch, [2]
+    fill, left = Filler.fill, [2]
 
     def end_at_the_third(*arguments):
         left[0] -= 1
         if left[0] < 0:
             raise error
-        return whole(*arguments)
+        return fill(*arguments)
 
-    monkeypatch.setattr(sampler, "_generate_batch", end_at_the_third)
+    monkeypatch.setattr(Filler, "fill", end_at_the_third)
     for place in (str(output), None):
         left[0] = 2
         with pytest.raises(type(error)):
@@ -251,13 +252,13 @@ def switched(tmp_path_factory):
 @pytest.fixture
 def fed(monkeypatch):
     """The prompts that the sampler is given, as they come."""
-    prompts, sample = [], sampler.generate_batches
+    prompts, submit = [], Engine.submit
 
-    def record(params, config, given, *rest, **options):
-        prompts.extend(given)
-        return sample(params, config, given, *rest, **options)
+    def record(engine, prompt, *rest, **options):
+        prompts.append(prompt.tolist())
+        return submit(engine, prompt, *rest, **options)
 
-    monkeypatch.setattr(sampler, "generate_batches", record)
+    monkeypatch.setattr(Engine, "submit", record)
     return prompts
 
 
@@ -304,3 +305,38 @@ def test_raw_prompts_take_neither_system_message_nor_tools(model):
     for options in ({"system": "x"}, {"tools": [{"name": "f"}]}):
         with pytest.raises(UserError, match="raw prompts are fed as they are"):
             encode_prompt(model.tokenizer, "hi", raw=True, **options)
+
+
+@pytest.mark.parametrize("stops", [("cab",), ("xx", "aca"), ("b", "abc"), ("zz",), ("c" * 9,)])
+def test_a_stream_ends_before_a_stop_text_and_shows_none_of_it(model, stops):
+    text = "abacacaxxcabz東"
+    stream, shown = TextStream(model.tokenizer, stops), ""
+    for token in model.tokenizer.encode_text(text):
+        shown += stream.push(token)
+        assert not any(stop in shown for stop in stops)
+    shown += stream.end()
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    assert shown == text[: min(places, default=len(text))] and stream.ended == bool(places)
+
+
+def test_a_stop_text_ends_an_answer_wherever_it_is_asked(model, tmp_path, capsys):
+    sampling = SamplingParams(max_new_tokens=40, temperature=1.0, seed=1)
+    [free] = [answer_prompt(model, "hi", sampling).text]
+    stop = free[5:8]
+    expected = free[: free.find(stop)]
+    ending = dataclasses.replace(sampling, stop=(stop,))
+    pieces = []
+    answer = answer_prompt(model, "hi", ending, write=pieces.append)
+    assert answer == (expected, True) and "".join(pieces) == expected
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    answer_file(model, str(source), None, ending)
+    assert json.loads(capsys.readouterr().out)["generated"] == {"text": expected, "finished": True}
+
+
+def test_stop_ids_of_the_tokenizer_may_be_ignored(model):
+    [stop, *_] = sorted(model.tokenizer.stop_ids)
+    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True, logit_bias={stop: 1e3})
+    fitted = for_tokenizer(sampling, model.tokenizer, model.config)
+    [out] = Engine(model.params, model.config).generate([[1, 2]], fitted)
+    assert out.tokens == [stop] * 9 and out.finish == "length"

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from postrain.rollout.sampling import choose_greedy, choose_sampled, find_threshold, invert_cumulative, make_uniforms
+from postrain.rollout.sampling import (
+    Edits,
+    Filters,
+    choose,
+    choose_greedy,
+    find_threshold,
+    invert_cumulative,
+    make_uniforms,
+)
 
 EDGES = (0.0, 1.0 - 2.0**-24, 0.5)
 
@@ -29,10 +37,26 @@ def keep_reference(logits, temperature, top_k, top_p):
     return keep & (probs >= least)
 
 
+def pack(may, rows=1):
+    """Bits of a bool array [V] for every row, as ``allowed_BW``."""
+    words = np.pad(may, (0, -len(may) % 32)).reshape(-1, 32) @ (1 << np.arange(32, dtype=np.uint64))
+    return np.tile(words.astype(np.uint32), (rows, 1))
+
+
+def choose_alike(logits, uniforms, *, vocab_size, temperature, top_k=0, top_p=1.0, min_p=0.0, may=None, **options):
+    """``choose`` with the same settings for all rows."""
+    rows = logits.shape[0]
+    fill = lambda value, dtype: jnp.full(rows, value, dtype)
+    filters = Filters(fill(top_k, jnp.int32), fill(top_p, jnp.float32), fill(min_p, jnp.float32))
+    allowed = None if may is None else pack(may, rows)
+    options |= {"filters": filters if top_k or top_p < 1 or min_p else None, "allowed_BW": allowed}
+    return choose(logits, uniforms, fill(temperature, jnp.float32), vocab_size=vocab_size, **options)
+
+
 def sample_many(logits, num_samples, seed=0, **options):
     """Ids drawn from one row of logits with independent uniforms."""
     uniforms = jax.random.uniform(jax.random.key(seed), (num_samples, 2))
-    one = jax.jit(lambda u: choose_sampled(jnp.asarray(logits)[None], u[None], **options))
+    one = jax.jit(lambda u: choose_alike(jnp.asarray(logits)[None], u[None], **options))
     return jax.lax.map(one, uniforms, batch_size=500)
 
 
@@ -60,7 +84,7 @@ def test_banned_ids_are_never_drawn_and_the_models_own_probability_counts_them()
     may = ~np.isin(np.arange(70), [3, 40, 69])
     allowed = np.flatnonzero(may)
     logits[:70][~may] = 6.0  # more probable than any other
-    choice = sample_many(logits, 20_000, vocab_size=70, temperature=0.7, allowed_V=may)
+    choice = sample_many(logits, 20_000, vocab_size=70, temperature=0.7, may=may)
     tokens = np.asarray(choice.tokens).ravel()
     assert set(tokens) <= set(allowed)
     whole, cut = np.log(softmax(logits[:70] / 0.7)), np.full(70, -np.inf)
@@ -71,25 +95,26 @@ def test_banned_ids_are_never_drawn_and_the_models_own_probability_counts_them()
     assert abs(counts - np.exp(cut) * len(tokens)).max() < 5 * math.sqrt(len(tokens) * np.exp(cut).max())
 
     best = int(allowed[logits[allowed].argmax()])
-    greedy = choose_greedy(jnp.asarray(logits)[None], vocab_size=70, allowed_V=may)
+    greedy = choose_greedy(jnp.asarray(logits)[None], vocab_size=70, allowed_BW=pack(may))
     assert greedy.tokens.tolist() == [best]
     np.testing.assert_allclose(greedy.model_logprobs, np.log(softmax(logits[:70]))[best], atol=1e-5)
     # So cold that the probabilities of all others are 0 beside those that are banned.
-    cold = sample_many(logits, 10, vocab_size=70, temperature=1e-6, allowed_V=may, top_k=5, top_p=0.9)
+    cold = sample_many(logits, 10, vocab_size=70, temperature=1e-6, may=may, top_k=5, top_p=0.9)
     assert set(np.asarray(cold.tokens).ravel()) == {best} and np.isfinite(cold.model_logprobs).all()
 
 
 def test_nothing_changes_where_all_ids_may_be_chosen():
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((50, 77)), jnp.float32) * 3
     uniforms = jax.random.uniform(jax.random.key(0), (50, 2))
-    for choose in (
-        lambda may: choose_greedy(logits, vocab_size=70, allowed_V=may),
-        lambda may: choose_sampled(logits, uniforms, vocab_size=70, temperature=1.3, top_p=0.9, allowed_V=may),
+    for draw in (
+        lambda may: choose_greedy(logits, vocab_size=70, allowed_BW=None if may is None else pack(may, 50)),
+        lambda may: choose_alike(logits, uniforms, vocab_size=70, temperature=1.3, top_p=0.9, may=may),
     ):
-        before, after = choose(None), choose(np.ones(70, bool))
+        before, after = draw(None), draw(np.ones(70, bool))
         np.testing.assert_array_equal(before.tokens, after.tokens)
         np.testing.assert_array_equal(before.logprobs, after.logprobs)
         np.testing.assert_allclose(before.model_logprobs, after.model_logprobs, atol=1e-6)
+        np.testing.assert_allclose(before.kept_mass, after.kept_mass, rtol=1e-5)
 
 
 def test_every_uniform_gives_the_token_of_the_inverse_cumulative():
@@ -111,7 +136,7 @@ def test_impossible_tokens_are_never_chosen(first, second):
     for row, ids in enumerate(possible):
         logits[row, ids] = rng.standard_normal(len(ids)) * 5
     uniforms = np.tile(np.float32([first, second]), (64, 1))
-    choice = choose_sampled(jnp.asarray(logits), jnp.asarray(uniforms), vocab_size=1000, temperature=1.0)
+    choice = choose_alike(jnp.asarray(logits), jnp.asarray(uniforms), vocab_size=1000, temperature=1.0)
     for row, token in enumerate(np.asarray(choice.tokens)):
         assert token < 1000
         assert token in possible[row] or not (possible[row] < 1000).any()
@@ -137,8 +162,8 @@ def test_top_k_and_top_p_keep_what_sorting_keeps(top_k, top_p, tied):
     probs = softmax(logits / 1.3)
     kept_probs = np.where(expected, probs, 0) / np.where(expected, probs, 0).sum(-1, keepdims=True)
     seen = np.zeros_like(expected)
-    options = {"vocab_size": 256, "temperature": np.float32(1.3), "top_k": top_k, "top_p": np.float32(top_p)}
-    draw = jax.jit(lambda u: choose_sampled(jnp.asarray(logits), u, **options))
+    options = {"vocab_size": 256, "temperature": 1.3, "top_k": top_k, "top_p": top_p}
+    draw = jax.jit(lambda u: choose_alike(jnp.asarray(logits), u, **options))
     for uniforms in jax.random.uniform(jax.random.key(7), (200, 4, 2)):
         choice = draw(uniforms)
         tokens = np.asarray(choice.tokens)
@@ -147,6 +172,7 @@ def test_top_k_and_top_p_keep_what_sorting_keeps(top_k, top_p, tied):
         assert expected[rows, tokens].all()
         np.testing.assert_allclose(choice.logprobs, np.log(kept_probs[rows, tokens]), atol=3e-6)
         np.testing.assert_allclose(choice.model_logprobs, np.log(probs[rows, tokens]), atol=3e-6)
+        np.testing.assert_allclose(choice.kept_mass, (probs * expected).sum(-1), rtol=1e-5)
     assert seen[kept_probs > 0.1].all()
 
 
@@ -182,3 +208,64 @@ def test_a_row_draws_the_same_numbers_in_any_company():
     alone = jnp.concatenate([make_uniforms(keys[i : i + 1], positions[i : i + 1]) for i in range(5)])
     np.testing.assert_array_equal(together, alone)
     assert len(np.unique(together)) == 10
+
+
+def test_rows_of_every_kind_stand_in_one_batch():
+    """Each draws what it draws alone: greedy, of the whole distribution, and with each of the filters."""
+    logits = np.random.default_rng(8).standard_normal((7, 320)).astype(np.float32) * 3
+    uniforms = np.random.default_rng(9).random((7, 2)).astype(np.float32)
+    temperatures = [0, 1, 0.5, 1, 1, 2, 0]
+    settings = [{}, {}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7, "min_p": 0.01}, {}]
+    filters = Filters(
+        np.array([one.get("top_k", 0) for one in settings], np.int32),
+        np.array([one.get("top_p", 1) for one in settings], np.float32),
+        np.array([one.get("min_p", 0) for one in settings], np.float32),
+    )
+    together = choose(logits, uniforms, np.float32(temperatures), vocab_size=310, filters=filters, tops=4)
+    for row, (temperature, setting) in enumerate(zip(temperatures, settings, strict=True)):
+        own = slice(row, row + 1)
+        if temperature == 0:
+            alone = choose_greedy(logits[own], vocab_size=310, tops=4)
+            assert together.tokens[row] == logits[row, :310].argmax()
+        else:
+            options = {"vocab_size": 310, "temperature": temperature, "tops": 4, **setting}
+            alone = choose_alike(jnp.asarray(logits[own]), uniforms[own], **options)
+        for name in ("tokens", "logprobs", "model_logprobs", "kept_mass", "top_ids", "top_logprobs"):
+            np.testing.assert_allclose(getattr(together, name)[row], getattr(alone, name)[0], atol=2e-6, err_msg=name)
+
+
+def test_min_p_keeps_a_share_of_the_best():
+    logits = np.random.default_rng(3).standard_normal((1, 128)).astype(np.float32) * 2
+    choice = sample_many(logits[0], 4000, vocab_size=128, temperature=1.5, min_p=0.1)
+    probs = softmax(logits[0] / 1.5)
+    kept = np.flatnonzero(probs >= 0.1 * probs.max())
+    assert set(np.asarray(choice.tokens).ravel()) == set(kept) and len(kept) > 3
+    np.testing.assert_allclose(choice.kept_mass, probs[kept].sum(), rtol=1e-5)
+
+
+def test_edits_are_what_their_formulas_say():
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((3, 64)).astype(np.float32) * 2
+    counts = rng.integers(0, 3, (3, 50)).astype(np.int32)
+    prompt, stops = rng.random((3, 50)) < 0.2, rng.random((3, 50)) < 0.1
+    bias = rng.standard_normal((3, 50)).astype(np.float32)
+    repetition, presence, frequency = np.float32([1.3, 1, 0.7]), np.float32([0, 0.5, 0]), np.float32([0, 0.25, -0.4])
+    length, minimum = np.int32([3, 3, 3]), np.int32([0, 4, 3])
+    edits = Edits(bias, counts, prompt, stops, length, minimum, repetition, presence, frequency)
+    expected = np.float64(logits)
+    for row in range(3):
+        for i in range(50):
+            x = logits[row, i] + bias[row, i]
+            if counts[row, i] or prompt[row, i]:
+                x = x / repetition[row] if x > 0 else x * repetition[row]
+            x -= presence[row] * (counts[row, i] > 0) + frequency[row] * counts[row, i]
+            expected[row, i] = -1e38 if stops[row, i] and length[row] < minimum[row] else x
+    found = edits.apply(jnp.asarray(logits))
+    np.testing.assert_allclose(np.maximum(found, -1e38), expected, rtol=1e-5, atol=1e-5)
+    choice = choose_greedy(logits, vocab_size=50, edits=edits)
+    np.testing.assert_array_equal(choice.tokens, expected[:, :50].argmax(-1))
+    own = np.log(softmax(logits[:, :50]))[np.arange(3), choice.tokens]
+    np.testing.assert_allclose(choice.model_logprobs, own, atol=1e-5)  # the model's own, as no edit is part of it
+    after = jax.tree.map(jnp.asarray, edits).count(jnp.int32([7, -1, 7]))
+    np.testing.assert_array_equal(np.asarray(after.counts_BV)[:, 7] - counts[:, 7], [1, 0, 1])
+    np.testing.assert_array_equal(after.length, [4, 3, 4])

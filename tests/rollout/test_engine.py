@@ -1,59 +1,27 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from engine_checks import LENGTHS, check_model_logprobs, compute_all_logits, generate_in_torch, make_prompts
 
 from postrain.errors import UserError
 from postrain.models import cache as cache_lib
 from postrain.models import lora
 from postrain.models import params as params_lib
 from postrain.models.config import LoraConfig
-from postrain.models.transformer import compute_hidden, compute_hidden_cached, compute_logits, split_layers
-from postrain.rollout import sampler
-from postrain.rollout.sampler import SamplingParams, bucket, generate
+from postrain.models.transformer import compute_hidden, compute_hidden_cached, split_layers
+from postrain.rollout import programs, slots
+from postrain.rollout.engine import Engine
+from postrain.rollout.programs import bucket
+from postrain.rollout.requests import SamplingParams
+from postrain.rollout.weights import Weights
 from postrain.training.step import count_compilations
 
-LENGTHS = (1, 9, 2, 30, 17, 5)
 
-
-def make_prompts(lengths=LENGTHS, vocab_size=301, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
-
-
-def generate_in_torch(torch_model, prompt, max_new_tokens, stop_ids=()):
-    with torch.no_grad():
-        out = torch_model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else it hides ids equal to the padding's
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids) or None,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def compute_all_logits(params, config, tokens_BT):
-    positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden = compute_hidden(params, config, tokens_BT, jnp.ones_like(tokens_BT), positions)
-    return compute_logits(params, config, hidden)[..., : config.vocab_size]
-
-
-def check_model_logprobs(params, config, prompts, completions, temperature):
-    """They are log softmax(logits / temperature) by the forward that trains."""
-    tokens = np.zeros((len(prompts), 96), np.int32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens[row, : len(prompt) + len(completion.tokens)] = prompt + completion.tokens
-    logprobs = np.asarray(jax.nn.log_softmax(compute_all_logits(params, config, tokens) / temperature, axis=-1))
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        steps = len(prompt) - 1 + np.arange(len(completion.tokens))
-        np.testing.assert_allclose(completion.model_logprobs, logprobs[row, steps, completion.tokens], atol=1e-5)
+def generate(params, config, prompts, sampling=SamplingParams(), *, batch_size=32, **options):
+    return Engine(params, config, slots=batch_size).generate(prompts, sampling, **options)
 
 
 def test_greedy_is_what_transformers_generates(model):
@@ -102,7 +70,7 @@ def test_a_row_does_not_depend_on_its_batch(llama):
         prompts,
         sampling,
         batch_size=4,
-        on_token=lambda row, token: streamed[row].append(token),
+        until=lambda row: streamed[row].append,
     )
     assert [c.tokens for c in whole] == [c.tokens for c in one_each] == [c.tokens for c in four]
     assert list(streamed.values()) == [c.tokens for c in whole]
@@ -175,7 +143,8 @@ def test_stacked_layers_generate_the_same(model, monkeypatch):
     """On accelerators the layers stay stacked under a scan."""
     sampling = SamplingParams(temperature=1.0, max_new_tokens=20)
     split = generate(model.params, model.config, make_prompts(), sampling)
-    monkeypatch.setattr(sampler, "split_layers", lambda params, config: params)
+    monkeypatch.setattr(jax, "default_backend", lambda: "accelerator")
+    assert Weights(model.params, model.config, 0).tree is model.params
     stacked = generate(model.params, model.config, make_prompts(), sampling)
     assert [c.tokens for c in stacked] == [c.tokens for c in split]
 
@@ -186,29 +155,29 @@ def test_what_prompts_share_is_computed_once(llama, monkeypatch):
     prompts = [beginning + end for end in (*ends, ends[1], ends[1])] + [beginning]
     sampling = SamplingParams(temperature=1.0, max_new_tokens=15)
     apart = [generate(llama.params, llama.config, [prompt], SamplingParams(max_new_tokens=15))[0] for prompt in prompts]
-    slots, run_piece = [], sampler._prefill_piece
+    sizes, run_piece = [], programs.prefill
 
-    def run_counted(params, tokens, *args, **options):
-        slots.append(tokens.size)
-        return run_piece(params, tokens, *args, **options)
+    def run_counted(params, cache, tokens, *args, **options):
+        sizes.append(tokens.shape)
+        return run_piece(params, cache, tokens, *args, **options)
 
-    monkeypatch.setattr(sampler, "_prefill_piece", run_counted)
+    monkeypatch.setattr(programs, "prefill", run_counted)
     together = generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=15))
     assert [c.tokens for c in together] == [c.tokens for c in apart]
-    assert sum(slots) == 64 + 4 * 24  # 49 shared, 1 row; then 4 distinct rows of up to 20 more
+    assert sizes == [(1, 64), (4, 32)]  # of 49 shared ones whole blocks; then 4 distinct rows of up to 21 more
     sampled = generate(llama.params, llama.config, prompts, sampling)
     check_model_logprobs(llama.params, llama.config, prompts, sampled, 1.0)
     assert sampled[1].tokens != sampled[3].tokens != sampled[4].tokens
-    slots.clear()
+    sizes.clear()
     group = generate(llama.params, llama.config, [prompts[1]] * 6, sampling)
-    assert sum(slots) == 96
+    assert sizes == [(1, 128)]  # 69 of one of them
     check_model_logprobs(llama.params, llama.config, [prompts[1]] * 6, group, 1.0)
 
 
 def test_a_long_completion_outgrows_its_first_cache(llama, monkeypatch):
     prompts = make_prompts((200, 3, 140))
     with_room = generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=150))
-    monkeypatch.setattr(sampler, "GROWTH", 4)
+    monkeypatch.setattr(slots, "GROWTH", 4)
     assert [c.tokens for c in generate(llama.params, llama.config, prompts, SamplingParams(max_new_tokens=150))] == [
         c.tokens for c in with_room
     ]

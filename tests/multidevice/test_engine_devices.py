@@ -9,7 +9,8 @@ from odd_config import ODD_CONFIG
 
 from postrain.config import MeshConfig
 from postrain.models.params import axes_of, init_params, param_specs
-from postrain.rollout.sampler import SamplingParams, generate
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import SamplingParams
 from postrain.sharding import make_mesh, named_shardings
 from postrain.training.step import count_compilations
 
@@ -30,12 +31,12 @@ def test_generation_does_not_depend_on_the_mesh(mesh):
         SamplingParams(max_new_tokens=20),
         SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=20, banned_ids=banned),
     ):
-        expected = generate(params, CONFIG, prompts, sampling)
+        expected = Engine(params, CONFIG).generate(prompts, sampling)
         sharded = jax.device_put(params, named_shardings(axes_of(param_specs(CONFIG)), mesh, params))
-        out = generate(sharded, CONFIG, prompts, sampling)
+        out = Engine(sharded, CONFIG).generate(prompts, sampling)
         assert [c.tokens for c in out] == [c.tokens for c in expected]
         for completion, reference in zip(out, expected, strict=True):
             np.testing.assert_allclose(completion.model_logprobs, reference.model_logprobs, atol=1e-5)
         with count_compilations() as compiled:
-            generate(sharded, CONFIG, prompts[::-1], sampling)
+            Engine(sharded, CONFIG).generate(prompts[::-1], sampling)
         assert not compiled

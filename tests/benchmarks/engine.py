@@ -1,7 +1,7 @@
 """Generated tokens a second, side by side with transformers' ``generate`` on the same model and prompts.
 
-    python tests/benchmarks/generate.py --rounds 3            # prints a JSON line a run, then the medians
-    python tests/benchmarks/generate.py --rounds 3 --write    # and writes them into docs/benchmarks.md
+    python tests/benchmarks/engine.py --rounds 3            # prints a JSON line a run, then the medians
+    python tests/benchmarks/engine.py --rounds 3 --write    # and writes them into docs/benchmarks.md
 
 Each run is a process of its own; the sides take turns. 16 prompts of 32 tokens, 128 new tokens each, no stop id,
 float32 on CPU. A run generates WARM_UP times unmeasured (compilation), then REPEATS times, once in each way of
@@ -24,14 +24,15 @@ WAYS = {"greedy": (0.0, 1.0), "sampled": (1.0, 1.0), "top_p": (1.0, 0.9)}  # tem
 
 def make_postrain(folder: str, prompts: np.ndarray):
     from postrain.hf.load import load_pretrained
-    from postrain.rollout.sampler import SamplingParams, generate
+    from postrain.rollout.engine import Engine
+    from postrain.rollout.requests import SamplingParams
 
     config, params = load_pretrained(folder)
-    rows = prompts.tolist()
+    engine, rows = Engine(params, config, slots=ROWS), prompts.tolist()
 
     def run(temperature: float, top_p: float, seed: int) -> int:
         sampling = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=NEW, seed=seed)
-        return sum(len(completion.tokens) for completion in generate(params, config, rows, sampling))
+        return sum(len(completion.tokens) for completion in engine.generate(rows, sampling))
 
     return run, find_versions("jax")
 
