@@ -1,0 +1,252 @@
+"""A JSON schema, checked and rewritten for the library that compiles it, so that nothing of it is lost in silence.
+
+The library refuses standard keywords that it does not know, but passes over misspelt ones, and keeps some to the
+letter of its own reading: whole numbers beyond 2**53 are rounded, a key may be written twice, patterns are Rust's,
+``format: date`` has a 30th of February's neighbours. What comes out of ``prepare_schema`` has none of that.
+"""
+
+import difflib
+import json
+import re
+from typing import Any
+
+from postrain.rollout.constraints import WrongConstraint
+from postrain.rollout.constraints.patterns import translate
+
+KIND = "json_schema"
+# White space between tokens of JSON, so long that indentation fits and no model goes on with it for ever.
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+# Control characters that JSON has short escapes for are written with them; \u would give a key a second spelling.
+OPTIONS = {"whitespace_pattern": WHITE_SPACE, "json_allowed_escapes": 'nrbtf\\"'}
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\ud800-\udfff]")
+_LARGEST = 2**53
+
+_ANNOTATIONS = frozenset(
+    "title description default examples deprecated readOnly writeOnly $comment contentMediaType contentEncoding".split()
+)
+_SCHEMAS = frozenset(("items", "additionalProperties"))
+_LISTS = frozenset(("anyOf", "allOf", "oneOf", "prefixItems"))
+_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
+_COUNTS = frozenset("minItems maxItems minProperties maxProperties minLength maxLength".split())
+_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+_OTHERS = frozenset(("type", "const", "enum", "$ref", "required", "pattern", "format"))
+KEYWORDS = _SCHEMAS | _LISTS | _MAPS | _NUMBERS | _COUNTS | _OTHERS
+
+_YEAR = "(?:[1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAYS = (
+    "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8])"
+)
+_DATE = f"(?:{_YEAR}-(?:{_DAYS})|{_LEAP_YEAR}-02-29)"
+_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
+_LIBRARY_FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+
+
+def prepare_schema(schema: Any) -> Any:
+    """The schema in the library's words, draft 2020-12, annotations left out.
+
+    Raises WrongConstraint with the place of what is misspelt, not supported or contradicts itself, as a JSON pointer.
+    """
+    try:
+        schema = json.loads(json.dumps(schema, allow_nan=False))
+    except (TypeError, ValueError) as e:
+        raise WrongConstraint(KIND, f"expected a JSON schema, found what is not JSON: {e}") from None
+    if isinstance(schema, dict):
+        schema = _take_header(schema)
+    places: dict[str, Any] = {}
+    references: list[tuple[str, str]] = []
+    prepared = _prepare(schema, "#", places, references)
+    for place, reference in references:
+        if reference not in places:
+            raise WrongConstraint(
+                KIND, f"{place}: expected the place of a schema in this one, such as #/$defs/name; found {reference!r}"
+            )
+    _check_can_end(places)
+    return prepared
+
+
+def _take_header(schema: dict) -> dict:
+    """The schema without the keys that its root alone may have."""
+    draft = schema.get("$schema", "https://json-schema.org/draft/2020-12/schema")
+    if not isinstance(draft, str) or not re.fullmatch(r"https?://json-schema\.org/(draft[-/][\w-]+/)?schema#?", draft):
+        raise WrongConstraint(KIND, f"#/$schema: expected a draft of json-schema.org, found {draft!r}")
+    return {key: value for key, value in schema.items() if key not in ("$schema", "$id", "id")}
+
+
+def _prepare(node: Any, place: str, places: dict[str, Any], references: list[tuple[str, str]]) -> Any:
+    """``node`` and what is below it, each noted under its place."""
+    places[place] = node
+    if isinstance(node, bool):
+        return node
+    if not isinstance(node, dict):
+        raise WrongConstraint(KIND, f"{place}: expected a schema (an object, true or false), found {node!r:.40}")
+    prepared: dict[str, Any] = {}
+    places[place] = prepared
+    for key, value in node.items():
+        here = f"{place}/{_escape(key)}"
+        below = lambda part, one, here=here: _prepare(one, f"{here}/{_escape(str(part))}", places, references)
+        if key in _ANNOTATIONS or (key.startswith("x-") and key != "x-guidance"):
+            continue
+        if key == "items" and isinstance(value, list):
+            _check(here, "prefixItems" not in node, "a list beside prefixItems", "one of the two")
+            prepared["prefixItems"] = [below(i, one) for i, one in enumerate(value)]
+        elif key == "additionalItems" and isinstance(node.get("items"), list):
+            prepared["items"] = _prepare(value, here, places, references)
+        elif key in _SCHEMAS:
+            prepared[key] = _prepare(value, here, places, references)
+        elif key in _LISTS:
+            _check(here, isinstance(value, list) and value, value, "a list of schemas")
+            prepared[key] = [below(i, one) for i, one in enumerate(value)]
+        elif key in _MAPS:
+            _check(here, isinstance(value, dict), value, "an object of schemas")
+            written = _write_key if key == "properties" else _write_pattern if key == "patternProperties" else None
+            prepared[key] = {
+                written(name, f"{here}/{_escape(name)}") if written else name: below(name, one)
+                for name, one in value.items()
+            }
+        elif key in _NUMBERS and isinstance(value, bool) and key.startswith("exclusive"):
+            continue  # draft 4: below, with the bound that it is about
+        elif key == "$ref":
+            _check(here, isinstance(value, str), value, "a text such as #/$defs/name")
+            references.append((here, value))
+            prepared[key] = value
+        elif key in KEYWORDS:
+            _check_value(key, value, here)
+            prepared[key] = value
+        else:
+            near = difflib.get_close_matches(key, KEYWORDS, 1)
+            raise WrongConstraint(
+                KIND, f"{here}: this keyword is not supported: {f'write {near[0]}' if near else 'leave it out'}"
+            )
+    _move_exclusive(node, prepared)
+    _check_key_count(prepared, place)
+    _move_patterns(prepared, place)
+    return prepared
+
+
+def _check(place: str, holds, found: Any, expected: str) -> None:
+    if not holds:
+        raise WrongConstraint(KIND, f"{place}: expected {expected}, found {found!r:.60}")
+
+
+def _check_value(key: str, value: Any, place: str) -> None:
+    if key in _NUMBERS:
+        _check(place, isinstance(value, (int, float)) and not isinstance(value, bool), value, "a number")
+        _check_representable(value, place)
+    elif key in _COUNTS:
+        _check(place, isinstance(value, int) and not isinstance(value, bool) and value >= 0, value, "a whole number")
+    elif key == "type":
+        names = value if isinstance(value, list) else [value]
+        _check(place, names and all(name in _TYPES for name in names), value, f"one of {', '.join(_TYPES)}, or a list")
+    elif key == "const":
+        _check_representable(value, place)
+    elif key == "enum":
+        _check(place, isinstance(value, list) and value, value, "a list of values")
+        _check_representable(value, place)
+    elif key == "required":
+        _check(place, isinstance(value, list) and all(isinstance(one, str) for one in value), value, "a list of names")
+        for name in value:
+            _write_key(name, place)
+    elif key == "format":
+        known = (*_FORMATS, *_LIBRARY_FORMATS)
+        _check(place, value in known, value, f"one of {', '.join(known)}")
+
+
+def _check_representable(value: Any, place: str) -> None:
+    """Refuses what would come out as another value: the library has numbers in float64."""
+    if isinstance(value, (list, dict)):
+        for key, one in enumerate(value) if isinstance(value, list) else value.items():
+            _check_representable(one, f"{place}/{_escape(str(key))}")
+            if isinstance(key, str):
+                _write_key(key, place)
+    elif isinstance(value, str):
+        _write_key(value, place)
+    elif isinstance(value, int):
+        _check(place, abs(value) <= _LARGEST, value, f"a whole number up to 2**53 ({_LARGEST})")
+
+
+def _write_key(text: str, place: str) -> str:
+    if found := _UNWRITABLE.search(text):
+        raise WrongConstraint(KIND, f"{place}: expected text without control characters, found {found.group()!r}")
+    return text
+
+
+def _write_pattern(pattern: str, place: str) -> str:
+    return f"^(?:{translate(pattern, f'{KIND}: {place}', search=True)})$"
+
+
+def _move_exclusive(node: dict, prepared: dict) -> None:
+    """``exclusiveMinimum: true`` of draft 4 makes the bound beside it exclusive."""
+    for side in ("Minimum", "Maximum"):
+        bound = side.lower()
+        if node.get(f"exclusive{side}") is True and bound in prepared:
+            prepared[f"exclusive{side}"] = prepared.pop(bound)
+
+
+def _check_key_count(node: dict, place: str) -> None:
+    """Keys beyond ``properties`` may be written twice, which is one key: a count that needs two of them may fail."""
+    named = set(node.get("required", ())) | set(node.get("properties", ()))
+    is_open = node.get("additionalProperties", True) is not False or "patternProperties" in node
+    if is_open and node.get("minProperties", 0) > len(set(node.get("required", ()))) + 1:
+        raise WrongConstraint(
+            KIND,
+            f"{place}/minProperties: expected at most {len(set(node.get('required', ()))) + 1} here, found "
+            f"{node['minProperties']}: a key that is not named may be written twice, which counts once; name the keys "
+            f"under properties and required{' and set additionalProperties to false' if named else ''}",
+        )
+
+
+def _move_patterns(node: dict, place: str) -> None:
+    """Patterns and dates in the library's dialect; both of one node as ``allOf``."""
+    patterns = []
+    if "pattern" in node:
+        pattern = node.pop("pattern")
+        _check(f"{place}/pattern", isinstance(pattern, str), pattern, "a text")
+        patterns.append(_write_pattern(pattern, f"{place}/pattern"))
+    if node.get("format") in _FORMATS:
+        patterns.append(f"^{_FORMATS[node.pop('format')]}$")
+    if patterns:
+        node["pattern"] = patterns[0]
+    if len(patterns) == 2:
+        node["allOf"] = [*node.get("allOf", ()), {"pattern": patterns[1]}]
+
+
+def _check_can_end(places: dict[str, Any]) -> None:
+    """Refuses a schema that leads back to itself with no way out: every text of it would go on for ever."""
+    ending: set[str] = set()
+    before = -1
+    while before < len(ending):
+        before = len(ending)
+        ending |= {place for place, node in places.items() if place not in ending and _ends(node, places, ending)}
+    if "#" not in ending:
+        raise WrongConstraint(KIND, "no value satisfies it: every one would need another of its own kind inside")
+
+
+def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
+    """Whether some value of ``node`` is finite, by those of its parts that are known to be."""
+    if isinstance(node, bool):
+        return node
+    unknown = {id(other) for place, other in places.items() if place not in ending}
+    ends = lambda part: part if isinstance(part, bool) else id(part) not in unknown
+    if "$ref" in node and node["$ref"] not in ending:
+        return False
+    if not all(map(ends, node.get("allOf", ()))):
+        return False
+    if not all(any(map(ends, node[key])) for key in ("anyOf", "oneOf") if key in node):
+        return False
+    types = node.get("type", _TYPES)
+    types = {types} if isinstance(types, str) else set(types)
+    if "const" in node or "enum" in node or types - {"array", "object"}:
+        return True
+    least = node.get("minItems", 0)
+    items = [*node.get("prefixItems", ()), *[node.get("items", True)] * least][:least]
+    others = node.get("additionalProperties", True)
+    members = [node.get("properties", {}).get(name, others) for name in node.get("required", ())]
+    return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))
+
+
+def _escape(key: str) -> str:
+    """A key as part of a JSON pointer."""
+    return key.replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,91 @@
+"""The bytes that each token stands for, read from the tokenizer's own decoder.
+
+Decoding a sequence is then joining bytes, which is what makes a constraint on text one on ids. Tokenizers differ in
+one more thing: some strip the first space of a text, so that their first token has a byte less (``strips_space``).
+"""
+
+import json
+from typing import NamedTuple
+
+from postrain.data.rendering.tokenizer import Tokenizer
+from postrain.rollout.constraints import WrongConstraint
+
+
+class TokenBytes(NamedTuple):
+    """``texts[i]``: the bytes of id i, b"" where it is no text: ``special`` ones, and ids that are no tokens.
+
+    ``special``: id -> name of the tokens that are never text: those that only a template may write, and stop tokens.
+    ``strips_space``: whether decoding leaves out the space that a text begins with.
+    """
+
+    texts: tuple[bytes, ...]
+    special: dict[int, str]
+    strips_space: bool
+
+
+def read_token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    """The bytes of all ids below ``tokenizer.vocab_size``. Raises WrongConstraint for a decoder that is not known."""
+    decoder = json.loads(tokenizer.fast.to_str())["decoder"]
+    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
+    spell, strips_space = _read_decoder(steps, tokenizer)
+    named = {token.content for token in tokenizer.fast.get_added_tokens_decoder().values() if token.special}
+    names = {*tokenizer.control_tokens, *named}
+    special, texts = {}, [b""] * tokenizer.vocab_size
+    for name, i in tokenizer.fast.get_vocab(with_added_tokens=True).items():
+        if name in names or i in tokenizer.stop_ids:
+            special[i] = name
+        else:
+            texts[i] = spell(name)
+    return TokenBytes(tuple(texts), special, strips_space)
+
+
+def _read_decoder(steps: list, tokenizer: Tokenizer):
+    """(token -> bytes, whether the first space is stripped) of a decoder's steps."""
+    kinds = [step["type"] if step else "none" for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _spell_byte_level, False
+    replacements, strips_space, falls_back = [], False, False
+    for kind, step in zip(kinds, steps, strict=True):
+        if kind == "Replace" and "String" in step["pattern"]:
+            replacements.append((step["pattern"]["String"], step["content"]))
+        elif kind == "Metaspace":
+            replacements.append((step["replacement"], " "))
+            strips_space = step.get("prepend_scheme", "always") != "never"
+        elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0) and "Fuse" in kinds:
+            strips_space = True
+        elif kind == "ByteFallback":
+            falls_back = True
+        elif kind != "Fuse":
+            raise WrongConstraint(
+                "tokenizer",
+                f"{tokenizer.folder}/tokenizer.json has the decoder {' + '.join(kinds)}: expected ByteLevel, or "
+                "Replace, Metaspace, ByteFallback, Fuse and a Strip of one space; without it the bytes of tokens are "
+                "not known, and text cannot be constrained",
+            )
+
+    def spell(name: str) -> bytes:
+        if falls_back and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+            return bytes([int(name[3:5], 16)])
+        for old, new in replacements:
+            name = name.replace(old, new)
+        return name.encode()
+
+    return spell, strips_space
+
+
+def _spell_byte_level(name: str) -> bytes:
+    """A token of a byte-level vocabulary; an added one with other characters is written as it is."""
+    try:
+        return bytes(_BYTES[character] for character in name)
+    except KeyError:
+        return name.encode()
+
+
+def _make_byte_characters() -> dict[str, int]:
+    """The printable characters that byte-level vocabularies write for the 256 bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _make_byte_characters()

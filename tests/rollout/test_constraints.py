@@ -1,0 +1,454 @@
+"""Whatever is drawn under a constraint is a text of its language, and what cannot be kept is refused by name."""
+
+import decimal
+import gc
+import json
+import re
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+from constrained_samples import check_value, make_schema, sample
+from real_tokenizers import get_tokenizer_folder
+from tiny_models import make_tiny_tokenizer
+
+from postrain.data.rendering.tokenizer import load_tokenizer
+from postrain.errors import UserError
+from postrain.rollout.constraints import WrongConstraint, pack_ids, unpack_ids
+from postrain.rollout.constraints.compile import compile_constraint
+from postrain.rollout.constraints.token_bytes import read_token_bytes
+
+# A byte-level vocabulary, sentencepiece's with bytes to fall back on, and the same with a space that decoding strips.
+REAL = ("qwen3", "gemma3", "phi3")
+OTHERS = ("qwen3_5", "llama3", "gptoss", "deepseek_v3", "mistral_nemo", "smollm3", "granite3_3", "mistral_small")
+EVERY = [*REAL, "llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name != "llama3")]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """256 bytes and four special tokens: a text is as many ids as it has bytes."""
+    return load_tokenizer(make_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def real():
+    loaded = {}
+
+    def load(name):
+        if name not in loaded:
+            loaded[name] = load_tokenizer(get_tokenizer_folder(name))
+        return loaded[name]
+
+    return load
+
+
+def accepts(make, tokenizer, text):
+    """Whether the ids of ``text``, and then a stop id, are allowed one after the other."""
+    constraint = make()
+    for token in [*tokenizer.encode_text(text), min(tokenizer.stop_ids)]:
+        if token not in unpack_ids(constraint.allowed()):
+            return False
+        constraint.advance(token)
+    return constraint.is_done() and not constraint.allowed().any()
+
+
+def check_schemas(tokenizer, rng, count, **limits):
+    """``count`` random schemas, a text of each: JSON of the schema, which is accepted when it is written anew too."""
+    done = refused = 0
+    while done < count:
+        schema = make_schema(rng)
+        try:
+            make = compile_constraint({"json_schema": schema}, tokenizer)
+        except WrongConstraint as e:
+            assert "satisf" in str(e), (str(e), schema)
+            refused += 1
+            continue
+        text = tokenizer.decode(sample(make(), tokenizer, rng, **limits))
+        value = json.loads(text)
+        check_value(value, schema)
+        again = json.dumps(value, ensure_ascii=False)
+        if not re.search(r"[0-9]e|Infinity", again):  # bounded numbers are written without exponents
+            assert accepts(make, tokenizer, again), (again, schema)
+        done += 1
+    assert refused < count / 4
+
+
+def test_random_schemas_of_bytes(tiny):
+    check_schemas(tiny, np.random.default_rng(0), 400)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_random_schemas_of_real_tokens(real, name):
+    check_schemas(real(name), np.random.default_rng(1), 12, soft_limit=12)
+
+
+@pytest.mark.slow
+def test_ten_thousand_schemas(tiny, real):
+    check_schemas(tiny, np.random.default_rng(2), 9_000)
+    check_schemas(real("phi3"), np.random.default_rng(3), 700)
+    for name in (*REAL, *OTHERS):
+        check_schemas(real(name), np.random.default_rng(4), 30, soft_limit=12)
+
+
+REGEXES = [
+    r"\d{3}-(?:foo|bar)",
+    r"^[A-Z][a-z]*( [A-Z][a-z]*){0,2}$",
+    r"\w+\s\S+",
+    r"[^\W\d_]{2,5}",
+    r"(?i)yes|no",
+    r"(?i:[a-c]x)[^a-c]",
+    r"a*?b+",
+    r"[a&&b]{1,3}[[]",
+    r"(?s).{0,3}\n.",
+    r".{2}|\.",
+    r"\D\W",
+    r"(?x) a  b # comment",
+    r"[\x00-\U0010FFFF&&[^x]]?",
+    "[\\]\\-/\"'é日😀]{1,4}",
+    r"()|x",
+    r"(?:^a|b$)",
+    r"\Aa|\Z",
+]
+
+
+@pytest.mark.parametrize("pattern", REGEXES)
+def test_regular_expressions_are_pythons(tiny, pattern):
+    rng = np.random.default_rng(0)
+    make = compile_constraint({"regex": pattern}, tiny)
+    texts = {tiny.decode(sample(make(), tiny, rng)) for _ in range(25)}
+    for text in texts:
+        with warnings.catch_warnings(action="ignore"):  # of sets that a later re may read otherwise
+            assert re.fullmatch(pattern, text), text
+
+
+@pytest.mark.parametrize("pattern", ["^a|b$", "a|b", "^a", "b$", "^(?:a$|b)", r"^$", r"\d", "(?s)a.b"])
+def test_patterns_of_a_schema_are_searched_for(tiny, pattern):
+    schema = {"type": "string", "pattern": pattern, "maxLength": 3}
+    make = compile_constraint({"json_schema": schema}, tiny)
+    texts = ["", "a", "b", "ab", "ba", "xa", "bx", "xax", "x", "1", "a\nb", "ab\n", "\nb"]
+    for text in texts:
+        # `$` is the end of the text here; in Python also before a last line break
+        assert accepts(make, tiny, json.dumps(text)) == bool(re.search(pattern.replace("$", r"\Z"), text)), text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [
+        ("(a", "not a regular expression"),
+        (r"\p{L}", "not a regular expression"),
+        ("a++b", "possessive"),
+        ("(?>a)b", "atomic"),
+        ("(?=a)b", "look-ahead"),
+        ("(?<!a)b", "negative look"),
+        (r"(a)\1", "back-reference"),
+        (r"a\bc", "boundary"),
+        ("a^b", "boundary"),
+        ("(?m)^a$", "flag m"),
+        ("(?i)é", "flag i"),
+        ("(?i)[^a]", "flag i"),
+        ("\ud800", "surrogate"),
+        ("", "expected a text"),
+        (3, "expected a text"),
+    ],
+)
+def test_regular_expressions_that_cannot_be_kept(tiny, pattern, what):
+    with pytest.raises(WrongConstraint, match=what):
+        compile_constraint({"regex": pattern}, tiny)
+
+
+CHOICES = ["yes", " no", "maybe é", 'a "quoted" \\ text\n', "日本語", "😀", "</think>", "/* */", "Yes", "y\u0000"]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_choices_of_every_tokenizer(real, name):
+    """Each comes out as it was written, by whatever tokens, and as the tokenizer splits it."""
+    tokenizer, rng = real(name), np.random.default_rng(0)
+    make = compile_constraint({"choice": CHOICES}, tokenizer)
+    found = {tokenizer.decode(sample(make(), tokenizer, rng)) for _ in range(20)}
+    assert found <= set(CHOICES) and len(found) > 3
+    for text in CHOICES:
+        assert accepts(make, tokenizer, text), text
+    assert (
+        not accepts(make, tokenizer, "ye") and not accepts(make, tokenizer, "no") and not accepts(make, tokenizer, "")
+    )
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bytes_of_tokens_are_what_decoding_gives(real, name):
+    tokenizer, rng = real(name), np.random.default_rng(0)
+    tokens = read_token_bytes(tokenizer)
+    texts = np.array([i for i, text in enumerate(tokens.texts) if text])
+    assert not np.isin(texts, list(tokens.special)).any()
+    assert len(texts) + len(tokens.special) == len(tokenizer.ids)
+    for _ in range(300):
+        ids = rng.choice(texts, 4)
+        joined = b"".join(tokens.texts[i] for i in ids)
+        joined = joined.removeprefix(b" ") if tokens.strips_space else joined
+        try:
+            assert tokenizer.decode(ids) == joined.decode()
+        except UnicodeDecodeError:  # a part of a character: decoders differ in how many marks they write for it
+            assert "\ufffd" in tokenizer.decode(ids)
+    assert set(tokenizer.control_tokens.values()) <= {*tokens.special} and tokenizer.stop_ids <= {*tokens.special}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_special_tokens_and_ids_that_are_none_never_come(real, name):
+    """Not where any text may come, nor of a model with more rows than the tokenizer has tokens."""
+    tokenizer = real(name)
+    size = tokenizer.vocab_size + 77
+    for spec in ({"regex": r"(?s).*"}, {"grammar": "start: /(?s:.*)/"}, {"grammar": 'start: A\nA: ~"x"'}):
+        constraint = compile_constraint(spec, tokenizer, vocab_size=size)()
+        words = constraint.allowed()
+        assert words.dtype == np.uint32 and words.shape == (-(-size // 32),)
+        allowed = unpack_ids(words)
+        special = list(set(read_token_bytes(tokenizer).special) - tokenizer.stop_ids)
+        assert len(allowed) > 0.9 * tokenizer.vocab_size - len(special)
+        assert not np.isin(special, allowed).any() and np.isin(list(tokenizer.stop_ids), allowed).all()
+        assert np.isin(allowed, list(tokenizer.ids)).all()
+
+
+def test_a_grammar_may_name_a_special_token(real):
+    tokenizer = real("phi3")
+    grammar = 'start: "call" <|system|> %json {"type": "integer", "minimum": 10, "maximum": 99}'
+    make = compile_constraint({"grammar": grammar}, tokenizer)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        text = tokenizer.decode(sample(make(), tokenizer, rng))
+        assert re.fullmatch(r"call<\|system\|>\d\d", text)
+
+
+def test_decimals(tiny):
+    """Multiples and bounds are of the number as it is written, not as a float rounds it."""
+    rng = np.random.default_rng(0)
+    schema = {"type": "number", "multipleOf": 0.01, "minimum": -0.3, "exclusiveMaximum": 12.345}
+    make = compile_constraint({"json_schema": schema}, tiny)
+    for _ in range(60):
+        value = decimal.Decimal(tiny.decode(sample(make(), tiny, rng)))
+        assert value % decimal.Decimal("0.01") == 0
+        assert decimal.Decimal("-0.3") <= value < decimal.Decimal("12.345")
+
+
+def test_dates_of_leap_years(tiny):
+    make = compile_constraint({"json_schema": {"type": "string", "format": "date"}}, tiny)
+    for date, exists in (("2024-02-29", True), ("2000-02-29", True), ("2023-02-29", False), ("1900-02-29", False)):
+        assert accepts(make, tiny, f'"{date}"') == exists
+    for date in ("2024-04-31", "2024-13-01", "0000-01-01", "2024-1-1", "2024-02-30"):
+        assert not accepts(make, tiny, f'"{date}"')
+
+
+def test_a_key_has_one_spelling(tiny):
+    """Under another one it would be a key of its own for the grammar, and the same one for who reads the JSON."""
+    schema = {"type": "object", "properties": {'q"\n': {"type": "integer"}}, "additionalProperties": {"type": "null"}}
+    make = compile_constraint({"json_schema": schema}, tiny)
+    assert accepts(make, tiny, '{"q\\"\\n": 1, "other": null}')
+    for text in (
+        '{"q\\u0022\\n": null}',
+        '{"q\\"\\u000a": null}',
+        '{"q\\"\\n": null}',
+        '{"q\\"\\n": 1, "q\\"\\n": null}',
+    ):
+        assert not accepts(make, tiny, text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "object", "properties": {"age": {"minimun": 3}}}, "#/properties/age/minimun: .*write minimum"),
+        ({"not": {"type": "null"}}, "#/not: this keyword is not supported"),
+        ({"type": "array", "uniqueItems": True}, "#/uniqueItems"),
+        ({"type": "array", "contains": {}}, "#/contains"),
+        ({"if": {}, "then": {}}, "#/if"),
+        ({"dependentRequired": {}}, "#/dependentRequired"),
+        ({"propertyNames": {}}, "#/propertyNames"),
+        ({"unevaluatedProperties": False}, "#/unevaluatedProperties"),
+        ({"nullable": True, "type": "string"}, "#/nullable"),
+        ({"x-guidance": {"lenient": True}, "not": {}}, "#/x-guidance"),
+        ({"items": [{}], "prefixItems": [{}]}, "#/items"),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "items": {}, "additionalItems": False},
+            "additionalItems",
+        ),
+        ({"$schema": "https://example.org/mine"}, r"#/\$schema"),
+        ({"properties": {"a": {"$id": "b"}}}, r"#/properties/a/\$id"),
+        ({"$anchor": "a"}, r"#/\$anchor"),
+        ({"type": "string", "format": "iri"}, "#/format: expected one of date"),
+        ({"type": "string", "format": "unknown"}, "#/format"),
+        ({"type": "strin"}, "#/type: expected one of null"),
+        ({"type": []}, "#/type"),
+        ({"const": 2**53 + 1}, "#/const: .*9007199254740993"),
+        ({"enum": [{"a": [-(2**60)]}]}, "#/enum/0/a/0"),
+        ({"type": "integer", "maximum": 2**70}, "#/maximum"),
+        ({"type": "integer", "minimum": "3"}, "#/minimum: expected a number, found '3'"),
+        ({"type": "string", "minLength": -1}, "#/minLength"),
+        ({"type": "string", "maxLength": True}, "#/maxLength"),
+        ({"enum": []}, "#/enum"),
+        ({"anyOf": []}, "#/anyOf"),
+        ({"properties": []}, "#/properties"),
+        ({"required": "a"}, "#/required"),
+        ({"properties": {"a\x01": {}}}, "control characters"),
+        ({"const": "\x7f\x1b"}, "control characters"),
+        ({"const": "\ud800"}, "control characters|not JSON"),
+        ({"type": "string", "pattern": "(?=a)"}, "#/pattern: .*look-ahead"),
+        ({"patternProperties": {"(": {}}}, "patternProperties.*not a regular expression"),
+        ({"type": "object", "minProperties": 2}, "#/minProperties: .*written twice"),
+        ({"$ref": "#/$defs/b", "$defs": {"a": {}}}, r"#/\$ref: .*found '#/\$defs/b'"),
+        ({"$ref": "https://example.org/s.json"}, r"#/\$ref"),
+        ({"$ref": "#/default", "default": {"type": "string"}}, r"#/\$ref"),
+        ({"oneOf": [{"type": "string"}, {"minLength": 3}]}, "oneOf must exclude each other"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
+        ({"type": "integer", "minimum": float("nan")}, "not JSON"),
+        ({"$ref": "#"}, "no value satisfies"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value satisfies"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "no value satisfies"),
+        (False, "no value satisfies"),
+        (3, "expected a schema"),
+        ({"items": 3}, "#/items: expected a schema"),
+    ],
+)
+def test_schemas_that_cannot_be_kept(tiny, schema, message):
+    with pytest.raises(WrongConstraint, match=message) as found:
+        compile_constraint({"json_schema": schema}, tiny)
+    assert isinstance(found.value, UserError) and "\n" not in str(found.value)
+    assert str(found.value).startswith("json_schema")
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (True, ["3", "null"], [""]),
+        ({"type": "integer", "minimum": 3, "exclusiveMinimum": True}, ["4"], ["3"]),
+        ({"items": [{"type": "null"}], "additionalItems": False, "type": "array"}, ["[]", "[null]"], ["[null,1]"]),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "$id": "x", "type": "null"}, ["null"], ["1"]),
+        ({"type": "array", "items": {"$ref": "#"}}, ["[]", "[[],[[]]]"], ["[1]"]),
+        ({"type": "string", "pattern": "^2", "format": "date"}, ['"2024-01-31"'], ['"1999-01-01"', '"2x"']),
+        ({"properties": {"a/b": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"const": 1}}}, ['{"a/b":1}'], ['{"a/b":2}']),
+        ({"type": "string", "maxLength": 2}, ['"😀é"', '"\\n"'], ['"abc"']),
+        ({"examples": [1], "default": 2, "deprecated": True, "const": None}, ["null"], ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_schemas_of_earlier_drafts_and_their_corners(tiny, schema, good, bad):
+    make = compile_constraint({"json_schema": schema}, tiny)
+    assert [text for text in good if not accepts(make, tiny, text)] == []
+    assert [text for text in bad if accepts(make, tiny, text)] == []
+
+
+def test_json_objects(tiny):
+    rng = np.random.default_rng(0)
+    make = compile_constraint({"json_object": True}, tiny)
+    for _ in range(30):
+        assert isinstance(json.loads(tiny.decode(sample(make(), tiny, rng))), dict)
+    assert not accepts(make, tiny, "[]") and accepts(make, tiny, '{\n  "a": [1.5e3, {}]\n}')
+
+
+def test_white_space_does_not_go_on_for_ever(tiny):
+    make = compile_constraint({"json_object": True}, tiny)
+    assert accepts(make, tiny, "{" + " " * 64 + "}") and not accepts(make, tiny, "{" + " " * 65 + "}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "expected one of json_schema"),
+        ({"json": {}}, r"found \['json'\]"),
+        ({"regex": "a", "choice": ["a"]}, "expected one of"),
+        ("json_object", "expected one of"),
+        ({"json_object": False}, "json_object: expected true"),
+        ({"regex": re.compile("a")}, "expected what JSON can hold"),
+        ({"choice": []}, "choice: expected a list of one text or more"),
+        ({"choice": "ab"}, "expected a list"),
+        ({"choice": [1]}, "expected a list"),
+        ({"choice": ["a", ""]}, "choice 1 is empty"),
+        ({"choice": ["no", "yes please", "yes"]}, r"choice 2 \('yes'\) is the beginning of choice 1"),
+        ({"choice": ["a", "b", "a"]}, r"choice 0 \('a'\) is the beginning of choice 2"),
+        ({"choice": ["a", "\ud800"]}, "choice 1 has half of a surrogate pair"),
+        ({"grammar": "start: nothing"}, "grammar: cannot be compiled: unknown name"),
+        ({"grammar": "start: <[5]>"}, "ids of tokens"),
+        ({"grammar": "start: <|nothing|>"}, "grammar: cannot be compiled"),
+        ({"grammar": "start: a\na[temperature=0.7]: /x/"}, "temperature= of a rule"),
+        ({"grammar": 'start: a "y"\na[stop="x"]: /.*/'}, "stop= of a rule"),
+        ({"grammar": 'start: %json {"minimun": 3}'}, "#/minimun"),
+        ({"grammar": "start: %json {"}, "expected a JSON schema after %json"),
+        ({"grammar": 3}, "expected a text"),
+    ],
+)
+def test_constraints_that_cannot_be(tiny, spec, message):
+    with pytest.raises(WrongConstraint, match=message):
+        compile_constraint(spec, tiny)
+
+
+def test_a_tokenizer_whose_decoder_is_not_known(real):
+    import tokenizers
+
+    tokenizer = real("phi3")
+    fast = tokenizers.Tokenizer.from_str(tokenizer.fast.to_str())
+    fast.decoder = tokenizers.decoders.WordPiece()
+    other = load_tokenizer(get_tokenizer_folder("phi3"))
+    other.fast = fast
+    with pytest.raises(WrongConstraint, match="decoder WordPiece: expected ByteLevel"):
+        compile_constraint({"choice": ["a"]}, other)
+
+
+def test_ids_that_are_not_allowed_are_refused(tiny):
+    make = compile_constraint({"choice": ["ab", "cd"]}, tiny)
+    [a], [b], [c] = (tiny.encode_text(text) for text in "abc")
+    [stop] = tiny.stop_ids
+    for wrong in (b, stop, -1, tiny.vocab_size):
+        with pytest.raises(ValueError, match=f"id {wrong}"):
+            make().advance(wrong)
+    constraint = make()
+    constraint.advance(a)
+    with pytest.raises(ValueError, match="is not allowed"):
+        constraint.advance(c)
+    constraint = make()
+    for token in (a, b, stop):
+        assert not constraint.is_done()
+        constraint.advance(token)
+    assert constraint.is_done() and not constraint.allowed().any()
+    with pytest.raises(ValueError, match="after the end"):
+        constraint.advance(stop)
+
+
+def test_sequences_do_not_share_their_state(tiny):
+    make = compile_constraint({"choice": ["ab", "cd"]}, tiny)
+    first, second = make(), make()
+    first.advance(tiny.encode_text("a")[0])
+    assert unpack_ids(first.allowed()).tolist() == tiny.encode_text("b")
+    assert sorted(unpack_ids(second.allowed()).tolist()) == sorted(tiny.encode_text("ac"))
+
+
+def test_compiled_constraints_are_kept(tmp_path):
+    tokenizer = load_tokenizer(make_tiny_tokenizer(tmp_path))
+    schema = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "null"}}, "required": ["a", "b"]}
+    make = compile_constraint({"json_schema": schema}, tokenizer)
+    assert compile_constraint({"json_schema": json.loads(json.dumps(schema))}, tokenizer) is make
+    # Properties are written in the order of the schema, so that another order is another constraint.
+    other = schema | {"properties": {"a": {"type": "null"}, "b": {"type": "null"}}}
+    assert accepts(make, tokenizer, '{"b":null,"a":null}') and not accepts(make, tokenizer, '{"a":null,"b":null}')
+    assert accepts(compile_constraint({"json_schema": other}, tokenizer), tokenizer, '{"a":null,"b":null}')
+    assert compile_constraint({"json_schema": schema}, tokenizer, stop_ids=(0,)) is not make
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None  # what was compiled goes with its tokenizer
+
+
+def test_a_text_that_cannot_end_is_refused(tiny):
+    with pytest.raises(WrongConstraint, match="no stop token"):
+        compile_constraint({"json_object": True}, tiny, stop_ids=())
+
+
+def test_other_stop_ids_end_a_text(tiny):
+    constraint = compile_constraint({"regex": "a?"}, tiny, stop_ids=(0, 2))()
+    assert {0, 2} < set(unpack_ids(constraint.allowed()).tolist())
+    constraint.advance(0)
+    assert constraint.is_done()
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1000])
+def test_words_of_ids(size):
+    ids = np.flatnonzero(np.random.default_rng(size).random(size) < 0.5)
+    words = pack_ids(ids, size)
+    assert words.dtype == np.uint32 and len(words) == -(-size // 32)
+    assert [i for i in range(32 * len(words)) if int(words[i // 32]) >> i % 32 & 1] == ids.tolist()
+    assert unpack_ids(words).tolist() == ids.tolist()
