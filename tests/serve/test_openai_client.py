@@ -1,7 +1,5 @@
 """The unmodified `openai` package against a running server."""
 
-import pytest
-
 from postrain.rollout.chat import encode_prompt, generate
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say 東京 👩‍🚀"}]
