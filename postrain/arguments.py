@@ -152,6 +152,9 @@ def make_parser() -> Parser:
     command = add("generate", "answer a prompt, or every line of a JSONL file, with a model")
     add_generate_arguments(command)
 
+    command = add("serve", "answer over HTTP, in OpenAI's and SGLang's words")
+    add_serve_arguments(command)
+
     command = add("score", "score every line of a JSONL file with a reward model or classifier")
     add_score_arguments(command)
     command = add("evaluate-policy", "estimate what a model would earn, from logged decisions")
@@ -237,6 +240,25 @@ def add_generate_arguments(command: argparse.ArgumentParser) -> None:
         ("--batch-size", read_whole_number, 32, "lines of --input that are answered together"),
     ):
         command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:g})")
+
+
+def add_serve_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", type=read_path, metavar="MODEL", help="folder of a model or an adapter")
+    command.add_argument("--name", type=read_text, default="", help="of the model (default: its folder's)")
+    text = "address to listen at (default 127.0.0.1, this machine alone)"
+    command.add_argument("--host", type=read_text, default="127.0.0.1", help=text)
+    text = "that clients send as `Authorization: Bearer KEY` (default: $POSTRAIN_API_KEY, else none is asked for)"
+    command.add_argument("--api-key", type=read_text, metavar="KEY", help=text)
+    for name, kind, default, text in (
+        ("--port", read_whole_number, 8000, "0: any that is free"),
+        ("--slots", read_whole_number, 16, "answers computed at a time"),
+        ("--waiting", read_whole_number, 256, "answers that wait for a slot; more are refused"),
+        ("--steps", read_whole_number, 4, "tokens of an answer that come together"),
+        ("--max-length", read_whole_number, 0, "tokens of prompt and answer; 0: the model's positions"),
+        ("--max-bytes", read_whole_number, 4 << 20, "of a request's body"),
+        ("--seconds", read_number, 600.0, "a request that takes longer is ended"),
+    ):
+        command.add_argument(name, type=kind, metavar="N", default=default, help=f"{text} (default {default:.15g})")
 
 
 def add_score_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,5 +1,5 @@
-"""The command line: ``postrain train | launch | preview | plan | teach | export | import | generate | score |
-evaluate-policy | verify``.
+"""The command line: ``postrain train | launch | preview | plan | teach | export | import | generate | serve |
+score | evaluate-policy | verify``.
 
 A user's mistake is one ``error:`` line on stderr and exit code 2, never a traceback. Each command imports the heavy
 modules that it needs itself, so that ``--help`` and a wrong key answer at once.
@@ -287,6 +287,30 @@ def run_generate(args, overrides) -> None:
             answer_prompt(model, args.prompt, sampling, write=write, **prompt)
         finally:
             print()
+
+
+def run_serve(args, overrides) -> None:
+    from postrain.config import check_model_path
+    from postrain.files import check_text
+
+    for option, least in (("slots", 1), ("waiting", 0), ("steps", 1), ("max_length", 0), ("max_bytes", 1)):
+        if getattr(args, option) < least:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} {getattr(args, option)}: expected at least {least}")
+    if not 0 <= args.port < 65536:
+        raise UserError(f"--port {args.port}: expected 0 (any that is free) to 65535")
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds {args.seconds:g}: expected a number above 0")
+    api_key = args.api_key if args.api_key is not None else os.environ.get("POSTRAIN_API_KEY", "")
+    check_text(api_key, "API key")
+    check_model_path(args.model, "MODEL")
+    with ends_at_once():
+        from postrain.serve.server import Limits, serve
+
+    names = ("slots", "waiting", "steps", "max_length", "max_bytes", "seconds")
+    limits = Limits(**{name: getattr(args, name) for name in names}, api_key=api_key)
+    name = args.name or os.path.basename(os.path.normpath(args.model))
+    serve(args.model, name=name, host=args.host, port=args.port, limits=limits)
 
 
 def run_score(args, overrides) -> None:

@@ -30,7 +30,8 @@ from postrain.models.cache import KVCache, init_cache, take_rows
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout.constraints.trie import Trie
-from postrain.rollout.sampler import CACHE_AXES, NOT_FINITE, PREFILL, bucket
+from postrain.rollout.engine import NOT_FINITE
+from postrain.rollout.programs import CACHE_AXES, PREFILL, bucket
 from postrain.sharding import constrain, find_mesh, num_row_shards, to_host
 
 BLOCK = 32  # rows whose logits are held at once

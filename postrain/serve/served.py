@@ -1,0 +1,204 @@
+"""The model that is served, and what every route needs of it."""
+
+import codecs
+import concurrent.futures
+import dataclasses
+import functools
+import os
+import secrets
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from postrain.data.rendering.tokenizer import compare_vocabularies
+from postrain.errors import UserError
+from postrain.rollout.chat import ChatModel, TextStream, for_tokenizer, load_chat_model
+from postrain.rollout.constraints import WrongConstraint
+from postrain.rollout.constraints.compile import compile_constraint
+from postrain.rollout.constraints.token_bytes import read_token_bytes
+from postrain.rollout.engine import Engine
+from postrain.rollout.requests import SamplingParams
+from postrain.serve.engine_thread import EngineThread, QueueFull, Submission
+from postrain.serve.errors import ApiError, wrong
+from postrain.serve.metrics import Metrics
+from postrain.serve.replies import find_tool_form
+from postrain.serve.schemas import Job
+from postrain.serve.streams import Answers, AnswerStream
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server takes."""
+
+    slots: int = 16  # answers computed at a time
+    waiting: int = 256  # answers that wait for a slot beyond these; more get 429
+    steps: int = 4  # tokens of an answer between two looks at the queue
+    max_length: int = 0  # tokens of prompt and answer; 0: the model's positions
+    max_bytes: int = 4 << 20  # of a request's body
+    seconds: float = 600.0  # of a request
+    api_key: str = ""  # "": none is asked for
+
+
+class Token(NamedTuple):
+    text: str  # what stands for it in an answer's log-probabilities
+    bytes: bytes
+
+
+class Served:
+    """``name``: of the model, as clients call it."""
+
+    def __init__(self, model: ChatModel, name: str, folder: str, limits: Limits):
+        self.model, self.name, self.folder, self.limits = model, name, folder, limits
+        self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
+        self.max_length = limits.max_length or model.config.max_positions
+        self.metrics, self.created = Metrics(), int(time.time())
+        options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
+        engine = Engine(model.params, model.config, **options)
+        self.engine = EngineThread(engine, limits.slots + limits.waiting)
+        self.versions = {engine.version: "default"}  # of weights -> what clients call them
+        # Rendering and compiling constraints: one after the other, and beside the loop that serves.
+        self.workers = concurrent.futures.ThreadPoolExecutor(1, "requests")
+        fitted = for_tokenizer(SamplingParams(), self.tokenizer, model.config)
+        self.stop_ids, self._banned = frozenset(fitted.stop_ids), fitted.banned_ids
+        self.tool_form = find_tool_form(self.tokenizer)
+
+    @property
+    def version(self) -> str:
+        return self.versions[self.engine.engine.version]
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.workers.shutdown()
+
+    def draw_seed(self) -> int:
+        """For a request that names none."""
+        return secrets.randbits(32)
+
+    def update_weights(self, folder: str, version: str | None, caches: str) -> None:
+        """Takes the weights of another folder of the same model; blocks. Raises UserError, and nothing has changed.
+
+        The folder is read whole and compared before anything is swapped.
+        """
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder} is not a folder on the server's machine")
+        new = load_chat_model(folder)
+        if new.config != self.model.config:
+            names = [field.name for field in dataclasses.fields(new.config)]
+            differing = [name for name in names if getattr(new.config, name) != getattr(self.model.config, name)]
+            raise UserError(f"{folder} is another model than the one that is served: {', '.join(differing)} differ")
+        if difference := compare_vocabularies(new.tokenizer, self.tokenizer):
+            raise UserError(f"{folder} has another tokenizer: {difference}")
+        if problem := find_not_finite(new.params):
+            raise UserError(f"{folder}: {problem} has values that are not finite")
+
+        def swap(engine: Engine) -> None:
+            number = engine.version + 1
+            self.versions[number] = version or str(number)
+            try:
+                engine.update_weights(new.params, number, caches=caches, base_changed=True)
+            except Exception:
+                self.versions[number + 1] = self.versions[number - 1]
+                engine.update_weights(self.model.params, number + 1, caches=caches, base_changed=True)
+                raise
+            self.model = self.model._replace(params=new.params)
+
+        self.engine.call(swap).result()
+
+    # --- requests ---
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in (self.name, self.folder):
+            raise ApiError(
+                404, f"model: there is no {name!r:.80} here; this is {self.name!r}", "model", "model_not_found"
+            )
+
+    def check_prompt(self, ids, name: str) -> int:
+        """How many tokens the context has after a prompt."""
+        if not ids:
+            raise wrong(name, "is empty: expected at least one token")
+        room = self.max_length - len(ids)
+        if room < 1:
+            message = f"{len(ids)} tokens leave no room for an answer in a context of {self.max_length}"
+            raise wrong(name, message, "context_length_exceeded")
+        return room
+
+    def compile(self, spec: dict, param: str, sampling: SamplingParams):
+        """A constraint of ``compile_constraint``; ``param``: the field that it is from."""
+        try:
+            return compile_constraint(
+                spec, self.tokenizer, vocab_size=self.vocab_size, stop_ids=sampling.stop_ids or None
+            )
+        except WrongConstraint as error:
+            raise wrong(param, str(error)) from None
+
+    def open(self, job: Job) -> Answers:
+        """Has the engine begin. Raises ApiError where the queue is full."""
+        sampling = job.sampling
+        banned = self._banned
+        if not self.stop_ids.issuperset(sampling.stop_ids):
+            banned = tuple(token for token in banned if token not in sampling.stop_ids)
+        sampling = dataclasses.replace(sampling, banned_ids=banned)
+        submissions, streams = [], []
+        for i, prompt in enumerate(job.prompts):
+            for k in range(job.n):
+                until = TextStream(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
+                submissions.append(Submission(prompt, sampling, i + (k << 32), i, job.constraint, until))
+                streams.append(AnswerStream(self.tokenizer, sampling, self.stop_ids))
+        if len(submissions) > self.engine.most:
+            raise wrong("n", f"{len(submissions)} answers are more than this server takes ({self.engine.most})")
+        try:
+            return Answers(self.engine, submissions, streams, self.limits.seconds)
+        except QueueFull:
+            message = f"{self.engine.num_open} answers are under way or waiting: try again later"
+            raise ApiError(429, message, code="queue_full") from None
+
+    def note(self, answers: Answers, completions, num_prompt: int) -> None:
+        """Counts a request that has ended."""
+        add = self.metrics.add
+        add("postrain_prompt_tokens_total", num_prompt)
+        for one in completions:
+            add("postrain_generated_tokens_total", len(one.tokens))
+            add("postrain_cached_tokens_total", one.cached_tokens)
+            add("postrain_answers_total", finish=one.finish)
+        self.metrics.observe("postrain_time_to_first_token_seconds", answers.timing.first)
+        self.metrics.observe("postrain_request_seconds", answers.timing.total)
+
+    # --- tokens as text ---
+
+    @functools.cached_property
+    def _token_bytes(self) -> tuple[bytes, ...] | None:
+        try:
+            found = read_token_bytes(self.tokenizer)
+        except WrongConstraint:  # a decoder that is not known
+            return None
+        return tuple(found.special[i].encode() if i in found.special else text for i, text in enumerate(found.texts))
+
+    def describe_token(self, token: int) -> Token:
+        """Bytes that are no text by themselves are written as ``bytes:\\xe6``, so that no two look the same."""
+        texts = self._token_bytes
+        if texts is not None and token < len(texts):
+            data = texts[token]
+        else:
+            data = self.tokenizer.decode([token]).encode()
+        try:
+            return Token(data.decode(), data)
+        except UnicodeDecodeError:
+            return Token("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data)
+
+    def find_offsets(self, tokens: list[int], start: int) -> list[int]:
+        """Of each token the number of characters before it, counted from ``start``."""
+        decoder, offsets = codecs.getincrementaldecoder("utf-8")("replace"), []
+        for token in tokens:
+            offsets.append(start)
+            start += len(decoder.decode(self.describe_token(token).bytes))
+        return offsets
+
+
+def find_not_finite(params: dict) -> str | None:
+    """The path of an array that holds NaN or infinity."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            return jax.tree_util.keystr(path, simple=True, separator=".")
+    return None

@@ -1,0 +1,87 @@
+"""`postrain serve`: loads the model, answers until SIGTERM, and then finishes what has begun."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+
+from postrain.errors import UserError
+from postrain.rollout.chat import encode_prompt, load_chat_model
+from postrain.rollout.requests import SamplingParams
+from postrain.serve.served import Limits, Served
+
+try:
+    import uvicorn
+
+    from postrain.serve.app import Gate, make_app
+except ModuleNotFoundError as error:
+    raise UserError(f"`postrain serve` needs the package {error.name}: pip install 'postrain[serve]'") from None
+
+DRAIN_CHECK = 0.05  # seconds between two looks at whether all requests have ended
+
+
+def serve(folder: str, *, name: str, host: str, port: int, limits: Limits) -> None:
+    """Serves a model's folder until the process is told to end. Raises UserError, such as for a port that is taken."""
+    served = Served(load_chat_model(folder), name, folder, limits)
+    try:
+        warm_up(served)
+        server = make_server(make_app(served), host, port)
+        with contextlib.closing(server.config.bind_socket()) as socket:
+            address = f"http://{host}:{socket.getsockname()[1]}"
+            print(f"serving {name} at {address}/v1, contexts of up to {served.max_length} tokens", flush=True)
+            server.run(sockets=[socket])
+    finally:
+        served.close()
+
+
+def make_server(gate: Gate, host: str, port: int) -> "Server":
+    config = uvicorn.Config(gate, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+    return Server(config, gate)
+
+
+def warm_up(served: Served) -> None:
+    """Compiles what the first requests need."""
+    ids = encode_prompt(served.tokenizer, "a", raw=True)
+
+    def answer(engine) -> None:
+        for temperature in (0.0, 1.0):
+            engine.generate([ids], SamplingParams(temperature=temperature, max_new_tokens=2))
+        engine.prefixes.clear()
+
+    served.engine.call(answer).result()
+
+
+class Server(uvicorn.Server):
+    """SIGTERM or ^C: new requests are refused, those inside are finished, then the process ends with 0. A second one
+    ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate):
+        super().__init__(config)
+        self.gate = gate
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        try:
+            for number in numbers:
+                loop.add_signal_handler(number, self._drain)
+        except (RuntimeError, ValueError, NotImplementedError):  # not in the main thread
+            numbers = ()
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def _drain(self) -> None:
+        if self.gate.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.gate.draining = True
+        print(f"ending: {self.gate.num_inside} requests are finished first", file=sys.stderr, flush=True)
+        self._draining = asyncio.ensure_future(self._finish())
+
+    async def _finish(self) -> None:
+        while self.gate.num_inside:
+            await asyncio.sleep(DRAIN_CHECK)
+        self.should_exit = True
