@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 FAST = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FAST.append("--xla_cpu_use_fusion_emitters=false")
+    # Tests fill the cores already: one compilation in several threads would only wait for them.
+    FAST.append("--xla_cpu_parallel_codegen_split_count=1")
 # Devices that share few cores with other tests may wait long for each other.
 FAST.append("--xla_cpu_collective_call_terminate_timeout_seconds=600")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST]).strip()

@@ -1,6 +1,7 @@
 """The README and the guides are true: their commands run, their keys, links and names exist."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -45,6 +46,14 @@ def in_small(words, folder):
     return changed
 
 
+def run_here(words, monkeypatch, capfd):
+    """What a command prints, in this process, where it has ended well."""
+    monkeypatch.chdir(ROOT)
+    code, printed = cli.main(words), capfd.readouterr()
+    assert code == 0, (words, printed.err)
+    return printed.out
+
+
 def run(words):
     command = [sys.executable, "-m", "postrain.cli", *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ)
@@ -77,7 +86,7 @@ def test_the_commands_of_the_readme_run(folder):
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
-def test_the_commands_of_the_page_on_preferences_run(folder):
+def test_the_commands_of_the_page_on_preferences_run(folder, monkeypatch, capfd):
     rows = [
         {"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither of the two"} for i in range(6)
     ]
@@ -93,14 +102,18 @@ def test_the_commands_of_the_page_on_preferences_run(folder):
     commands = read_commands(ROOT / "docs" / "preference.md")
     for name, words in zip(("dpo", "kto"), commands, strict=True):
         words = [re.sub(r"(held_out_)?(pairs|answers)\.jsonl", rf"{folder}/\g<0>", word) for word in words]
-        result = run(in_small(words, folder))
-        assert result.returncode == 0, result.stderr
+        run_here(in_small(words, folder), monkeypatch, capfd)
         assert (folder / "runs" / name / "export" / "model.safetensors").exists()
 
 
-def test_the_commands_of_the_page_on_reward_models_run(folder):
+def test_the_commands_of_the_page_on_reward_models_run(folder, monkeypatch, capfd):
     """From pairs to scores, and answers of a model to the best of each prompt."""
-    rows = [{"prompt": f"{i} is", "chosen": "even" if i % 2 else "odd", "rejected": "neither"} for i in range(6)]
+    say = lambda role, text: [{"role": role, "content": text}]
+    answer = functools.partial(say, "assistant")
+    rows = [
+        {"prompt": say("user", f"{i} is"), "chosen": answer("even" if i % 2 else "odd"), "rejected": answer("neither")}
+        for i in range(6)
+    ]
     for name in ("pairs", "held_out_pairs"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i // 2} is"}) + "\n" for i in range(6)))
@@ -108,8 +121,7 @@ def test_the_commands_of_the_page_on_reward_models_run(folder):
     for words in read_commands(page):
         words = [re.sub(r"(held_out_)?(pairs|prompts)\.jsonl", rf"{folder}/\g<0>", word) for word in words]
         words += ["--max-new-tokens=4"] if words[0] == "generate" else []
-        result = run(in_small(words, folder))
-        assert result.returncode == 0, (words, result.stderr)
+        run_here(in_small(words, folder), monkeypatch, capfd)
     [scored] = [(folder / "runs" / "scored.jsonl").read_text().splitlines()]
     assert [json.loads(line)["prompt"] for line in scored] == [f"{i // 2} is" for i in range(6)]
     rows = [json.loads(line) for line in scored]
@@ -125,17 +137,16 @@ def test_the_commands_of_the_page_on_reward_models_run(folder):
     ]
 
 
-def test_the_commands_of_the_page_on_distillation_run(folder, capfd):
+def test_the_commands_of_the_page_on_distillation_run(folder, monkeypatch, capfd):
     make_tiny_model(folder / "teacher", "qwen3", vocab_size=330)
     for words in read_commands(ROOT / "docs" / "distill.md"):
         words = [re.sub("STUDENT_DIR|TEACHER_DIR", str(folder / "teacher"), word) for word in words]
         words = [re.sub("=teacher_rows$", f"={folder}/teacher_rows", word) for word in in_small(words, folder)]
-        words = [word.replace("--config=", f"--config={ROOT}/") for word in words]
-        assert cli.main(words) == 0, capfd.readouterr().err
+        run_here(words, monkeypatch, capfd)
     assert (folder / "runs" / "distill" / "export" / "model.safetensors").exists()
 
 
-def test_the_commands_of_the_page_on_logged_answers_run(folder):
+def test_the_commands_of_the_page_on_logged_answers_run(folder, monkeypatch, capfd):
     """The training, and the evaluation of the model that it made; the other variants of the config can be read."""
     messages = [json.loads(line)["messages"] for line in (folder / "train.jsonl").read_text().splitlines()]
     logged = [{"messages": one, "reward": i % 3, "member": i % 2, "propensity": 0.5} for i, one in enumerate(messages)]
@@ -143,15 +154,14 @@ def test_the_commands_of_the_page_on_logged_answers_run(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     train, evaluate = read_commands(ROOT / "docs" / "weighted_sft.md")
     train = [re.sub(r"logged\.jsonl", rf"{folder}/\g<0>", word) for word in train]
-    result = run(in_small(train, folder))
-    assert result.returncode == 0 and "effective sample size" in result.stdout, result.stderr
+    assert "effective sample size" in run_here(in_small(train, folder), monkeypatch, capfd)
     words = {"model.path": "m", "data.train": "logged.jsonl"}
     for variant, baseline in (("advantage", "member"), ("head", "head")):
         other = load_config(f"{ROOT}/configs/weighted_sft.py:{variant}", words).sft.weights
         assert (other.mode, other.baseline) == ("advantage", baseline)
     words = [word.replace("MODEL_DIR", f"{folder}/runs/weighted/export") for word in evaluate]
-    result = run([word.replace("decisions.jsonl", f"{folder}/decisions.jsonl") for word in words])
-    assert result.returncode == 0 and "snips" in result.stdout, result.stderr
+    words = [word.replace("decisions.jsonl", f"{folder}/decisions.jsonl") for word in words]
+    assert "snips" in run_here(words, monkeypatch, capfd)
 
 
 def test_the_programs_of_the_page_on_constraints_run(folder):

@@ -235,13 +235,13 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         rows = {"train": str(inputs / f"{name}.jsonl"), "eval": str(inputs / f"{name}_eval.jsonl")}
         values["data"] |= rows | {"sequence_length": 96}
         values["recipe"], values["optimizer"]["learning_rate"] = "reward" if way == "reward" else "preference", 1e-3
-        values["train"] = {"steps": 12}
-        values["eval"] |= {"every": 6, "generate_rows": 0, "loss_rows": 3}
+        values["train"], values["checkpoint"]["every"] = {"steps": 6}, 2
+        values["eval"] |= {"every": 3, "generate_rows": 0, "loss_rows": 3}
     if way == "kto":
         values["preference"] = {"loss": "kto", "reference": "live"}
     if way == "head":
-        values["data"]["train"], values["train"] = str(inputs / "rated.jsonl"), {"steps": 12}
-        values["eval"] |= {"every": 6}
+        values["data"]["train"] = str(inputs / "rated.jsonl")
+        values["train"], values["checkpoint"]["every"], values["eval"]["every"] = {"steps": 6}, 2, 3
         values["sft"] = {"weights": {"mode": "advantage", "baseline": "head", "temperature": 0.5}}
         values["optimizer"]["head_learning_rate"] = 1e-2
     if way == "reward":
@@ -249,8 +249,7 @@ def make_values(inputs: pathlib.Path, way: str = "1") -> dict:
         values["reward"], values["optimizer"]["head_learning_rate"] = {"centering_coef": 0.01}, 1e-2
     if way == "distill":
         values["recipe"], values["distill"] = "distill", {"teacher": str(inputs / "teacher"), "loss": "jsd"}
-        values["train"] = {"steps": 12}
-        values["eval"] |= {"every": 6}
+        values["train"], values["checkpoint"]["every"], values["eval"]["every"] = {"steps": 6}, 2, 3
     return values
 
 

@@ -20,6 +20,7 @@ from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf
 from tiny_models import make_tiny_model
 
 import postrain
+from postrain import cli
 from postrain.config import resolve
 from postrain.data.batches.in_memory import load_examples
 from postrain.data.batches.open import open_train_rows
@@ -128,7 +129,7 @@ def test_stopped_and_started_again_teach_ends_in_the_same_bytes(inputs, teacher,
     assert read_folder(tmp_path / "rows") == read_folder(teacher_rows)
 
 
-def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, teacher_rows, tmp_path):
+def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, teacher_rows, tmp_path, capfd):
     config, output = write_config(tmp_path / "c.py", values_of(inputs, teacher)), tmp_path / "rows"
     words = ["teach", f"--config={config}", f"--output={output}", "--shard-rows=15"]
     process = subprocess.Popen([sys.executable, "-m", "postrain.cli", *words], env=os.environ, stdout=subprocess.PIPE)
@@ -136,9 +137,8 @@ def test_killed_teach_goes_on_to_the_same_bytes(inputs, teacher, teacher_rows, t
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    result = run_cli(*words)
-    assert result.returncode == 0, result.stderr
-    assert read_manifest(output).identity["teacher"] in result.stdout
+    assert cli.main(words) == 0
+    assert read_manifest(output).identity["teacher"] in capfd.readouterr().out
     assert read_folder(output) == read_folder(teacher_rows)
 
 
@@ -210,6 +210,11 @@ def test_weights_of_answers_and_sources_are_those_of_training(inputs, teacher, t
     assert f"rejected    1 bad rows: {tmp_path / 'rows' / '_rejected.jsonl'}" in said
     assert "not read    distill.loss, distill.beta: by training on these rows" in said
     assert [row["line"] for row in read_lines(tmp_path / "rows" / "_rejected.jsonl")] == [5]
+    path.write_text(path.read_text() + "no row either\n")
+    with pytest.raises(UserError, match="the rows there are others"):
+        teach(config, tmp_path / "rows", say=said.append)
+    assert [row["line"] for row in read_lines(tmp_path / "rows" / "_rejected.jsonl")] == [5], "nothing was written"
+    path.write_text(path.read_text().removesuffix("no row either\n"))
     other = resolve(values_of(inputs, teacher, data=data | {"seed": 7, "shuffle": False}))
     teach(other, tmp_path / "rows", **QUIET)
 
@@ -349,8 +354,7 @@ def test_adapters_of_a_student_learn_from_a_quantised_teacher(inputs, teacher, t
     metrics = postrain.train(values, tmp_path / "run")
     first = read_lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert metrics["eval/loss"] < 0.9 * first["eval/loss"]
-    result = run_cli("export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'again'}")
-    assert result.returncode == 0, result.stderr
+    assert cli.main(["export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'again'}"]) == 0
     again, export = (
         read_folder(folder)["model.safetensors"] for folder in (tmp_path / "again", tmp_path / "run/export")
     )

@@ -6,6 +6,7 @@ Their losses and gradients are held to trl's in tests/objectives/test_reward_los
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,14 +14,20 @@ import transformers
 from sft_runs import make_values, read_folder, read_lines, run_cli, without_perf, write_config
 
 import postrain
+from postrain import cli
+from postrain.checkpoint.record import fingerprint_model, parse_record
 from postrain.config import find_row_kind, resolve
 from postrain.data.batches.in_memory import load_examples
-from postrain.data.documents import Preparation, layout_of
+from postrain.data.documents import layout_of
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.export import export_workdir
-from postrain.recipes.reward import LAYOUTS, read_last, show_scores
+from postrain.models.heads import HeadConfig
+from postrain.recipes.reward import make_program, prepare, read_last, show_scores
 from postrain.rollout.score import score_file
+from postrain.sharding import make_mesh
+from postrain.training.compatibility import check_record
+from postrain.training.model import abstract_model, make_lora_config
 
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
 
@@ -98,6 +105,22 @@ def test_pairs_are_learned_and_every_number_is_logged(finished):
     assert last["eval/margin"] > first["eval/margin"] and last["eval/score_std"] > 0
     assert last["eval/loss"] == pytest.approx(last["eval/loss/reward"] + 0.02 * last["eval/loss/centering"], rel=1e-6)
     assert not any("bins" in name or "square" in name for line in lines for name in line)
+
+
+def test_the_export_says_what_it_was_trained_on_and_another_head_is_no_resume(inputs, rows, finished, tmp_path):
+    workdir = finished[0]
+    assert json.loads((workdir / "export" / "config.json").read_text())["postrain_trained_on"] == "text"
+    assert cli.main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'again'}"]) == 0
+    assert read_folder(tmp_path / "again") == read_folder(workdir / "export")
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    place = workdir / "checkpoints" / str(steps[-1])
+    record = parse_record(place, json.loads((place / "run" / "data.json").read_text()))
+    config = resolve(values_of(inputs, rows))
+    check_record(place, record, config, None, record.model_fingerprint)
+    other = [HeadConfig("score", 3, "every")]
+    model = fingerprint_model(inputs / "model", make_lora_config(config.model.lora), heads=other)
+    with pytest.raises(UserError, match=r"heads: were \(name score, outputs 1, .*\), are \(name score, outputs 3, "):
+        check_record(place, record, config, None, model)
 
 
 def test_the_report_has_the_table_of_calibration(finished):
@@ -248,11 +271,13 @@ def test_every_kind_of_rows_is_learned_exported_and_scored(inputs, rows, tmp_pat
 @pytest.mark.parametrize("loss", ROWS)
 def test_the_layout_that_is_compiled_is_that_of_the_rows(inputs, rows, loss):
     config = resolve(values_of(inputs, rows, loss))
-    kind = find_row_kind(config)
-    preparation = Preparation("read", each=read_last)
-    tokenizer = load_tokenizer(inputs / "model")
-    found = load_examples(config.data.train, tokenizer, config.data, kind=kind, preparation=preparation)
-    assert layout_of(found.examples[0]) == LAYOUTS[loss]
+    mesh, tokenizer = make_mesh(config.mesh, jax.devices()[:1]), load_tokenizer(inputs / "model")
+    options = {"kind": find_row_kind(config), "preparation": prepare(config, mesh)}
+    found = load_examples(config.data.train, tokenizer, config.data, **options)
+    program = make_program(config, abstract_model(config, config.model.path, mesh), mesh, 1)
+    fields = {name: (x.dtype, x.shape[2:]) for name, x in program.abstract_batch.fields.items()}
+    assert fields == dict(layout_of(found.examples[0]).arrays)
+    assert (found.report.saved_slots > 0) == ("prefix_starts" in fields) == (options["kind"] == "preference")
 
 
 def test_the_plan_of_a_reward_run_compiles(inputs, rows, tmp_path):

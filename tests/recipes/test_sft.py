@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from sft_runs import make_values, read_folder, read_lines, run_cli
+from sft_runs import make_values, read_folder, read_lines
 
 import postrain
+from postrain import cli
 from postrain.errors import UserError
 from postrain.export import export_workdir
 from postrain.report.metrics import MetricsWriter
@@ -139,8 +140,7 @@ def test_what_is_printed_first(inputs, tmp_path, capsys):
 @pytest.mark.parametrize("format", ["merged", "adapter"])
 def test_export_of_a_workdir_is_the_export_of_the_run(finished, inputs, tmp_path, format):
     workdir, _ = finished
-    result = run_cli("export", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", f"--format={format}")
-    assert result.returncode == 0, result.stderr
+    assert cli.main(["export", f"--workdir={workdir}", f"--output={tmp_path / 'out'}", f"--format={format}"]) == 0
     if format == "merged":
         assert read_folder(tmp_path / "out") == read_folder(workdir / "export")
     else:

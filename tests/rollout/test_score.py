@@ -135,6 +135,28 @@ def test_the_last_answer_is_scored_whatever_stands_before_it(scorer, in_torch, t
     assert tokenizer.decode(document.tokens).endswith("no<|im_end|>") and document.num_trained < 10
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "row", "words"),
+    [
+        ("text", {"messages": [USER, YES]}, "would be scored as conversations, .*: write it as text"),
+        ("text", {"prompt": "hi", "generated": GENERATED}, "run `postrain generate` and `postrain score` with --raw"),
+        ("messages", {"prompt": "hi ", "chosen": "a", "rejected": "b"}, "as plain text, .*: write it as messages"),
+        ("messages", {"prompt": "hi", "generated": GENERATED | {"raw": True}}, "`postrain score` without --raw"),
+        ("messages", {"prompt": "a ", "completions": ["b"], "labels": [True]}, "write it as messages"),
+    ],
+)
+def test_rows_of_another_form_than_the_model_was_trained_on_are_refused(scorer, tmp_path, trained_on, row, words):
+    """As its config.json says; where nothing is said, every form is scored."""
+    folder = shutil.copytree(scorer, tmp_path / "scorer")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"postrain_trained_on": trained_on}))
+    good = {"text": "good"} if trained_on == "text" else {"messages": [USER, YES]}
+    model = scoring.load_scorer(folder)
+    assert scoring.score_file(model, write(tmp_path / "good.jsonl", [good]), str(tmp_path / "out.jsonl")) == 1
+    with pytest.raises(UserError, match=f"rows.jsonl:2: .*{words}"):
+        scoring.score_file(model, write(tmp_path / "rows.jsonl", [good, row]), str(tmp_path / "out.jsonl"))
+
+
 def test_a_score_that_is_not_finite_names_its_row(scorer, tmp_path):
     model = scoring.load_scorer(scorer)
     broken = model._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, model.params))
