@@ -428,6 +428,16 @@ def _check_distill(config: Config) -> None:
             )
     if not section.teacher and section.quantization != "none":
         raise UserError("config key 'distill.quantization' is of a teacher that runs: give 'distill.teacher'")
+    if section.tokens == "all" and section.nll_coef:
+        raise UserError(
+            "config key 'distill.nll_coef' with 'distill.tokens' = 'all' would train what users say, and answers that "
+            "are context only, as answers: leave one of them out"
+        )
+    if section.tokens == "all" and config.data.too_long == "truncate":
+        raise UserError(
+            "config key 'data.too_long' = 'truncate' with 'distill.tokens' = 'all' would keep rows of which no answer is "
+            "left: drop them, or set distill.tokens=trained"
+        )
     if not section.teacher and section.tokens != default.tokens:
         raise UserError(
             "config key 'distill.tokens' is of a teacher that runs, or of `postrain teach`, which writes it into its "

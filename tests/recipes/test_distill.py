@@ -562,6 +562,11 @@ def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inpu
         ({"distill": {"loss": "jsd", "skew": 0.2}}, "'distill.skew' is not read"),
         ({"distill": {"quantization": "nf4"}}, "'distill.quantization' is of a teacher that runs"),
         ({"distill": {"tokens": "all"}}, "'distill.tokens' is of a teacher that runs, or of `postrain teach`"),
+        ({"distill": {"teacher": "t", "tokens": "all", "nll_coef": 0.5}}, "would train what users say"),
+        (
+            {"distill": {"teacher": "t", "tokens": "all"}, "data": {"too_long": "truncate"}},
+            "would keep rows of which no answer is left",
+        ),
         ({"distill": {"teacher": "t", "checksum": "0"}}, "'distill.checksum' is of rows that a teacher has written"),
         ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "a teacher does not know the new tokens"),
     ],
