@@ -50,10 +50,10 @@ def read_chat(served: Served, body: dict) -> "ChatReply":
     stream, output = fields.flag("stream"), read_output(fields)
     ignored = tuple(fields.finish())
     job = Job((tuple(ids),), sampling, n, constraint, stream, ignored)
-    # The template may begin the reasoning in the prompt.
+    # The template may begin the reasoning in the prompt; a constraint is on the answer, which then begins at once.
     begun = served.tokenizer.decode(ids[-16:]).rstrip().endswith(THINK)
-    reads = served.tokenizer.template.reads_reasoning and constraint is None
-    reasoning = "open" if begun else "may come" if reads else "none"
+    reads = served.tokenizer.template.reads_reasoning
+    reasoning = "none" if begun and constraint else "open" if begun else "may come" if reads else "none"
     form = served.tool_form if tools else None
     parsers = [ReplyParser(form, functions, reasoning) for _ in range(n)]
     return ChatReply(served, job, output, with_logprobs, parsers, one_call)

@@ -117,12 +117,9 @@ class ReplyParser:
         self._mode = "content"
         if self.form is None or self.form.opening:
             return True
-        if not self._text.strip() and not last:
-            self._mode = "start"
-            return False
         if re.match(r"\s*(<\|\w+\|>)?\s*[\[{]", self._text):
             self._mode = "call"
-        elif re.match(r"\s*<(\|\w*\|?)?$", self._text) and not last:
+        elif re.match(r"\s*(<(\|\w*(\|>?)?)?)?\s*$", self._text) and not last:
             self._mode = "start"
             return False
         return True
