@@ -89,24 +89,6 @@ ALLOWED = {
         "a rendered row, in numpy; texts",
         {"float(found.strip() == expected.strip())", "part.tolist()"},
     ),
-    "rollout/engine.py": (
-        "numpy: prompts, counts of the loop, and a chunk out of to_host",
-        {
-            "bool(request.until(token))",
-            "chunk.tokens[slot, :count].tolist()",
-            "int((chunk.tokens[slot] >= 0).sum())",
-            "int(done[row])",
-            "int(filling.done[0])",
-            "int(finite.argmin())",
-            "int(left.max())",
-            "np.array([len(context) for context in filling.contexts])",
-            "np.array([min(done, len(context)) for (done, _), context in zip(found, contexts, strict=True)], np.int32)",
-            "np.asarray(prompt, np.int32)",
-            "np.asarray(prompt_ids, np.int32)",
-            "np.concatenate([piece[i] for piece in scores])",
-            "np.concatenate(logprobs)",
-        },
-    ),
     "rollout/prefixes.py": (
         "numpy: ids",
         {
@@ -117,6 +99,30 @@ ALLOWED = {
         "a dtype",
         {
             "float(jnp.finfo(jnp.float32).min)",
+        },
+    ),
+    "rollout/engine.py": (
+        "numpy: prompts, and a chunk out of to_host",
+        {
+            "bool(edits or tops)",
+            "bool(request.until(token))",
+            "chunk.tokens[slot, :count].tolist()",
+            "int((chunk.tokens[slot] >= 0).sum())",
+            "int(finite.argmin())",
+            "np.asarray(prompt, np.int32)",
+            "np.asarray(prompt_ids, np.int32)",
+        },
+    ),
+    "rollout/filling.py": (
+        "numpy: ids, and scores out of to_host",
+        {
+            "int(done[row])",
+            "int(filling.done[0])",
+            "int(left.max())",
+            "np.array([len(context) for context in filling.contexts])",
+            "np.array([min(done, len(context)) for (done, _), context in zip(found, contexts, strict=True)], np.int32)",
+            "np.concatenate([piece[i] for piece in scores])",
+            "np.concatenate(logprobs)",
         },
     ),
     "rollout/slots.py": (

@@ -29,33 +29,18 @@ import jax
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.models.cache import KVCache
 from postrain.models.config import ModelConfig
 from postrain.rollout import programs
-from postrain.rollout.prefixes import BLOCK, PrefixStore, count_common
-from postrain.rollout.programs import PREFILL, STEPS, bucket
+from postrain.rollout.filling import Filler
+from postrain.rollout.prefixes import PrefixStore
+from postrain.rollout.programs import MAX_TOPS, STEPS
 from postrain.rollout.requests import Completion, Constraint, Event, Request, SamplingParams, TopLogprobs
-from postrain.rollout.slots import Slots, as_moves
+from postrain.rollout.sampling import Edits
+from postrain.rollout.slots import Slots
 from postrain.rollout.weights import Weights
 from postrain.sharding import find_mesh, num_row_shards, to_host
 
-MAX_FILL = 8  # prompts that go through the model together
-MIN_SHARED = 32  # shortest common beginning of prompts that is computed once
-MAX_TOPS = 20  # most probable ids that a compiled step finds where any row wants some
 NOT_FINITE = "expected finite logits for its next token, found NaN: check the weights with `postrain verify`"
-
-
-@dataclasses.dataclass
-class Filling:
-    """Prompts on their way into the cache."""
-
-    requests: list[Request]
-    contexts: list[np.ndarray]  # distinct, each a row of ``cache``
-    rows: dict[int, int]  # handle -> row
-    done: np.ndarray  # positions of each that the cache holds
-    cache: KVCache | None
-    version: int  # of the weights, when it began
-    scores: list[tuple] = dataclasses.field(default_factory=list)  # of the prompt's tokens, piece by piece
 
 
 class Engine:
@@ -65,8 +50,8 @@ class Engine:
     work. ``steps``: tokens of a row between two looks at the queue, at most STEPS; fewer make prompt answers in pieces.
     ``fill_first``: free slots are filled before any row goes on; else one piece of a prompt and one call of ``steps``
     take turns, so that no row waits for more than a piece. ``prefix_bytes``: room for what prompts begin with.
-    ``keep_answers``: answers stay in that room too, for the next turn of a conversation. ``min_rows``: of the cache, so
-    that a server at the beginning of its load compiles nothing.
+    ``keep_answers``: answers stay in that room too, for the next turn of a conversation. ``min_rows`` and
+    ``min_positions`` of the cache: where it need not grow, nothing is compiled (``warm_up``).
     """
 
     def __init__(
@@ -80,21 +65,34 @@ class Engine:
         prefix_bytes: int = 2**28,
         keep_answers: bool = False,
         min_rows: int = 1,
+        min_positions: int = 64,
         version: int = 0,
     ):
-        for name, value in (("slots", slots), ("steps", steps), ("min_rows", min_rows)):
+        for name, value in (
+            ("slots", slots),
+            ("steps", steps),
+            ("min_rows", min_rows),
+            ("min_positions", min_positions),
+        ):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, found {value}")
         self.config, self.steps, self.fill_first = config, min(steps, STEPS), fill_first
         self.keep_answers = keep_answers
         self.prefixes = PrefixStore(prefix_bytes)
         self._mesh = find_mesh(params)
-        self._shards = 1 if self._mesh is None else num_row_shards(self._mesh)
+        shards = 1 if self._mesh is None else num_row_shards(self._mesh)
         with self._on_mesh():
             self._weights = Weights(params, config, version)
-        self.slots = Slots(config, most=slots, least=min_rows, shards=self._shards, split=self._weights.is_split)
+        self.slots = Slots(
+            config,
+            most=slots,
+            least=(min_rows, min_positions),
+            shards=shards,
+            split=self._weights.is_split,
+            device=None if self._mesh is not None else next(iter(jax.tree.leaves(params)[0].devices())),
+        )
         self._queue: collections.deque[Request] = collections.deque()
-        self._filling: Filling | None = None
+        self._filler = Filler(config, self._weights, self.slots, self.prefixes)
         self._ended: list[Event] = []  # since the last step
         self._is_rows_turn = False  # where fill_first is off
         self._next_handle = 0
@@ -114,11 +112,12 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that have none yet."""
-        return len(self._queue) + (len(self._filling.requests) if self._filling else 0)
+        return len(self._queue) + len(self._filler.requests)
 
     @property
     def is_idle(self) -> bool:
-        return not self.num_waiting and not self.num_running
+        """Whether nothing is under way, and no event to come."""
+        return not self.num_waiting and not self.num_running and not self._ended
 
     def submit(
         self,
@@ -149,10 +148,10 @@ class Engine:
         """Fills slots or chooses tokens; what that gave, at most one event for each request. Nothing where idle."""
         events, self._ended = self._ended, []
         with self._on_mesh():
-            may_fill = self._filling is not None or (self._queue and self.slots.num_free)
+            may_fill = self._filler.filling is not None or (self._queue and self.slots.num_free)
             if may_fill and (self.fill_first or not self.num_running or not self._is_rows_turn):
                 self._is_rows_turn = True
-                self._fill()
+                self._filler.fill(self._queue)
             elif self.num_running:
                 self._is_rows_turn = False
                 events += self._decode()
@@ -160,7 +159,7 @@ class Engine:
 
     def cancel(self, handle: int) -> Completion | None:
         """Ends a request; what it has until now, of finish "abort". None where no such request is under way."""
-        for request in [*self._queue, *(self._filling.requests if self._filling else ()), *self.slots.running]:
+        for request in [*self._queue, *self._filler.requests, *self.slots.running]:
             if request.handle == handle:
                 self._release(request)
                 return request.complete("abort")
@@ -233,6 +232,33 @@ class Engine:
             for handle in indices:
                 self.cancel(handle)
 
+    def warm_up(self) -> None:
+        """Compiles all that requests can need, whatever they ask, as long as the cache need not grow.
+
+        For ``slots`` rows of ``min_positions``: where ``min_rows`` is ``slots``, nothing is compiled afterwards for
+        prompts and answers that fit.
+        """
+        assert self.is_idle
+        with self._on_mesh():
+            self._filler.warm_up()
+            plain, greedy = SamplingParams(temperature=1.0), SamplingParams()
+            top_p, tops = SamplingParams(temperature=1.0, top_p=0.5), SamplingParams(top_logprobs=1)
+            edits, both = SamplingParams(min_new_tokens=1), SamplingParams(min_new_tokens=1, top_logprobs=1)
+            for sampling in (greedy, plain, top_p, tops, edits, both):
+                options, edits, allowed = self._choose_program([sampling])
+                for bits in (allowed, self.slots.make_allowed(always=True)) if allowed is None else (allowed,):
+                    arguments = np.int32(1), np.bool_(False), edits, bits
+                    out = programs.decode(
+                        self._weights.tree,
+                        self.slots.cache,
+                        self.slots.rows,
+                        *arguments,
+                        config=self.config,
+                        **options,
+                    )
+                    self.slots.cache = out[0]
+            self.slots.clear()
+
     # --- requests ---
 
     def _on_mesh(self):
@@ -249,7 +275,9 @@ class Engine:
                 "tokenizer"
             )
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < size]:
-            raise UserError(f"sampling.logit_bias has id {outside[0]}, outside the model's vocabulary of {size}")
+            raise UserError(
+                f"{name}: sampling.logit_bias has id {outside[0]}, outside the model's vocabulary of {size}"
+            )
 
     def _warn_of_positions(self, prompts, settings) -> None:
         ends = [(len(prompt), of_prompt.max_new_tokens) for prompt, of_prompt in zip(prompts, settings, strict=True)]
@@ -265,130 +293,21 @@ class Engine:
         """Takes a request out of the queue, its slot, or a filling, which goes on for the others."""
         if request in self._queue:
             self._queue.remove(request)
-        elif self._filling is not None and request in self._filling.requests:
-            self._filling.requests.remove(request)
-            if not self._filling.requests:
-                self._filling = None
+        elif request in self._filler.requests:
+            self._filler.drop(request)
         else:
             self.slots.release(request)
-        if self.is_idle:
+        if not self.num_waiting and not self.num_running:
             self.slots.clear()
 
     def _restart(self, abort: bool) -> None:
         """Every cache is given up: what was in work waits first in the queue, or ends where ``abort``."""
-        running, filling = self.slots.running, self._filling.requests if self._filling is not None else []
-        self._filling = None
+        running, filling = self.slots.running, self._filler.clear()
         self.slots.clear()
         if abort:
             self._ended += [_end(request, "abort") for request in running]
             running = []
         self._queue.extendleft(reversed(sorted([*running, *filling], key=lambda request: request.handle)))
-
-    # --- slots are filled ---
-
-    def _fill(self) -> None:
-        """One piece of the prompts that are next; those that are whole get their slots."""
-        if self._filling is None:
-            self._filling = self._begin_filling()
-        filling = self._filling
-        left = np.array([len(context) for context in filling.contexts]) - filling.done
-        if left.max() > 0:
-            self._fill_piece(filling, min(PREFILL, _power_of_two(int(left.max()), 16)))
-        if all(len(context) == done for context, done in zip(filling.contexts, filling.done, strict=True)):
-            self._filling = None
-            self._finish_filling(filling)
-
-    def _begin_filling(self) -> Filling:
-        """Takes the next requests from the queue, or only computes what several begin with.
-
-        Requests go together while slots are free, their prompts, each counted once, are at most MAX_FILL, and take as
-        many pieces as the first. One whose prompt is scored goes alone.
-        """
-        requests, contexts = [], {}
-        for request in self._queue:
-            context, scored = request.context, _is_scored(request)
-            if len(requests) == self.slots.num_free or (requests and (scored or _is_scored(requests[0]))):
-                break
-            if context.tobytes() not in contexts:
-                first = next(iter(contexts.values()), context)
-                if len(contexts) == MAX_FILL or -(-len(context) // PREFILL) != -(-len(first) // PREFILL):
-                    break
-            contexts.setdefault(context.tobytes(), context)
-            requests.append(request)
-        distinct = list(contexts.values())
-        found = [(0, None) if _is_scored(requests[0]) else self.prefixes.find(self.version, c) for c in distinct]
-        shared = min((count_common(distinct[0], context) for context in distinct[1:]), default=0) // BLOCK * BLOCK
-        is_new = shared - min(done for done, _ in found) >= MIN_SHARED
-        if is_new and self.slots.row_bytes(shared) <= self.prefixes.max_bytes:
-            return self._make_filling([], [distinct[0][:shared]], found[:1])
-        for _ in requests:
-            self._queue.popleft()
-        return self._make_filling(requests, distinct, found)
-
-    def _make_filling(self, requests, contexts, found) -> Filling:
-        """A small cache with what the prefix store has of each context."""
-        done = np.array([min(done, len(context)) for (done, _), context in zip(found, contexts, strict=True)], np.int32)
-        longest = max(map(len, contexts))
-        if longest == 0:
-            cache = None
-        elif len(contexts) == 1 and done[0] == longest and self._shards == 1:
-            cache = found[0][1]
-        else:
-            rows = _power_of_two(len(contexts), 1)
-            cache = self.slots.make_cache(rows + -rows % self._shards, bucket(longest))
-            for row, (count, kept) in enumerate(found):
-                if count:
-                    cache = programs.insert(cache, kept, *as_moves([0], [row], 1))
-        rows: dict[bytes, int] = {context.tobytes(): row for row, context in enumerate(contexts)}
-        of_request = [rows[request.context.tobytes()] for request in requests]
-        for i, (request, row) in enumerate(zip(requests, of_request, strict=True)):
-            if not request.tokens:  # of a group, all but the first take over the whole of it
-                request.cached_tokens = int(done[row]) if row not in of_request[:i] else len(contexts[row])
-            request.cache_version = self.version
-        handles = [request.handle for request in requests]
-        return Filling(requests, contexts, dict(zip(handles, of_request, strict=True)), done, cache, self.version)
-
-    def _fill_piece(self, filling: Filling, size: int) -> None:
-        shape = filling.cache.num_rows, size
-        tokens, positions, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
-        for row, (context, done) in enumerate(zip(filling.contexts, filling.done, strict=True)):
-            part = context[done : done + size]
-            tokens[row, : len(part)] = part
-            positions[row, : len(part)] = np.arange(done, done + len(part))
-        params, config = self._weights.tree, self.config
-        scored = filling.requests[0] if filling.requests and _is_scored(filling.requests[0]) else None
-        if scored is None:
-            filling.cache = programs.prefill(params, filling.cache, tokens, positions, config=config)
-        else:
-            done = int(filling.done[0])
-            part = scored.prompt[done + 1 : done + 1 + size]
-            targets[0, : len(part)] = part
-            filling.cache, scores = programs.prefill_scored(
-                params, filling.cache, tokens, positions, targets, config=config, tops=MAX_TOPS
-            )
-            filling.scores.append(tuple(to_host(x)[0, : len(part)] for x in scores))
-        filling.done = np.minimum(filling.done + size, [len(context) for context in filling.contexts])
-
-    def _finish_filling(self, filling: Filling) -> None:
-        """Rows of the small cache go to the slots of their requests, and into the prefix store."""
-        for row, context in enumerate(filling.contexts):
-            if len(context) and filling.version == self.version and filling.cache is not None:
-                self._keep(context, filling.cache, row)
-        if not filling.requests:
-            return
-        for request in filling.requests:
-            if _is_scored(request):
-                _note_scores(request, filling.scores)
-        sources = [filling.rows[request.handle] for request in filling.requests]
-        self.slots.insert(filling.requests, filling.cache, sources, len(self._queue))
-
-    def _keep(self, ids: np.ndarray, cache: KVCache, row: int) -> None:
-        """Puts the row of ``cache`` that holds ``ids`` into the prefix store."""
-        length = min(bucket(len(ids)), cache.num_slots)
-        if self.slots.row_bytes(length) <= self.prefixes.max_bytes and not self.prefixes.has(self.version, ids):
-            alone = cache.num_rows == 1 and cache.num_slots == length
-            kept = cache if alone else programs.extract(cache, np.int32(row), length=length)
-            self.prefixes.put(self.version, ids, kept)
 
     # --- rows go on ---
 
@@ -399,21 +318,19 @@ class Engine:
             return events
         if not self.num_waiting:
             slots.shrink()
-        settings = [request.sampling for request in slots.running]
         limit = 1 if any(request.constraint is not None for request in slots.running) else self.steps
         slots.make_room_for(limit)
+        options, edits, allowed = self._choose_program([request.sampling for request in slots.running])
         slots.cache, *state, chunk = programs.decode(
             self._weights.tree,
             slots.cache,
             slots.rows,
             np.int32(limit),
             np.bool_(self.num_waiting > 0),
-            slots.make_edits() if any(one.edits for one in settings) else None,
-            slots.make_allowed(),
+            edits,
+            allowed,
             config=self.config,
-            sampled=any(one.temperature > 0 for one in settings),
-            filtered=any(one.filters for one in settings),
-            tops=MAX_TOPS if any(one.top_logprobs for one in settings) else 0,
+            **options,
         )
         last, positions, remaining = (np.array(to_host(x)) for x in state)
         slots.rows = slots.rows.replace(last=last, positions=positions, remaining=remaining)
@@ -421,9 +338,21 @@ class Engine:
         for slot, request in enumerate(slots.occupants):
             if request is not None:
                 events.append(self._take(slot, request, chunk))
-        if self.is_idle:
+        if not self.num_waiting and not self.num_running:
             slots.clear()
         return events
+
+    def _choose_program(self, settings: Sequence[SamplingParams]) -> tuple[dict, Edits | None, np.ndarray | None]:
+        """The static arguments of ``programs.decode``, the edits and the ids that are allowed.
+
+        Few programs serve all: what is rarely asked goes with all that is asked often.
+        """
+        slots, edits = self.slots, any(one.edits for one in settings)
+        tops = MAX_TOPS if any(one.top_logprobs for one in settings) else 0
+        filtered = bool(edits or tops) or any(one.filters for one in settings)
+        options = {"sampled": filtered or any(one.temperature > 0 for one in settings), "filtered": filtered}
+        allowed = slots.make_allowed(always=bool(edits or tops))
+        return options | {"tops": tops}, slots.make_edits() if edits else None, allowed
 
     def _take(self, slot: int, request: Request, chunk: programs.Chunk) -> Event:
         """The event of what one row chose; a row that has ended gives its slot back."""
@@ -451,7 +380,7 @@ class Engine:
         if finish == "error":
             self.slots.wipe(request)
         elif self.keep_answers and request.cache_version == self.version:
-            self._keep(request.context, self.slots.cache, slot)
+            self._filler.keep(request.context, self.slots.cache, slot)
         self.slots.release(request)
         return dataclasses.replace(event, completion=request.complete(finish))
 
@@ -475,27 +404,6 @@ class Engine:
         for request in stuck:
             self.slots.release(request)
         return [_end(request, "error") for request in stuck]
-
-
-def _power_of_two(size: int, smallest: int) -> int:
-    power = smallest
-    while power < size:
-        power *= 2
-    return power
-
-
-def _is_scored(request: Request) -> bool:
-    """Whether the prompt goes through the model for its log-probabilities too."""
-    return request.sampling.prompt_logprobs and request.prompt_logprobs is None
-
-
-def _note_scores(request: Request, scores: list[tuple]) -> None:
-    """Puts the scores of the pieces of a prompt together."""
-    logprobs = [np.full(1, np.nan, np.float32), *(piece[0] for piece in scores)]
-    request.prompt_logprobs = np.concatenate(logprobs)
-    if (wanted := request.sampling.top_logprobs) and scores:
-        ids, values = (np.concatenate([piece[i] for piece in scores])[:, :wanted] for i in (1, 2))
-        request.prompt_top_logprobs = TopLogprobs(ids, values)
 
 
 def _end(request: Request, finish: str) -> Event:

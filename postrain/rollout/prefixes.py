@@ -40,6 +40,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[Prefix]:
+        return iter(self._entries.values())
+
     def find(self, version: int, ids: np.ndarray) -> tuple[int, KVCache | None]:
         """(positions that need not be computed, a row that holds them): the longest beginning that is here."""
         for key in reversed(list(_hash_beginnings(version, ids))):

@@ -27,6 +27,7 @@ from postrain.sharding import constrain
 
 PREFILL = 128  # prompt tokens per compiled call: bounds the scores held at once, [P, N, PREFILL, M]
 STEPS = 32  # tokens of a row per compiled call at most
+MAX_TOPS = 20  # most probable ids that a step finds where any row wants some
 CACHE_AXES = ("batch", "kv_heads", None, None)
 
 

@@ -140,8 +140,10 @@ def choose(
 
     log_kept_B = jnp.log(sums_BC.sum(-1))
     log_total_B = log_kept_B
-    if filters is not None or allowed_BW is not None:
-        log_total_B = _log_total(edited, best_B1, scale_B1, above_best=allowed_BW is not None)
+    if allowed_BW is not None:
+        log_total_B = _log_total(edited, best_B1, scale_B1, above_best=True)
+    elif filters is not None:
+        log_total_B = jnp.log(_sum(weights_BV))
     log_weight_B = (_take(logits, tokens_B) - best_B1[:, 0]) / scale_B1[:, 0]
     logprobs_B = jnp.where(is_greedy_B, 0.0, log_weight_B - log_kept_B)
     kept_mass_B = jnp.minimum(jnp.exp(jnp.where(is_greedy_B, 0.0, log_kept_B) - log_total_B), 1)

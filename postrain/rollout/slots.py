@@ -24,12 +24,15 @@ GROWTH = 256  # new tokens that the cache of a row has room for at first
 class Slots:
     """At most ``most`` rows, a multiple of ``shards``; no array at all until a request comes.
 
-    ``split``: layers have caches of their own (``models.transformer.split_layers``). ``least``: rows that there are
-    from the first request on.
+    ``split``: layers have caches of their own (``models.transformer.split_layers``). ``least``: rows, and positions
+    of each, that there are from the first request on. ``device``: of the cache; None: the devices of the mesh.
     """
 
-    def __init__(self, config: ModelConfig, *, most: int, least: int, shards: int, split: bool):
-        self.config, self.least, self.shards, self.split = config, min(least, most), shards, split
+    def __init__(
+        self, config: ModelConfig, *, most: int, least: tuple[int, int], shards: int, split: bool, device=None
+    ):
+        self.config, self.shards, self.split, self.device = config, shards, split, device
+        self.least, self.least_length = min(least[0], most), bucket(least[1])
         self.most = most + -most % shards
         self.cache: KVCache | None = None
         self.occupants: list[Request | None] = []
@@ -44,12 +47,18 @@ class Slots:
         return self.most - len(self.running)
 
     def make_cache(self, rows: int, length: int) -> KVCache:
-        return programs.make_cache(config=self.config, rows=rows, length=length, split=self.split)
+        cache = programs.make_cache(config=self.config, rows=rows, length=length, split=self.split)
+        # On the device of the weights by name, as whatever is computed of them is: programs are compiled for either.
+        return cache if self.device is None else jax.device_put(cache, self.device)
+
+    def round_up(self, length: int) -> int:
+        """Positions of a cache that holds ``length``: of a short list."""
+        return max(bucket(length), self.least_length)
 
     def row_bytes(self, length: int) -> int:
         """Of the cache of one row with room for ``length`` positions."""
         config = self.config
-        numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * bucket(length)
+        numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.round_up(length)
         return numbers * np.dtype(config.compute_dtype).itemsize
 
     # --- requests come and go ---
@@ -67,6 +76,14 @@ class Slots:
         for request, slot in zip(requests, targets, strict=True):
             self.occupants[slot] = request
             self._open_row(slot, request)
+
+    def warm_up(self, small: KVCache) -> None:
+        """Compiles what takes rows of ``small`` into the smallest cache of all rows, which is made."""
+        if self.cache is None:
+            self.cache, self.occupants = self.make_cache(self.most, self.round_up(1)), [None] * self.most
+            self.rows = programs.make_rows(self.most, self.rows.stop_ids.shape[1])
+            programs.extract(self.cache, np.int32(0), length=self.round_up(1))
+        self.cache = programs.insert(self.cache, small, *as_moves([0], [0], self.most))
 
     def release(self, request: Request) -> None:
         slot = self.occupants.index(request)
@@ -110,7 +127,7 @@ class Slots:
         return rows + -rows % self.shards
 
     def _make_room(self, requests: list[Request], waiting: int) -> None:
-        length = bucket(max(len(one.context) + 1 + min(one.remaining, GROWTH) for one in requests))
+        length = self.round_up(max(len(one.context) + 1 + min(one.remaining, GROWTH) for one in requests))
         rows = self._count_rows(min(len(self.running) + len(requests) + waiting, self.most))
         if self.cache is None:
             self.cache, self.occupants = self.make_cache(rows, length), [None] * rows
@@ -124,13 +141,13 @@ class Slots:
         last = self.rows.positions + 1
         needed = int((last + np.minimum(self.rows.remaining, steps))[open_rows].max())
         if needed > self.cache.num_slots:
-            self._resize(len(self.occupants), bucket(needed))
+            self._resize(len(self.occupants), self.round_up(needed))
 
     def shrink(self) -> None:
         """Gives room back where a quarter of the rows, or of the positions, would do."""
         running = self.running
         rows = self._count_rows(len(running))
-        length = bucket(max(len(one.context) + 1 + min(one.remaining, GROWTH) for one in running))
+        length = self.round_up(max(len(one.context) + 1 + min(one.remaining, GROWTH) for one in running))
         if 4 * rows <= len(self.occupants) or 4 * length <= self.cache.num_slots:
             self._resize(rows, min(length, self.cache.num_slots))
 
@@ -144,9 +161,12 @@ class Slots:
         self.rows = jax.tree.map(lambda x: x[order], self.rows)
         self.rows.remaining[len(taken) :] = 0
 
-    def make_allowed(self) -> np.ndarray | None:
-        """Bits of the ids that each row may choose, uint32 [B, words]; None where all rows may choose all."""
-        if not any(r is not None and (r.sampling.banned_ids or r.constraint) for r in self.occupants):
+    def make_allowed(self, always: bool = False) -> np.ndarray | None:
+        """Bits of the ids that each row may choose, uint32 [B, words].
+
+        None where all rows may choose all, except ``always``.
+        """
+        if not always and not any(one.sampling.banned_ids or one.constraint is not None for one in self.running):
             return None
         allowed = np.full((len(self.occupants), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         for slot, request in enumerate(self.occupants):

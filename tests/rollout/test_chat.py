@@ -26,6 +26,7 @@ from postrain.rollout.chat import (
     load_chat_model,
 )
 from postrain.rollout.engine import Engine
+from postrain.rollout.filling import Filler
 from postrain.rollout.requests import SamplingParams
 
 
@@ -160,15 +161,15 @@ def test_answers_are_kept_where_something_ends_it_early(model, tmp_path, monkeyp
     rows = [{"prompt": "hi " * length} for length in (1, 3, 2)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = SamplingParams(max_new_tokens=2)
-    whole, left = Engine._begin_filling, [2]
+    fill, left = Filler.fill, [2]
 
-    def end_at_the_third(engine):
+    def end_at_the_third(*arguments):
         left[0] -= 1
         if left[0] < 0:
             raise error
-        return whole(engine)
+        return fill(*arguments)
 
-    monkeypatch.setattr(Engine, "_begin_filling", end_at_the_third)
+    monkeypatch.setattr(Filler, "fill", end_at_the_third)
     for place in (str(output), None):
         left[0] = 2
         with pytest.raises(type(error)):
@@ -304,3 +305,38 @@ def test_raw_prompts_take_neither_system_message_nor_tools(model):
     for options in ({"system": "x"}, {"tools": [{"name": "f"}]}):
         with pytest.raises(UserError, match="raw prompts are fed as they are"):
             encode_prompt(model.tokenizer, "hi", raw=True, **options)
+
+
+@pytest.mark.parametrize("stops", [("cab",), ("xx", "aca"), ("b", "abc"), ("zz",), ("c" * 9,)])
+def test_a_stream_ends_before_a_stop_text_and_shows_none_of_it(model, stops):
+    text = "abacacaxxcabz東"
+    stream, shown = TextStream(model.tokenizer, stops), ""
+    for token in model.tokenizer.encode_text(text):
+        shown += stream.push(token)
+        assert not any(stop in shown for stop in stops)
+    shown += stream.end()
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    assert shown == text[: min(places, default=len(text))] and stream.ended == bool(places)
+
+
+def test_a_stop_text_ends_an_answer_wherever_it_is_asked(model, tmp_path, capsys):
+    sampling = SamplingParams(max_new_tokens=40, temperature=1.0, seed=1)
+    [free] = [answer_prompt(model, "hi", sampling).text]
+    stop = free[5:8]
+    expected = free[: free.find(stop)]
+    ending = dataclasses.replace(sampling, stop=(stop,))
+    pieces = []
+    answer = answer_prompt(model, "hi", ending, write=pieces.append)
+    assert answer == (expected, True) and "".join(pieces) == expected
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "hi"}\n')
+    answer_file(model, str(source), None, ending)
+    assert json.loads(capsys.readouterr().out)["generated"] == {"text": expected, "finished": True}
+
+
+def test_stop_ids_of_the_tokenizer_may_be_ignored(model):
+    [stop, *_] = sorted(model.tokenizer.stop_ids)
+    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True, logit_bias={stop: 1e3})
+    fitted = for_tokenizer(sampling, model.tokenizer, model.config)
+    [out] = Engine(model.params, model.config).generate([[1, 2]], fitted)
+    assert out.tokens == [stop] * 9 and out.finish == "length"

@@ -1,18 +1,17 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from engine_checks import LENGTHS, check_model_logprobs, compute_all_logits, generate_in_torch, make_prompts
 
 from postrain.errors import UserError
 from postrain.models import cache as cache_lib
 from postrain.models import lora
 from postrain.models import params as params_lib
 from postrain.models.config import LoraConfig
-from postrain.models.transformer import compute_hidden, compute_hidden_cached, compute_logits, split_layers
+from postrain.models.transformer import compute_hidden, compute_hidden_cached, split_layers
 from postrain.rollout import programs, slots
 from postrain.rollout.engine import Engine
 from postrain.rollout.programs import bucket
@@ -20,47 +19,9 @@ from postrain.rollout.requests import SamplingParams
 from postrain.rollout.weights import Weights
 from postrain.training.step import count_compilations
 
-LENGTHS = (1, 9, 2, 30, 17, 5)
-
 
 def generate(params, config, prompts, sampling=SamplingParams(), *, batch_size=32, **options):
     return Engine(params, config, slots=batch_size).generate(prompts, sampling, **options)
-
-
-def make_prompts(lengths=LENGTHS, vocab_size=301, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
-
-
-def generate_in_torch(torch_model, prompt, max_new_tokens, stop_ids=()):
-    with torch.no_grad():
-        out = torch_model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else it hides ids equal to the padding's
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(stop_ids) or None,
-            pad_token_id=0,
-        )
-    return out[0, len(prompt) :].tolist()
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def compute_all_logits(params, config, tokens_BT):
-    positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden = compute_hidden(params, config, tokens_BT, jnp.ones_like(tokens_BT), positions)
-    return compute_logits(params, config, hidden)[..., : config.vocab_size]
-
-
-def check_model_logprobs(params, config, prompts, completions, temperature):
-    """They are log softmax(logits / temperature) by the forward that trains."""
-    tokens = np.zeros((len(prompts), 96), np.int32)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        tokens[row, : len(prompt) + len(completion.tokens)] = prompt + completion.tokens
-    logprobs = np.asarray(jax.nn.log_softmax(compute_all_logits(params, config, tokens) / temperature, axis=-1))
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        steps = len(prompt) - 1 + np.arange(len(completion.tokens))
-        np.testing.assert_allclose(completion.model_logprobs, logprobs[row, steps, completion.tokens], atol=1e-5)
 
 
 def test_greedy_is_what_transformers_generates(model):
