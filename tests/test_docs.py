@@ -17,6 +17,7 @@ from tiny_models import make_tiny_model
 from postrain import arguments, cli
 from postrain.config import Config
 from postrain.config.load import load_config
+from postrain.rollout.constraints import json_schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -151,6 +152,24 @@ def test_the_commands_of_the_page_on_logged_answers_run(folder):
     words = [word.replace("MODEL_DIR", f"{folder}/runs/weighted/export") for word in evaluate]
     result = run([word.replace("decisions.jsonl", f"{folder}/decisions.jsonl") for word in words])
     assert result.returncode == 0 and "snips" in result.stdout, result.stderr
+
+
+def test_the_programs_of_the_page_on_constraints_run(folder):
+    page = (ROOT / "docs" / "constraints.md").read_text()
+    constrain, rank = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    outputs = []
+    for script in (constrain, rank):
+        script = script.replace("MODEL_DIR", str(folder / "model"))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    found = json.loads(outputs[0])
+    assert found["year"] >= 1900 and len(found["title"]) <= 20 and len(found) == 2
+    lines = [line.split(maxsplit=1) for line in outputs[1].splitlines()]
+    assert sorted(item for _, item in lines) == ["Alien (1979)", "Aliens (1986)", "Stalker (1979)"]
+    assert [float(score) for score, _ in lines] == sorted((float(score) for score, _ in lines), reverse=True)
+    [listed] = re.findall(r"^Keywords of a schema: (.*?);", page, re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`([^`]+)`", listed)) == json_schema.KEYWORDS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

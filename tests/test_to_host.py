@@ -89,6 +89,31 @@ ALLOWED = {
         "a rendered row, in numpy; texts",
         {"float(found.strip() == expected.strip())", "part.tolist()"},
     ),
+    "rollout/beams.py": (
+        "numpy: prompts, a trie on the host, and what is out of to_host",
+        {
+            "bool(is_stop[place])",
+            "float(length_penalty)",
+            "float(totals[ranked[place]])",
+            "int(counts.max())",
+            "int(lengths.max())",
+            "int(rows[place])",
+            "int(token)",
+            "int(tokens[place])",
+            "np.asarray(banned_ids, np.int64)",
+            "np.asarray(prompt, np.int32)",
+        },
+    ),
+    "rollout/constraints/device_trie.py": (
+        "numpy: a trie on the host",
+        {
+            "int(counts.max())",
+            "int(counts[num_dense:].max())",
+            "int(trie.tokens.max())",
+            "int(trie.tokens.min())",
+            "trie.level_starts[1:-1].tolist()",
+        },
+    ),
     "rollout/prefixes.py": (
         "numpy: ids",
         {

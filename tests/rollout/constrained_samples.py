@@ -80,13 +80,18 @@ def make_schema(rng, depth=0, references=()):
 
 
 def make_value(rng, depth=0):
-    options = [None, True, False, int(rng.integers(-50, 50)), 2.5, -0.125, "text", 'q"\\\n', "é😀"]
+    options = [None, True, False, int(rng.integers(-50, 50)), make_float(rng), make_float(rng), "text", 'q"\\\n', "é😀"]
     value = options[rng.integers(len(options))]
     if depth < 2 and rng.random() < 0.3:
         value = [make_value(rng, depth + 1) for _ in range(rng.integers(3))]
     if depth < 2 and rng.random() < 0.3:
         value = {name: make_value(rng, depth + 1) for name in pick(rng, NAMES, 3)}
     return value
+
+
+def make_float(rng):
+    """Of a few digits to the most that are taken, and of powers of ten on both sides."""
+    return float(f"{rng.normal():.{rng.integers(15)}g}e{rng.integers(-6, 7)}")
 
 
 def pick(rng, options, most):

@@ -5,6 +5,7 @@ letter of its own reading: whole numbers beyond 2**53 are rounded, a key may be 
 ``format: date`` has a 30th of February's neighbours. What comes out of ``prepare_schema`` has none of that.
 """
 
+import decimal
 import difflib
 import json
 import re
@@ -155,7 +156,7 @@ def _check_value(key: str, value: Any, place: str) -> None:
 
 
 def _check_representable(value: Any, place: str) -> None:
-    """Refuses what would come out as another value: the library has numbers in float64."""
+    """Refuses what would come out as another value: the library reads numbers as float64, and not to the last bit."""
     if isinstance(value, (list, dict)):
         for key, one in enumerate(value) if isinstance(value, list) else value.items():
             _check_representable(one, f"{place}/{_escape(str(key))}")
@@ -165,6 +166,11 @@ def _check_representable(value: Any, place: str) -> None:
         _write_key(value, place)
     elif isinstance(value, int):
         _check(place, abs(value) <= _LARGEST, value, f"a whole number up to 2**53 ({_LARGEST})")
+    elif isinstance(value, float):
+        _, digits, exponent = decimal.Decimal(repr(value)).normalize().as_tuple()
+        # 15 digits and a power of ten that are float64 themselves: their product or quotient is rounded once.
+        exact = len(digits) <= 15 and abs(exponent) <= 22
+        _check(place, exact, value, "a number of at most 15 digits (others are rounded)")
 
 
 def _write_key(text: str, place: str) -> str:
@@ -240,8 +246,8 @@ def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
     types = {types} if isinstance(types, str) else set(types)
     if "const" in node or "enum" in node or types - {"array", "object"}:
         return True
-    least = node.get("minItems", 0)
-    items = [*node.get("prefixItems", ()), *[node.get("items", True)] * least][:least]
+    least, first = node.get("minItems", 0), node.get("prefixItems", [])
+    items = [*first[:least], *([node.get("items", True)] if least > len(first) else [])]
     others = node.get("additionalProperties", True)
     members = [node.get("properties", {}).get(name, others) for name in node.get("required", ())]
     return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))

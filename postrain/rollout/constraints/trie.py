@@ -1,26 +1,18 @@
 """A trie of allowed sequences of ids, such as the semantic ids of a catalogue, as arrays in CSR form.
 
 Nodes are numbered level by level, each level in the order of its paths, so that edge e leads to node e + 1: a node's
-children are a slice of one array, in ascending order of their ids, and a state is one int32. The host walks it as a
-``Constraint``; ``trie_mask`` and ``trie_advance`` walk a batch of states on the device, without Python per row, as Su
-et al. 2026 (STATIC, arXiv:2602.22647) do: the sets of the first levels, which are few and large, as a table of bits,
-those of the others, which are many and small, out of the CSR arrays.
+children are a slice of one array, in ascending order of their ids, and a state is one whole number. A path through it
+on the host is a ``Constraint``; ``device_trie.py`` walks many at once on the device.
 
-Legend: B rows, W words of 32 ids, C children, E edges.
+Legend: E edges.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from postrain.rollout.constraints import WrongConstraint, pack_ids
-
-DEAD = -1  # the state after an id that is not allowed: nothing may follow
-DENSE_BYTES = 2**26  # room on the device for sets of ids as bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,27 +42,6 @@ class Trie:
     def constraint(self) -> "TrieConstraint":
         """A new ``Constraint`` at the beginning of the trie."""
         return TrieConstraint(self)
-
-    def to_device(self, dense_bytes: int = DENSE_BYTES) -> "DeviceTrie":
-        """The arrays of ``trie_mask``. Levels are dense from the first on, as long as all fit into ``dense_bytes``."""
-        first = int(self.tokens.min()) // 32
-        num_words = int(self.tokens.max()) // 32 + 1 - first
-        fits = [start for start in self.level_starts[1:].tolist() if start * num_words * 4 <= dense_bytes]
-        num_dense = max(fits, default=0)
-        dense = np.zeros((num_dense, num_words * 32), bool)
-        edges = int(self.offsets[num_dense])
-        parents = np.repeat(np.arange(num_dense), np.diff(self.offsets[: num_dense + 1]))
-        dense[parents, self.tokens[:edges] - first * 32] = True
-        counts = np.diff(self.offsets)
-        return DeviceTrie(
-            offsets=jnp.asarray(self.offsets),
-            tokens=jnp.asarray(self.tokens),
-            dense=jnp.asarray(np.packbits(dense, axis=-1, bitorder="little").view("<u4").astype(np.uint32)),
-            vocab_size=self.vocab_size,
-            first_word=first,
-            max_children=int(counts.max()),
-            max_sparse=int(counts[num_dense:].max()),
-        )
 
 
 class TrieConstraint:
@@ -187,73 +158,3 @@ def _check_distinct(ids: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> 
 
 def _show(ids: np.ndarray) -> str:
     return " ".join(str(i) for i in ids[ids >= 0][:8])
-
-
-# --- on the device ---
-
-
-@flax.struct.dataclass
-class DeviceTrie:
-    """A ``Trie`` on the device; made by ``Trie.to_device``."""
-
-    offsets: jax.Array  # int32 [E + 2]
-    tokens: jax.Array  # int32 [E]
-    dense: jax.Array  # uint32 [nodes of the dense levels, W]: the sets of ids, from word ``first_word`` on
-    vocab_size: int = flax.struct.field(pytree_node=False)
-    first_word: int = flax.struct.field(pytree_node=False)
-    max_children: int = flax.struct.field(pytree_node=False)
-    max_sparse: int = flax.struct.field(pytree_node=False)  # the most children of a node that is not dense
-
-
-def trie_children(trie: DeviceTrie, states_B: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """The first ``size`` children of each state, in ascending order: (ids, next states), int32 [B, size].
-
-    Both are -1 where there are fewer.
-    """
-    states = jnp.maximum(states_B, 0)[:, None]
-    edges = trie.offsets[states] + jnp.arange(size)
-    exists = (edges < trie.offsets[states + 1]) & (states_B >= 0)[:, None]
-    ids = trie.tokens[jnp.minimum(edges, trie.tokens.shape[0] - 1)]
-    return jnp.where(exists, ids, -1), jnp.where(exists, edges + 1, DEAD)
-
-
-@jax.jit
-def trie_mask(trie: DeviceTrie, states_B: jax.Array) -> jax.Array:
-    """The ids that may follow each state, as ``Constraint.allowed``: uint32 [B, ceil(vocab_size / 32)].
-
-    Nothing follows the end of a sequence, nor DEAD.
-    """
-    num_dense, num_words = trie.dense.shape
-    words = jnp.zeros((states_B.shape[0], num_words), jnp.uint32)
-    if num_dense:
-        rows = trie.dense[jnp.clip(states_B, 0, num_dense - 1)]
-        words = jnp.where(((states_B >= 0) & (states_B < num_dense))[:, None], rows, words)
-    if trie.max_sparse:
-        ids, _ = trie_children(trie, jnp.where(states_B >= num_dense, states_B, DEAD), trie.max_sparse)
-        bits = jnp.where(ids >= 0, jnp.uint32(1) << (ids & 31).astype(jnp.uint32), 0)
-        places = jnp.where(ids >= 0, (ids >> 5) - trie.first_word, num_words)
-        # The ids of a node are distinct, so that adding their bits sets them.
-        words = words.at[jnp.arange(len(states_B))[:, None], places].add(bits, mode="drop")
-    after = -(-trie.vocab_size // 32) - trie.first_word - num_words
-    return jnp.pad(words, ((0, 0), (trie.first_word, after)))
-
-
-@jax.jit
-def trie_advance(trie: DeviceTrie, states_B: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    """The states after one more id each, int32 [B]: DEAD where it is not allowed."""
-    states = jnp.maximum(states_B, 0)
-    low, end = trie.offsets[states], trie.offsets[states + 1]
-    high = end
-    for _ in range(trie.max_children.bit_length()):  # bisection for the first child that is not below the id
-        middle = (low + high) // 2
-        is_below = (trie.tokens[jnp.minimum(middle, trie.tokens.shape[0] - 1)] < tokens_B) & (middle < high)
-        low, high = jnp.where(is_below, middle + 1, low), jnp.where(is_below, high, middle)
-    found = (low < end) & (trie.tokens[jnp.minimum(low, trie.tokens.shape[0] - 1)] == tokens_B) & (states_B >= 0)
-    return jnp.where(found, low + 1, DEAD)
-
-
-@jax.jit
-def trie_is_end(trie: DeviceTrie, states_B: jax.Array) -> jax.Array:
-    """Whether a sequence ends at each state, so that nothing follows: bool [B]. False for DEAD."""
-    states = jnp.maximum(states_B, 0)
-    return (states_B >= 0) & (trie.offsets[states] == trie.offsets[states + 1])
