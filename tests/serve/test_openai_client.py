@@ -74,6 +74,21 @@ def test_a_call_comes_as_tool_calls_and_its_result_is_taken_back(client, served)
     assert off.choices[0].message.content == CALL and not off.choices[0].message.tool_calls
 
 
+def test_a_call_can_be_forced(client):
+    """Of any function, or of a named one; the arguments keep its schema."""
+    parameters = {"type": "object", "properties": {"n": {"$ref": "#/$defs/few"}}, "required": ["n"]}
+    parameters |= {"additionalProperties": False, "$defs": {"few": {"enum": [1, 2]}}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("one", "two")]
+    for choice, names in (("required", {"one", "two"}), ({"type": "function", "function": {"name": "two"}}, {"two"})):
+        reply = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, tools=tools, tool_choice=choice, n=4, temperature=2, max_tokens=80
+        )
+        for one in reply.choices:
+            [call] = one.message.tool_calls
+            assert one.finish_reason == "tool_calls" and one.message.content is None
+            assert call.function.name in names and json.loads(call.function.arguments)["n"] in (1, 2)
+
+
 def test_log_probabilities_of_tokens_and_of_the_most_probable(client, served):
     reply = client.chat.completions.create(
         **GREEDY, logprobs=True, top_logprobs=3, extra_body={"return_token_ids": True}
