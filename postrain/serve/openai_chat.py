@@ -26,7 +26,7 @@ from postrain.serve.schemas import (
     read_sampling,
 )
 from postrain.serve.served import Served
-from postrain.serve.streams import DONE, Answers, Piece, TokenScore, to_event
+from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans, to_event
 
 
 def read_chat(served: Served, body: dict) -> "ChatReply":
@@ -261,13 +261,3 @@ class _Choice:
                 self.calls.append({key: one for key, one in value.items() if key != "index"})
         self.scores += piece.scores
         self.last = piece
-
-
-def find_spans(versions: list[int], names: dict[int, str]) -> list[dict]:
-    """Which weights chose which tokens: {version, start, end} of tokens start to end - 1."""
-    spans: list[dict] = []
-    for i, version in enumerate(versions):
-        if not spans or versions[i - 1] != version:
-            spans.append({"version": names[version], "start": i, "end": i})
-        spans[-1]["end"] = i + 1
-    return spans

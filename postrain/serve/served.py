@@ -25,6 +25,7 @@ from postrain.serve.errors import ApiError, wrong
 from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
 from postrain.serve.schemas import Job
+from postrain.serve.sessions import Sessions
 from postrain.serve.streams import Answers, AnswerStream
 
 
@@ -53,7 +54,7 @@ class Served:
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
         self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
         self.max_length = limits.max_length or model.config.max_positions
-        self.metrics, self.created = Metrics(), int(time.time())
+        self.metrics, self.sessions, self.created = Metrics(), Sessions(), int(time.time())
         options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
         engine = Engine(model.params, model.config, **options)
         self.engine = EngineThread(engine, limits.slots + limits.waiting)

@@ -164,3 +164,13 @@ def to_event(value: Any) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def find_spans(versions: list[int], names: dict[int, str]) -> list[dict]:
+    """Which weights chose which tokens: {version, start, end} of tokens start to end - 1."""
+    spans: list[dict] = []
+    for i, version in enumerate(versions):
+        if not spans or versions[i - 1] != version:
+            spans.append({"version": names[version], "start": i, "end": i})
+        spans[-1]["end"] = i + 1
+    return spans
