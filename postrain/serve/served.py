@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from postrain.data.rendering.tokenizer import compare_vocabularies
 from postrain.errors import UserError
-from postrain.rollout.chat import ChatModel, TextStream, for_tokenizer, load_chat_model
+from postrain.rollout.chat import ChatModel, for_tokenizer, load_chat_model
 from postrain.rollout.constraints import WrongConstraint
 from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
@@ -26,7 +26,7 @@ from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
 from postrain.serve.schemas import Job
 from postrain.serve.sessions import Sessions
-from postrain.serve.streams import Answers, AnswerStream
+from postrain.serve.streams import Answers, AnswerStream, TextWindow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Served:
         submissions, streams = [], []
         for i, prompt in enumerate(job.prompts):
             for k in range(job.n):
-                until = TextStream(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
+                until = TextWindow(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
                 submissions.append(Submission(prompt, sampling, i + (k << 32), i, job.constraint, until))
                 streams.append(AnswerStream(self.tokenizer, sampling, self.stop_ids))
         if len(submissions) > self.engine.most:
