@@ -15,8 +15,6 @@ submission. Rounding may still differ between numbers of rows, as it does in any
 
 Under a mesh (parameters placed by ``postrain.sharding``) rows are split over ``data`` and ``fsdp``, key heads over
 ``tensor``. Several processes call the same methods in the same order.
-
-Legend: B rows, P rows of a small cache, S new positions.
 """
 
 import collections
@@ -125,23 +123,22 @@ class Engine:
         sampling: SamplingParams = SamplingParams(),
         *,
         sample_id: int = 0,
-        group: int | None = None,
         constraint: Constraint | None = None,
         until: Callable[[int], bool | None] | None = None,
     ) -> int:
         """Queues a request; returns the handle under which its events come.
 
-        ``sample_id`` (0 to 2**64 - 1) chooses, with the seed, what it draws: two requests of one prompt need two.
-        ``group``: requests that share a prompt wait for each other's prefill. ``until`` is called with each token and
-        may end the answer after it, as a stop id does. Raises UserError for an empty prompt and for ids outside the
-        vocabulary.
+        ``sample_id`` (0 to 2**64 - 1) chooses, with the seed, what it draws: two requests of one prompt need two, and
+        share the computation of the prompt. ``constraint``: what the answer must be; one for each request. ``until`` is
+        called with each token and may end the answer after it, as a stop id does. Raises UserError for an empty prompt
+        and for ids outside the vocabulary.
         """
         prompt = np.asarray(prompt_ids, np.int32)
         self._check(prompt, sampling)
         if not 0 <= sample_id < 2**64:
             raise UserError(f"sample_id must be 0 to 2**64 - 1, found {sample_id}")
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._queue.append(Request(handle, prompt, sampling, sample_id, group, constraint, until))
+        self._queue.append(Request(handle, prompt, sampling, sample_id, constraint, until))
         return handle
 
     def step(self) -> list[Event]:
@@ -217,7 +214,7 @@ class Engine:
         indices = {}
         for i in order:
             for k in range(n):
-                options = {"sample_id": i + (k << 32), "group": i, "until": until and until(i * n + k)}
+                options = {"sample_id": i + (k << 32), "until": until and until(i * n + k)}
                 indices[self.submit(prompts[i], settings[i], **options)] = i * n + k
         try:
             while indices:
@@ -245,8 +242,8 @@ class Engine:
             top_p, tops = SamplingParams(temperature=1.0, top_p=0.5), SamplingParams(top_logprobs=1)
             edits, both = SamplingParams(min_new_tokens=1), SamplingParams(min_new_tokens=1, top_logprobs=1)
             for sampling in (greedy, plain, top_p, tops, edits, both):
-                options, edits, allowed = self._choose_program([sampling])
-                for bits in (allowed, self.slots.make_allowed(always=True)) if allowed is None else (allowed,):
+                options, edits, allowed = self._choose_program([sampling], {})
+                for bits in (allowed, self.slots.make_allowed({}, always=True)) if allowed is None else (allowed,):
                     arguments = np.int32(1), np.bool_(False), edits, bits
                     out = programs.decode(
                         self._weights.tree,
@@ -313,14 +310,16 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         """Tokens for every row that has a slot."""
-        events, slots = self._end_impossible(), self.slots
+        slots = self.slots
+        masks = {one.handle: one.constraint.allowed() for one in slots.running if one.constraint is not None}
+        events = self._end_impossible(masks)
         if not slots.running:
             return events
         if not self.num_waiting:
             slots.shrink()
-        limit = 1 if any(request.constraint is not None for request in slots.running) else self.steps
+        limit = 1 if masks else self.steps
         slots.make_room_for(limit)
-        options, edits, allowed = self._choose_program([request.sampling for request in slots.running])
+        options, edits, allowed = self._choose_program([request.sampling for request in slots.running], masks)
         slots.cache, *state, chunk = programs.decode(
             self._weights.tree,
             slots.cache,
@@ -342,7 +341,9 @@ class Engine:
             slots.clear()
         return events
 
-    def _choose_program(self, settings: Sequence[SamplingParams]) -> tuple[dict, Edits | None, np.ndarray | None]:
+    def _choose_program(
+        self, settings: Sequence[SamplingParams], masks: dict[int, np.ndarray]
+    ) -> tuple[dict, Edits | None, np.ndarray | None]:
         """The static arguments of ``programs.decode``, the edits and the ids that are allowed.
 
         Few programs serve all: what is rarely asked goes with all that is asked often.
@@ -351,7 +352,7 @@ class Engine:
         tops = MAX_TOPS if any(one.top_logprobs for one in settings) else 0
         filtered = bool(edits or tops) or any(one.filters for one in settings)
         options = {"sampled": filtered or any(one.temperature > 0 for one in settings), "filtered": filtered}
-        allowed = slots.make_allowed(always=bool(edits or tops))
+        allowed = slots.make_allowed(masks, always=bool(edits or tops))
         return options | {"tops": tops}, slots.make_edits() if edits else None, allowed
 
     def _take(self, slot: int, request: Request, chunk: programs.Chunk) -> Event:
@@ -394,13 +395,9 @@ class Engine:
             done |= bool(request.until(token))
         return done
 
-    def _end_impossible(self) -> list[Event]:
+    def _end_impossible(self, masks: dict[int, np.ndarray]) -> list[Event]:
         """Ends rows whose constraint leaves nothing to choose."""
-        stuck = [
-            request
-            for request in self.slots.running
-            if request.constraint is not None and not request.constraint.allowed().any()
-        ]
+        stuck = [one for one in self.slots.running if one.handle in masks and not masks[one.handle].any()]
         for request in stuck:
             self.slots.release(request)
         return [_end(request, "error") for request in stuck]

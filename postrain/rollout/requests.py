@@ -153,7 +153,6 @@ class Request:
     prompt: np.ndarray  # int32 ids
     sampling: SamplingParams
     sample_id: int
-    group: int | None = None
     constraint: Constraint | None = None
     until: Callable[[int], bool | None] | None = None
     events: list[Event] = dataclasses.field(default_factory=list)

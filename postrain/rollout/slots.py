@@ -161,12 +161,12 @@ class Slots:
         self.rows = jax.tree.map(lambda x: x[order], self.rows)
         self.rows.remaining[len(taken) :] = 0
 
-    def make_allowed(self, always: bool = False) -> np.ndarray | None:
+    def make_allowed(self, masks: dict[int, np.ndarray], always: bool = False) -> np.ndarray | None:
         """Bits of the ids that each row may choose, uint32 [B, words].
 
-        None where all rows may choose all, except ``always``.
+        ``masks``: those of constraints, by handle. None where all rows may choose all, except ``always``.
         """
-        if not always and not any(one.sampling.banned_ids or one.constraint is not None for one in self.running):
+        if not masks and not always and not any(one.sampling.banned_ids for one in self.running):
             return None
         allowed = np.full((len(self.occupants), -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         for slot, request in enumerate(self.occupants):
@@ -174,8 +174,8 @@ class Slots:
                 continue
             if request.sampling.banned_ids:
                 allowed[slot] &= _allow_all_but(request.sampling.banned_ids, self.config.vocab_size)
-            if request.constraint is not None:
-                allowed[slot] &= request.constraint.allowed()
+            if request.handle in masks:
+                allowed[slot] &= masks[request.handle]
         return allowed
 
     def make_edits(self) -> Edits:

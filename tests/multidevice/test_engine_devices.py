@@ -40,3 +40,33 @@ def test_generation_does_not_depend_on_the_mesh(mesh):
         with count_compilations() as compiled:
             Engine(sharded, CONFIG).generate(prompts[::-1], sampling)
         assert not compiled
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:3], ids=str)
+def test_weights_of_a_mesh_change_in_mid_answer(mesh):
+    """Groups and a common beginning too; the update is checked against the forward that trains, on the same mesh."""
+    mesh = make_mesh(MeshConfig(**mesh))
+    axes = axes_of(param_specs(CONFIG))
+    old, new = (init_params(CONFIG, jax.random.key(seed)) for seed in (0, 1))
+    beginning = np.random.default_rng(0).integers(0, 301, 40).tolist()
+    prompts = [beginning + end for end in ([1], [2, 3], [4])] * 2
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=12)
+
+    def run(params, other):
+        engine = Engine(params, CONFIG, steps=5)
+        handles = [engine.submit(prompt, sampling, sample_id=i) for i, prompt in enumerate(prompts)]
+        events = []
+        while not events:
+            events = engine.step()
+        assert engine.update_weights(other, version=1) < 1e-5
+        found = {}
+        while not engine.is_idle:
+            found |= {event.handle: event.completion for event in engine.step() if event.completion}
+        return [found[handle] for handle in handles]
+
+    expected = run(old, new)
+    out = run(*(jax.device_put(params, named_shardings(axes, mesh, params)) for params in (old, new)))
+    for one, reference in zip(out, expected, strict=True):
+        assert one.tokens == reference.tokens
+        assert set(one.versions) == {0, 1}
+        np.testing.assert_allclose(one.logprobs, reference.logprobs, atol=1e-5)

@@ -56,7 +56,7 @@ def test_a_row_depends_on_seed_and_sample_id_alone(llama):
 def test_nothing_is_compiled_after_a_warm_up(llama):
     """Over mixed lengths, ways of sampling and sizes of groups."""
     rng = np.random.default_rng(0)
-    engine = Engine(llama.params, llama.config, slots=4, min_rows=4, min_positions=128)
+    engine = Engine(llama.params, llama.config, slots=2, min_rows=2, min_positions=128)
     kinds = (
         {},
         {"temperature": 0.7},
