@@ -26,15 +26,12 @@ PATTERNS = [
     r"^\S{3}$",
 ]
 FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri"]
-CLOSING = (('"', "}", "]", '"}', '"]'), ('":', ":", ",", '",'))  # what leads to the end of JSON, the best first
+CLOSING = ('"', "}", "]", '"}', '"]', '":', ":", "1", "x")  # what leads to the end of JSON, and of the patterns
 
 
 def sample(constraint, tokenizer, rng, soft_limit=40, limit=3000):
     """Ids of one whole text, the stop id left out. After ``soft_limit`` ids those that lead to its end come first."""
-    tiers = [
-        tokenizer.stop_ids,
-        *({i for text in texts for i in tokenizer.encode_text(text)[-1:]} for texts in CLOSING),
-    ]
+    tiers = tokenizer.stop_ids, sorted({i for text in CLOSING for i in tokenizer.encode_text(text)[-1:]})
     ids = []
     while not constraint.is_done():
         words = constraint.allowed()
@@ -91,7 +88,7 @@ def make_value(rng, depth=0):
 
 def make_float(rng):
     """Of a few digits to the most that are taken, and of powers of ten on both sides."""
-    return float(f"{rng.normal():.{rng.integers(15)}g}e{rng.integers(-6, 7)}")
+    return float(f"{int(rng.normal() * 10 ** rng.integers(15))}e{rng.integers(-12, 2)}")
 
 
 def pick(rng, options, most):
