@@ -33,6 +33,7 @@ WITHOUT_ARRAYS = {
     "rollout/score.py": "a command of one process",
     "rollout/evaluate_policy.py": "a command of one process",
     "rollout/off_policy.py": "arithmetic on arrays of numpy",
+    "serve/": "a command of one process",
     "models/flops.py": "batches before they are placed on devices, in numpy",
 }
 # Single expressions.

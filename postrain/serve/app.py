@@ -3,15 +3,16 @@
 import asyncio
 import hmac
 import json
+import pathlib
 from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from postrain.serve import sglang
+from postrain.serve import sessions, sglang
 from postrain.serve.errors import ApiError
 from postrain.serve.openai_chat import read_chat
 from postrain.serve.openai_completions import read_completion
@@ -19,12 +20,14 @@ from postrain.serve.schemas import parse_body
 from postrain.serve.served import Served
 from postrain.serve.streams import EventStream, unless_gone
 
-OPEN_PATHS = ("/health", "/health_generate")  # without the API key
+PAGE = pathlib.Path(__file__).with_name("page.html")
+OPEN_PATHS = ("/", "/health", "/health_generate")  # without the API key
 
 
 def make_app(served: Served) -> "Gate":
     """An ASGI application."""
     routes = [
+        Route("/", lambda request: HTMLResponse(PAGE.read_text(encoding="utf-8")), methods=["GET"]),
         Route("/health", lambda request: Response(), methods=["GET"]),
         Route("/health_generate", lambda request: Response(), methods=["GET"]),
         Route("/metrics", lambda request: PlainTextResponse(format_metrics(served)), methods=["GET"]),
@@ -32,6 +35,7 @@ def make_app(served: Served) -> "Gate":
         Route("/v1/models/{name:path}", lambda request: show_model(served, request), methods=["GET"]),
         Route("/v1/chat/completions", make_route(served, read_chat), methods=["POST"]),
         Route("/v1/completions", make_route(served, read_completion), methods=["POST"]),
+        Route("/sessions/{name}", lambda request: show_session(served, request), methods=["GET", "DELETE"]),
         *sglang.make_routes(served, make_route),
     ]
     handlers = {ApiError: _answer_api_error, HTTPException: _answer_http_error, Exception: _answer_failure}
@@ -43,6 +47,7 @@ def make_route(served: Served, read: Callable) -> Callable:
     ``job``, ``completions``, ``collect(answers)`` and ``stream(answers)``."""
 
     async def route(request: Request) -> Response | EventStream:
+        session = sessions.check_name(request.headers.get(sessions.HEADER))
         body = parse_body(await request.body())
         loop = asyncio.get_running_loop()
         reply = await loop.run_in_executor(served.workers, read, served, body)
@@ -51,6 +56,8 @@ def make_route(served: Served, read: Callable) -> Callable:
 
         def close() -> None:
             answers.close()
+            if session is not None and len(reply.completions) == reply.job.count:
+                served.sessions.add(session, reply.job, reply.completions, served.versions)
             served.note(answers, reply.completions.values(), sum(map(len, reply.job.prompts)))
 
         if reply.job.stream:
@@ -76,6 +83,13 @@ def list_models(served: Served) -> dict:
 def show_model(served: Served, request: Request) -> Response:
     served.check_model(request.path_params["name"])
     return to_response(list_models(served)["data"][0])
+
+
+def show_session(served: Served, request: Request) -> Response:
+    name = request.path_params["name"]
+    if request.method == "DELETE":
+        return to_response({"id": name, "deleted_turns": served.sessions.delete(name)})
+    return to_response({"id": name, "turns": served.sessions.get(name)})
 
 
 def format_metrics(served: Served) -> str:

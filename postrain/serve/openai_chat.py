@@ -6,12 +6,13 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from postrain.data.bad_row import BadRow
+from postrain.data.bad_row import BadRow, RowRef
+from postrain.data.messages import parse_tools
 from postrain.data.rendering.template import REASONING_SWITCHES
 from postrain.errors import UserError
 from postrain.rollout.chat import encode_prompt
 from postrain.serve.errors import ApiError, wrong
-from postrain.serve.replies import THINK, Delta, ReplyParser
+from postrain.serve.replies import THINK, Delta, ReplyParser, write_call_grammar
 from postrain.serve.schemas import (
     MAX_CHOICES,
     OPENAI,
@@ -25,15 +26,15 @@ from postrain.serve.schemas import (
     read_sampling,
 )
 from postrain.serve.served import Served
-from postrain.serve.streams import DONE, Answers, Piece, TokenScore, to_event
+from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans, to_event
 
 
 def read_chat(served: Served, body: dict) -> "ChatReply":
     """Checks a body and renders its prompt. Raises ApiError, with the field named."""
     fields = Fields(body)
     served.check_model(fields.text("model"))
-    tools, functions, one_call = _read_tools(fields, served)
-    ids = _render(fields, served, tools)
+    tools = _read_tools(fields, served)
+    ids = _render(fields, served, tools.tools)
     room = served.check_prompt(ids, "messages")
     options = {"vocab_size": served.vocab_size, "stop_ids": served.stop_ids, "seed": served.draw_seed()}
     sampling = read_sampling(fields, OPENAI, **options, default_tokens=room, room=room)
@@ -42,7 +43,9 @@ def read_chat(served: Served, body: dict) -> "ChatReply":
         raise wrong("top_logprobs", "goes with logprobs: true")
     sampling = dataclasses.replace(sampling, top_logprobs=tops)
     constraint = None
-    if (found := read_constraint(fields)) is not None:
+    if tools.forced:
+        constraint = _force_call(served, tools, fields, sampling)
+    elif (found := read_constraint(fields)) is not None:
         if sampling.ignore_eos:
             raise wrong("ignore_eos", "an answer under a constraint ends where the constraint lets it")
         constraint = served.compile(*found, sampling)
@@ -50,30 +53,57 @@ def read_chat(served: Served, body: dict) -> "ChatReply":
     stream, output = fields.flag("stream"), read_output(fields)
     ignored = tuple(fields.finish())
     job = Job((tuple(ids),), sampling, n, constraint, stream, ignored)
-    # The template may begin the reasoning in the prompt.
+    # The template may begin the reasoning in the prompt; a constraint is on the answer, which then begins at once.
     begun = served.tokenizer.decode(ids[-16:]).rstrip().endswith(THINK)
-    reads = served.tokenizer.template.reads_reasoning and constraint is None
-    reasoning = "open" if begun else "may come" if reads else "none"
-    form = served.tool_form if tools else None
-    parsers = [ReplyParser(form, functions, reasoning) for _ in range(n)]
-    return ChatReply(served, job, output, with_logprobs, parsers, one_call)
+    reads = served.tokenizer.template.reads_reasoning
+    reasoning = "none" if begun and constraint else "open" if begun else "may come" if reads else "none"
+    form = served.tool_form if tools.tools else None
+    parsers = [ReplyParser(form, tools.names, reasoning) for _ in range(n)]
+    return ChatReply(served, job, output, with_logprobs, parsers, tools.one_call)
 
 
-def _read_tools(fields: Fields, served: Served) -> tuple[list | None, set[str], bool]:
-    """(tools of the prompt, their names, whether only one call may be made)."""
+@dataclasses.dataclass(frozen=True)
+class _Tools:
+    """``tools``: of the prompt, None where there are none or none may be called."""
+
+    tools: list | None = None
+    functions: tuple[dict, ...] = ()  # with their schemas
+    forced: tuple[dict, ...] = ()  # those of which one must be called
+    one_call: bool = False
+
+    @property
+    def names(self) -> set[str]:
+        return {function["name"] for function in self.functions}
+
+
+def _read_tools(fields: Fields, served: Served) -> _Tools:
     tools, choice = fields.take("tools", []), fields.take("tool_choice", "auto")
     one_call = not fields.flag("parallel_tool_calls", True)
     if not isinstance(tools, list):
         raise wrong("tools", f"expected a list, found {describe(tools)}")
-    if choice not in ("auto", "none"):
-        raise wrong("tool_choice", f"expected auto or none, found {describe(choice)}: a call cannot be forced")
-    if not tools or choice == "none":
-        return None, set(), one_call
+    try:
+        functions = tuple(tool["function"] for tool in parse_tools(tools, RowRef("tools", "tools", 1)) or ())
+    except BadRow as error:
+        raise wrong("tools", error.reason) from None
+    named = choice.get("function", {}) if isinstance(choice, dict) else {}
+    name = named.get("name") if isinstance(named, dict) else None
+    if choice not in ("auto", "none", "required") and not isinstance(name, str):
+        raise wrong("tool_choice", f"expected auto, none, required or a function, found {describe(choice)}")
+    forced = functions if choice == "required" else tuple(one for one in functions if one["name"] == name)
+    if not forced and choice not in ("auto", "none"):
+        raise wrong("tool_choice", f"there is no such tool: {describe(choice)}")
+    if not functions or choice == "none":
+        return _Tools()
     if served.tool_form is None:
         raise wrong("tools", "the model's chat template writes calls in no form that can be read back")
-    functions = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in tools]
-    names = {function.get("name") for function in functions if isinstance(function, dict)}
-    return tools, {name for name in names if isinstance(name, str)}, one_call
+    return _Tools(tools, functions, forced, one_call)
+
+
+def _force_call(served: Served, tools: _Tools, fields: Fields, sampling):
+    """The constraint under which an answer is a call of one of ``tools.forced``."""
+    if read_constraint(fields) is not None or sampling.ignore_eos:
+        raise wrong("tool_choice", "a call that is forced leaves no room for response_format, or for ignore_eos")
+    return served.compile({"grammar": write_call_grammar(served.tool_form, tools.forced)}, "tools", sampling)
 
 
 def _render(fields: Fields, served: Served, tools: list | None) -> list[int]:
@@ -231,13 +261,3 @@ class _Choice:
                 self.calls.append({key: one for key, one in value.items() if key != "index"})
         self.scores += piece.scores
         self.last = piece
-
-
-def find_spans(versions: list[int], names: dict[int, str]) -> list[dict]:
-    """Which weights chose which tokens: {version, start, end} of tokens start to end - 1."""
-    spans: list[dict] = []
-    for i, version in enumerate(versions):
-        if not spans or versions[i - 1] != version:
-            spans.append({"version": names[version], "start": i, "end": i})
-        spans[-1]["end"] = i + 1
-    return spans

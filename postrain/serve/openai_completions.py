@@ -10,7 +10,6 @@ from postrain.data.bad_row import BadRow, RowRef, check_string
 from postrain.rollout.chat import encode_prompt
 from postrain.rollout.requests import Completion
 from postrain.serve.errors import wrong
-from postrain.serve.openai_chat import find_spans
 from postrain.serve.schemas import (
     MAX_CHOICES,
     OPENAI,
@@ -26,7 +25,7 @@ from postrain.serve.schemas import (
     read_sampling,
 )
 from postrain.serve.served import Served
-from postrain.serve.streams import DONE, Answers, Piece, TokenScore, to_event
+from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans, to_event
 
 DEFAULT_TOKENS = 16
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from postrain.data.rendering.render import TEMPLATE_DATE
@@ -58,6 +59,20 @@ def find_tool_form(tokenizer: Tokenizer) -> ToolForm | None:
             closing = after[: match.start()] if (match := tokenizer.control_pattern.search(after)) else after
             return ToolForm(before[-1] if before else "", closing.strip(), name_keys[0], argument_keys[0])
     return None
+
+
+def write_call_grammar(form: ToolForm, functions: Sequence[dict]) -> str:
+    """llguidance's Lark for one call of any of ``functions``, its arguments as the function's schema has them."""
+    rules, calls = [], []
+    for i, function in enumerate(functions):
+        schema = function.get("parameters") or {"type": "object"}
+        # A rule of its own: references in a schema are from its root.
+        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
+        before = f"{{{json.dumps(form.name_key)}: {json.dumps(function['name'])}, {json.dumps(form.arguments_key)}: "
+        calls.append(f'{json.dumps(before)} arguments_{i} "}}"')
+    opening = f'{json.dumps(form.opening)} "\\n" ' if form.opening else ""
+    closing = f' "\\n" {json.dumps(form.closing)}' if form.closing else ""
+    return "\n".join([f"start: {opening}call{closing}", f"call: {' | '.join(calls)}", *rules])
 
 
 def _read_arguments(value: Any) -> dict | None:
@@ -117,12 +132,9 @@ class ReplyParser:
         self._mode = "content"
         if self.form is None or self.form.opening:
             return True
-        if not self._text.strip() and not last:
-            self._mode = "start"
-            return False
         if re.match(r"\s*(<\|\w+\|>)?\s*[\[{]", self._text):
             self._mode = "call"
-        elif re.match(r"\s*<(\|\w*\|?)?$", self._text) and not last:
+        elif re.match(r"\s*(<(\|\w*(\|>?)?)?)?\s*$", self._text) and not last:
             self._mode = "start"
             return False
         return True

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from postrain.data.rendering.tokenizer import compare_vocabularies
 from postrain.errors import UserError
-from postrain.rollout.chat import ChatModel, TextStream, for_tokenizer, load_chat_model
+from postrain.rollout.chat import ChatModel, for_tokenizer, load_chat_model
 from postrain.rollout.constraints import WrongConstraint
 from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
@@ -25,7 +25,8 @@ from postrain.serve.errors import ApiError, wrong
 from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
 from postrain.serve.schemas import Job
-from postrain.serve.streams import Answers, AnswerStream
+from postrain.serve.sessions import Sessions
+from postrain.serve.streams import Answers, AnswerStream, TextWindow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Served:
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
         self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
         self.max_length = limits.max_length or model.config.max_positions
-        self.metrics, self.created = Metrics(), int(time.time())
+        self.metrics, self.sessions, self.created = Metrics(), Sessions(), int(time.time())
         options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
         engine = Engine(model.params, model.config, **options)
         self.engine = EngineThread(engine, limits.slots + limits.waiting)
@@ -143,7 +144,7 @@ class Served:
         submissions, streams = [], []
         for i, prompt in enumerate(job.prompts):
             for k in range(job.n):
-                until = TextStream(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
+                until = TextWindow(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
                 submissions.append(Submission(prompt, sampling, i + (k << 32), i, job.constraint, until))
                 streams.append(AnswerStream(self.tokenizer, sampling, self.stop_ids))
         if len(submissions) > self.engine.most:

@@ -14,7 +14,6 @@ from starlette.routing import Route
 from postrain.errors import UserError, one_line
 from postrain.rollout.requests import Completion
 from postrain.serve.errors import ApiError, wrong
-from postrain.serve.openai_chat import find_spans
 from postrain.serve.openai_completions import encode
 from postrain.serve.schemas import (
     MAX_CHOICES,
@@ -28,7 +27,7 @@ from postrain.serve.schemas import (
     read_sampling,
 )
 from postrain.serve.served import Served
-from postrain.serve.streams import DONE, Answers, Piece, TokenScore, to_event
+from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans, to_event
 
 DEFAULT_TOKENS = 128
 

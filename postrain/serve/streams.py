@@ -5,11 +5,10 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from postrain.data.rendering.tokenizer import Tokenizer
-from postrain.rollout.chat import TextStream
 from postrain.rollout.requests import Completion, Event, SamplingParams
 from postrain.serve.engine_thread import EngineThread, Submission
 from postrain.serve.errors import ApiError
@@ -33,12 +32,61 @@ class Piece(NamedTuple):
     completion: Completion | None = None  # the whole, with the last piece
 
 
+class TextWindow:
+    """Token ids one at a time -> text, as ``rollout.chat.TextStream`` gives it, at a cost that does not grow.
+
+    Only the newest ids are decoded: those of the last text that was given out, and what came since. Text is held back
+    while it ends in half a character, or in what may become one of ``stops``; ``stop`` is the one that has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.tokenizer, self.stops, self.stop = tokenizer, tuple(stops), None
+        self._ids: list[int] = []
+        self._read = 0  # of these ids, those whose text has been taken
+        self._held = ""  # text that has been taken, and not given out
+
+    def push(self, token: int) -> str:
+        if self.stop is not None:
+            return ""
+        self._ids.append(token)
+        return self._give(self._take(), last=False)
+
+    def ends_with(self, token: int) -> bool:
+        """Takes a token whose text nobody reads; whether one of ``stops`` has come."""
+        self.push(token)
+        return self.stop is not None
+
+    def end(self) -> str:
+        return "" if self.stop is not None else self._give(self._take(last=True), last=True)
+
+    def _take(self, last: bool = False) -> str:
+        """The text of the ids that are new. What decoders do at the beginning of a text they do to both."""
+        text = self.tokenizer.decode(self._ids)
+        if text.endswith("\ufffd") and not last:
+            return ""
+        new = text[len(self.tokenizer.decode(self._ids[: self._read])) :]
+        self._ids = self._ids[self._read :]
+        self._read = len(self._ids)
+        return new
+
+    def _give(self, text: str, last: bool) -> str:
+        text = self._held + text
+        places = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if places:
+            place, self.stop = min(places, key=lambda found: found[0])
+            return text[:place]
+        sizes = range(0 if last else min(max(map(len, self.stops), default=1) - 1, len(text)), 0, -1)
+        held = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
 class AnswerStream:
     """The events of one answer -> pieces. ``own_stops``: the stop ids of the model, which are no news to a client."""
 
     def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, own_stops: frozenset[int]):
-        self.tokenizer, self.sampling, self.own_stops = tokenizer, sampling, own_stops
-        self._stream = TextStream(tokenizer, sampling.stop)
+        self.sampling, self.own_stops = sampling, own_stops
+        self._text = TextWindow(tokenizer, sampling.stop)
 
     def take(self, event: Event) -> Piece:
         tokens, done = event.tokens, event.completion
@@ -46,14 +94,12 @@ class AnswerStream:
         if finish == "error":
             raise ApiError(500, "the model gave no answer: its logits are not finite, or a constraint left no token")
         at_stop_id = finish == "stop" and done.tokens and done.tokens[-1] in self.sampling.stop_ids
-        text = "".join(map(self._stream.push, tokens[:-1] if at_stop_id else tokens))
+        text = "".join(map(self._text.push, tokens[:-1] if at_stop_id else tokens))
         if done is not None:
-            text += self._stream.end()
-            if at_stop_id:
-                reason = None if done.tokens[-1] in self.own_stops else done.tokens[-1]
-            elif finish == "stop" and self._stream.ended:
-                whole = self.tokenizer.decode(done.tokens)
-                reason = min((stop for stop in self.sampling.stop if stop in whole), key=whole.find)
+            text += self._text.end()
+            reason = self._text.stop
+            if at_stop_id and reason is None and done.tokens[-1] not in self.own_stops:
+                reason = done.tokens[-1]
         return Piece(text, _score(event), finish, reason, done)
 
 
@@ -164,3 +210,13 @@ def to_event(value: Any) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+
+
+def find_spans(versions: list[int], names: dict[int, str]) -> list[dict]:
+    """Which weights chose which tokens: {version, start, end} of tokens start to end - 1."""
+    spans: list[dict] = []
+    for i, version in enumerate(versions):
+        if not spans or versions[i - 1] != version:
+            spans.append({"version": names[version], "start": i, "end": i})
+        spans[-1]["end"] = i + 1
+    return spans

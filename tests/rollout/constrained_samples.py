@@ -26,15 +26,12 @@ PATTERNS = [
     r"^\S{3}$",
 ]
 FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri"]
-CLOSING = (('"', "}", "]", '"}', '"]'), ('":', ":", ",", '",'))  # what leads to the end of JSON, the best first
+CLOSING = ('"', "}", "]", '"}', '"]', '":', ":", "1", "x")  # what leads to the end of JSON, and of the patterns
 
 
 def sample(constraint, tokenizer, rng, soft_limit=40, limit=3000):
     """Ids of one whole text, the stop id left out. After ``soft_limit`` ids those that lead to its end come first."""
-    tiers = [
-        tokenizer.stop_ids,
-        *({i for text in texts for i in tokenizer.encode_text(text)[-1:]} for texts in CLOSING),
-    ]
+    tiers = tokenizer.stop_ids, sorted({i for text in CLOSING for i in tokenizer.encode_text(text)[-1:]})
     ids = []
     while not constraint.is_done():
         words = constraint.allowed()
@@ -80,13 +77,18 @@ def make_schema(rng, depth=0, references=()):
 
 
 def make_value(rng, depth=0):
-    options = [None, True, False, int(rng.integers(-50, 50)), 2.5, -0.125, "text", 'q"\\\n', "é😀"]
+    options = [None, True, False, int(rng.integers(-50, 50)), make_float(rng), make_float(rng), "text", 'q"\\\n', "é😀"]
     value = options[rng.integers(len(options))]
     if depth < 2 and rng.random() < 0.3:
         value = [make_value(rng, depth + 1) for _ in range(rng.integers(3))]
     if depth < 2 and rng.random() < 0.3:
         value = {name: make_value(rng, depth + 1) for name in pick(rng, NAMES, 3)}
     return value
+
+
+def make_float(rng):
+    """Of a few digits to the most that are taken, and of powers of ten on both sides."""
+    return float(f"{int(rng.normal() * 10 ** rng.integers(15))}e{rng.integers(-12, 2)}")
 
 
 def pick(rng, options, most):

@@ -51,6 +51,9 @@ REFUSED = [
     (CHAT, user(tools=[{"no": "name"}]), "tools"),
     (CHAT, user(tools=7), "tools"),
     (CHAT, user(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
+    (CHAT, user(tools=[TOOL], tool_choice="maybe"), "tool_choice"),
+    (CHAT, user(tool_choice="required"), "tool_choice"),
+    (CHAT, user(tools=[TOOL], tool_choice="required", response_format={"type": "json_object"}), "tool_choice"),
     (CHAT, user(functions=[{"name": "f"}]), "functions"),
     (CHAT, user(reasoning_effort="low"), "reasoning_effort"),
     (CHAT, user(continue_final_message=True), "continue_final_message"),
@@ -135,10 +138,8 @@ def test_errors_are_those_that_the_client_knows(client):
 def test_random_bodies_never_make_the_server_fail(http, served):
     values = [None, True, 0, 1, -1, 3.5, 1e308, "", "x", [], [1], ["a"], {}, {"a": 1}, "\udfff", [[]], [None], 2**70]
     names = "messages model temperature top_p top_k min_p n stop seed stream logprobs top_logprobs logit_bias tools"
-    names += (
-        " tool_choice response_format structured_outputs chat_template_kwargs max_tokens stream_options prompt echo"
-    )
-    names += " stop_token_ids ignore_eos min_tokens return_token_ids text input_ids sampling_params rid return_logprob"
+    names += " tool_choice response_format structured_outputs chat_template_kwargs max_tokens stream_options prompt"
+    names += " echo stop_token_ids ignore_eos min_tokens return_token_ids text input_ids sampling_params rid"
     names, rng, seen = names.split(), random.Random(0), set()
     for _ in range(150):
         path, base = rng.choice([(CHAT, user()), (TEXT, text()), (GENERATE, sglang())])

@@ -55,10 +55,13 @@ def compile_constraint(
         compilers[size, stops] = _Compiler(tokenizer, size, stops)
     [(kind, value)] = spec.items()
     try:
-        key = json.dumps(value)  # not sorted: the order of properties is the order in which they are written
-    except (TypeError, ValueError):
-        raise WrongConstraint(kind, f"expected what JSON can hold, found {value!r:.80}") from None
-    return compilers[size, stops].compile(kind, key)
+        try:
+            key = json.dumps(value)  # not sorted: the order of properties is the order in which they are written
+        except (TypeError, ValueError):
+            raise WrongConstraint(kind, f"expected what JSON can hold, found {value!r:.80}") from None
+        return compilers[size, stops].compile(kind, key)
+    except RecursionError:
+        raise WrongConstraint(kind, "it is nested too deeply") from None
 
 
 # tokenizer -> (vocab_size, stop_ids) -> compiler
@@ -250,6 +253,8 @@ def _check_grammar(text: str) -> str:
 
 def _first_lines(message: str) -> str:
     """The library's message in one line, without the lines of the grammar that it was given."""
+    if "recursion limit" in message or "too deeply nested" in message:
+        return "it is nested too deeply"
     if "oneOf constraints" in message:
         return "the schemas of a oneOf must exclude each other, as by the const of a required property: write anyOf"
     lines = [line.strip() for line in message.strip().splitlines()]

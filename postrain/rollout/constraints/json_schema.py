@@ -5,6 +5,7 @@ letter of its own reading: whole numbers beyond 2**53 are rounded, a key may be 
 ``format: date`` has a 30th of February's neighbours. What comes out of ``prepare_schema`` has none of that.
 """
 
+import decimal
 import difflib
 import json
 import re
@@ -114,13 +115,14 @@ def _prepare(node: Any, place: str, places: dict[str, Any], references: list[tup
             prepared[key] = value
         elif key in KEYWORDS:
             _check_value(key, value, here)
-            prepared[key] = value
+            prepared[key] = _as_whole(value) if key in ("const", "enum") else value
         else:
             near = difflib.get_close_matches(key, KEYWORDS, 1)
             raise WrongConstraint(
                 KIND, f"{here}: this keyword is not supported: {f'write {near[0]}' if near else 'leave it out'}"
             )
     _move_exclusive(node, prepared)
+    _narrow_bounds(prepared, place)
     _check_key_count(prepared, place)
     _move_patterns(prepared, place)
     return prepared
@@ -134,7 +136,8 @@ def _check(place: str, holds, found: Any, expected: str) -> None:
 def _check_value(key: str, value: Any, place: str) -> None:
     if key in _NUMBERS:
         _check(place, isinstance(value, (int, float)) and not isinstance(value, bool), value, "a number")
-        _check_representable(value, place)
+        if key == "multipleOf":
+            _check_representable(value, place)
     elif key in _COUNTS:
         _check(place, isinstance(value, int) and not isinstance(value, bool) and value >= 0, value, "a whole number")
     elif key == "type":
@@ -155,7 +158,7 @@ def _check_value(key: str, value: Any, place: str) -> None:
 
 
 def _check_representable(value: Any, place: str) -> None:
-    """Refuses what would come out as another value: the library has numbers in float64."""
+    """Refuses what would come out as another value."""
     if isinstance(value, (list, dict)):
         for key, one in enumerate(value) if isinstance(value, list) else value.items():
             _check_representable(one, f"{place}/{_escape(str(key))}")
@@ -163,8 +166,67 @@ def _check_representable(value: Any, place: str) -> None:
                 _write_key(key, place)
     elif isinstance(value, str):
         _write_key(value, place)
-    elif isinstance(value, int):
-        _check(place, abs(value) <= _LARGEST, value, f"a whole number up to 2**53 ({_LARGEST})")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check(place, _is_exact(value), value, f"a number of at most 15 digits and up to 2**53 ({_LARGEST})")
+
+
+def _is_exact(value: int | float) -> bool:
+    """Whether the library reads the number as it is written: it has float64, and reads them not to the last bit."""
+    if abs(value) > _LARGEST:
+        return False
+    _, digits, exponent = decimal.Decimal(repr(value)).normalize().as_tuple()
+    # 15 digits and a power of ten that are float64 themselves: their product or quotient is rounded once.
+    return isinstance(value, int) or (len(digits) <= 15 and abs(exponent) <= 22)
+
+
+def _as_whole(value: Any) -> Any:
+    """``value`` with whole numbers as such, also 2.0, which the library would take for a range of numbers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_as_whole(one) for one in value]
+    return {key: _as_whole(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _narrow_bounds(node: dict, place: str) -> None:
+    """Bounds that the library would not keep become the nearest ones inside of them that it does.
+
+    It rounds those of many digits, and takes whole exclusive bounds of decimals for inclusive ones.
+    """
+    types = node.get("type", _TYPES)
+    is_decimal = "number" in ([types] if isinstance(types, str) else types)
+    for side, away in (("Minimum", 1), ("Maximum", -1)):
+        bounds = []
+        for key in (side.lower(), f"exclusive{side}"):
+            if key not in node:
+                continue
+            value = node[key]
+            exact = decimal.Decimal(repr(value))
+            is_exclusive = key.startswith("exclusive")
+            if not _is_exact(value):
+                bounds.append(_round_inward(exact, away, f"{place}/{key}", value))
+            elif is_exclusive and is_decimal and exact == exact.to_integral_value():
+                bounds.append(exact + away * decimal.Decimal(10) ** min(0, len(str(abs(int(exact)))) - 14))
+            elif is_exclusive:
+                continue  # kept as it is
+            else:
+                bounds.append(exact)
+            del node[key]
+        if bounds:
+            bound = max(bounds) if away > 0 else min(bounds)
+            node[side.lower()] = int(bound) if bound == bound.to_integral_value() else float(bound)
+
+
+def _round_inward(value: decimal.Decimal, away: int, place: str, found: Any) -> decimal.Decimal:
+    """15 digits of a bound, rounded up (``away`` 1) or down; beyond 2**53, that."""
+    if abs(value) > _LARGEST:
+        _check(place, value * away < 0, found, f"a bound up to 2**53 ({_LARGEST})")
+        return decimal.Decimal(-away * _LARGEST)
+    rounding = decimal.ROUND_CEILING if away > 0 else decimal.ROUND_FLOOR
+    rounded = decimal.Context(prec=15, rounding=rounding).plus(value)
+    if abs(rounded) < 1:
+        rounded = rounded.quantize(decimal.Decimal("1e-22"), rounding)
+    return rounded
 
 
 def _write_key(text: str, place: str) -> str:
@@ -240,8 +302,8 @@ def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
     types = {types} if isinstance(types, str) else set(types)
     if "const" in node or "enum" in node or types - {"array", "object"}:
         return True
-    least = node.get("minItems", 0)
-    items = [*node.get("prefixItems", ()), *[node.get("items", True)] * least][:least]
+    least, first = node.get("minItems", 0), node.get("prefixItems", [])
+    items = [*first[:least], *([node.get("items", True)] if least > len(first) else [])]
     others = node.get("additionalProperties", True)
     members = [node.get("properties", {}).get(name, others) for name in node.get("required", ())]
     return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))

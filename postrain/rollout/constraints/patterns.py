@@ -41,11 +41,17 @@ def translate(pattern: str, kind: str, *, search: bool = False) -> str:
             warnings.simplefilter("ignore")
             tree = _parser.parse(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as e:
-        raise WrongConstraint(kind, f"{pattern!r} is not a regular expression of Python's re: {e}") from None
+        raise WrongConstraint(kind, f"{_quote(pattern)} is not a regular expression of Python's re: {e}") from None
     writer = _Writer(pattern, kind)
     if tree.state.flags & re.MULTILINE:
         writer.refuse("the flag m")
     return writer.write_whole(list(tree), tree.state.flags, search, search)
+
+
+def _quote(pattern) -> str:
+    """In a message, where it may be long."""
+    text = repr(pattern)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 class _Writer:
@@ -53,7 +59,9 @@ class _Writer:
         self.pattern, self.kind = pattern, kind
 
     def refuse(self, what: str):
-        raise WrongConstraint(self.kind, f"{self.pattern!r} has {what}, which cannot be constrained: write it without")
+        raise WrongConstraint(
+            self.kind, f"{_quote(self.pattern)} has {what}, which cannot be constrained: write it without"
+        )
 
     def write_whole(self, items: list, flags: int, left: bool, right: bool) -> str:
         """Alternatives that reach both ends of the text. ``left``, ``right``: whether other text may stand there."""

@@ -25,7 +25,8 @@ class TokenBytes(NamedTuple):
 
 def read_token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     """The bytes of all ids below ``tokenizer.vocab_size``. Raises WrongConstraint for a decoder that is not known."""
-    decoder = json.loads(tokenizer.fast.to_str())["decoder"]
+    # As it is pickled, which is the JSON of its part of tokenizer.json, without the vocabulary.
+    decoder = json.loads(tokenizer.fast.decoder.__getstate__()) if tokenizer.fast.decoder else None
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
     spell, strips_space = _read_decoder(steps, tokenizer)
     named = {token.content for token in tokenizer.fast.get_added_tokens_decoder().values() if token.special}
