@@ -34,7 +34,7 @@ def gguf(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def model(gguf, tmp_path_factory) -> pathlib.Path:
-    return import_gguf(gguf, tmp_path_factory.mktemp("imported") / "gemma-3-270m")
+    return import_gguf(gguf, tmp_path_factory.mktemp("imported") / "gemma-3-270m", dtype="float32")
 
 
 def test_logits_are_those_of_transformers(model):
