@@ -227,7 +227,10 @@ def test_curves_are_the_ones_kept(name):
     kept, curves = json.loads((FOLDER / f"{name}.json").read_text()), CURVES[name]()
     assert kept.keys() == curves.keys()
     for kind, curve in kept.items():
-        assert curves[kind]["weight"] == curve["weight"], f"{kind}: other tokens were trained, or in another order"
+        if "over a head" in kind:  # whose outputs, which are rounded, are in its weights
+            np.testing.assert_allclose(curves[kind]["weight"], curve["weight"], rtol=1e-4, err_msg=kind)
+        else:
+            assert curves[kind]["weight"] == curve["weight"], f"{kind}: other tokens were trained, or in another order"
         np.testing.assert_allclose(curves[kind]["loss"], curve["loss"], rtol=1e-4, err_msg=kind)
         np.testing.assert_allclose(curves[kind]["grad_norm"], curve["grad_norm"], rtol=1e-3, err_msg=kind)
         assert curve["loss"][-1] < 0.95 * curve["loss"][0], f"{kind}: nothing was learned"
