@@ -25,7 +25,6 @@ from postrain.config import (
     OptimizerConfig,
     PreferenceSection,
     RewardSection,
-    SftSection,
     WeightsSection,
 )
 from postrain.data.bad_row import RowRef
@@ -33,7 +32,7 @@ from postrain.data.batches.in_memory import ExampleSet, MemoryBatches
 from postrain.data.batches.row_filter import DataReport
 from postrain.data.documents import Field, Group, Rendered
 from postrain.data.mismatched import add_mismatched
-from postrain.data.reward_weights import REWARDS, compute_weights
+from postrain.data.reward_weights import compute_weights
 from postrain.models.config import LoraConfig
 from postrain.models.heads import HeadConfig, head_specs
 from postrain.models.lora import drop_adapters, lora_specs
@@ -41,7 +40,7 @@ from postrain.models.params import ParamSpec, param_specs
 from postrain.objectives.distill import make_distill_loss
 from postrain.objectives.preference import make_preference_loss
 from postrain.objectives.reward import make_reward_loss
-from postrain.objectives.sft import make_advantage_loss, make_sft_loss
+from postrain.objectives.sft import make_sft_loss
 from postrain.objectives.unpaired import make_unpaired_loss
 from postrain.recipes.distill import make_comparison
 from postrain.recipes.reward import read_last
@@ -189,27 +188,13 @@ def compute_distill() -> dict:
 
 
 def compute_weighted() -> dict:
-    """Rows weighted by their rewards alone, and by how far those are above what a head expects."""
+    """Rows that count by the exponential of their rewards."""
     rows, rng = make_examples(), np.random.default_rng(4)
     rewards = 1 + 0.5 * rng.standard_normal(len(rows.examples))
     weights, _ = compute_weights(rewards, WeightsSection(mode="exp", temperature=0.4))
     weighted = [dataclasses.replace(row, weight=float(w)) for row, w in zip(rows.examples, weights, strict=True)]
-    field = lambda row, reward: Field(REWARDS, np.full(len(row.tokens), reward, np.float32), "sequence")
-    rewarded = [
-        dataclasses.replace(row, fields=(field(row, reward),))
-        for row, reward in zip(rows.examples, rewards, strict=True)
-    ]
-    head = HeadConfig("value", position="every", bias=True, zeros=True)
-    compute = lambda params, batch, rng: FORWARD.logprobs_and_outputs(params, batch, rng, head=head)
-    section = WeightsSection(mode="advantage", baseline="head", temperature=0.7, clip=5.0)
-    advantage = make_advantage_loss(compute, SftSection(weights=section), REWARDS)
-    with_rewards = dataclasses.replace(rows, examples=rewarded)
-    options = {"trained": head_specs([head], CONFIG.embed_size), "loss_coefs": {"value": 0.5}}
-    exp = make_sft_loss(FORWARD.nll)
-    return {
-        "exp, full": compute_curve(exp, dataclasses.replace(rows, examples=weighted), lora=False),
-        "advantage over a head, lora": compute_curve(advantage, with_rewards, lora=True, **options),
-    }
+    loss_fn = make_sft_loss(FORWARD.nll)
+    return {"exp, full": compute_curve(loss_fn, dataclasses.replace(rows, examples=weighted), lora=False)}
 
 
 CURVES = {
