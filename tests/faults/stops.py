@@ -39,16 +39,17 @@ def signal_call(module: str, name: str, number: int, times: int = 1, stuck: bool
 
 STUCK = 300.0  # seconds
 PLACES = {
-    "batch": ("postrain.data.batches.in_memory", "_assemble_batch", 7, 1, True),
+    "batch": ("postrain.data.batches.in_memory", "_assemble_batch", 5, 1, True),
     "rows": ("postrain.training.rows", "load_examples", 1),
     "compile": ("postrain.training.program", "make_train_step", 1),
     "first evaluation": ("postrain.rollout.answers", "answer_questions", 1),
-    "update": ("postrain.training.rows", "Rows.__next__", 3),
+    "wait": ("postrain.training.rows", "Rows.__next__", 3),
+    "update": ("postrain.training.loop", "Loop.finish_step", 3),
     "evaluation": ("postrain.rollout.answers", "answer_questions", 2),
     "save": ("postrain.checkpoint.checkpointer", "write_checksums", 1),
     "last evaluation": ("postrain.training.evaluate", "compute_eval_loss", 3),
     "export": ("postrain.export", "check_logits", 1),
-    "twice": ("postrain.training.rows", "Rows.__next__", 4, 2),
+    "twice": ("postrain.training.loop", "Loop.finish_step", 4, 2),
 }
 
 

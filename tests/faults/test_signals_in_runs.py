@@ -27,6 +27,7 @@ def stopped():
         ("compile", ENDS_AT_ONCE, []),
         ("first evaluation", 143, []),
         ("batch", 143, ["1"]),
+        ("wait", 143, ["2"]),
         ("update", 143, ["2", "3"]),
         ("evaluation", 143, ["2", "4"]),
         ("save", 143, ["2"]),
