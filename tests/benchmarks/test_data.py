@@ -38,7 +38,7 @@ def test_packing_beside_trl():
 
 @pytest.mark.slow
 def test_both_prepare_the_same_rows():
-    sides, _ = run("preparation", "--conversations", "40")
+    sides, _ = run("preparation", "--conversations", "80")
     assert set(sides) == {"postrain", "trl", "postrain_all_cores", "trl_all_cores"}
     for name in ("records", "short"):
         ours, theirs = sides["postrain"][name], sides["trl"][name]
