@@ -305,7 +305,8 @@ def run_serve(args, overrides) -> None:
     check_text(api_key, "API key")
     check_model_path(args.model, "MODEL")
     with ends_at_once():
-        from postrain.serve.server import Limits, serve
+        from postrain.serve.limits import Limits
+        from postrain.serve.server import serve
 
     names = ("slots", "waiting", "steps", "max_length", "max_bytes", "seconds")
     limits = Limits(**{name: getattr(args, name) for name in names}, api_key=api_key)

@@ -6,14 +6,19 @@ import signal
 import sys
 
 from postrain.errors import UserError
+from postrain.hf.classifier import read_trunk
+from postrain.hf.find_model import find_model
 from postrain.rollout.chat import encode_prompt, load_chat_model
 from postrain.rollout.requests import SamplingParams
-from postrain.serve.served import Limits, Served
+from postrain.rollout.score import load_scorer
+from postrain.serve.limits import Limits
+from postrain.serve.served import Served
 
 try:
     import uvicorn
 
     from postrain.serve.app import Gate, make_app
+    from postrain.serve.scorer import ServedScorer, make_scorer_app
 except ModuleNotFoundError as error:
     raise UserError(f"`postrain serve` needs the package {error.name}: pip install 'postrain[serve]'") from None
 
@@ -22,16 +27,26 @@ DRAIN_CHECK = 0.05  # seconds between two looks at whether all requests have end
 
 def serve(folder: str, *, name: str, host: str, port: int, limits: Limits) -> None:
     """Serves a model's folder until the process is told to end. Raises UserError, such as for a port that is taken."""
-    served = Served(load_chat_model(folder), name, folder, limits)
+    served, gate = open_model(folder, name, limits)
     try:
-        warm_up(served)
-        server = make_server(make_app(served), host, port)
+        server = make_server(gate, host, port)
         with contextlib.closing(server.config.bind_socket()) as socket:
             address = f"http://{host}:{socket.getsockname()[1]}"
             print(f"serving {name} at {address}/v1, contexts of up to {served.max_length} tokens", flush=True)
             server.run(sockets=[socket])
     finally:
         served.close()
+
+
+def open_model(folder: str, name: str, limits: Limits) -> tuple[Served | ServedScorer, Gate]:
+    """A language model, or a reward model or classifier, ready to answer."""
+    found = find_model(folder)
+    if found.adapter is None and read_trunk(found.base).labels:
+        scorer = ServedScorer(load_scorer(folder), name, folder, limits)
+        return scorer, make_scorer_app(scorer)
+    served = Served(load_chat_model(folder), name, folder, limits)
+    warm_up(served)
+    return served, make_app(served)
 
 
 def make_server(gate: Gate, host: str, port: int) -> "Server":
