@@ -44,6 +44,8 @@ class Served:
         self.max_length = limits.max_length or model.config.max_positions
         self.metrics, self.sessions, self.created = Metrics(), Sessions(), int(time.time())
         options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
+        if limits.warm_length:
+            options |= {"min_rows": limits.slots, "min_positions": limits.warm_length}
         engine = Engine(model.params, model.config, **options)
         self.engine = EngineThread(engine, limits.slots + limits.waiting)
         self.versions = {engine.version: "default"}  # of weights -> what clients call them

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 
 from postrain.errors import UserError
@@ -27,15 +28,24 @@ DRAIN_CHECK = 0.05  # seconds between two looks at whether all requests have end
 
 def serve(folder: str, *, name: str, host: str, port: int, limits: Limits) -> None:
     """Serves a model's folder until the process is told to end. Raises UserError, such as for a port that is taken."""
-    served, gate = open_model(folder, name, limits)
-    try:
-        server = make_server(gate, host, port)
-        with contextlib.closing(server.config.bind_socket()) as socket:
-            address = f"http://{host}:{socket.getsockname()[1]}"
+    with contextlib.closing(bind(host, port)) as listening:
+        served, gate = open_model(folder, name, limits)
+        try:
+            address = f"http://{host}:{listening.getsockname()[1]}"
             print(f"serving {name} at {address}/v1, contexts of up to {served.max_length} tokens", flush=True)
-            server.run(sockets=[socket])
-    finally:
-        served.close()
+            make_server(gate).run(sockets=[listening])
+        finally:
+            served.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        message = f"--host {host} --port {port}: cannot listen there ({reason}): choose another port or address"
+        raise UserError(message) from None
 
 
 def open_model(folder: str, name: str, limits: Limits) -> tuple[Served | ServedScorer, Gate]:
@@ -49,8 +59,8 @@ def open_model(folder: str, name: str, limits: Limits) -> tuple[Served | ServedS
     return served, make_app(served)
 
 
-def make_server(gate: Gate, host: str, port: int) -> "Server":
-    config = uvicorn.Config(gate, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+def make_server(gate: Gate) -> "Server":
+    config = uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="off")
     return Server(config, gate)
 
 
@@ -59,6 +69,8 @@ def warm_up(served: Served) -> None:
     ids = encode_prompt(served.tokenizer, "a", raw=True)
 
     def answer(engine) -> None:
+        if served.limits.warm_length:
+            engine.warm_up()
         for temperature in (0.0, 1.0):
             engine.generate([ids], SamplingParams(temperature=temperature, max_new_tokens=2))
         engine.prefixes.clear()

@@ -11,7 +11,7 @@ from tiny_models import make_tiny_model
 from postrain.serve.app import make_app
 from postrain.serve.limits import Limits
 from postrain.serve.served import Served
-from postrain.serve.server import make_server
+from postrain.serve.server import bind, make_server
 
 KEY = "sk-test"
 NAME = "tiny"
@@ -36,8 +36,7 @@ def run_server(model, folder, **limits):
 
 @contextlib.contextmanager
 def run_gate(gate):
-    server = make_server(gate, "127.0.0.1", 0)
-    socket = server.config.bind_socket()
+    server, socket = make_server(gate), bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     try:

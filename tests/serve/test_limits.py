@@ -12,6 +12,8 @@ import openai
 import pytest
 from serve_server import KEY, run_server, wait_until
 
+from postrain import cli
+
 LONG = {"prompt": "x", "max_tokens": 480, "ignore_eos": True}
 
 
@@ -101,6 +103,12 @@ def test_metrics_count_what_went_on(http):
 def read_metrics(http):
     lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_a_port_that_is_taken_is_named(running, folder, capsys):
+    port = running[2].rsplit(":", 1)[1]
+    assert cli.main(["serve", str(folder), f"--port={port}"]) == 2
+    assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
 
 
 def test_sigterm_lets_running_answers_end(folder, tmp_path):
