@@ -8,7 +8,7 @@ import pytest
 from engine_checks import check_model_logprobs, compute_all_logits, generate_in_torch, make_prompts, score
 
 from postrain.errors import UserError
-from postrain.models import lora
+from postrain.models import lora, quantized
 from postrain.models.config import LoraConfig
 from postrain.models.params import merge_params
 from postrain.rollout.engine import Engine
@@ -193,6 +193,23 @@ def test_a_small_update_of_adapters_is_not_lost_in_bfloat16(llama, dora):
         moved.append(without[index] - ours[index])
     noise, moved = np.concatenate(noise), np.concatenate(moved)
     assert np.abs(noise).mean() < 0.25 * np.abs(moved).mean()
+
+
+def test_adapters_on_a_quantised_base(llama):
+    """The base is dequantised once, the adapters stay beside it: numbers of the forward that trains."""
+
+    def quantize(tree):
+        items = ((k, quantize(v) if isinstance(v, dict) else v) for k, v in tree.items())
+        return {k: quantized.quantize(v, "int8") if k == "kernel" else v for k, v in items}
+
+    config = dataclasses.replace(llama.config, lora=LoraConfig(rank=2, dora=True))
+    base = llama.params | {"layers": quantize(llama.params["layers"])}
+    adapters = lora.init_lora(config, jax.random.key(0), base)
+    adapters = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), adapters)
+    params, prompts = merge_params(adapters, base), make_prompts((8, 20))
+    engine = Engine(params, config)
+    check_model_logprobs(params, config, prompts, engine.generate(prompts, SAMPLED), 1.0)
+    assert engine.update_weights(params, version=1) < 1e-5
 
 
 def test_a_thousand_cancelled_requests_leave_every_slot_free(llama):
