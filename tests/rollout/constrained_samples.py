@@ -5,6 +5,7 @@
 """
 
 import datetime
+import functools
 import ipaddress
 import re
 import uuid
@@ -13,6 +14,7 @@ import jsonschema
 import numpy as np
 
 from postrain.rollout.constraints import unpack_ids
+from postrain.rollout.constraints.token_bytes import read_token_bytes
 
 NAMES = ["a", "b", "name", "é", 'q"uote', "back\\slash", "line\nbreak", "sla/sh", "til~de", "😀", "", "x y"]
 PATTERNS = [
@@ -26,12 +28,12 @@ PATTERNS = [
     r"^\S{3}$",
 ]
 FORMATS = ["date", "time", "date-time", "uuid", "ipv4", "ipv6", "email", "hostname", "duration", "uri"]
-CLOSING = ('"', "}", "]", '"}', '"]', '":', ":", "1", "x")  # what leads to the end of JSON, and of the patterns
+CLOSING = ('"', "}", "]", '"}', '"]', '":', ":", "1", "x", "@")  # what leads to the end of JSON, and of the patterns
 
 
 def sample(constraint, tokenizer, rng, soft_limit=40, limit=3000):
     """Ids of one whole text, the stop id left out. After ``soft_limit`` ids those that lead to its end come first."""
-    tiers = tokenizer.stop_ids, sorted({i for text in CLOSING for i in tokenizer.encode_text(text)[-1:]})
+    tiers = tokenizer.stop_ids, find_closing(tokenizer)
     ids = []
     while not constraint.is_done():
         words = constraint.allowed()
@@ -45,6 +47,12 @@ def sample(constraint, tokenizer, rng, soft_limit=40, limit=3000):
         assert len(ids) < limit, tokenizer.decode(ids)
     assert ids[-1] in tokenizer.stop_ids
     return ids[:-1]
+
+
+@functools.cache
+def find_closing(tokenizer):
+    texts = {text.encode() for text in CLOSING}
+    return [i for i, text in enumerate(read_token_bytes(tokenizer).texts) if text in texts]
 
 
 def make_schema(rng, depth=0, references=()):

@@ -4,6 +4,7 @@ import decimal
 import gc
 import json
 import re
+import sys
 import warnings
 import weakref
 
@@ -529,6 +530,13 @@ def test_compiled_constraints_are_kept(tmp_path):
 def test_a_text_that_cannot_end_is_refused(tiny):
     with pytest.raises(WrongConstraint, match="no stop token"):
         compile_constraint({"json_object": True}, tiny, stop_ids=())
+
+
+def test_without_the_library_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    tokenizer = load_tokenizer(make_tiny_tokenizer(tmp_path))
+    with pytest.raises(WrongConstraint, match=r"pip install 'postrain\[constraints\]'"):
+        compile_constraint({"json_object": True}, tokenizer)
 
 
 def test_other_stop_ids_end_a_text(tiny):
