@@ -293,14 +293,8 @@ def run_serve(args, overrides) -> None:
     from postrain.config import check_model_path
     from postrain.files import check_text
 
-    for option, least in (
-        ("slots", 1),
-        ("waiting", 0),
-        ("steps", 1),
-        ("warm_length", 0),
-        ("max_length", 0),
-        ("max_bytes", 1),
-    ):
+    leasts = {"slots": 1, "waiting": 0, "steps": 1, "warm_length": 0, "max_length": 0, "max_bytes": 1}
+    for option, least in leasts.items():
         if getattr(args, option) < least:
             name = option.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, option)}: expected at least {least}")
