@@ -169,7 +169,7 @@ class Gate:
                     401, "expected the server's API key as `Authorization: Bearer KEY`", code="invalid_api_key"
                 )
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.served.limits.max_bytes:
+        if length.isdigit() and (len(length) > 18 or int(length) > self.served.limits.max_bytes):
             raise self._too_large()
 
     def _too_large(self) -> ApiError:

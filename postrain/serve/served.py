@@ -41,7 +41,10 @@ class Served:
     def __init__(self, model: ChatModel, name: str, folder: str, limits: Limits):
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
         self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
-        self.max_length = limits.max_length or model.config.max_positions
+        positions = model.config.max_positions
+        if limits.max_length > positions:
+            raise UserError(f"--max-length {limits.max_length}: the model was pre-trained for {positions} positions")
+        self.max_length = limits.max_length or positions
         self.metrics, self.sessions, self.created = Metrics(), Sessions(), int(time.time())
         options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
         if limits.warm_length:
