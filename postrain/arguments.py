@@ -254,6 +254,7 @@ def add_serve_arguments(command: argparse.ArgumentParser) -> None:
         ("--slots", read_whole_number, 16, "answers computed at a time"),
         ("--waiting", read_whole_number, 256, "answers that wait for a slot; more are refused"),
         ("--steps", read_whole_number, 4, "tokens of an answer that come together"),
+        ("--warm-length", read_whole_number, 0, "compile for contexts of so many tokens first; 0: as requests come"),
         ("--max-length", read_whole_number, 0, "tokens of prompt and answer; 0: the model's positions"),
         ("--max-bytes", read_whole_number, 4 << 20, "of a request's body"),
         ("--seconds", read_number, 600.0, "a request that takes longer is ended"),

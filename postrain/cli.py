@@ -293,7 +293,8 @@ def run_serve(args, overrides) -> None:
     from postrain.config import check_model_path
     from postrain.files import check_text
 
-    for option, least in (("slots", 1), ("waiting", 0), ("steps", 1), ("max_length", 0), ("max_bytes", 1)):
+    leasts = {"slots": 1, "waiting": 0, "steps": 1, "warm_length": 0, "max_length": 0, "max_bytes": 1}
+    for option, least in leasts.items():
         if getattr(args, option) < least:
             name = option.replace("_", "-")
             raise UserError(f"--{name} {getattr(args, option)}: expected at least {least}")
@@ -305,10 +306,10 @@ def run_serve(args, overrides) -> None:
     check_text(api_key, "API key")
     check_model_path(args.model, "MODEL")
     with ends_at_once():
-        from postrain.serve.server import Limits, serve
+        from postrain.serve.limits import Limits
+        from postrain.serve.server import serve
 
-    names = ("slots", "waiting", "steps", "max_length", "max_bytes", "seconds")
-    limits = Limits(**{name: getattr(args, name) for name in names}, api_key=api_key)
+    limits = Limits(**{name: getattr(args, name) for name in (*leasts, "seconds")}, api_key=api_key)
     name = args.name or os.path.basename(os.path.normpath(args.model))
     serve(args.model, name=name, host=args.host, port=args.port, limits=limits)
 

@@ -40,7 +40,7 @@ def test_help_names_every_command_and_no_other():
     result = run("--help")
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("    ") and line[4] != " "]
-    expected = "train launch preview plan teach export import generate score evaluate-policy verify"
+    expected = "train launch preview plan teach export import generate serve score evaluate-policy verify"
     assert listed == expected.split()
 
 

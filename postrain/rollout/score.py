@@ -350,3 +350,24 @@ def _classify(logits: np.ndarray, labels: tuple[str, ...]) -> dict[str, Any]:
 def _format_number(value: np.floating) -> float:
     """The shortest decimal that reads back as this float32."""
     return float(str(np.float32(value)))
+
+
+def score_rows(model: Scorer, rows: Sequence[dict], *, batch_size: int = 8) -> list[Any]:
+    """Scores of rows, each as ``format_score`` writes it; null for a generated answer that cannot be rendered.
+
+    Raises BadRow, whose ref has the number of the row, from 1; UserError for a score that is not finite.
+    """
+    texts = [parse_row_texts(row, RowRef("rows", "rows", number)) for number, row in enumerate(rows, 1)]
+    if len(model.labels) > 1 and any(one.steps for one in texts):
+        raise UserError(f"steps need a model of one output; this one has {', '.join(model.labels)}")
+    results = [[] if isinstance(found, BadRow) else found for found in _render(texts, model.tokenizer, "")]
+    documents = [document for of_row in results for document in of_row]
+    outputs = dict(compute_outputs(model, documents, batch_size))
+    scores, begin = [], 0
+    for of_row, one in zip(results, texts, strict=True):
+        found = [outputs[begin + k] for k in range(len(of_row))]
+        begin += len(of_row)
+        if not all(np.isfinite(values).all() for values in found):
+            raise UserError("a score is not finite: check the model with `postrain verify`")
+        scores.append(format_score(found, one, model.labels) if found else None)
+    return scores

@@ -16,7 +16,7 @@ from postrain.serve import sessions, sglang
 from postrain.serve.errors import ApiError
 from postrain.serve.openai_chat import read_chat
 from postrain.serve.openai_completions import read_completion
-from postrain.serve.schemas import parse_body
+from postrain.serve.schemas import check_name, parse_body
 from postrain.serve.served import Served
 from postrain.serve.streams import EventStream, unless_gone
 
@@ -25,21 +25,38 @@ OPEN_PATHS = ("/", "/health", "/health_generate")  # without the API key
 
 
 def make_app(served: Served) -> "Gate":
-    """An ASGI application."""
+    """An ASGI application for a language model."""
+    engine = served.engine
+
+    def gauges() -> dict[str, float]:
+        return {
+            "postrain_open_answers": engine.num_open,
+            "postrain_running_answers": engine.engine.num_running,
+            "postrain_weights_version": engine.engine.version,
+        }
+
     routes = [
         Route("/", lambda request: HTMLResponse(PAGE.read_text(encoding="utf-8")), methods=["GET"]),
-        Route("/health", lambda request: Response(), methods=["GET"]),
-        Route("/health_generate", lambda request: Response(), methods=["GET"]),
-        Route("/metrics", lambda request: PlainTextResponse(format_metrics(served)), methods=["GET"]),
-        Route("/v1/models", lambda request: to_response(list_models(served)), methods=["GET"]),
-        Route("/v1/models/{name:path}", lambda request: show_model(served, request), methods=["GET"]),
         Route("/v1/chat/completions", make_route(served, read_chat), methods=["POST"]),
         Route("/v1/completions", make_route(served, read_completion), methods=["POST"]),
         Route("/sessions/{name}", lambda request: show_session(served, request), methods=["GET", "DELETE"]),
         *sglang.make_routes(served, make_route),
     ]
+    return Gate(make_starlette(served, gauges, routes), served)
+
+
+def make_starlette(served, gauges: Callable[[], dict[str, float]], routes: list[Route]) -> Starlette:
+    """``routes``, and what all servers have. ``served``: with ``name``, ``folder``, ``max_length``, ``metrics``."""
+    metrics = lambda request: PlainTextResponse(served.metrics.format(gauges()))
+    common = [
+        Route("/health", lambda request: Response(), methods=["GET"]),
+        Route("/health_generate", lambda request: Response(), methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/v1/models", lambda request: to_response(list_models(served)), methods=["GET"]),
+        Route("/v1/models/{name:path}", lambda request: show_model(served, request), methods=["GET"]),
+    ]
     handlers = {ApiError: _answer_api_error, HTTPException: _answer_http_error, Exception: _answer_failure}
-    return Gate(Starlette(routes=routes, exception_handlers=handlers), served)
+    return Starlette(routes=[*common, *routes], exception_handlers=handlers)
 
 
 def make_route(served: Served, read: Callable) -> Callable:
@@ -75,13 +92,13 @@ def to_response(value, headers: dict | None = None, status: int = 200) -> Respon
     return Response(json.dumps(value).encode(), status, headers, "application/json")
 
 
-def list_models(served: Served) -> dict:
+def list_models(served) -> dict:
     model = {"id": served.name, "object": "model", "created": served.created, "owned_by": "postrain"}
     return {"object": "list", "data": [model | {"max_model_len": served.max_length, "root": served.folder}]}
 
 
-def show_model(served: Served, request: Request) -> Response:
-    served.check_model(request.path_params["name"])
+def show_model(served, request: Request) -> Response:
+    check_name(served, request.path_params["name"])
     return to_response(list_models(served)["data"][0])
 
 
@@ -90,16 +107,6 @@ def show_session(served: Served, request: Request) -> Response:
     if request.method == "DELETE":
         return to_response({"id": name, "deleted_turns": served.sessions.delete(name)})
     return to_response({"id": name, "turns": served.sessions.get(name)})
-
-
-def format_metrics(served: Served) -> str:
-    engine = served.engine
-    gauges = {
-        "postrain_open_answers": engine.num_open,
-        "postrain_running_answers": engine.engine.num_running,
-        "postrain_weights_version": engine.engine.version,
-    }
-    return served.metrics.format(gauges)
 
 
 async def _answer_api_error(request: Request, error: ApiError) -> Response:
@@ -122,7 +129,7 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
 class Gate:
     """Lets a request in, or refuses it; counts those that are inside. ``draining``: none is let in any more."""
 
-    def __init__(self, app: Starlette, served: Served):
+    def __init__(self, app: Starlette, served):
         self.app, self.served = app, served
         self.draining, self.num_inside = False, 0
 
@@ -162,7 +169,7 @@ class Gate:
                     401, "expected the server's API key as `Authorization: Bearer KEY`", code="invalid_api_key"
                 )
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.served.limits.max_bytes:
+        if length.isdigit() and (len(length) > 18 or int(length) > self.served.limits.max_bytes):
             raise self._too_large()
 
     def _too_large(self) -> ApiError:

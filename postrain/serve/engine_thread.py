@@ -1,7 +1,6 @@
 """The thread that owns the engine. Other threads hand it requests, and get events by their own callbacks."""
 
 import dataclasses
-import itertools
 import queue
 import sys
 import threading
@@ -28,7 +27,6 @@ class Submission:
     prompt: Sequence[int]
     sampling: SamplingParams
     sample_id: int = 0
-    group: int | None = None
     constraint: ConstraintFactory | None = None
     until: Callable[[int], bool | None] | None = None
 
@@ -51,7 +49,6 @@ class EngineThread:
         self.engine, self.most = engine, most
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[int, tuple[Ticket, int]] = {}  # by the engine's handle
-        self._groups = itertools.count()
         self._lock = threading.Lock()
         self._open = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -118,14 +115,12 @@ class EngineThread:
                 self._deliver(event)
 
     def _begin(self, ticket: Ticket) -> None:
-        group = next(self._groups)
         for i, one in enumerate(ticket.submissions):
             try:
                 handle = self.engine.submit(
                     one.prompt,
                     one.sampling,
                     sample_id=one.sample_id,
-                    group=group,
                     constraint=GuardedConstraint(one.constraint()) if one.constraint else None,
                     until=one.until,
                 )

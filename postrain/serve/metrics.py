@@ -37,6 +37,8 @@ class Metrics:
         with self._lock:
             values = dict(self._values)
         for name, (kind, text) in _HELP.items():
+            if kind == "gauge" and name not in gauges:
+                continue
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             if kind == "gauge":
                 lines.append(f"{name} {gauges[name]:g}")

@@ -19,6 +19,7 @@ from postrain.serve.schemas import (
     Fields,
     Job,
     Output,
+    check_name,
     describe,
     make_usage,
     read_constraint,
@@ -32,7 +33,7 @@ from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans,
 def read_chat(served: Served, body: dict) -> "ChatReply":
     """Checks a body and renders its prompt. Raises ApiError, with the field named."""
     fields = Fields(body)
-    served.check_model(fields.text("model"))
+    check_name(served, fields.text("model"))
     tools = _read_tools(fields, served)
     ids = _render(fields, served, tools.tools)
     room = served.check_prompt(ids, "messages")

@@ -17,6 +17,7 @@ from postrain.serve.schemas import (
     Job,
     Output,
     check_ids,
+    check_name,
     describe,
     is_whole,
     make_usage,
@@ -33,7 +34,7 @@ DEFAULT_TOKENS = 16
 def read_completion(served: Served, body: dict) -> "CompletionReply":
     """Checks a body and encodes its prompts. Raises ApiError, with the field named."""
     fields = Fields(body)
-    served.check_model(fields.text("model"))
+    check_name(served, fields.text("model"))
     texts = _split_prompts(fields.take("prompt"))
     with_bos = fields.flag("add_special_tokens", True)
     prompts = [encode(served, text, "prompt", with_bos) for text in texts]

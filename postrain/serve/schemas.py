@@ -157,6 +157,13 @@ class Fields:
         return [self.name(name) for name in left]
 
 
+def check_name(served, name: str | None) -> None:
+    """Raises ApiError where a request is for another model than ``served``."""
+    if name is not None and name not in (served.name, served.folder):
+        message = f"model: there is no {name!r:.80} here; this is {served.name!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -22,24 +22,12 @@ from postrain.rollout.engine import Engine
 from postrain.rollout.requests import SamplingParams
 from postrain.serve.engine_thread import EngineThread, QueueFull, Submission
 from postrain.serve.errors import ApiError, wrong
+from postrain.serve.limits import Limits
 from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
 from postrain.serve.schemas import Job
 from postrain.serve.sessions import Sessions
 from postrain.serve.streams import Answers, AnswerStream, TextWindow
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the server takes."""
-
-    slots: int = 16  # answers computed at a time
-    waiting: int = 256  # answers that wait for a slot beyond these; more get 429
-    steps: int = 4  # tokens of an answer between two looks at the queue
-    max_length: int = 0  # tokens of prompt and answer; 0: the model's positions
-    max_bytes: int = 4 << 20  # of a request's body
-    seconds: float = 600.0  # of a request
-    api_key: str = ""  # "": none is asked for
 
 
 class Token(NamedTuple):
@@ -53,9 +41,14 @@ class Served:
     def __init__(self, model: ChatModel, name: str, folder: str, limits: Limits):
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
         self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
-        self.max_length = limits.max_length or model.config.max_positions
+        positions = model.config.max_positions
+        if limits.max_length > positions:
+            raise UserError(f"--max-length {limits.max_length}: the model was pre-trained for {positions} positions")
+        self.max_length = limits.max_length or positions
         self.metrics, self.sessions, self.created = Metrics(), Sessions(), int(time.time())
         options = {"slots": limits.slots, "steps": limits.steps, "fill_first": False, "keep_answers": True}
+        if limits.warm_length:
+            options |= {"min_rows": limits.slots, "min_positions": limits.warm_length}
         engine = Engine(model.params, model.config, **options)
         self.engine = EngineThread(engine, limits.slots + limits.waiting)
         self.versions = {engine.version: "default"}  # of weights -> what clients call them
@@ -109,12 +102,6 @@ class Served:
 
     # --- requests ---
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name not in (self.name, self.folder):
-            raise ApiError(
-                404, f"model: there is no {name!r:.80} here; this is {self.name!r}", "model", "model_not_found"
-            )
-
     def check_prompt(self, ids, name: str) -> int:
         """How many tokens the context has after a prompt."""
         if not ids:
@@ -145,7 +132,7 @@ class Served:
         for i, prompt in enumerate(job.prompts):
             for k in range(job.n):
                 until = TextWindow(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
-                submissions.append(Submission(prompt, sampling, i + (k << 32), i, job.constraint, until))
+                submissions.append(Submission(prompt, sampling, i + (k << 32), job.constraint, until))
                 streams.append(AnswerStream(self.tokenizer, sampling, self.stop_ids))
         if len(submissions) > self.engine.most:
             raise wrong("n", f"{len(submissions)} answers are more than this server takes ({self.engine.most})")

@@ -3,17 +3,23 @@
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 
 from postrain.errors import UserError
+from postrain.hf.classifier import read_trunk
+from postrain.hf.find_model import find_model
 from postrain.rollout.chat import encode_prompt, load_chat_model
 from postrain.rollout.requests import SamplingParams
-from postrain.serve.served import Limits, Served
+from postrain.rollout.score import load_scorer
+from postrain.serve.limits import Limits
+from postrain.serve.served import Served
 
 try:
     import uvicorn
 
     from postrain.serve.app import Gate, make_app
+    from postrain.serve.scorer import ServedScorer, make_scorer_app
 except ModuleNotFoundError as error:
     raise UserError(f"`postrain serve` needs the package {error.name}: pip install 'postrain[serve]'") from None
 
@@ -22,20 +28,39 @@ DRAIN_CHECK = 0.05  # seconds between two looks at whether all requests have end
 
 def serve(folder: str, *, name: str, host: str, port: int, limits: Limits) -> None:
     """Serves a model's folder until the process is told to end. Raises UserError, such as for a port that is taken."""
-    served = Served(load_chat_model(folder), name, folder, limits)
-    try:
-        warm_up(served)
-        server = make_server(make_app(served), host, port)
-        with contextlib.closing(server.config.bind_socket()) as socket:
-            address = f"http://{host}:{socket.getsockname()[1]}"
+    with contextlib.closing(bind(host, port)) as listening:
+        served, gate = open_model(folder, name, limits)
+        try:
+            address = f"http://{host}:{listening.getsockname()[1]}"
             print(f"serving {name} at {address}/v1, contexts of up to {served.max_length} tokens", flush=True)
-            server.run(sockets=[socket])
-    finally:
-        served.close()
+            make_server(gate).run(sockets=[listening])
+        finally:
+            served.close()
 
 
-def make_server(gate: Gate, host: str, port: int) -> "Server":
-    config = uvicorn.Config(gate, host=host, port=port, log_level="warning", access_log=False, lifespan="off")
+def bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]
+        message = f"--host {host} --port {port}: cannot listen there ({reason}): choose another port or address"
+        raise UserError(message) from None
+
+
+def open_model(folder: str, name: str, limits: Limits) -> tuple[Served | ServedScorer, Gate]:
+    """A language model, or a reward model or classifier, ready to answer."""
+    found = find_model(folder)
+    if found.adapter is None and read_trunk(found.base).labels:
+        scorer = ServedScorer(load_scorer(folder), name, folder, limits)
+        return scorer, make_scorer_app(scorer)
+    served = Served(load_chat_model(folder), name, folder, limits)
+    warm_up(served)
+    return served, make_app(served)
+
+
+def make_server(gate: Gate) -> "Server":
+    config = uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="off")
     return Server(config, gate)
 
 
@@ -44,6 +69,8 @@ def warm_up(served: Served) -> None:
     ids = encode_prompt(served.tokenizer, "a", raw=True)
 
     def answer(engine) -> None:
+        if served.limits.warm_length:
+            engine.warm_up()
         for temperature in (0.0, 1.0):
             engine.generate([ids], SamplingParams(temperature=temperature, max_new_tokens=2))
         engine.prefixes.clear()

@@ -9,8 +9,9 @@ from real_tokenizers import get_template, get_tokenizer_folder
 from tiny_models import make_tiny_model
 
 from postrain.serve.app import make_app
-from postrain.serve.served import Limits, Served
-from postrain.serve.server import make_server
+from postrain.serve.limits import Limits
+from postrain.serve.served import Served
+from postrain.serve.server import bind, make_server
 
 KEY = "sk-test"
 NAME = "tiny"
@@ -29,16 +30,21 @@ def run_server(model, folder, **limits):
     """(Served, Gate, address) of a server that answers until the block ends."""
     served = Served(model, NAME, str(folder), Limits(**{"slots": 4, "waiting": 16, "api_key": KEY, **limits}))
     gate = make_app(served)
-    server = make_server(gate, "127.0.0.1", 0)
-    socket = server.config.bind_socket()
+    with run_gate(gate) as address:
+        yield served, gate, address
+
+
+@contextlib.contextmanager
+def run_gate(gate):
+    server, socket = make_server(gate), bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     try:
-        yield served, gate, f"http://127.0.0.1:{socket.getsockname()[1]}"
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(20)
-        served.close()
+        gate.served.close()
         socket.close()
 
 

@@ -12,6 +12,11 @@ import openai
 import pytest
 from serve_server import KEY, run_server, wait_until
 
+from postrain import cli
+from postrain.errors import UserError
+from postrain.serve.limits import Limits
+from postrain.serve.served import Served
+
 LONG = {"prompt": "x", "max_tokens": 480, "ignore_eos": True}
 
 
@@ -101,6 +106,17 @@ def test_metrics_count_what_went_on(http):
 def read_metrics(http):
     lines = [line for line in http.get("/metrics").text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_a_port_that_is_taken_is_named(running, folder, capsys):
+    port = running[2].rsplit(":", 1)[1]
+    assert cli.main(["serve", str(folder), f"--port={port}"]) == 2
+    assert f"--port {port}: cannot listen there (Address already in use)" in capsys.readouterr().err
+
+
+def test_a_context_beyond_the_models_positions_is_refused(served, folder):
+    with pytest.raises(UserError, match="--max-length 513: the model was pre-trained for 512 positions"):
+        Served(served.model, "m", str(folder), Limits(max_length=513))
 
 
 def test_sigterm_lets_running_answers_end(folder, tmp_path):

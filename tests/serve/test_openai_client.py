@@ -81,7 +81,7 @@ def test_a_call_can_be_forced(client):
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("one", "two")]
     for choice, names in (("required", {"one", "two"}), ({"type": "function", "function": {"name": "two"}}, {"two"})):
         reply = client.chat.completions.create(
-            model="tiny", messages=MESSAGES, tools=tools, tool_choice=choice, n=4, temperature=2, max_tokens=80
+            model="tiny", messages=MESSAGES, tools=tools, tool_choice=choice, n=4, temperature=2, max_tokens=200, seed=1
         )
         for one in reply.choices:
             [call] = one.message.tool_calls
@@ -118,7 +118,7 @@ def test_answers_in_the_form_of_a_schema(client):
     }
     form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
     reply = client.chat.completions.create(
-        model="tiny", messages=MESSAGES, response_format=form, temperature=1.5, n=3, max_tokens=60
+        model="tiny", messages=MESSAGES, response_format=form, temperature=1.5, n=3, max_tokens=200, seed=1
     )
     for choice in reply.choices:
         assert choice.finish_reason == "stop"

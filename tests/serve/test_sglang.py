@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -75,11 +76,23 @@ def updated(served, folder, tmp_path):
             yield own, http, other
 
 
-def test_weights_are_swapped_while_an_answer_goes_on(updated):
+def test_weights_are_swapped_while_an_answer_goes_on(updated, monkeypatch):
     own, http, other = updated
+    engine, step, count = own.engine.engine, own.engine.engine.step, 0
+
+    def wait_for_the_update():
+        nonlocal count
+        if count > 20 and engine.version == 0:
+            time.sleep(0.01)
+            return []
+        events = step()
+        count += sum(len(event.tokens) for event in events)
+        return events
+
+    monkeypatch.setattr(engine, "step", wait_for_the_update)
     ids = own.tokenizer.encode_text("one two three")
     new, old = load_chat_model(other), own.model
-    asked = {"temperature": 0, "max_new_tokens": 300, "ignore_eos": True}
+    asked = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(generate, http, input_ids=ids, sampling_params=asked)
         wait_until(lambda: own.engine.engine.num_running)
@@ -88,7 +101,7 @@ def test_weights_are_swapped_while_an_answer_goes_on(updated):
         found = running.result()
     spans = found["meta_info"]["weight_versions"]
     assert [span["version"] for span in spans] == ["default", "step-7"]
-    assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 300)
+    assert (spans[0]["start"], spans[0]["end"], spans[1]["end"]) == (0, spans[1]["start"], 60)
     # Before the update the answer is that of the old weights, after it each token is the new weights' best.
     start = spans[1]["start"]
     sampling = for_tokenizer(SamplingParams(max_new_tokens=8, ignore_eos=True), own.tokenizer, old.config)
