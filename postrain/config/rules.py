@@ -435,8 +435,8 @@ def _check_distill(config: Config) -> None:
         )
     if section.tokens == "all" and config.data.too_long == "truncate":
         raise UserError(
-            "config key 'data.too_long' = 'truncate' with 'distill.tokens' = 'all' would keep rows of which no answer is "
-            "left: drop them, or set distill.tokens=trained"
+            "config key 'data.too_long' = 'truncate' with 'distill.tokens' = 'all' would keep rows whose answers are "
+            "cut away: drop them, or set distill.tokens=trained"
         )
     if not section.teacher and section.tokens != default.tokens:
         raise UserError(

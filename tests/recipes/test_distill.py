@@ -565,7 +565,7 @@ def test_rows_of_another_tool_are_taken_but_not_as_those_of_a_named_teacher(inpu
         ({"distill": {"teacher": "t", "tokens": "all", "nll_coef": 0.5}}, "would train what users say"),
         (
             {"distill": {"teacher": "t", "tokens": "all"}, "data": {"too_long": "truncate"}},
-            "would keep rows of which no answer is left",
+            "would keep rows whose answers are cut away",
         ),
         ({"distill": {"teacher": "t", "checksum": "0"}}, "'distill.checksum' is of rows that a teacher has written"),
         ({"model": {"new_tokens": {"tokens": ["<x>"]}}}, "a teacher does not know the new tokens"),
