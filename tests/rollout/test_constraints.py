@@ -16,7 +16,7 @@ from tiny_models import make_tiny_tokenizer
 
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.rollout.constraints import WrongConstraint, pack_ids, unpack_ids
+from postrain.rollout.constraints import WrongConstraint, json_schema, pack_ids, unpack_ids
 from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
 
@@ -343,7 +343,18 @@ def test_a_key_has_one_spelling(tiny):
         ({"properties": []}, "#/properties"),
         ({"required": "a"}, "#/required"),
         ({"properties": {"a\x01": {}}}, "control characters"),
-        ({"const": "\x7f\x1b"}, "control characters"),
+        ({"const": "\x7f"}, "control characters"),
+        ({"enum": ["a", "\x7f"]}, "#/enum/1: .*control characters"),
+        ({"patternProperties": {"a": {}, "[a]": {}}}, r"#/patternProperties: expected patterns that differ.*'\[a\]'"),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^x": {"$ref": "#"}},
+                "properties": {"x1": {}},
+                "required": ["x1"],
+            },
+            "no value satisfies",
+        ),
         ({"const": "\ud800"}, "control characters|not JSON"),
         ({"type": "string", "pattern": "(?=a)"}, "#/pattern: .*look-ahead"),
         ({"patternProperties": {"(": {}}}, "patternProperties.*not a regular expression"),
@@ -383,6 +394,16 @@ def test_schemas_that_cannot_be_kept(tiny, schema, message):
         ({"type": "string", "pattern": "^2", "format": "date"}, ['"2024-01-31"'], ['"1999-01-01"', '"2x"']),
         ({"properties": {"a": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"const": 1}}}, ['{"a":1}'], ['{"a":2}']),
         ({"type": "string", "maxLength": 2}, ['"😀é"', '"\\n"'], ['"abc"']),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^x": {"type": "string"}},
+                "required": ["x1"],
+                "additionalProperties": False,
+            },
+            ['{"x1":"a"}'],
+            ['{"x1":1}', "{}", '{"y":"a"}'],
+        ),
         ({"examples": [1], "default": 2, "deprecated": True, "const": None}, ["null"], ["1", "2"]),
     ],
 )  # fmt: skip
@@ -464,11 +485,20 @@ def test_what_is_nested_too_deeply_is_refused(tiny, spec):
 def test_large_counts_are_no_work(tiny):
     for spec in (
         {"json_schema": {"type": "array", "minItems": 10**9}},
+        {"json_schema": {"type": "array", "prefixItems": [{"type": "null"}], "items": {}, "minItems": 10**10}},
         {"json_schema": {"type": "string", "minLength": 10**9}},
         {"regex": "(a{1,100000}b){1,100000}"},
         {"choice": [f"value {i:04d}" for i in range(3000)]},
     ):
         assert compile_constraint(spec, tiny)().allowed().any()
+
+
+def test_what_may_end_is_looked_for_once(monkeypatch):
+    """The parts of a schema come before the whole, so that a deep nest is not gone through once a level."""
+    seen, ends = [], json_schema._ends
+    monkeypatch.setattr(json_schema, "_ends", lambda node, *rest: seen.append(node) or ends(node, *rest))
+    json_schema.prepare_schema(json.loads(nest(100, ('{"type":"array","minItems":1,"items":', "}"))))
+    assert 100 < len(seen) < 210
 
 
 def test_a_tokenizer_whose_decoder_is_not_known(real):
