@@ -258,7 +258,7 @@ def _write_key_patterns(names: Iterable[str], place: str, found: _Found) -> dict
 
 
 def _write_pattern(pattern: str, place: str) -> str:
-    return f"^(?:{translate(pattern, f'{KIND}: {place}', search=True)})$"
+    return f"^(?:{translate(pattern, KIND, place=f'{place}: ', search=True)})$"
 
 
 def _move_exclusive(node: dict, prepared: dict) -> None:
@@ -330,7 +330,12 @@ def _ends(node: Any, patterns: dict[str, str], ending: set[str], unknown: set[in
         return True
     least, first = node.get("minItems", 0), node.get("prefixItems", [])
     items = [*first[:least], *([node.get("items", True)] if least > len(first) else [])]
-    members = [part for name in node.get("required", ()) for part in _find_members(node, name, patterns)]
+    required = set(node.get("required", ()))
+    members = [part for name in required for part in _find_members(node, name, patterns)]
+    if node.get("minProperties", 0) > len(required):
+        named = [part for name, part in node.get("properties", {}).items() if name not in required]
+        others = [*node.get("patternProperties", {}).values(), node.get("additionalProperties", True)]
+        members.append(any(map(ends, (*named, *others))))
     return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))
 
 
