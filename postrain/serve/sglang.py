@@ -20,11 +20,13 @@ from postrain.serve.schemas import (
     SGLANG,
     Fields,
     Job,
+    Wanted,
     describe,
     is_whole,
     parse_body,
     parse_schema,
     read_sampling,
+    write_ignored,
 )
 from postrain.serve.served import Served
 from postrain.serve.streams import DONE, Answers, Piece, TokenScore, find_spans, to_event
@@ -63,16 +65,18 @@ def read_generate(served: Served, body: dict) -> "GenerateReply":
     is_list = isinstance(value, list) and not (name == "input_ids" and all(map(is_whole, value)))
     if is_list and not value:
         raise wrong(name, "is empty")
+    inner = fields.inner("sampling_params")
+    n = inner.whole("n", 1, 1, MAX_CHOICES)
+    served.check_count(len(value) if is_list else 1, n, name)
     prompts = [encode(served, one, name) for one in (value if is_list else [value])]
     room = min(served.check_prompt(ids, name) for ids in prompts)
-    inner = Fields(fields.object("sampling_params"), "sampling_params.")
     options = {"vocab_size": served.vocab_size, "stop_ids": served.stop_ids, "seed": served.draw_seed()}
     sampling = read_sampling(inner, SGLANG, **options, default_tokens=DEFAULT_TOKENS, room=room)
     with_logprobs, start = fields.flag("return_logprob"), fields.whole("logprob_start_len", -1, -1)
     tops = fields.whole("top_logprobs_num", 0, 0, 20) if with_logprobs else fields.whole("top_logprobs_num", 0) * 0
     scored = with_logprobs and start >= 0
     sampling = dataclasses.replace(sampling, top_logprobs=tops, prompt_logprobs=scored)
-    constraint = None
+    wanted = None
     kinds = {"json_schema": "json_schema", "regex": "regex", "ebnf": "grammar"}
     found = [(kinds[kind], inner.take(kind)) for kind in kinds if kind in inner.values]
     if len(found) > 1:
@@ -82,13 +86,14 @@ def read_generate(served: Served, body: dict) -> "GenerateReply":
         if sampling.ignore_eos:
             raise wrong("sampling_params.ignore_eos", "an answer under a constraint ends where the constraint lets it")
         value = parse_schema(value, param) if kind == "json_schema" else value
-        constraint = served.compile({kind: value}, param, sampling)
-    n, stream = inner.whole("n", 1, 1, MAX_CHOICES), fields.flag("stream")
+        wanted = Wanted({kind: value}, param)
+    stream = fields.flag("stream")
     if stream and scored:
         raise wrong("logprob_start_len", "log-probabilities of the prompt come whole: leave out stream")
     rid, with_prompt = fields.text("rid"), fields.flag("return_prompt_token_ids")
-    inner.flag("skip_special_tokens", True)
-    job = Job(tuple(map(tuple, prompts)), sampling, n, constraint, stream, tuple(fields.finish() + inner.finish()))
+    if misplaced := [name for name in fields.values if inner.reads(name) and not fields.reads(name)]:
+        raise wrong(misplaced[0], "belongs into sampling_params")
+    job = Job(tuple(map(tuple, prompts)), sampling, n, wanted, stream, tuple(fields.finish()))
     shown = _Shown(with_logprobs, start if scored else None, is_list or n > 1, with_prompt, rid or uuid.uuid4().hex)
     return GenerateReply(served, job, shown)
 
@@ -196,21 +201,29 @@ class WeightUpdates:
         self.served, self._lock = served, asyncio.Lock()
 
     async def from_disk(self, request: Request) -> Response:
-        served, fields = self.served, Fields(parse_body(await request.body()))
+        fields = Fields(parse_body(await request.body()))
         folder, version = fields.text("model_path"), fields.text("weight_version")
         caches = "abort" if fields.flag("abort_all_requests") else fields.take("caches", "recompute")
         if folder is None:
             raise wrong("model_path", "is missing: expected a folder on the server's machine")
         if caches not in ("recompute", "keep", "abort"):
             raise wrong("caches", f"expected recompute, keep or abort, found {describe(caches)}")
-        if version in served.versions.values():
-            raise wrong("weight_version", f"{version!r} is the name of weights that were here before")
+        ignored = fields.finish()
+        # A client that goes, or the time limit, does not let go of the lock while the folder is read.
+        reply = await asyncio.shield(asyncio.ensure_future(self._update(folder, version, caches)))
+        if ignored:
+            reply.headers["x-ignored-fields"] = write_ignored(ignored)
+        return reply
+
+    async def _update(self, folder: str, version: str | None, caches: str) -> Response:
+        served = self.served
         async with self._lock:
+            if version in served.versions.values():
+                raise wrong("weight_version", f"{version!r} is the name of weights that were here before")
             try:
                 await asyncio.to_thread(served.update_weights, folder, version, caches)
             except UserError as error:
                 found = ApiError(400, one_line(error), "model_path").to_dict()
                 return to_json({"success": False, "message": one_line(error), **found}, 400)
-        served.folder = folder
-        message = f"weights of {folder} are in use as version {served.version}"
+            message = f"weights of {folder} are in use as version {served.version}"
         return to_json({"success": True, "message": message, "num_paused_requests": 0})

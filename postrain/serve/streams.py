@@ -124,8 +124,15 @@ class Answers:
     """The answers of one request, under way in the engine: iterate ``pieces``, and at last ``close``, which cancels
     what has not ended. Raises QueueFull where the engine has no room for them."""
 
-    def __init__(self, engine: EngineThread, submissions: list[Submission], streams: list[AnswerStream], limit: float):
-        self._engine, self._streams, self._limit = engine, streams, limit
+    def __init__(
+        self,
+        engine: EngineThread,
+        submissions: list[Submission],
+        streams: list[AnswerStream],
+        end: float,
+        seconds: float,
+    ):
+        self._engine, self._streams, self._end, self._seconds = engine, streams, end, seconds
         self._begin, self.timing = time.monotonic(), Timing()
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -134,7 +141,7 @@ class Answers:
             with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
-        self._ticket = engine.submit(submissions, sink)
+        self._ticket = engine.submit(submissions, sink, num_reserved=1)
 
     def close(self) -> None:
         self.timing.total = time.monotonic() - self._begin
@@ -142,19 +149,22 @@ class Answers:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(index of the answer, piece). Raises ApiError where time is up, or the engine failed."""
-        left, until = len(self._streams), self._begin + self._limit
+        left = len(self._streams)
         while left:
             try:
-                i, event = await asyncio.wait_for(self._events.get(), max(until - time.monotonic(), 0))
+                i, event = await asyncio.wait_for(self._events.get(), max(self._end - time.monotonic(), 0))
             except TimeoutError:
-                message = f"no answer within {self._limit:g} seconds: ask for fewer tokens"
-                raise ApiError(408, message, code="timeout") from None
+                raise out_of_time(self._seconds) from None
             if isinstance(event, Exception):
                 raise ApiError(500, f"the engine failed: {event}"[:300])
             if self.timing.first is None and event.tokens:
                 self.timing.first = time.monotonic() - self._begin
             left -= event.completion is not None
             yield i, self._streams[i].take(event)
+
+
+def out_of_time(seconds: float) -> ApiError:
+    return ApiError(408, f"no answer within {seconds:g} seconds: ask for fewer tokens", code="timeout")
 
 
 async def unless_gone(receive, work: Awaitable) -> Any:

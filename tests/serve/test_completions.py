@@ -117,6 +117,23 @@ def read_events(http, path="/v1/completions", **body):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def test_the_usage_counts_what_was_computed(http):
+    """The second answer to a prompt finds it in the cache, which the first one has filled."""
+    chat = {"messages": [{"role": "user", "content": "never asked before " * 8}], "n": 2, "max_tokens": 3}
+    for path, body in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", {"prompt": [[*range(900, 940)], [*range(400, 440)]], "n": 2, "max_tokens": 3}),
+    ):
+        body |= {"ignore_eos": True}
+        fresh, again = (http.post(path, json=body).json()["usage"] for _ in range(2))
+        assert fresh["completion_tokens"] == (6 if path.endswith("chat/completions") else 12)
+        assert fresh["prompt_tokens_details"]["cached_tokens"] == 0
+        assert 0 < again["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens"]
+        events = read_events(http, path, **body, stream_options={"continuous_usage_stats": True})
+        counts = [event["usage"]["completion_tokens"] for event in events]
+        assert counts == sorted(counts) and counts[-1] == fresh["completion_tokens"] and len(set(counts)) > 2
+
+
 def test_the_requests_of_a_load_generator(http):
     body = {"model": "tiny", "prompt": "hello there", "repetition_penalty": 1.0, "max_tokens": 9, "logprobs": None}
     events = read_events(http, **body, ignore_eos=True, stream_options={"include_usage": True}, extra_thing=7)
