@@ -135,8 +135,7 @@ ALLOWED = {
             "chunk.tokens[slot, :count].tolist()",
             "int((chunk.tokens[slot] >= 0).sum())",
             "int(finite.argmin())",
-            "np.asarray(prompt, np.int32)",
-            "np.asarray(prompt_ids, np.int32)",
+            "np.asarray(prompt_ids)",
         },
     ),
     "rollout/filling.py": (

@@ -144,7 +144,7 @@ def valid_json(found: str, expected: str) -> float:
     del expected
     try:
         json.loads(found, parse_constant=_refuse)  # NaN and Infinity are Python's, not JSON's
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: thousands of brackets, one in the other
         return 0.0
     return 1.0
 

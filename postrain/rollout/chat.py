@@ -26,6 +26,7 @@ from postrain.hf.peft.adapter import load_model
 from postrain.models.config import ModelConfig
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import Completion, SamplingParams
+from postrain.rollout.text_stream import TextWindow
 from postrain.sharding import make_mesh
 from postrain.training.model import choose_compute_dtype
 
@@ -148,7 +149,7 @@ def iterate_answers(
     engine = Engine(model.params, model.config, slots=batch_size)
 
     def until(index: int) -> Callable[[int], bool]:
-        stream = TextStream(model.tokenizer, sampling.stop)
+        stream = TextWindow(model.tokenizer, sampling.stop)
         return lambda token: stream.ends_with(token)
 
     for index, completion in engine.iterate(prompts, sampling, until=until if sampling.stop else None):
@@ -156,14 +157,15 @@ def iterate_answers(
 
 
 def for_tokenizer(sampling: SamplingParams, tokenizer: Tokenizer, config: ModelConfig) -> SamplingParams:
-    """``sampling`` that never chooses an id of the model that is no token; with the tokenizer's stop ids where it has
-    none and does not ignore them.
+    """``sampling`` that never chooses an id of the model that is no token; with the tokenizer's stop ids too, unless it
+    ignores them.
 
     Many models have more rows than their tokenizer has tokens. Decoding leaves those ids out without a word.
     """
-    stops = sampling.stop_ids or (() if sampling.ignore_eos else tuple(tokenizer.stop_ids))
-    banned = set(range(config.vocab_size)) - tokenizer.ids - set(stops)
-    return dataclasses.replace(sampling, stop_ids=stops, banned_ids=tuple(banned.union(sampling.banned_ids)))
+    own = () if sampling.ignore_eos else [token for token in tokenizer.stop_ids if token < config.vocab_size]
+    stops = {*sampling.stop_ids, *own}
+    banned = set(range(config.vocab_size)) - tokenizer.ids - stops
+    return dataclasses.replace(sampling, stop_ids=tuple(stops), banned_ids=tuple(banned.union(sampling.banned_ids)))
 
 
 def to_answer(completion: Completion, tokenizer: Tokenizer, sampling: SamplingParams) -> Answer:
@@ -188,63 +190,17 @@ def answer_prompt(
     """Answers one prompt; ``write`` is called with each piece of text as it is generated."""
     ids = encode_prompt(model.tokenizer, prompt, system, raw=raw, thinking=thinking)
     sampling = for_tokenizer(sampling, model.tokenizer, model.config)
-    stream = TextStream(model.tokenizer, sampling.stop)
+    stream = TextWindow(model.tokenizer, sampling.stop)
 
     def take(token: int) -> bool:
         if token not in sampling.stop_ids:
             write(stream.push(token))
-        return stream.ended
+        return stream.stop is not None
 
     engine = Engine(model.params, model.config, slots=1, steps=1)
     [completion] = engine.generate([ids], sampling, until=lambda index: take)
     write(stream.end())
     return to_answer(completion, model.tokenizer, sampling)
-
-
-class TextStream:
-    """Token ids one at a time -> text. The pieces of ``push`` and ``end`` join to the decoding of all ids, or to that
-    before the first of the texts ``stops`` in it.
-
-    A character may take several tokens: text is held back while it ends in an incomplete character, and while it ends
-    in what may become one of ``stops``. ``ended``: one of them has come.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops, self.ids, self.ended = tokenizer, tuple(stops), [], False
-        self._written = 0  # characters of the text of all ids
-
-    def push(self, token: int) -> str:
-        if self.ended:
-            return ""
-        self.ids.append(token)
-        text = self.tokenizer.decode(self.ids)
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.ended = True
-            return self._new(text[: min(places)])
-        if text.endswith("\ufffd"):
-            return ""
-        return self._new(text[: len(text) - self._count_held(text)])
-
-    def ends_with(self, token: int) -> bool:
-        """Takes a token whose text nobody reads; whether one of ``stops`` has come."""
-        self.push(token)
-        return self.ended
-
-    def end(self) -> str:
-        return "" if self.ended else self._new(self.tokenizer.decode(self.ids))
-
-    def _count_held(self, text: str) -> int:
-        """The longest end of the text that one of ``stops`` begins with."""
-        longest = max(map(len, self.stops), default=0)
-        for size in range(min(longest - 1, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self.stops):
-                return size
-        return 0
-
-    def _new(self, text: str) -> str:
-        new, self._written = text[self._written :], max(self._written, len(text))
-        return new
 
 
 def answer_file(

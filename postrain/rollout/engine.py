@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -29,22 +30,30 @@ import numpy as np
 from postrain.errors import UserError
 from postrain.models.config import ModelConfig
 from postrain.rollout import programs
+from postrain.rollout.constraints import Constraint
 from postrain.rollout.filling import Filler
 from postrain.rollout.prefixes import PrefixStore
 from postrain.rollout.programs import MAX_TOPS, STEPS
-from postrain.rollout.requests import Completion, Constraint, Event, Request, SamplingParams, TopLogprobs
+from postrain.rollout.requests import Completion, Event, Request, SamplingParams, TopLogprobs
 from postrain.rollout.sampling import Edits
 from postrain.rollout.slots import Slots
 from postrain.rollout.weights import Weights
 from postrain.sharding import find_mesh, num_row_shards, to_host
 
 NOT_FINITE = "expected finite logits for its next token, found NaN: check the weights with `postrain verify`"
+NOTHING_LEFT = (
+    "no id is left that its next token could be: look at what the constraint, banned_ids and stop_ids with "
+    "min_new_tokens leave"
+)
+
+T = TypeVar("T")
 
 
 class Engine:
     """Slots, a queue and the weights. Not for several threads at once.
 
-    ``params`` is the whole tree (``merge_params`` of trained and frozen parameters). At most ``slots`` requests are in
+    ``params`` is the whole tree (``merge_params`` of trained and frozen parameters); products in float8 it makes in the
+    dtype of the config, as a row must not depend on the largest number of another. At most ``slots`` requests are in
     work. ``steps``: tokens of a row between two looks at the queue, at most STEPS; fewer make prompt answers in pieces.
     ``fill_first``: free slots are filled before any row goes on; else one piece of a prompt and one call of ``steps``
     take turns, so that no row waits for more than a piece. ``prefix_bytes``: room for what prompts begin with.
@@ -74,6 +83,7 @@ class Engine:
         ):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, found {value}")
+        config = dataclasses.replace(config, fp8=False)
         self.config, self.steps, self.fill_first = config, min(steps, STEPS), fill_first
         self.keep_answers = keep_answers
         self.prefixes = PrefixStore(prefix_bytes)
@@ -130,11 +140,10 @@ class Engine:
 
         ``sample_id`` (0 to 2**64 - 1) chooses, with the seed, what it draws: two requests of one prompt need two, and
         share the computation of the prompt. ``constraint``: what the answer must be; one for each request. ``until`` is
-        called with each token and may end the answer after it, as a stop id does. Raises UserError for an empty prompt
-        and for ids outside the vocabulary.
+        called with each token and may end the answer after it, as a stop id does. What these two raise ends the request
+        (finish "error"). Raises UserError for an empty prompt and for ids outside the vocabulary.
         """
-        prompt = np.asarray(prompt_ids, np.int32)
-        self._check(prompt, sampling)
+        prompt = self._check(prompt_ids, sampling)
         if not 0 <= sample_id < 2**64:
             raise UserError(f"sample_id must be 0 to 2**64 - 1, found {sample_id}")
         handle, self._next_handle = self._next_handle, self._next_handle + 1
@@ -142,7 +151,10 @@ class Engine:
         return handle
 
     def step(self) -> list[Event]:
-        """Fills slots or chooses tokens; what that gave, at most one event for each request. Nothing where idle."""
+        """Fills slots or chooses tokens; what that gave, at most one event for each request. Nothing where idle.
+
+        After an exception, as where memory runs out, the cache may be lost: call ``reset``.
+        """
         events, self._ended = self._ended, []
         with self._on_mesh():
             may_fill = self._filler.filling is not None or (self._queue and self.slots.num_free)
@@ -162,6 +174,14 @@ class Engine:
                 return request.complete("abort")
         return None
 
+    def reset(self) -> None:
+        """Forgets all requests, without events, and all that was computed; the weights stay."""
+        self._filler.clear()
+        self._queue.clear()
+        self._ended.clear()
+        self.slots.clear()
+        self.prefixes.clear()
+
     def update_weights(self, params, version: int, *, caches: str = "recompute", base_changed: bool = False) -> float:
         """Other weights from the next token on; returns how far a probe's logprobs are from the trainer's forward.
 
@@ -169,18 +189,19 @@ class Engine:
         ``base_changed``. ``caches`` of answers under way: "recompute" runs their tokens through the new weights before
         they go on, "keep" lets them go on with keys and values of the old ones, "abort" ends them (finish "abort", in
         the events of the next step). Prompts that wait, or are half computed, begin anew except for "keep". Raises
-        UserError where the probe shows other weights than ``params``.
+        UserError where the probe shows other weights than ``params``: then nothing has changed, and answers under way
+        go on with the old weights, whatever ``caches``.
         """
         if caches not in ("recompute", "keep", "abort"):
             raise ValueError(f"caches {caches!r}: expected one of recompute, keep, abort")
         if version <= self.version:
             raise ValueError(f"version {version}: expected more than {self.version}, that of the present weights")
         with self._on_mesh():
-            self._weights.update(params, version, base_changed=base_changed)
+            difference = self._weights.update(params, version, base_changed=base_changed)
             self.prefixes.clear()
             if caches != "keep":
                 self._restart(abort=caches == "abort")
-            return self._weights.check(params)
+        return difference
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling=SamplingParams(), **options) -> list[Completion]:
         """``n`` completions of each prompt, one prompt after the other. The rest as in ``iterate``."""
@@ -193,41 +214,47 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
         *,
         n: int = 1,
+        first_sample: int = 0,
         longest_first: bool = True,
         until: Callable[[int], Callable[[int], bool | None]] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """(index, completion) as they come; sample k of prompt i has the index i n + k and the sample id i + k 2**32.
+        """(index, completion) as they come; sample k of prompt i has the index i n + k.
 
-        ``sampling``: one for all prompts, or one for each. ``longest_first``: of the prompts, so that those that are
-        computed together are of about one length; else in order. ``until(index)``: that of ``submit``.
-        Raises UserError for an empty prompt, an id outside the vocabulary, and logits that are not finite. Warns where
+        Its sample id is ``first_sample`` + i + k 2**32: calls of one seed that shall draw other samples need another
+        ``first_sample`` each. ``sampling``: one for all prompts, or one for each. ``longest_first``: of the prompts, so
+        that those computed together are of about one length; else in order. ``until(index)``: that of ``submit``.
+        Raises UserError for an empty prompt, an id outside the vocabulary, logits that are not finite and where no id
+        is left to choose; what ``until`` raises; after any exception the engine is as ``reset`` leaves it. Warns where
         prompt and new tokens may pass ``config.max_positions``.
         """
         if not self.is_idle:
             raise RuntimeError("other requests are under way, whose events would be lost: use submit and step")
-        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         settings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        for i, (prompt, of_prompt) in enumerate(zip(prompts, settings, strict=True)):
-            self._check(prompt, of_prompt, f"prompt {i}")
+        pairs = enumerate(zip(prompts, settings, strict=True))
+        prompts = [self._check(prompt, of_prompt, f"prompt {i}") for i, (prompt, of_prompt) in pairs]
         self._warn_of_positions(prompts, settings)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if longest_first else range(len(prompts))
         indices = {}
         for i in order:
             for k in range(n):
-                options = {"sample_id": i + (k << 32), "until": until and until(i * n + k)}
+                options = {"sample_id": first_sample + i + (k << 32), "until": until and until(i * n + k)}
                 indices[self.submit(prompts[i], settings[i], **options)] = i * n + k
         try:
             while indices:
                 for event in self.step():
                     index = indices[event.handle]
                     if event.completion is not None:
-                        if event.completion.finish == "error":
-                            raise UserError(f"prompt {index // n}: {NOT_FINITE}")
+                        if (error := event.completion.error) is not None:
+                            raise UserError(f"prompt {index // n}: {error}") if isinstance(error, UserError) else error
                         del indices[event.handle]
                         yield index, event.completion
+        except Exception:
+            self.reset()
+            raise
         finally:
             for handle in indices:
                 self.cancel(handle)
+            self._ended = [event for event in self._ended if event.handle not in indices]
 
     def warm_up(self) -> None:
         """Compiles all that requests can need, whatever they ask, as long as the cache need not grow.
@@ -261,20 +288,29 @@ class Engine:
     def _on_mesh(self):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _check(self, prompt: np.ndarray, sampling: SamplingParams, name: str = "the prompt") -> None:
+    def _check(self, prompt_ids: Sequence[int], sampling: SamplingParams, name: str = "the prompt") -> np.ndarray:
+        """The prompt as int32 ids of the vocabulary; the settings' ids are looked at too."""
+        prompt, size = np.asarray(prompt_ids), self.config.vocab_size
         if prompt.ndim != 1 or prompt.size == 0:
             raise UserError(f"{name} is empty: generation needs at least one token to start from")
-        size = self.config.vocab_size
+        if prompt.dtype.kind not in "iu":
+            raise UserError(f"{name} must be integer token ids, found {prompt[0]!r} ({prompt.dtype})")
         if prompt.min() < 0 or prompt.max() >= size:
             found = prompt.min() if prompt.min() < 0 else prompt.max()
             raise UserError(
                 f"{name} has token id {found}, outside the model's vocabulary of {size}: encode it with this model's "
                 "tokenizer"
             )
-        if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < size]:
-            raise UserError(
-                f"{name}: sampling.logit_bias has id {outside[0]}, outside the model's vocabulary of {size}"
-            )
+        biased = sorted(token for token, _ in sampling.logit_bias)
+        for key, ids in (
+            ("logit_bias", biased),
+            ("stop_ids", sampling.stop_ids),
+            ("banned_ids", sampling.banned_ids),
+        ):
+            for token in (*ids[:1], *ids[-1:]):  # they are sorted
+                if not 0 <= token < size:
+                    raise UserError(f"{name}: sampling.{key} has id {token}, outside the model's vocabulary of {size}")
+        return prompt.astype(np.int32)
 
     def _warn_of_positions(self, prompts, settings) -> None:
         ends = [(len(prompt), of_prompt.max_new_tokens) for prompt, of_prompt in zip(prompts, settings, strict=True)]
@@ -311,8 +347,7 @@ class Engine:
     def _decode(self) -> list[Event]:
         """Tokens for every row that has a slot."""
         slots = self.slots
-        masks = {one.handle: one.constraint.allowed() for one in slots.running if one.constraint is not None}
-        events = self._end_impossible(masks)
+        masks, events = self._ask_constraints()
         if not slots.running:
             return events
         if not self.num_waiting:
@@ -353,19 +388,22 @@ class Engine:
         filtered = bool(edits or tops) or any(one.filters for one in settings)
         options = {"sampled": filtered or any(one.temperature > 0 for one in settings), "filtered": filtered}
         allowed = slots.make_allowed(masks, always=bool(edits or tops))
-        return options | {"tops": tops}, slots.make_edits() if edits else None, allowed
+        return options | {"tops": tops}, slots.make_edits(masks) if edits else None, allowed
 
     def _take(self, slot: int, request: Request, chunk: programs.Chunk) -> Event:
         """The event of what one row chose; a row that has ended gives its slot back."""
         count = int((chunk.tokens[slot] >= 0).sum())
-        finite = np.isfinite(chunk.model_logprobs[slot, :count])
-        finish = None
-        if not finite.all():
+        values = chunk.model_logprobs[slot, :count]
+        finite = np.isfinite(values)
+        finish, request.is_sound = None, not (~finite).any()
+        if not request.is_sound:
             count, finish = int(finite.argmin()), "error"
+            request.error = UserError(NOTHING_LEFT if np.isneginf(values[count]) else NOT_FINITE)
         tokens = chunk.tokens[slot, :count].tolist()
         for i, token in enumerate(tokens):
-            if self._ends(request, token):
-                count, finish, tokens = i + 1, "stop", tokens[: i + 1]
+            done = self._call(request, lambda token=token: self._ends(request, token))
+            if done or done is None:
+                count, finish, tokens = i + 1, "error" if done is None else "stop", tokens[: i + 1]
                 break
         if finish is None and len(request.tokens) + count == request.sampling.max_new_tokens:
             finish = "length"
@@ -378,9 +416,7 @@ class Engine:
         request.tokens += tokens
         if finish is None:
             return event
-        if finish == "error":
-            self.slots.wipe(request)
-        elif self.keep_answers and request.cache_version == self.version:
+        if self.keep_answers and request.is_sound and request.cache_version == self.version:
             self._filler.keep(request.context, self.slots.cache, slot)
         self.slots.release(request)
         return dataclasses.replace(event, completion=request.complete(finish))
@@ -395,12 +431,28 @@ class Engine:
             done |= bool(request.until(token))
         return done
 
-    def _end_impossible(self, masks: dict[int, np.ndarray]) -> list[Event]:
-        """Ends rows whose constraint leaves nothing to choose."""
-        stuck = [one for one in self.slots.running if one.handle in masks and not masks[one.handle].any()]
-        for request in stuck:
+    def _ask_constraints(self) -> tuple[dict[int, np.ndarray], list[Event]]:
+        """(what rows with constraints may choose, by handle; the events of those that end, as nothing is left)."""
+        masks, events = {}, []
+        for request in self.slots.running:
+            if request.constraint is None:
+                continue
+            mask = self._call(request, lambda request=request: self.slots.choosable(request))
+            if mask is not None and mask.any():
+                masks[request.handle] = mask
+                continue
+            request.error = request.error or UserError(NOTHING_LEFT)
             self.slots.release(request)
-        return [_end(request, "error") for request in stuck]
+            events.append(_end(request, "error"))
+        return masks, events
+
+    def _call(self, request: Request, function: Callable[[], T]) -> T | None:
+        """What ``function`` returns; None where it raises, which is then the error of the request."""
+        try:
+            return function()
+        except Exception as error:
+            request.error = error
+            return None
 
 
 def _end(request: Request, finish: str) -> Event:

@@ -63,14 +63,21 @@ class Filler:
         return requests
 
     def fill(self, queue: collections.deque[Request]) -> None:
-        """One piece of the prompts that are next; those that are whole get their slots."""
+        """One piece of the prompts that are next; those that are whole get their slots.
+
+        After an exception they wait at the head of the queue again: their small cache may be lost.
+        """
         filling = self.filling = self.filling or self._begin(queue)
-        left = np.array([len(context) for context in filling.contexts]) - filling.done
-        if left.max() > 0:
-            self._fill_piece(filling, min(PREFILL, power_of_two(int(left.max()), MIN_FILL)))
-        if all(len(context) == done for context, done in zip(filling.contexts, filling.done, strict=True)):
-            self.filling = None
-            self._finish(filling, len(queue))
+        try:
+            left = np.array([len(context) for context in filling.contexts]) - filling.done
+            if left.max() > 0:
+                self._fill_piece(filling, min(PREFILL, power_of_two(int(left.max()), MIN_FILL)))
+            if all(len(context) == done for context, done in zip(filling.contexts, filling.done, strict=True)):
+                self._finish(filling, len(queue))
+                self.filling = None
+        except Exception:
+            queue.extendleft(reversed(self.clear()))
+            raise
 
     def _begin(self, queue: collections.deque[Request]) -> Filling:
         """Takes the next requests from the queue, or only computes what several begin with.
@@ -95,11 +102,13 @@ class Filler:
         ]
         shared = min((count_common(distinct[0], context) for context in distinct[1:]), default=0) // BLOCK * BLOCK
         is_new = shared - min(done for done, _ in found) >= MIN_SHARED
+        is_new = is_new and not self.prefixes.has(self.weights.version, distinct[0][:shared])  # but not finite
         if is_new and self.slots.row_bytes(shared) <= self.prefixes.max_bytes:
             return self._make_filling([], [distinct[0][:shared]], found[:1])
+        filling = self._make_filling(requests, distinct, found)
         for _ in requests:
             queue.popleft()
-        return self._make_filling(requests, distinct, found)
+        return filling
 
     def _make_filling(self, requests, contexts, found) -> Filling:
         """A small cache with what the prefix store has of each context."""
@@ -150,7 +159,7 @@ class Filler:
         """Rows of the small cache go to the slots of their requests, and into the prefix store."""
         for row, context in enumerate(filling.contexts):
             if len(context) and filling.version == self.weights.version and filling.cache is not None:
-                self.keep(context, filling.cache, row)
+                self.keep(context, filling.cache, row, filled=True)
         if not filling.requests:
             return
         for request in filling.requests:
@@ -159,13 +168,15 @@ class Filler:
         sources = [filling.rows[request.handle] for request in filling.requests]
         self.slots.insert(filling.requests, filling.cache, sources, waiting)
 
-    def keep(self, ids: np.ndarray, cache: KVCache, row: int) -> None:
-        """Puts the row of ``cache`` that holds ``ids`` into the prefix store."""
+    def keep(self, ids: np.ndarray, cache: KVCache, row: int, *, filled: bool = False) -> None:
+        """Puts the row of ``cache`` that holds ``ids`` into the prefix store: a copy, but of a cache that is ``filled``
+        and changes no more."""
         length = min(self.slots.round_up(len(ids)), cache.num_slots)
         if self.slots.row_bytes(length) <= self.prefixes.max_bytes and not self.prefixes.has(self.weights.version, ids):
-            alone = cache.num_rows == 1 and cache.num_slots == length
+            alone = filled and cache.num_rows == 1 and cache.num_slots == length
             kept = cache if alone else programs.extract(cache, np.int32(row), length=length)
-            self.prefixes.put(self.weights.version, ids, kept)
+            # An answer that is kept has been looked at; what a prompt gave is only known when it is needed.
+            self.prefixes.put(self.weights.version, ids, kept, programs.is_finite(kept) if filled else True)
 
     def _count_rows(self, prompts: int) -> int:
         rows = power_of_two(prompts, 1)
@@ -183,9 +194,9 @@ class Filler:
                 if rows == self.slots.shards:
                     options = {"config": self.config, "tops": MAX_TOPS}
                     small, _ = programs.prefill_scored(self.weights.tree, small, *none, none[0], **options)
-            if rows > 1:
-                kept = programs.extract(small, np.int32(0), length=length)
-                small = programs.insert(small, kept, *as_moves([0], [0], 1))
+            kept = programs.extract(small, np.int32(0), length=length)
+            small = programs.insert(small, kept, *as_moves([0], [0], 1))
+            programs.is_finite(kept)
             self.slots.warm_up(small)
 
 

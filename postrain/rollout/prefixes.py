@@ -3,7 +3,8 @@
 An entry is the cache of one row, of all the positions of its ids. It is found by the version of the weights and a
 chain of hashes, one for each BLOCK of ids from the first on, or by the hash of all its ids, and its ids are compared:
 a prompt takes over as many positions as the two begin with alike. Entries that were not used for longest go first when
-all together hold more than ``max_bytes``.
+all together hold more than ``max_bytes``. One that is not finite is never found: of NaN anywhere in a piece of
+a prompt, attention makes NaN everywhere in it.
 """
 
 import collections
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 
 from postrain.models.cache import KVCache
+from postrain.sharding import to_host
 
 BLOCK = 16
 
@@ -23,6 +25,7 @@ class Prefix(NamedTuple):
     ids: np.ndarray  # int32 [N]
     cache: KVCache  # of one row, N positions or more
     keys: tuple[bytes, ...]
+    is_finite: jax.Array | bool  # on the device until someone asks, so that nothing waits for it
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +50,7 @@ class PrefixStore:
         """(positions that need not be computed, a row that holds them): the longest beginning that is here."""
         for key in reversed(list(_hash_beginnings(version, ids))):
             entry = self._entries.get(self._index.get(key, b""))
-            if entry is not None:
+            if entry is not None and to_host(entry.is_finite):
                 self._entries.move_to_end(entry.keys[-1])
                 return count_common(entry.ids, ids), entry.cache
         return 0, None
@@ -57,10 +60,10 @@ class PrefixStore:
         *_, key = _hash_beginnings(version, ids)
         return key in self._entries
 
-    def put(self, version: int, ids: np.ndarray, cache: KVCache) -> None:
+    def put(self, version: int, ids: np.ndarray, cache: KVCache, is_finite: jax.Array | bool) -> None:
         """Keeps the row ``cache``, which holds ``ids``, unless they are here already or it is too large."""
         keys = tuple(_hash_beginnings(version, ids))
-        entry = Prefix(ids.copy(), cache, keys)
+        entry = Prefix(ids.copy(), cache, keys, is_finite)
         if not keys or keys[-1] in self._entries or entry.num_bytes > self.max_bytes:
             return
         self._entries[keys[-1]] = entry

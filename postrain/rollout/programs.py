@@ -22,6 +22,7 @@ import numpy as np
 from postrain.models.cache import KVCache, init_cache, insert_rows, resize_cache
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden_cached, compute_logits
+from postrain.rollout.requests import MAX_STOP_IDS
 from postrain.rollout.sampling import Edits, Filters, choose, choose_greedy, find_top, make_uniforms
 from postrain.sharding import constrain
 
@@ -42,10 +43,10 @@ class Rows:
     sample_ids: np.ndarray  # uint32 [B, 2]: the low and the high half
     temperature: np.ndarray  # float32, 0: greedy
     filters: Filters
-    stop_ids: np.ndarray  # int32 [B, some], -1: none
+    stop_ids: np.ndarray  # int32 [B, MAX_STOP_IDS], -1: none
 
 
-def make_rows(count: int, num_stop_ids: int) -> Rows:
+def make_rows(count: int) -> Rows:
     """Rows that are shut."""
     ints = lambda: np.zeros(count, np.int32)
     return Rows(
@@ -56,7 +57,7 @@ def make_rows(count: int, num_stop_ids: int) -> Rows:
         sample_ids=np.zeros((count, 2), np.uint32),
         temperature=np.zeros(count, np.float32),
         filters=Filters(top_k=ints(), top_p=np.ones(count, np.float32), min_p=np.zeros(count, np.float32)),
-        stop_ids=np.full((count, num_stop_ids), -1, np.int32),
+        stop_ids=np.full((count, MAX_STOP_IDS), -1, np.int32),
     )
 
 
@@ -110,6 +111,12 @@ def insert(cache: KVCache, small: KVCache, sources: jax.Array, targets: jax.Arra
 def extract(cache: KVCache, row: jax.Array, *, length: int) -> KVCache:
     """The first ``length`` positions of one row, as a cache of its own."""
     return resize_cache(cache, row[None], length)
+
+
+@jax.jit
+def is_finite(cache: KVCache) -> jax.Array:
+    """Whether it holds numbers alone, bool []: 0 times NaN is NaN, so that attention would spread any other."""
+    return _whole(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(cache)]).all())
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")

@@ -1,15 +1,18 @@
 """What is asked of the engine, and what it gives: numpy, no model and no device."""
 
 import dataclasses
+import functools
+import numbers
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
 import numpy as np
 
 from postrain.errors import UserError
+from postrain.rollout.constraints import Constraint
 
 MAX_NEW_TOKENS = 2**24  # beyond any model's context: a typing error
 MAX_TOP_LOGPROBS = 20
+MAX_STOP_IDS = 32  # every row has room for so many, so that none of them compiles anything
 
 
 class WrongSetting(UserError):
@@ -49,6 +52,13 @@ class SamplingParams:
     def __post_init__(self):
         if isinstance(self.logit_bias, Mapping):
             object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
+        for name in ("stop_ids", "banned_ids"):
+            if not all(map(_is_id, getattr(self, name))):
+                raise WrongSetting(name, "integer ids", getattr(self, name))
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        if len(self.stop_ids) > MAX_STOP_IDS:
+            raise WrongSetting("stop_ids", f"at most {MAX_STOP_IDS} ids", len(self.stop_ids))
+        has_ids = all(_is_id(token) for token, _ in self.logit_bias)
         biases = [value for _, value in self.logit_bias]
         rules = {
             # Below, float32 divides by 0; above, every token is as likely as any other.
@@ -59,7 +69,10 @@ class SamplingParams:
             "repetition_penalty": ("1e-3 to 1e3", 1e-3 <= self.repetition_penalty <= 1e3),
             "presence_penalty": ("-1e4 to 1e4", -1e4 <= self.presence_penalty <= 1e4),
             "frequency_penalty": ("-1e4 to 1e4", -1e4 <= self.frequency_penalty <= 1e4),
-            "logit_bias": ("ids with numbers of -1e6 to 1e6", all(-1e6 <= value <= 1e6 for value in biases)),
+            "logit_bias": (
+                "integer ids with numbers of -1e6 to 1e6",
+                has_ids and all(-1e6 <= value <= 1e6 for value in biases),
+            ),
             "max_new_tokens": (f"1 to {MAX_NEW_TOKENS}", 1 <= self.max_new_tokens <= MAX_NEW_TOKENS),
             "min_new_tokens": ("0 to max_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens),
             "stop": ("texts that are not empty", all(isinstance(text, str) and text for text in self.stop)),
@@ -69,8 +82,6 @@ class SamplingParams:
         for name, (rule, holds) in rules.items():
             if not holds:
                 raise WrongSetting(name, rule, getattr(self, name))
-        for name in ("stop_ids", "banned_ids"):
-            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
 
     @property
     def filters(self) -> bool:
@@ -89,17 +100,8 @@ class SamplingParams:
         )
 
 
-class Constraint(Protocol):
-    """What the tokens of one answer must be, as a grammar or a list of sequences says it."""
-
-    def allowed(self) -> np.ndarray:
-        """uint32 [ceil(vocab_size / 32)]: bit i of word j is set where id 32 j + i may come next."""
-
-    def advance(self, token: int) -> None:
-        """Takes the token that was chosen."""
-
-    def is_done(self) -> bool:
-        """Whether the answer is complete, so that nothing may follow."""
+def _is_id(token) -> bool:
+    return isinstance(token, numbers.Integral) and not isinstance(token, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,12 @@ class Completion:
     model_logprobs: np.ndarray  # under the model at that temperature, whole vocabulary; greedy: at temperature 1
     kept_mass: np.ndarray  # probability, of the edited logits, of all ids that could have been chosen
     versions: np.ndarray  # int32: of the weights that chose each token
-    finish: str  # "stop": a stop id or the end of a constraint; "length"; "abort"; "error": logits not finite
+    finish: str  # "stop": a stop id or the end of a constraint; "length"; "abort"; "error", see ``error``
     cached_tokens: int = 0  # positions of the prompt that were not computed for this request
     top_logprobs: TopLogprobs | None = None  # of the tokens
     prompt_logprobs: np.ndarray | None = None  # [tokens of the prompt], the first NaN: nothing precedes it
     prompt_top_logprobs: TopLogprobs | None = None  # of the prompt's tokens from the second on
+    error: Exception | None = None  # logits not finite, no id left to choose, or what a constraint or ``until`` raised
 
     @property
     def finished(self) -> bool:
@@ -161,6 +164,8 @@ class Request:
     cache_version: int | None = None  # of the weights that computed the beginning of its cache
     prompt_logprobs: np.ndarray | None = None
     prompt_top_logprobs: TopLogprobs | None = None
+    error: Exception | None = None
+    is_sound: bool = False  # whether the cache of its slot is known to be finite
 
     @property
     def context(self) -> np.ndarray:
@@ -175,6 +180,14 @@ class Request:
     @property
     def remaining(self) -> int:
         return self.sampling.max_new_tokens - len(self.tokens)
+
+    @functools.cached_property
+    def bias(self) -> tuple[np.ndarray, np.ndarray]:
+        """``logit_bias`` as distinct ids, int64 [N], and what each is given, float32 [N]."""
+        total: dict[int, float] = {}
+        for token, value in self.sampling.logit_bias:
+            total[token] = total.get(token, 0.0) + value
+        return np.array(list(total), np.int64), np.array(list(total.values()), np.float32)
 
     def complete(self, finish: str) -> Completion:
         def join(name: str) -> np.ndarray:
@@ -194,6 +207,7 @@ class Request:
             top_logprobs=_join_tops(tops) if tops else None,
             prompt_logprobs=self.prompt_logprobs,
             prompt_top_logprobs=self.prompt_top_logprobs,
+            error=self.error,
         )
 
 

@@ -36,7 +36,8 @@ class Choice:
 
     tokens: jax.Array  # int32
     logprobs: jax.Array  # float32, under the distribution sampled from; 0 when greedy, which is certain
-    model_logprobs: jax.Array  # float32, under softmax(logits / temperature); of temperature 1 when greedy
+    # float32, under softmax(logits / temperature); of temperature 1 when greedy; -inf: no id may be chosen
+    model_logprobs: jax.Array
     kept_mass: jax.Array  # float32, of the ids that could be chosen; of the one id when greedy
     top_ids: jax.Array | None = None  # int32 [B, number of them]: the most probable ids of the model
     top_logprobs: jax.Array | None = None  # float32 [B, number of them], as model_logprobs
@@ -104,6 +105,7 @@ def choose_greedy(
     kept_mass = jnp.minimum(jnp.exp(-log_total_B), 1)
     ones = jnp.ones_like(best_B1)
     model_B, tops_B = _model_logprobs(whole, tokens, best_B1, ones, log_total_B, edits is not None, tops)
+    model_B = _mark_impossible(model_B, best_B1)
     return Choice(tokens, jnp.zeros_like(model_B), model_B, kept_mass, *tops_B)
 
 
@@ -148,6 +150,7 @@ def choose(
     logprobs_B = jnp.where(is_greedy_B, 0.0, log_weight_B - log_kept_B)
     kept_mass_B = jnp.minimum(jnp.exp(jnp.where(is_greedy_B, 0.0, log_kept_B) - log_total_B), 1)
     model_B, tops_B = _model_logprobs(whole, tokens_B, best_B1, scale_B1, log_total_B, edits is not None, tops)
+    model_B = _mark_impossible(model_B, best_B1)
     return Choice(tokens_B, logprobs_B, model_B, kept_mass_B, *tops_B)
 
 
@@ -192,11 +195,17 @@ def _log_total(edited_BV, best_B1, scale_B1, *, above_best: bool):
 
 def _model_logprobs(whole_BV, tokens_B, best_B1, scale_B1, log_total_B, edited: bool, tops: int):
     """Log-probabilities of ``tokens_B`` under the model before edits; (ids, log-probabilities) of the ``tops`` best."""
-    if edited:
-        log_total_B = _log_total(whole_BV, best_B1, scale_B1, above_best=True)
+    if edited:  # the best edited logit may be far from the model's own: digits would be lost beside it
+        best_B1 = _split(whole_BV).max(-1).max(-1)[:, None]
+        log_total_B = _log_total(whole_BV, best_B1, scale_B1, above_best=False)
     # The best one subtracted first: logits over a small temperature are large numbers.
     logprobs_B = (_take(whole_BV, tokens_B) - best_B1[:, 0]) / scale_B1[:, 0] - log_total_B
     return logprobs_B, find_top(whole_BV, tops, best_B1, scale_B1, log_total_B) if tops else ()
+
+
+def _mark_impossible(model_logprobs_B, best_B1):
+    """-inf for rows in which no id may be chosen."""
+    return jnp.where(best_B1[:, 0] <= LOWEST, -jnp.inf, model_logprobs_B)
 
 
 def find_top(logits, count: int, best, scale, log_total):

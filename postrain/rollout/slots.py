@@ -36,7 +36,7 @@ class Slots:
         self.most = most + -most % shards
         self.cache: KVCache | None = None
         self.occupants: list[Request | None] = []
-        self.rows = programs.make_rows(0, 8)
+        self.rows = programs.make_rows(0)
 
     @property
     def running(self) -> list[Request]:
@@ -74,29 +74,28 @@ class Slots:
         if small is not None:
             self.cache = programs.insert(self.cache, small, *as_moves(sources, targets, len(self.occupants)))
         for request, slot in zip(requests, targets, strict=True):
-            self.occupants[slot] = request
+            self.occupants[slot], request.is_sound = request, False
             self._open_row(slot, request)
 
     def warm_up(self, small: KVCache) -> None:
         """Compiles what takes rows of ``small`` into the smallest cache of all rows, which is made."""
         if self.cache is None:
             self.cache, self.occupants = self.make_cache(self.most, self.round_up(1)), [None] * self.most
-            self.rows = programs.make_rows(self.most, self.rows.stop_ids.shape[1])
+            self.rows = programs.make_rows(self.most)
             programs.extract(self.cache, np.int32(0), length=self.round_up(1))
         self.cache = programs.insert(self.cache, small, *as_moves([0], [0], self.most))
 
     def release(self, request: Request) -> None:
+        """Frees the slot of a request, emptied where it may hold NaN: 0 times NaN would reach who has it next."""
         slot = self.occupants.index(request)
+        if not request.is_sound:
+            empty = self.make_cache(self.shards, self.cache.num_slots)
+            self.cache = programs.insert(self.cache, empty, *as_moves([0], [slot], len(self.occupants)))
         self.occupants[slot] = None
         self.rows.remaining[slot] = 0
 
     def clear(self) -> None:
         self.cache, self.occupants = None, []
-
-    def wipe(self, request: Request) -> None:
-        """Empties the cache of a row that holds NaN: 0 times NaN would reach whoever has the slot next."""
-        slot, empty = self.occupants.index(request), self.make_cache(self.shards, self.cache.num_slots)
-        self.cache = programs.insert(self.cache, empty, *as_moves([0], [slot], len(self.occupants)))
 
     def _open_row(self, slot: int, request: Request) -> None:
         rows, sampling = self.rows, request.sampling
@@ -112,10 +111,6 @@ class Slots:
         rows.sample_ids[slot] = request.sample_id & 0xFFFFFFFF, request.sample_id >> 32
         rows.filters.top_k[slot], rows.filters.top_p[slot] = min(sampling.top_k, 2**31 - 1), sampling.top_p
         rows.filters.min_p[slot] = sampling.min_p
-        width = bucket(len(sampling.stop_ids), 8)
-        if width > rows.stop_ids.shape[1]:
-            wider = np.pad(rows.stop_ids, ((0, 0), (0, width - rows.stop_ids.shape[1])), constant_values=-1)
-            self.rows = rows = rows.replace(stop_ids=wider)
         rows.stop_ids[slot] = -1
         rows.stop_ids[slot, : len(sampling.stop_ids)] = sampling.stop_ids
 
@@ -131,7 +126,7 @@ class Slots:
         rows = self._count_rows(min(len(self.running) + len(requests) + waiting, self.most))
         if self.cache is None:
             self.cache, self.occupants = self.make_cache(rows, length), [None] * rows
-            self.rows = programs.make_rows(rows, self.rows.stop_ids.shape[1])
+            self.rows = programs.make_rows(rows)
         elif rows > len(self.occupants) or length > self.cache.num_slots:
             self._resize(max(rows, len(self.occupants)), max(length, self.cache.num_slots))
 
@@ -164,7 +159,8 @@ class Slots:
     def make_allowed(self, masks: dict[int, np.ndarray], always: bool = False) -> np.ndarray | None:
         """Bits of the ids that each row may choose, uint32 [B, words].
 
-        ``masks``: those of constraints, by handle. None where all rows may choose all, except ``always``.
+        ``masks``: those of rows with constraints, by handle (``choosable``). None where all rows may choose all, except
+        ``always``.
         """
         if not masks and not always and not any(one.sampling.banned_ids for one in self.running):
             return None
@@ -172,14 +168,28 @@ class Slots:
         for slot, request in enumerate(self.occupants):
             if request is None:
                 continue
-            if request.sampling.banned_ids:
-                allowed[slot] &= _allow_all_but(request.sampling.banned_ids, self.config.vocab_size)
             if request.handle in masks:
-                allowed[slot] &= masks[request.handle]
+                allowed[slot] = masks[request.handle]
+            elif request.sampling.banned_ids:
+                allowed[slot] &= _allow_all_but(request.sampling.banned_ids, self.config.vocab_size)
         return allowed
 
-    def make_edits(self) -> Edits:
-        """The edits of every row, as they stand before the next token."""
+    def choosable(self, request: Request) -> np.ndarray:
+        """Of the ids that a request's constraint allows those that it may choose: bits as in ``make_allowed``.
+
+        Where nothing but stop ids is left, they may come before ``min_new_tokens``: the constraint is the stronger.
+        """
+        sampling, size = request.sampling, self.config.vocab_size
+        mask = request.constraint.allowed()
+        if sampling.banned_ids:
+            mask = mask & _allow_all_but(sampling.banned_ids, size)
+        if sampling.stop_ids and len(request.tokens) < sampling.min_new_tokens:
+            later = mask & _allow_all_but(sampling.stop_ids, size)
+            mask = later if later.any() else mask
+        return mask
+
+    def make_edits(self, masks: dict[int, np.ndarray]) -> Edits:
+        """The edits of every row, as they stand before the next token. ``masks``: as in ``make_allowed``."""
         shape = len(self.occupants), self.config.vocab_size
         floats = lambda value: np.full(shape[0], value, np.float32)
         ints = lambda: np.zeros(shape[0], np.int32)
@@ -198,11 +208,12 @@ class Slots:
             if request is None or not request.sampling.edits:
                 continue
             sampling = request.sampling
-            for token, bias in sampling.logit_bias:
-                edits.bias_BV[slot, token] += bias
+            ids, biases = request.bias
+            edits.bias_BV[slot, ids] = biases
             edits.counts_BV[slot] = np.bincount(request.tokens, minlength=shape[1])
             edits.prompt_BV[slot, request.prompt] = True
-            edits.stops_BV[slot, [token for token in sampling.stop_ids if token < shape[1]]] = True
+            if request.handle not in masks:  # which say themselves when stop ids may come
+                edits.stops_BV[slot, list(sampling.stop_ids)] = True
             edits.length[slot], edits.minimum[slot] = len(request.tokens), sampling.min_new_tokens
             edits.repetition[slot] = sampling.repetition_penalty
             edits.presence[slot], edits.frequency[slot] = sampling.presence_penalty, sampling.frequency_penalty
@@ -219,5 +230,5 @@ def as_moves(sources: list[int], targets: list[int], size: int) -> tuple[np.ndar
 @functools.lru_cache(maxsize=16)
 def _allow_all_but(banned_ids: tuple[int, ...], vocab_size: int) -> np.ndarray:
     allowed = np.ones(-(-vocab_size // 32) * 32, bool)
-    allowed[[token for token in banned_ids if token < vocab_size]] = False
+    allowed[list(banned_ids)] = False
     return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)

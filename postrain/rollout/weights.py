@@ -28,8 +28,12 @@ class Weights:
         self.is_split = jax.default_backend() == "cpu"
         self.tree = split_layers(params, config) if self.is_split else params
 
-    def update(self, params: dict, version: int, *, base_changed: bool) -> None:
-        """Takes ``params`` over; on CPU one pass over what has changed: all of it, or what trains beside a base."""
+    def update(self, params: dict, version: int, *, base_changed: bool) -> float:
+        """Takes ``params`` over; on CPU one pass over what has changed: all of it, or what trains beside a base.
+
+        Returns what ``check`` does; where that raises, the old weights and their version stay.
+        """
+        old = self.tree, self.version
         if not self.is_split:
             self.tree = params
         elif base_changed or not (self.config.lora or self.config.new_rows):
@@ -37,6 +41,11 @@ class Weights:
         else:
             self.tree = split_layers(_pick_trained(params), self.config, old=self.tree)
         self.version = version
+        try:
+            return self.check(params)
+        except Exception:
+            self.tree, self.version = old
+            raise
 
     def check(self, params: dict) -> float:
         """Mean difference of a probe's log-probabilities here and by the forward that trains on ``params``, in nats.

@@ -12,8 +12,9 @@ environment with google-tunix 0.1.7, which needs another jax; without it that si
   a time. Transformers generates batches of 16 in their order, each to the end of its longest answer; tokens after the
   end of an answer do not count.
 - Of postrain alone: 8 samples of one prompt of 512 tokens, 32 new ones each, beside 8 different prompts; and what a
-  client sees where 48 requests come at seven tenths of the rate that 16 slots answer: the time to its first token, and
-  the time between tokens. ``--smollm2``: SmolLM2-135M with 32 slots, beside what memory and matrix products allow.
+  client sees where 48 requests come at seven tenths of the rate that 16 slots answer, nothing being compiled any more:
+  the time to its first token, the time between the events that bring it up to 4 tokens, and that time for each token.
+  ``--smollm2``: SmolLM2-135M with 32 slots, beside what memory and matrix products allow.
 """
 
 import os
@@ -85,8 +86,9 @@ def run_postrain(arguments) -> dict:
     group = measure(lambda seed: engine.generate(different[:1].tolist(), short, n=GROUP), repeats)
     figures["group"] = apart / group
 
-    patient = Engine(params, config, slots=ROWS, min_rows=ROWS, steps=PIECE, fill_first=False, prefix_bytes=0)
-    patient.generate(prompts[:ROWS], SamplingParams(temperature=1.0, max_new_tokens=PIECE))
+    room = {"slots": ROWS, "min_rows": ROWS, "min_positions": PROMPT + new}
+    patient = Engine(params, config, **room, steps=PIECE, fill_first=False, prefix_bytes=0)
+    patient.warm_up()
     gap = new / (LOAD * figures["equal"]["sampled"])
     sampling = SamplingParams(temperature=1.0, max_new_tokens=new)
     figures["latency"] = serve(patient, prompts[:CLIENTS], sampling, gap)
@@ -96,8 +98,9 @@ def run_postrain(arguments) -> dict:
 
 
 def serve(engine, prompts: list, sampling, gap: float) -> dict[str, float]:
-    """Requests every ``gap`` seconds: seconds to the first token and between tokens, as those who wait see them."""
-    start, arrivals, seen, firsts, gaps = time.perf_counter(), {}, {}, [], []
+    """Requests every ``gap`` seconds: seconds to the first token, between the events in which tokens come, and those
+    times shared out over the tokens of an event."""
+    start, arrivals, seen, firsts, gaps, pauses = time.perf_counter(), {}, {}, [], [], []
     waiting = list(enumerate(prompts))
     while waiting or not engine.is_idle:
         while waiting and time.perf_counter() - start >= waiting[0][0] * gap:
@@ -108,14 +111,17 @@ def serve(engine, prompts: list, sampling, gap: float) -> dict[str, float]:
         now = time.perf_counter()
         for event in events:
             if event.handle in seen:
-                gaps += [(now - seen[event.handle]) / len(event.tokens)] * len(event.tokens)
+                pauses.append(now - seen[event.handle])
+                gaps += [pauses[-1] / len(event.tokens)] * len(event.tokens)
             else:
                 firsts.append(now - arrivals[event.handle])
             seen[event.handle] = now
         if engine.is_idle and waiting:
             time.sleep(0.001)
     ranks = {"first_median": np.median(firsts), "first_p99": np.quantile(firsts, 0.99)}
-    return ranks | {"between_median": np.median(gaps), "between_p99": np.quantile(gaps, 0.99)}
+    for name, values in {"between": gaps, "pause": pauses}.items():
+        ranks |= {f"{name}_median": np.median(values), f"{name}_p99": np.quantile(values, 0.99)}
+    return ranks
 
 
 def run_smollm2(arguments) -> dict[str, float]:
@@ -266,7 +272,8 @@ def summarize(lines: dict[str, list[dict]]) -> tuple[str, list[Bar]]:
         "",
         f"{GROUP} samples of one prompt of {LONG_PROMPT} tokens take {1 / group:.2f} of the time of {GROUP} prompts "
         f"(**{group:.2f}x**). Requests at {LOAD:.0%} of the rate: first token after {latency['first_median']:.0f} ms, "
-        f"p99 {latency['first_p99']:.0f}; between tokens {latency['between_median']:.1f} ms, p99 "
+        f"p99 {latency['first_p99']:.0f}; tokens come up to {PIECE} at a time, {latency['pause_median']:.1f} ms apart, "
+        f"p99 {latency['pause_p99']:.1f}: for each token {latency['between_median']:.1f} ms, p99 "
         f"{latency['between_p99']:.1f}.",
     ]
     if "smollm2" in runs[0]:

@@ -33,7 +33,8 @@ def test_exact_match(found, expected, score):
 
 
 @pytest.mark.parametrize(
-    ("found", "score"), [('{"a":1}', 1), ("[]", 1), ("3", 1), ("{'a':1}", 0), ('{"a":1} x', 0), ("NaN", 0), ("", 0)]
+    ("found", "score"),
+    [('{"a":1}', 1), ("[]", 1), ("3", 1), ("{'a':1}", 0), ('{"a":1} x', 0), ("NaN", 0), ("", 0), ("[" * 20_000, 0)],
 )
 def test_valid_json(found, score):
     assert valid_json(found, "whatever") == score

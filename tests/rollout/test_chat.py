@@ -17,7 +17,6 @@ from postrain.data.rendering.render import render, render_prompt, split_prompt
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
 from postrain.rollout.chat import (
-    TextStream,
     answer_file,
     answer_prompt,
     encode_prompt,
@@ -28,6 +27,7 @@ from postrain.rollout.chat import (
 from postrain.rollout.engine import Engine
 from postrain.rollout.filling import Filler
 from postrain.rollout.requests import SamplingParams
+from postrain.rollout.text_stream import TextWindow
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 def test_a_stream_adds_up_and_never_shows_half_a_character(model):
     text = "naïve 東京 👩‍🚀!"
-    stream = TextStream(model.tokenizer)
+    stream = TextWindow(model.tokenizer)
     pieces = [stream.push(token) for token in model.tokenizer.encode_text(text)]
     assert "".join(pieces) + stream.end() == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -70,7 +70,7 @@ def test_a_gap_among_the_ids_and_a_stop_id_that_is_no_token(model):
 
 def test_bytes_that_never_become_a_character_come_at_the_end(model):
     ids = model.tokenizer.encode_text("東")[:2]
-    stream = TextStream(model.tokenizer)
+    stream = TextWindow(model.tokenizer)
     assert [stream.push(token) for token in ids] == ["", ""]
     assert stream.end() == model.tokenizer.decode(ids)
 
@@ -310,13 +310,13 @@ def test_raw_prompts_take_neither_system_message_nor_tools(model):
 @pytest.mark.parametrize("stops", [("cab",), ("xx", "aca"), ("b", "abc"), ("zz",), ("c" * 9,)])
 def test_a_stream_ends_before_a_stop_text_and_shows_none_of_it(model, stops):
     text = "abacacaxxcabz東"
-    stream, shown = TextStream(model.tokenizer, stops), ""
+    stream, shown = TextWindow(model.tokenizer, stops), ""
     for token in model.tokenizer.encode_text(text):
         shown += stream.push(token)
         assert not any(stop in shown for stop in stops)
     shown += stream.end()
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
-    assert shown == text[: min(places, default=len(text))] and stream.ended == bool(places)
+    assert shown == text[: min(places, default=len(text))] and (stream.stop is not None) == bool(places)
 
 
 def test_a_stop_text_ends_an_answer_wherever_it_is_asked(model, tmp_path, capsys):
@@ -332,6 +332,14 @@ def test_a_stop_text_ends_an_answer_wherever_it_is_asked(model, tmp_path, capsys
     source.write_text('{"prompt": "hi"}\n')
     answer_file(model, str(source), None, ending)
     assert json.loads(capsys.readouterr().out)["generated"] == {"text": expected, "finished": True}
+
+
+def test_stop_ids_of_ones_own_come_beside_those_of_the_tokenizer(model):
+    own = tuple(sorted(model.tokenizer.stop_ids))
+    fitted = for_tokenizer(SamplingParams(stop_ids=(290,)), model.tokenizer, model.config)  # 290 is no token
+    assert fitted.stop_ids == (*own, 290) and not {290, *own}.intersection(fitted.banned_ids)
+    alone = for_tokenizer(SamplingParams(stop_ids=(290,), ignore_eos=True), model.tokenizer, model.config)
+    assert alone.stop_ids == (290,)
 
 
 def test_stop_ids_of_the_tokenizer_may_be_ignored(model):

@@ -139,6 +139,15 @@ def test_adapters_beside_their_kernels(llama):
     check_model_logprobs(params, config, prompts, out, 1.0)
 
 
+def test_a_model_that_trains_in_float8_generates_without(llama):
+    """Its scale is that of a whole tensor: rows would depend on what else is in the batch."""
+    config = dataclasses.replace(llama.config, fp8=True)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=12)
+    out, plain = (generate(llama.params, one, make_prompts(), sampling) for one in (config, llama.config))
+    for one, other in zip(out, plain, strict=True):
+        np.testing.assert_array_equal(one.model_logprobs, other.model_logprobs)
+
+
 def test_stacked_layers_generate_the_same(model, monkeypatch):
     """On accelerators the layers stay stacked under a scan."""
     sampling = SamplingParams(temperature=1.0, max_new_tokens=20)

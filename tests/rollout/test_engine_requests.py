@@ -54,15 +54,17 @@ def test_a_row_depends_on_seed_and_sample_id_alone(llama):
 
 
 def test_nothing_is_compiled_after_a_warm_up(llama):
-    """Over mixed lengths, ways of sampling and sizes of groups."""
+    """Over mixed lengths, ways of sampling, sizes of groups, turns of conversations and requests that are cancelled."""
     rng = np.random.default_rng(0)
-    engine = Engine(llama.params, llama.config, slots=2, min_rows=2, min_positions=128)
+    engine = Engine(llama.params, llama.config, slots=2, min_rows=2, min_positions=128, keep_answers=True)
     kinds = (
         {},
         {"temperature": 0.7},
         {"temperature": 1.2, "top_k": 7, "stop_ids": (3, 9)},
         {"temperature": 0.4, "top_p": 0.8, "min_p": 0.01, "ignore_eos": True},
         {"temperature": 0.4, "banned_ids": (5, 6)},
+        {"banned_ids": (5, 6), "min_new_tokens": 1, "stop_ids": tuple(range(100, 130))},
+        {"temperature": 1.0, "stop_ids": tuple(range(270, 302 - 1))},
         {"repetition_penalty": 1.2, "logit_bias": {3: 1.0}, "temperature": 2.0},
         {"top_logprobs": 3, "prompt_logprobs": True},
     )
@@ -75,10 +77,25 @@ def test_nothing_is_compiled_after_a_warm_up(llama):
                 engine.submit(prompt, dataclasses.replace(sampling, seed=sample), sample_id=sample)
         return run(engine)
 
+    def talk(turns):
+        """Every turn begins with the last one and its answer."""
+        prompt, cached = rng.integers(0, 301, 20).tolist(), []
+        for turn in range(turns):
+            sampling = SamplingParams(max_new_tokens=9, **kinds[turn % len(kinds)])
+            [answer] = engine.generate([prompt], dataclasses.replace(sampling, prompt_logprobs=False))
+            cached.append(answer.cached_tokens)
+            prompt = [*prompt, *answer.tokens, 5, 6]
+        return cached
+
     engine.warm_up()
     with count_compilations() as compiled:
         found = load(12)
-    assert len(found) > 12 and not compiled
+        cached = talk(8)
+        handle = engine.submit([1, 2, 3], SAMPLED)
+        while not engine.num_running:
+            engine.step()
+        engine.cancel(handle)
+    assert len(found) > 12 and cached[0] == 0 and min(cached[1:]) > 20 and not compiled
 
 
 def test_a_prompt_seen_before_is_not_computed_again_until_the_weights_change(llama):

@@ -234,6 +234,27 @@ def test_rows_of_every_kind_stand_in_one_batch():
             np.testing.assert_allclose(getattr(together, name)[row], getattr(alone, name)[0], atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_large_bias_takes_no_digit_from_the_models_logprobs(greedy):
+    """The edited logits are far from the model's own, in both directions, and the temperature makes more of it."""
+    logits = np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32) * 0.01
+    bias, zeros = np.zeros((2, 64), np.float32), np.zeros(2, np.int32)
+    bias[0, 7], bias[1] = 1e4, -1e4
+    nothing, ones = np.zeros((2, 64), bool), np.ones(2, np.float32)
+    edits = Edits(bias, nothing.astype(np.int32), nothing, nothing, zeros, zeros, ones, 0 * ones, 0 * ones)
+    temperature = 1.0 if greedy else 0.01
+    if greedy:
+        choice = choose_greedy(logits, vocab_size=60, edits=edits, tops=5)
+    else:
+        uniforms, cold = jnp.full((2, 2), 0.5), jnp.full(2, temperature)
+        choice = choose(logits, uniforms, cold, vocab_size=60, edits=edits, tops=5)
+    own = np.log(softmax(np.float64(logits[:, :60]) / temperature))
+    assert choice.tokens[0] == 7
+    np.testing.assert_allclose(choice.model_logprobs, own[np.arange(2), choice.tokens], atol=1e-5)
+    best = np.take_along_axis(own, np.asarray(choice.top_ids), axis=-1)
+    np.testing.assert_allclose(choice.top_logprobs, best, atol=1e-5)
+
+
 def test_min_p_keeps_a_share_of_the_best():
     logits = np.random.default_rng(3).standard_normal((1, 128)).astype(np.float32) * 2
     choice = sample_many(logits[0], 4000, vocab_size=128, temperature=1.5, min_p=0.1)
