@@ -18,6 +18,8 @@ Legend: P prompts, K beams, R rows (P, then P K), C candidates of a row, V' padd
 import contextlib
 import dataclasses
 import functools
+import os
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from postrain.errors import UserError
-from postrain.models.cache import KVCache, init_cache, take_rows
+from postrain.models.cache import KVCache, init_cache, resize_cache
 from postrain.models.config import ModelConfig
 from postrain.models.transformer import compute_hidden_cached, compute_logits, split_layers
 from postrain.rollout.constraints.trie import Trie
@@ -84,11 +86,19 @@ def search_beams(
         batch_size: prompts that are searched together.
 
     Raises UserError for an empty prompt, an id outside the vocabulary, a setting out of range, a trie of another
-    vocabulary, that is deeper than ``max_new_tokens`` or has banned ids, and logits that are not finite.
+    vocabulary, that is deeper than ``max_new_tokens`` or has banned ids, more keys and values than there is memory for,
+    and logits that are not finite. Warns where prompts and new tokens may pass ``config.max_positions``.
     """
     settings = _Settings(num_beams, max_new_tokens, tuple(stop_ids), float(length_penalty))
     prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
     _check(prompts, config, settings, trie, banned_ids)
+    longest = max(map(len, prompts), default=0)
+    if longest + max_new_tokens > config.max_positions:
+        warnings.warn(
+            f"{longest} prompt tokens + {max_new_tokens} new ones may pass the {config.max_positions} positions that "
+            "the model was pre-trained for: scores beyond them may be poor",
+            stacklevel=2,
+        )
     batch_size = max(1, ROWS // num_beams) if batch_size is None else batch_size
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, found {batch_size}")
@@ -134,6 +144,21 @@ def _check(prompts, config: ModelConfig, settings: _Settings, trie: Trie | None,
         raise UserError(f"the trie has id {wrong[0]}, which is banned: it may be no token of the tokenizer")
 
 
+def _check_memory(config: ModelConfig, num_rows: int, num_slots: int, mesh) -> None:
+    """Raises UserError where the keys and values of two steps, which are held together, exceed all of the memory."""
+    device = jax.devices()[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if stats := device.memory_stats():
+        memory = stats["bytes_limit"] * max(1, mesh.size)
+    cache = jax.eval_shape(functools.partial(init_cache, config, num_rows, num_slots))
+    needed = 2 * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    if needed > memory:
+        raise UserError(
+            f"{num_rows:,} beams of {num_slots:,} tokens need {needed / 1e9:,.1f} GB for their keys and values, there "
+            f"are {memory / 1e9:,.1f} GB: lower num_beams, max_new_tokens or batch_size"
+        )
+
+
 def _search_batch(params, config, prompts, numbers, settings: _Settings, trie, allowed) -> list[list[Beam]]:
     mesh = jax.sharding.get_abstract_mesh()
     num_prompts = bucket(len(prompts), 1)
@@ -141,6 +166,7 @@ def _search_batch(params, config, prompts, numbers, settings: _Settings, trie, a
     lengths = np.zeros(num_prompts, np.int32)
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     num_slots = bucket(int(lengths.max()) + settings.max_new_tokens)
+    _check_memory(config, num_prompts * settings.num_beams, num_slots, mesh)
     cache = _prefill(params, config, prompts, num_prompts, num_slots)
     searches = [_Search(settings, trie) for _ in prompts]
     rows, tokens, positions = np.arange(num_prompts, dtype=np.int32), np.zeros(num_prompts, np.int32), lengths - 1
@@ -290,7 +316,7 @@ def _step(params, cache, rows_R, tokens_R, positions_R, children_RC, allowed_V, 
     Returns log p [R, C] and ids [R, C] of what may come next: ``children_RC``, -inf where they are -1, or without them
     the ``size`` best of ``allowed_V``; and the cache of the R rows.
     """
-    cache = _constrain_cache(take_rows(cache, rows_R))
+    cache = _constrain_cache(resize_cache(cache, rows_R, cache.num_slots))
     hidden, cache = compute_hidden_cached(params, config, tokens_R[:, None], positions_R[:, None], cache)
 
     def rank(inputs):

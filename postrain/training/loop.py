@@ -222,6 +222,9 @@ class Loop:
             self._pending, self._means = record.pending_metrics, StepMeans(record.unlogged)
             if changes := compare_fingerprints(record.data_fingerprint, source.fingerprint):
                 source.set_state(None, self.step)
+                now, before = model.fingerprint or {}, record.model_fingerprint or {}
+                if now.get("trained_on") != before.get("trained_on"):  # a reward model's, of rows of both forms
+                    now["trained_on"] = ""
                 self._say(f"the data changed, as accepted ({'; '.join(changes)}): it begins anew at this step")
             else:
                 source.set_state(record.data_position, self.step)

@@ -4,11 +4,7 @@
     python tests/faults/kills.py --kills=1000 --write    # and writes the figures into docs/reliability.md
     python tests/faults/kills.py --kills=30 --processes=2  # two processes x four devices, either of which is killed
     python tests/faults/kills.py --kills=30 --streamed     # two sources of an object store, mixed, with a piece cache
-    python tests/faults/kills.py --kills=30 --preference   # pairs of answers, whose reference is computed once
-    python tests/faults/kills.py --kills=30 --reward       # pairs of answers, which a head beside adapters scores
-    python tests/faults/kills.py --kills=30 --head         # rated answers, with a head beside the vocabulary
-    python tests/faults/kills.py --kills=30 --kto          # single answers, beside a reference that is held in memory
-    python tests/faults/kills.py --kills=30 --distill      # with a teacher beside the student
+    python tests/faults/kills.py --kills=30 --reward       # of another objective, as --help lists them
     python tests/faults/kills.py --kills=30 --kto --head   # a share of the kills in runs of each
 
 ``--write`` adds to what the page has of other seeds.
@@ -485,8 +481,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"add the figures to those in {PAGE.name}")
     arguments = parser.parse_args()
     ways = [way for way in ("streamed", "preference", "kto", "reward", "head", "distill") if getattr(arguments, way)]
-    ways = ways or [arguments.processes]
-    found = {}
+    if ways and arguments.processes != "1":
+        parser.error(f"--processes={arguments.processes} is a kind of run by itself: leave out --{' --'.join(ways)}")
+    ways, found = ways or [arguments.processes], {}
+    if arguments.kills < len(ways):
+        parser.error(f"--kills={arguments.kills}: expected at least {len(ways)}, one for each kind of run")
     for i, way in enumerate(ways):
         kills = arguments.kills * (i + 1) // len(ways) - arguments.kills * i // len(ways)
         with tempfile.TemporaryDirectory(prefix="kills") as folder:

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import kills
 import pytest
 from kill_figures import add_figures, format_figures, read_figures
 
@@ -38,6 +39,21 @@ def test_runs_of_every_objective_are_killed():
     """
     found = kill(2 * len(OBJECTIVES), *OBJECTIVES)
     assert len(found) == len(OBJECTIVES) and all(one["kills"] == 2 and one["kinds"] > 40 for one in found.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--processes=2", "--reward", "--kto"], "--processes=2 is a kind of run by itself: leave out --kto --reward"),
+        (["--kills=1", "--reward", "--kto"], "--kills=1: expected at least 2"),
+        (["--kills=0"], "--kills=0: expected at least 1"),
+    ],
+)
+def test_flags_that_would_measure_nothing_are_refused(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kills.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        kills.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow

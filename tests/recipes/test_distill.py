@@ -206,6 +206,7 @@ def test_weights_of_answers_and_sources_are_those_of_training(inputs, teacher, t
     config, said = resolve(values_of(inputs, teacher, data=data, distill={"loss": "jsd", "beta": 0.3})), []
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "manifest.json.partial").touch()  # of a kill while it was first written
+    (tmp_path / "rows" / "_rejected.jsonl").write_text('{"line": 77}\n')  # of the rows that were read then
     teach(config, tmp_path / "rows", say=said.append)
     assert f"rejected    1 bad rows: {tmp_path / 'rows' / '_rejected.jsonl'}" in said
     assert "not read    distill.loss, distill.beta: by training on these rows" in said

@@ -29,6 +29,7 @@ from postrain.sharding import make_mesh
 from postrain.training.compatibility import check_record
 from postrain.training.model import abstract_model, make_lora_config
 
+ANSWERS = ("chosen", "rejected")
 WORDS = ("red", "blue", "green", "grey", "pink", "gold")
 
 
@@ -121,6 +122,27 @@ def test_the_export_says_what_it_was_trained_on_and_another_head_is_no_resume(in
     model = fingerprint_model(inputs / "model", make_lora_config(config.model.lora), heads=other)
     with pytest.raises(UserError, match=r"heads: were \(name score, outputs 1, .*\), are \(name score, outputs 3, "):
         check_record(place, record, config, None, model)
+
+
+def test_rows_of_another_form_that_are_accepted_leave_the_form_open(inputs, rows, finished, tmp_path):
+    """A run that has seen text and then conversations has learned neither form alone."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    say = lambda role, text: [{"role": role, "content": text}]
+    pairs = [make_pair(i) for i in range(36)]
+    talks = [
+        pair | {"prompt": say("user", pair["prompt"])} | {key: say("assistant", pair[key]) for key in ANSWERS}
+        for pair in pairs
+    ]
+    data = {"train": str(write(tmp_path / "talks.jsonl", talks))}
+    reward = {"centering_coef": 0.02, "margin": 0.1, "margin_of": "scores"}
+    values = values_of(inputs, rows, reward=reward, data=data, train={"steps": 9}, eval={"every": 0})
+    with pytest.raises(UserError, match="accept_change=") as caught:
+        postrain.train(values, tmp_path / "run")
+    values["data"]["accept_change"] = str(caught.value).rpartition("=")[2]
+    postrain.train(values, tmp_path / "run")
+    assert "postrain_trained_on" not in json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    record = json.loads((tmp_path / "run" / "checkpoints" / "9" / "run" / "data.json").read_text())
+    assert record["model_fingerprint"]["trained_on"] == ""
 
 
 def test_the_report_has_the_table_of_calibration(finished):

@@ -211,6 +211,7 @@ def test_logits_of_a_block_of_rows_at_a_time(llama):
         ({"max_new_tokens": 0}, "found 2 and 0"),
         ({"stop_ids": (301,)}, "stop_ids has 301"),
         ({"banned_ids": (-1,)}, "banned_ids has -1"),
+        ({"num_beams": 10**9}, r"1,000,000,000 beams of \d+ tokens need [\d,.]+ GB for their keys.*lower num_beams"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"trie": build_trie([[1, 2]], vocab_size=300)}, "the trie is of a vocabulary of 300, the model of 301"),
         (
@@ -230,6 +231,12 @@ def test_logits_that_are_not_numbers_stop_the_search(llama):
     broken = jax.tree.map(lambda x: x * jnp.nan, llama.params)
     with pytest.raises(UserError, match="prompt 0: expected finite logits"):
         search_beams(broken, llama.config, [[1, 2]], num_beams=2, max_new_tokens=2)
+
+
+def test_positions_past_those_of_the_model_are_warned_of(llama):
+    config = dataclasses.replace(llama.config, max_positions=4)
+    with pytest.warns(UserWarning, match="3 prompt tokens \\+ 2 new ones may pass the 4 positions"):
+        search_beams(llama.params, config, [[1], [1, 2, 3]], num_beams=2, max_new_tokens=2)
 
 
 def test_no_prompts_give_no_beams(llama):

@@ -2,6 +2,7 @@
 
 import decimal
 import gc
+import itertools
 import json
 import re
 import sys
@@ -10,13 +11,16 @@ import weakref
 
 import numpy as np
 import pytest
+import tokenizers
 from constrained_samples import check_value, make_schema, sample
 from real_tokenizers import get_tokenizer_folder
 from tiny_models import make_tiny_tokenizer
 
 from postrain.data.rendering.tokenizer import load_tokenizer
 from postrain.errors import UserError
-from postrain.rollout.constraints import WrongConstraint, pack_ids, unpack_ids
+from postrain.rollout.constraints import WrongConstraint, json_schema, pack_ids, unpack_ids
+from postrain.rollout.constraints import compile as compile_module
+from postrain.rollout.constraints.compile import _TokenSource as TokenSource
 from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
 
@@ -180,12 +184,12 @@ def test_bytes_of_tokens_are_what_decoding_gives(real, name):
     tokenizer, rng = real(name), np.random.default_rng(0)
     tokens = read_token_bytes(tokenizer)
     texts = np.array([i for i, text in enumerate(tokens.texts) if text])
+    first = tokens.first or tokens.texts
     assert not np.isin(texts, list(tokens.special)).any()
     assert len(texts) + len(tokens.special) == len(tokenizer.ids)
     for _ in range(300):
         ids = rng.choice(texts, 4)
-        joined = b"".join(tokens.texts[i] for i in ids)
-        joined = joined.removeprefix(b" ") if tokens.strips_space else joined
+        joined = first[ids[0]] + b"".join(tokens.texts[i] for i in ids[1:])
         try:
             assert tokenizer.decode(ids) == joined.decode()
         except UnicodeDecodeError:  # a part of a character: decoders differ in how many marks they write for it
@@ -217,6 +221,28 @@ def test_a_grammar_may_name_a_special_token(real):
     for _ in range(10):
         text = tokenizer.decode(sample(make(), tokenizer, rng))
         assert re.fullmatch(r"call<\|system\|>\d\d", text)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        ('start: "a" // %json here', "a"),
+        ('start: "a" # %llguidance {}', "a"),
+        ('start: "a %json b"', "a %json b"),
+        ('start: /[<\\[]x/ "<[" "stop="', "[x<[stop="),
+        ('start: "\\"//" /\\/[\\/]\\// "%json"', '"/////%json'),
+        ('start: %json {"type": "null", "description": "<[ stop= // \\" <|x|>"} "a"', "nulla"),
+    ],
+)
+def test_a_grammar_is_read_as_its_language_is(tiny, grammar, text):
+    """Strings, expressions, comments and the text of schemas are no directives."""
+    assert accepts(compile_constraint({"grammar": grammar}, tiny), tiny, text)
+
+
+def test_where_no_text_goes_on_nothing_is_allowed(tiny):
+    constraint = compile_constraint({"grammar": 'start: "a" x\nx: x "b"'}, tiny)()
+    constraint.advance(tiny.encode_text("a")[0])
+    assert not constraint.allowed().any() and not constraint.is_done()
 
 
 def make_bounds(rng):
@@ -343,7 +369,18 @@ def test_a_key_has_one_spelling(tiny):
         ({"properties": []}, "#/properties"),
         ({"required": "a"}, "#/required"),
         ({"properties": {"a\x01": {}}}, "control characters"),
-        ({"const": "\x7f\x1b"}, "control characters"),
+        ({"const": "\x7f"}, "control characters"),
+        ({"enum": ["a", "\x7f"]}, "#/enum/1: .*control characters"),
+        ({"patternProperties": {"a": {}, "[a]": {}}}, r"#/patternProperties: expected patterns that differ.*'\[a\]'"),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^x": {"$ref": "#"}},
+                "properties": {"x1": {}},
+                "required": ["x1"],
+            },
+            "no value satisfies",
+        ),
         ({"const": "\ud800"}, "control characters|not JSON"),
         ({"type": "string", "pattern": "(?=a)"}, "#/pattern: .*look-ahead"),
         ({"patternProperties": {"(": {}}}, "patternProperties.*not a regular expression"),
@@ -357,6 +394,7 @@ def test_a_key_has_one_spelling(tiny):
         ({"$ref": "#"}, "no value satisfies"),
         ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value satisfies"),
         ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "no value satisfies"),
+        ({"type": "object", "additionalProperties": {"$ref": "#"}, "minProperties": 1}, "no value satisfies"),
         (False, "no value satisfies"),
         (3, "expected a schema"),
         ({"items": 3}, "#/items: expected a schema"),
@@ -366,7 +404,7 @@ def test_schemas_that_cannot_be_kept(tiny, schema, message):
     with pytest.raises(WrongConstraint, match=message) as found:
         compile_constraint({"json_schema": schema}, tiny)
     assert isinstance(found.value, UserError) and "\n" not in str(found.value)
-    assert str(found.value).startswith("json_schema")
+    assert str(found.value).startswith("json_schema: ") and found.value.kind == "json_schema"
 
 
 @pytest.mark.parametrize(
@@ -383,6 +421,16 @@ def test_schemas_that_cannot_be_kept(tiny, schema, message):
         ({"type": "string", "pattern": "^2", "format": "date"}, ['"2024-01-31"'], ['"1999-01-01"', '"2x"']),
         ({"properties": {"a": {"$ref": "#/$defs/x~1y"}}, "$defs": {"x/y": {"const": 1}}}, ['{"a":1}'], ['{"a":2}']),
         ({"type": "string", "maxLength": 2}, ['"😀é"', '"\\n"'], ['"abc"']),
+        (
+            {
+                "type": "object",
+                "patternProperties": {"^x": {"type": "string"}},
+                "required": ["x1"],
+                "additionalProperties": False,
+            },
+            ['{"x1":"a"}'],
+            ['{"x1":1}', "{}", '{"y":"a"}'],
+        ),
         ({"examples": [1], "default": 2, "deprecated": True, "const": None}, ["null"], ["1", "2"]),
     ],
 )  # fmt: skip
@@ -421,6 +469,12 @@ def test_white_space_does_not_go_on_for_ever(tiny):
         ({"choice": ["no", "yes please", "yes"]}, r"choice 2 \('yes'\) is the beginning of choice 1"),
         ({"choice": ["a", "b", "a"]}, r"choice 0 \('a'\) is the beginning of choice 2"),
         ({"choice": ["a", "\ud800"]}, "choice 1 has half of a surrogate pair"),
+        ({"grammar": 'start: "\ud800"'}, "grammar: it has half of a surrogate pair"),
+        ({"grammar": 'start: x\nx: x "a"'}, "grammar: nothing can be generated under it: no text satisfies it$"),
+        ({"grammar": '%llguidance {"allow_invalid_utf8": true}\nstart: /(?s:.*)/'}, "%llguidance sets options"),
+        ({"grammar": '%llguidance {"no_forcing": false}\nstart: "a"'}, "%llguidance sets options"),
+        ({"grammar": 'start: "a" /b/ <[5]> // c'}, "ids of tokens"),
+        ({"grammar": 'start: "/" %json {"minimun": 3} "/"'}, "#/minimun"),
         ({"grammar": "start: nothing"}, "grammar: cannot be compiled: unknown name"),
         ({"grammar": "start: <[5]>"}, "ids of tokens"),
         ({"grammar": "start: <|nothing|>"}, "grammar: cannot be compiled"),
@@ -464,6 +518,7 @@ def test_what_is_nested_too_deeply_is_refused(tiny, spec):
 def test_large_counts_are_no_work(tiny):
     for spec in (
         {"json_schema": {"type": "array", "minItems": 10**9}},
+        {"json_schema": {"type": "array", "prefixItems": [{"type": "null"}], "items": {}, "minItems": 10**10}},
         {"json_schema": {"type": "string", "minLength": 10**9}},
         {"regex": "(a{1,100000}b){1,100000}"},
         {"choice": [f"value {i:04d}" for i in range(3000)]},
@@ -471,9 +526,15 @@ def test_large_counts_are_no_work(tiny):
         assert compile_constraint(spec, tiny)().allowed().any()
 
 
-def test_a_tokenizer_whose_decoder_is_not_known(real):
-    import tokenizers
+def test_what_may_end_is_looked_for_once(monkeypatch):
+    """The parts of a schema come before the whole, so that a deep nest is not gone through once a level."""
+    seen, ends = [], json_schema._ends
+    monkeypatch.setattr(json_schema, "_ends", lambda node, *rest: seen.append(node) or ends(node, *rest))
+    json_schema.prepare_schema(json.loads(nest(100, ('{"type":"array","minItems":1,"items":', "}"))))
+    assert 100 < len(seen) < 210
 
+
+def test_a_tokenizer_whose_decoder_is_not_known(real):
     tokenizer = real("phi3")
     fast = tokenizers.Tokenizer.from_str(tokenizer.fast.to_str())
     fast.decoder = tokenizers.decoders.WordPiece()
@@ -544,6 +605,82 @@ def test_other_stop_ids_end_a_text(tiny):
     assert {0, 2} < set(unpack_ids(constraint.allowed()).tolist())
     constraint.advance(0)
     assert constraint.is_done()
+
+
+def test_stop_ids_share_what_was_compiled(tmp_path, monkeypatch):
+    """What clients send as stop ids costs no vocabulary of the library and no compilation."""
+    made = []
+    monkeypatch.setattr(compile_module, "_TokenSource", lambda *parts: made.append(1) or TokenSource(*parts))
+    tokenizer = load_tokenizer(make_tiny_tokenizer(tmp_path))
+    special = sorted(set(read_token_bytes(tokenizer).special))
+    makes = {
+        compile_constraint({"regex": "a?"}, tokenizer, stop_ids=stops)
+        for stops in ((i,) * n for i in special for n in (1, 3))
+    }
+    assert len(made) == 1 and len(makes) == len(special) > 2
+
+
+def test_stop_ids_that_are_text_are_refused(tiny):
+    [a] = tiny.encode_text("}")
+    with pytest.raises(WrongConstraint, match=rf"stop_ids: {a} is the text '}}'"):
+        compile_constraint({"json_object": True}, tiny, stop_ids=(a, *tiny.stop_ids))
+    [stop] = tiny.stop_ids
+    name = read_token_bytes(tiny).special[stop]
+    with pytest.raises(WrongConstraint, match="grammar: names .*, which ends a text"):
+        compile_constraint({"grammar": f'start: "a" {name}'}, tiny)
+
+
+METASPACE = [
+    "</s>",
+    "\u2581",
+    "\u2581\u2581",
+    "a",
+    "\u2581a",
+    "b",
+    "a\u2581b",
+    "\u2581\u00e9",
+    "\u2581\u65e5\u672c",
+    "c",
+]
+
+
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory):
+    """A sentencepiece vocabulary without bytes, whose decoder drops every space mark of the first token."""
+    fast = tokenizers.Tokenizer(tokenizers.models.Unigram([(name, -1.0) for name in METASPACE], 0))
+    fast.pre_tokenizer, fast.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    fast.add_special_tokens(["</s>"])
+    folder = tmp_path_factory.mktemp("metaspace")
+    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("pattern", [" a", "ab?", "\u00e9", "(?: )*\u65e5\u672ca", "a? ?b", "[ab]?"])
+def test_the_first_token_is_what_decoding_gives(metaspace, pattern):
+    """Of all sequences of up to three tokens those are allowed whose text is of the language."""
+    make = compile_constraint({"regex": pattern}, metaspace)
+    texts, count = range(1, len(METASPACE)), 0
+    for length in range(4):
+        for ids in itertools.product(texts, repeat=length):
+            constraint, path = make(), [*ids, 0]
+            while path and path[0] in unpack_ids(constraint.allowed()):
+                constraint.advance(path.pop(0))
+            assert constraint.is_done() == bool(re.fullmatch(pattern, metaspace.decode(ids))), ids
+            count += constraint.is_done()
+    assert count
+
+
+def test_decoders_whose_order_gives_other_bytes_are_refused(metaspace):
+    other = load_tokenizer(metaspace.folder)
+    fast = tokenizers.Tokenizer.from_str(metaspace.fast.to_str())
+    steps = tokenizers.decoders.Fuse(), tokenizers.decoders.Metaspace()
+    fast.decoder = tokenizers.decoders.Sequence(list(steps))
+    other.fast = fast
+    with pytest.raises(WrongConstraint, match=r"decoder Fuse \+ Metaspace: expected"):
+        compile_constraint({"choice": ["a"]}, other)
 
 
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 1000])

@@ -1,5 +1,7 @@
 """The trie's arrays against a trie of dictionaries: on the host, on the device, and what cannot be built."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,6 +206,31 @@ def test_children_are_drawn_as_the_model_says(stop_id):
     assert np.abs(counts / half.sum() - share).max() < 5 * np.sqrt(share.max() / half.sum())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_children_without_probability_are_not_drawn(temperature):
+    trie = put_trie(build_trie([(1, 2), (3, 4)], vocab_size=VOCAB))
+    logits = np.zeros((4, VOCAB), np.float32)
+    logits[:2, [1, 3]] = -np.inf  # row 0 is at the beginning, row 1 after 1
+    logits[3] = np.nan
+    states = jnp.array([0, 1, DEAD, 0])
+    drawn = draw_children(trie, states, jnp.asarray(logits), jnp.full((4, 2), 0.5), jnp.full(4, temperature))
+    assert np.asarray(drawn.tokens)[:3].tolist() == [-1, 2, -1]
+    assert np.asarray(drawn.states)[[0, 2]].tolist() == [0, DEAD]
+    for values in (drawn.logprobs, drawn.model_logprobs):
+        assert np.isfinite(np.asarray(values)[:3]).all() and not np.asarray(values)[[0, 2]].any()
+    assert np.isnan(np.asarray(drawn.model_logprobs)[3])
+
+
+def test_tables_of_bits_are_made_in_their_own_size():
+    sequences = np.stack([np.arange(3000), np.arange(3000) * 7 % 3000, np.zeros(3000, int)], axis=1)
+    trie = build_trie(sequences, vocab_size=3000)
+    tracemalloc.start()
+    device = put_trie(trie)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert device.dense.nbytes > 2_000_000 and peak < 2 * device.dense.nbytes
+
+
 def test_matrices_and_lists_give_the_same_trie():
     sequences = make_sequences(np.random.default_rng(3), 100, 4)
     ours = build_trie(sequences, vocab_size=VOCAB)
@@ -232,6 +259,9 @@ def test_matrices_and_lists_give_the_same_trie():
         ([(1, 2.5)], None, "no whole number"),
         ([(1, True)], None, "no whole number"),
         (np.array([[1.0, 2.0]]), None, "no whole number"),
+        (np.array([1, 2]), None, r"expected sequences of ids, found array\(\[1, 2\]\)"),
+        ([1, 2], None, r"expected sequences of ids, found \[1, 2\]"),
+        (3, None, "expected sequences of ids, found 3"),
     ],
 )
 def test_tries_that_cannot_be(sequences, stop_id, message):

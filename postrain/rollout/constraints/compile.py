@@ -10,8 +10,8 @@ import functools
 import json
 import re
 import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from postrain.rollout.constraints.token_bytes import read_token_bytes
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 CACHED = 256  # compiled constraints of a tokenizer that are kept
+_END = b"<|end of text|>"
 _EXACT = '%llguidance { "no_forcing": true }\n'  # the model chooses the tokens of a text that is certain
 
 
@@ -41,77 +42,106 @@ def compile_constraint(
             ``{"grammar": text}``, in llguidance's variant of Lark.
         tokenizer: of the model. Each answer, decoded by it, is a text of the language.
         vocab_size: of the model; None: the tokenizer's.
-        stop_ids: the ids that end a text; None: the tokenizer's.
+        stop_ids: the ids that end a text, none of which may be text itself; None: the tokenizer's.
 
     Compiled constraints are kept by (spec, tokenizer). Raises WrongConstraint, which names what is wrong and where.
     """
     if not isinstance(spec, Mapping) or len(spec) != 1 or next(iter(spec)) not in KINDS:
         found = sorted(spec) if isinstance(spec, Mapping) else spec
         raise WrongConstraint("constraint", f"expected one of {', '.join(KINDS)}, found {found!r:.80}")
-    stops = tuple(sorted(tokenizer.stop_ids if stop_ids is None else stop_ids))
+    [(kind, value)] = spec.items()
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
     compilers = _COMPILERS.setdefault(tokenizer, {})
-    if (size, stops) not in compilers:
-        compilers[size, stops] = _Compiler(tokenizer, size, stops)
-    [(kind, value)] = spec.items()
+    if size not in compilers:
+        compilers[size] = _Compiler(tokenizer, size)
+    stops = compilers[size].check_stops(tokenizer.stop_ids if stop_ids is None else stop_ids)
     try:
         try:
             key = json.dumps(value)  # not sorted: the order of properties is the order in which they are written
         except (TypeError, ValueError):
             raise WrongConstraint(kind, f"expected what JSON can hold, found {value!r:.80}") from None
-        return compilers[size, stops].compile(kind, key)
+        return compilers[size].make_factory(kind, key, stops)
     except RecursionError:
         raise WrongConstraint(kind, "it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise WrongConstraint(kind, "it has half of a surrogate pair, which no token has") from None
 
 
-# tokenizer -> (vocab_size, stop_ids) -> compiler
+# tokenizer -> vocab_size -> compiler
 _COMPILERS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+class _Compiled(NamedTuple):
+    """A constraint before its first token."""
+
+    kind: str
+    matcher: Any
+    first: Any  # the same for the first token, where its bytes are others; else None
+    words: np.ndarray  # ids that may ever come, but stop ids
+    named: frozenset[int]  # the special ones of them
+
+
 class _Compiler:
-    """llguidance's view of one tokenizer, and what was compiled for it."""
+    """llguidance's view of one tokenizer, and what was compiled for it.
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]):
+    Its vocabulary goes on past that of the model: by bytes that no token has, of which the rest of a first token may be
+    fed, and by the end of a text, which stands for the stop ids of whoever asks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.library = _import_library()
-        self.vocab_size = vocab_size
-        self.stop_ids = tuple(i for i in stop_ids if i < vocab_size)
-        if not self.stop_ids:
-            raise WrongConstraint(
-                "tokenizer", f"{tokenizer.folder} has no stop token, so that no text could end: give stop_ids"
-            )
+        self.vocab_size, self.folder = vocab_size, tokenizer.folder
         self.tokens = read_token_bytes(tokenizer)
-        special = {i for i in (*self.tokens.special, *self.stop_ids) if i < vocab_size}
-        texts = [b"" if i in special else text for i, text in enumerate(self.tokens.texts[:vocab_size])]
-        self.texts = texts + [b""] * (vocab_size - len(texts))
-        self.special = {name: i for i, name in self.tokens.special.items() if i in special and i not in self.stop_ids}
-        named = [self.tokens.special.get(i, "").encode() if i in special else text for i, text in enumerate(self.texts)]
-        self.tokenizer = self._make_tokenizer(named, sorted(special))
-        self.first_tokenizer = None
-        if self.tokens.strips_space:
-            self.first_tokenizer = self._make_tokenizer([text.removeprefix(b" ") for text in named], sorted(special))
-        self.text_words = pack_ids([i for i, text in enumerate(self.texts) if text] + [*self.stop_ids], vocab_size)
-        self.space_words = pack_ids([i for i, text in enumerate(self.texts) if text == b" "], vocab_size)
-        self.byte_ids = {text: i for i, text in enumerate(self.texts) if len(text) == 1}
+        fit = lambda texts: [*texts[:vocab_size], *[b""] * (vocab_size - len(texts))]
+        self.texts = fit(self.tokens.texts)
+        self.special = {name: i for i, name in self.tokens.special.items() if i < vocab_size}
+        self.tokenizer, self.first, self.first_tokenizer = self._make_tokenizer(self.texts), None, None
+        if self.tokens.first is not None:
+            self.first = fit(self.tokens.first)
+            self.first_tokenizer = self._make_tokenizer(self.first)
+            stripped = [i for i, text in enumerate(self.texts) if text and not self.first[i]]
+            self.stripped_words = pack_ids(stripped, vocab_size)
+        self.text_words = pack_ids([i for i, text in enumerate(self.texts) if text], vocab_size)
         self.compile = functools.lru_cache(CACHED)(self._compile)
+        self.make_factory = functools.lru_cache(CACHED)(self._make_factory)
 
-    def _make_tokenizer(self, texts: list[bytes], special: list[int]):
-        source = _TokenSource(texts, special, self.stop_ids[0])
-        return self.library.LLTokenizer(source, eos_token=list(self.stop_ids))
+    def check_stops(self, stop_ids: Iterable[int]) -> tuple[int, ...]:
+        """``stop_ids`` in order. Raises WrongConstraint for none, and for one that is text."""
+        stops = tuple(sorted({i for i in stop_ids if 0 <= i < self.vocab_size}))
+        if not stops:
+            raise WrongConstraint(
+                "tokenizer", f"{self.folder} has no stop token, so that no text could end: give stop_ids"
+            )
+        if texts := [i for i in stops if self.texts[i]]:
+            text = self.texts[texts[0]].decode(errors="backslashreplace")
+            raise WrongConstraint(
+                "stop_ids", f"{texts[0]} is the text {text!r}, which a constraint may need: expected ids that are not"
+            )
+        return stops
 
-    def _compile(self, kind: str, value: str) -> ConstraintFactory:
-        decoded = json.loads(value)
-        grammar = self.library.LLMatcher.grammar_from_lark(_EXACT + _write_grammar(kind, decoded))
-        words = self.text_words
-        if kind == "grammar":
-            named = [i for name, i in self.special.items() if name in decoded]
-            words = words | pack_ids(named, self.vocab_size)
+    def _make_tokenizer(self, texts: list[bytes]):
+        special = {i: name.encode() for name, i in self.special.items()}
+        named = [special.get(i, text) for i, text in enumerate(texts)]
+        end = self.vocab_size + 256
+        source = _TokenSource([*named, *(bytes([i]) for i in range(256)), _END], [*sorted(special), end], end)
+        return self.library.LLTokenizer(source, eos_token=[end])
+
+    def _make_factory(self, kind: str, value: str, stops: tuple[int, ...]) -> ConstraintFactory:
+        compiled = self.compile(kind, value)
+        if wrong := sorted(compiled.named.intersection(stops)):
+            raise WrongConstraint(
+                kind, f"names {self.tokens.special[wrong[0]]}, which ends a text: leave it out, texts end with it"
+            )
+        return lambda: TextConstraint(self, compiled, stops)
+
+    def _compile(self, kind: str, value: str) -> _Compiled:
+        rules, names = _write_grammar(kind, json.loads(value))
+        grammar = self.library.LLMatcher.grammar_from_lark(_EXACT + rules)
+        named = frozenset(self.special[name] for name in names if name in self.special)
+        words = self.text_words | pack_ids(sorted(named), self.vocab_size)
         matcher = self._match(self.tokenizer, grammar, kind)
         first = self._match(self.first_tokenizer, grammar, kind) if self.first_tokenizer is not None else None
-
-        def make() -> TextConstraint:
-            return TextConstraint(self, kind, matcher.deep_copy(), first and first.deep_copy(), words)
-
-        return make
+        return _Compiled(kind, matcher, first, words, named)
 
     def _match(self, tokenizer, grammar: str, kind: str):
         matcher = self.library.LLMatcher(tokenizer, grammar, log_level=0)
@@ -141,28 +171,37 @@ class _TokenSource:
 class TextConstraint:
     """A ``Constraint`` on the text of one sequence."""
 
-    def __init__(self, compiler: _Compiler, kind: str, matcher, first, words: np.ndarray):
-        # first: until the first token, where decoding strips the space that a text begins with
-        self._compiler, self._kind, self._matcher, self._first, self._words = compiler, kind, matcher, first, words
+    def __init__(self, compiler: _Compiler, compiled: _Compiled, stops: tuple[int, ...]):
+        self._compiler, self._kind, self._words, self._stops = compiler, compiled.kind, compiled.words, stops
+        self._matcher = compiled.matcher.deep_copy()
+        # Until the first token, where its bytes are others.
+        self._first = None if compiled.first is None else compiled.first.deep_copy()
+        self._stop_words = pack_ids(list(stops), compiler.vocab_size)
         self._done = False
 
     def allowed(self) -> np.ndarray:
-        """As in ``Constraint``. Raises WrongConstraint where the library has met one of its limits."""
+        """As in ``Constraint``; empty where the grammar has led to what has no end.
+
+        Raises WrongConstraint where the library has met one of its limits.
+        """
         if self._done:
             return np.zeros_like(self._words)
         matcher = self._matcher if self._first is None else self._first
         words = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: len(self._words)]
         if matcher.is_error():
-            raise WrongConstraint(self._kind, f"too complex to follow: {_first_lines(matcher.get_error())}")
+            if _is_dead_end(matcher.get_error()):
+                return np.zeros_like(self._words)
+            raise WrongConstraint(self._kind, f"cannot be followed: {_first_lines(matcher.get_error())}")
         if self._first is not None:
-            words = words | self._compiler.space_words
-        return words & self._words
+            words = words | self._compiler.stripped_words
+        words = words & self._words
+        return words | self._stop_words if matcher.is_accepting() else words
 
     def advance(self, token: int) -> None:
         token = int(token)
         if self._done or not 0 <= token < self._compiler.vocab_size:
             raise ValueError(f"id {token} after the end of the text, or outside the vocabulary")
-        if token in self._compiler.stop_ids:
+        if token in self._stops:
             taken, self._done = self._matcher.is_accepting(), True
         else:
             taken = self._words[token // 32] >> np.uint32(token % 32) & 1 and self._take(token)
@@ -170,33 +209,32 @@ class TextConstraint:
             raise ValueError(f"id {token} is not allowed here by {self._kind}")
 
     def _take(self, token: int) -> bool:
-        if self._first is None:
+        compiler = self._compiler
+        if self._first is None or compiler.first[token] == compiler.texts[token]:
+            self._first = None
             return self._matcher.consume_token(token)
         self._first = None
-        text = self._compiler.texts[token]
-        if not text.startswith(b" "):
-            return self._matcher.consume_token(token)
-        return all(self._matcher.consume_token(self._compiler.byte_ids[bytes([byte])]) for byte in text[1:])
+        return all(self._matcher.consume_token(compiler.vocab_size + byte) for byte in compiler.first[token])
 
     def is_done(self) -> bool:
         return self._done
 
 
-def _write_grammar(kind: str, value: Any) -> str:
-    """The rules of a constraint, in llguidance's Lark."""
+def _write_grammar(kind: str, value: Any) -> tuple[str, set[str]]:
+    """The rules of a constraint, in llguidance's Lark, and the names of special tokens in them."""
     if kind == "json_object":
         if value is not True:
             raise WrongConstraint(kind, f"expected true, found {value!r:.40}")
-        return _write_json({"type": "object"})
+        return _write_json({"type": "object"}), set()
     if kind == "json_schema":
-        return _write_json(prepare_schema(value))
+        return _write_json(prepare_schema(value)), set()
     if kind == "choice":
-        return f"start: /{_write_choices(value)}/"
+        return f"start: /{_write_choices(value)}/", set()
     if not isinstance(value, str) or not value:
         raise WrongConstraint(kind, f"expected a text, found {value!r:.40}")
     if kind == "regex":
-        return f"start: /{translate(value, kind)}/"
-    return _check_grammar(value)
+        return f"start: /{translate(value, kind)}/", set()
+    return _prepare_grammar(value)
 
 
 def _write_json(schema: Any) -> str:
@@ -230,34 +268,75 @@ def _write_choices(choices: Any) -> str:
     return "|".join("".join(f"\\x{{{ord(character):X}}}" for character in text) for text in choices)
 
 
-def _check_grammar(text: str) -> str:
-    """A grammar of the user, its JSON schemas prepared. Raises WrongConstraint for what would be passed over."""
-    if found := re.search(r"^\s*[?!]?[\w.-]+\s*\[[^\]\n]*\b(temperature|stop)\s*=", text, re.MULTILINE):
-        raise WrongConstraint("grammar", f"{found.group(1)}= of a rule cannot be kept here: leave it out")
-    if re.search(r"<\[", text):
-        raise WrongConstraint("grammar", "ids of tokens (<[...]>) may name what is no token: write <name> of a token")
-    parts, end = [], 0
-    for found in re.finditer(r"%json\s*", text):
-        if found.start() < end:
-            continue
-        try:
-            schema, after = json.JSONDecoder().raw_decode(text, found.end())
-        except ValueError as e:
-            raise WrongConstraint("grammar", f"expected a JSON schema after %json: {e}") from None
-        if not isinstance(schema, dict):
-            raise WrongConstraint("grammar", f"expected an object after %json, found {schema!r:.40}")
-        parts += [text[end : found.start()], "%json ", json.dumps({"x-guidance": OPTIONS, **prepare_schema(schema)})]
-        end = after
-    return "".join([*parts, text[end:]])
+# What hides a part of a grammar: comments, strings and regular expressions, inside which nothing has a meaning here.
+_PARTS = re.compile(
+    r"""(?P<comment>(?://|\#)[^\n]*)
+    | (?P<text>"(?:\\.|[^"\\])*" | /(?:\\.|[^/\\])+/)
+    | (?P<directive>%[a-z]+)
+    | (?P<ids><\[)
+    | <(?P<name>[^<>\[\]\s]+)>
+    | \b(?P<option>temperature|stop)\s*=""",
+    re.VERBOSE,
+)
+
+
+def _prepare_grammar(text: str) -> tuple[str, set[str]]:
+    """A grammar of the user, its JSON schemas prepared, and the special tokens that it names.
+
+    Raises WrongConstraint for what would be passed over.
+    """
+    parts, end, names = [], 0, set()
+    while found := _PARTS.search(text, end):
+        parts.append(text[end : found.start()])
+        end = found.end()
+        if found["ids"]:
+            raise WrongConstraint(
+                "grammar", "ids of tokens (<[...]>) may name what is no token: write <name> of a token"
+            )
+        if found["option"]:
+            raise WrongConstraint("grammar", f"{found['option']}= of a rule cannot be kept here: leave it out")
+        if found["directive"] == "%llguidance":
+            raise WrongConstraint(
+                "grammar", "%llguidance sets options of the library, which are set here: leave it out"
+            )
+        if found["name"]:
+            names.add(f"<{found['name']}>")
+        if found["directive"] == "%json":
+            schema, end = _read_json(text, end)
+            parts.append(f"%json {json.dumps({'x-guidance': OPTIONS, **prepare_schema(schema)})}")
+        else:
+            parts.append(found.group())
+    return "".join([*parts, text[end:]]), names
+
+
+def _read_json(text: str, start: int) -> tuple[dict, int]:
+    """The schema that begins at ``start``, past white space, and where it ends."""
+    start += len(text[start:]) - len(text[start:].lstrip())
+    try:
+        schema, end = json.JSONDecoder().raw_decode(text, start)
+    except ValueError as e:
+        raise WrongConstraint("grammar", f"expected a JSON schema after %json: {e}") from None
+    if not isinstance(schema, dict):
+        raise WrongConstraint("grammar", f"expected an object after %json, found {schema!r:.40}")
+    return schema, end
+
+
+def _is_dead_end(message: str) -> bool:
+    """Whether the library has found that no text goes on here."""
+    return message.startswith("NoExtension")
 
 
 def _first_lines(message: str) -> str:
     """The library's message in one line, without the lines of the grammar that it was given."""
+    if "LexerTooComplex" in message or "ParserTooComplex" in message:
+        return "it is too complex"
     if "recursion limit" in message or "too deeply nested" in message:
         return "it is nested too deeply"
+    if _is_dead_end(message):
+        return "no text satisfies it"
     if "oneOf constraints" in message:
         return "the schemas of a oneOf must exclude each other, as by the const of a required property: write anyOf"
-    lines = [line.strip() for line in message.strip().splitlines()]
+    lines = [line.strip() for line in message.partition("<state>")[0].strip().splitlines()]
     text = " ".join(line for line in lines if line and not re.match(r"(\d+ \||\^)", line))
     return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)[:200]
 

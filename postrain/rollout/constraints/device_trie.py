@@ -40,14 +40,15 @@ def put_trie(trie: Trie, dense_bytes: int = DENSE_BYTES) -> DeviceTrie:
     # The last level has no children, and needs no table.
     fits = [start for start in trie.level_starts[1:-1].tolist() if start * num_words * 4 <= dense_bytes]
     num_dense = max(fits, default=0)
-    dense = np.zeros((num_dense, num_words * 32), bool)
+    dense = np.zeros((num_dense, num_words), np.uint32)
     counts = np.diff(trie.offsets)
     parents = np.repeat(np.arange(num_dense), counts[:num_dense])
-    dense[parents, trie.tokens[: len(parents)] - first * 32] = True
+    ids = trie.tokens[: len(parents)] - first * 32
+    np.bitwise_or.at(dense, (parents, ids >> 5), np.uint32(1) << (ids & 31).astype(np.uint32))
     return DeviceTrie(
         offsets=jnp.asarray(trie.offsets),
         tokens=jnp.asarray(trie.tokens),
-        dense=jnp.asarray(np.packbits(dense, axis=-1, bitorder="little").view("<u4").astype(np.uint32)),
+        dense=jnp.asarray(dense),
         vocab_size=trie.vocab_size,
         first_word=first,
         max_children=int(counts.max()),
@@ -110,8 +111,12 @@ def trie_is_end(trie: DeviceTrie, states_B: jax.Array) -> jax.Array:
 
 
 @flax.struct.dataclass
-class Step:
-    """One more id of every row. All [B]; of rows whose path has ended, or is DEAD, tokens are -1 and the rest 0."""
+class DrawnIds:
+    """One more id of every row. All [B].
+
+    Of rows whose path has ended or is DEAD, and of those where the logits of all children are -inf, tokens are -1 and
+    the log-probabilities 0. ``trie_is_end`` tells them apart.
+    """
 
     tokens: jax.Array  # int32
     states: jax.Array  # int32, after them; as they were where there is none
@@ -121,7 +126,7 @@ class Step:
 
 def draw_children(
     trie: DeviceTrie, states_B: jax.Array, logits_BV: jax.Array, uniforms_B2: jax.Array, temperature_B: jax.Array
-) -> Step:
+) -> DrawnIds:
     """Draws one child of each state, for the body of a compiled loop; temperature 0 takes the most probable one.
 
     Only the logits of children are gathered: no mask of the vocabulary is made. ``logits_BV`` are those of the model,
@@ -134,7 +139,9 @@ def draw_children(
     divisor_B1 = jnp.where(greedy_B1, 1.0, temperature_B[:, None])
     logits = logits_BV.astype(jnp.float32)
     of_children = jnp.where(exists, jnp.take_along_axis(logits, jnp.maximum(ids, 0), axis=-1), -jnp.inf)
-    best_B1 = jnp.where(exists.any(-1, keepdims=True), of_children.max(-1, keepdims=True), 0.0)
+    best_B1 = of_children.max(-1, keepdims=True)
+    going = best_B1[:, 0] != -jnp.inf  # what is no number goes on, so that it is seen
+    best_B1 = jnp.where(going[:, None], best_B1, 0.0)
     weights = jnp.exp((of_children - best_B1) / divisor_B1)
     # In two levels, as in sampling.py: the second number keeps the resolution of improbable children.
     chunks = weights.reshape(weights.shape[0], -1, CHUNK)
@@ -143,11 +150,10 @@ def draw_children(
     within = invert_cumulative(jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0], uniforms_B2[:, 1])
     place = jnp.where(greedy_B1[:, 0], jnp.argmax(of_children, axis=-1), chunk * CHUNK + within)[:, None]
     take = lambda x: jnp.take_along_axis(x, place, axis=-1)[:, 0]
-    going = exists.any(-1)
     log_weight = take((of_children - best_B1) / divisor_B1)
     logprobs = jnp.where(greedy_B1[:, 0], 0.0, log_weight - jnp.log(sums.sum(-1)))
     model_logprobs = log_weight - jax.nn.logsumexp((logits - best_B1) / divisor_B1, axis=-1)
-    return Step(
+    return DrawnIds(
         tokens=jnp.where(going, take(ids), -1),
         states=jnp.where(going, take(after), states_B),
         logprobs=jnp.where(going, logprobs, 0.0),

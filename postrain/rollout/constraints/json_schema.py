@@ -9,6 +9,7 @@ import decimal
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from postrain.rollout.constraints import WrongConstraint
@@ -19,7 +20,7 @@ KIND = "json_schema"
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 # Control characters that JSON has short escapes for are written with them; \u would give a key a second spelling.
 OPTIONS = {"whitespace_pattern": WHITE_SPACE, "json_allowed_escapes": 'nrbtf\\"'}
-_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\ud800-\udfff]")
+_UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 _LARGEST = 2**53
 
 _ANNOTATIONS = frozenset(
@@ -45,6 +46,15 @@ _FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}"}
 _LIBRARY_FORMATS = ("duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 
 
+class _Found:
+    """What is noted of a schema's parts while they are prepared."""
+
+    def __init__(self):
+        self.places: dict[str, Any] = {}  # JSON pointer -> the prepared part there
+        self.references: list[tuple[str, str]] = []  # where each $ref is, and to what
+        self.patterns: dict[str, str] = {}  # of keys, as they are written for the library -> Python's
+
+
 def prepare_schema(schema: Any) -> Any:
     """The schema in the library's words, draft 2020-12, annotations left out.
 
@@ -56,15 +66,14 @@ def prepare_schema(schema: Any) -> Any:
         raise WrongConstraint(KIND, f"expected a JSON schema, found what is not JSON: {e}") from None
     if isinstance(schema, dict):
         schema = _take_header(schema)
-    places: dict[str, Any] = {}
-    references: list[tuple[str, str]] = []
-    prepared = _prepare(schema, "#", places, references)
-    for place, reference in references:
-        if reference not in places:
+    found = _Found()
+    prepared = _prepare(schema, "#", found)
+    for place, reference in found.references:
+        if reference not in found.places:
             raise WrongConstraint(
                 KIND, f"{place}: expected the place of a schema in this one, such as #/$defs/name; found {reference!r}"
             )
-    _check_can_end(places)
+    _check_can_end(found)
     return prepared
 
 
@@ -76,42 +85,43 @@ def _take_header(schema: dict) -> dict:
     return {key: value for key, value in schema.items() if key not in ("$schema", "$id", "id")}
 
 
-def _prepare(node: Any, place: str, places: dict[str, Any], references: list[tuple[str, str]]) -> Any:
+def _prepare(node: Any, place: str, found: _Found) -> Any:
     """``node`` and what is below it, each noted under its place."""
-    places[place] = node
+    found.places[place] = node
     if isinstance(node, bool):
         return node
     if not isinstance(node, dict):
         raise WrongConstraint(KIND, f"{place}: expected a schema (an object, true or false), found {node!r:.40}")
     prepared: dict[str, Any] = {}
-    places[place] = prepared
+    found.places[place] = prepared
     for key, value in node.items():
         here = f"{place}/{_escape(key)}"
-        below = lambda part, one, here=here: _prepare(one, f"{here}/{_escape(str(part))}", places, references)
+        below = lambda part, one, here=here: _prepare(one, f"{here}/{_escape(str(part))}", found)
         if key in _ANNOTATIONS or (key.startswith("x-") and key != "x-guidance"):
             continue
         if key == "items" and isinstance(value, list):
             _check(here, "prefixItems" not in node, "a list beside prefixItems", "one of the two")
             prepared["prefixItems"] = [below(i, one) for i, one in enumerate(value)]
         elif key == "additionalItems" and isinstance(node.get("items"), list):
-            prepared["items"] = _prepare(value, here, places, references)
+            prepared["items"] = _prepare(value, here, found)
         elif key in _SCHEMAS:
-            prepared[key] = _prepare(value, here, places, references)
+            prepared[key] = _prepare(value, here, found)
         elif key in _LISTS:
             _check(here, isinstance(value, list) and value, value, "a list of schemas")
             prepared[key] = [below(i, one) for i, one in enumerate(value)]
         elif key in _MAPS:
             _check(here, isinstance(value, dict), value, "an object of schemas")
-            written = _write_key if key == "properties" else _write_pattern if key == "patternProperties" else None
-            prepared[key] = {
-                written(name, f"{here}/{_escape(name)}") if written else name: below(name, one)
-                for name, one in value.items()
-            }
+            names = {name: name for name in value}
+            if key == "properties":
+                names = {name: _write_key(name, f"{here}/{_escape(name)}") for name in value}
+            elif key == "patternProperties":
+                names = _write_key_patterns(value, here, found)
+            prepared[key] = {names[name]: below(name, one) for name, one in value.items()}
         elif key in _NUMBERS and isinstance(value, bool) and key.startswith("exclusive"):
             continue  # draft 4: below, with the bound that it is about
         elif key == "$ref":
             _check(here, isinstance(value, str), value, "a text such as #/$defs/name")
-            references.append((here, value))
+            found.references.append((here, value))
             prepared[key] = value
         elif key in KEYWORDS:
             _check_value(key, value, here)
@@ -235,8 +245,20 @@ def _write_key(text: str, place: str) -> str:
     return text
 
 
+def _write_key_patterns(names: Iterable[str], place: str, found: _Found) -> dict[str, str]:
+    """Patterns of keys -> as they are written for the library."""
+    written: dict[str, str] = {}
+    for name in names:
+        one = _write_pattern(name, f"{place}/{_escape(name)}")
+        same = [other for other, text in written.items() if text == one]
+        _check(place, not same, [*same, name], "patterns that differ, as a key is given once")
+        written[name] = one
+        found.patterns[one] = name
+    return written
+
+
 def _write_pattern(pattern: str, place: str) -> str:
-    return f"^(?:{translate(pattern, f'{KIND}: {place}', search=True)})$"
+    return f"^(?:{translate(pattern, KIND, place=f'{place}: ', search=True)})$"
 
 
 def _move_exclusive(node: dict, prepared: dict) -> None:
@@ -275,22 +297,26 @@ def _move_patterns(node: dict, place: str) -> None:
         node["allOf"] = [*node.get("allOf", ()), {"pattern": patterns[1]}]
 
 
-def _check_can_end(places: dict[str, Any]) -> None:
+def _check_can_end(found: "_Found") -> None:
     """Refuses a schema that leads back to itself with no way out: every text of it would go on for ever."""
+    places = list(reversed(found.places.items()))  # parts before the whole: what has no references takes one round
     ending: set[str] = set()
+    unknown = {id(node) for _, node in places}  # nodes that are not known to end
     before = -1
     while before < len(ending):
         before = len(ending)
-        ending |= {place for place, node in places.items() if place not in ending and _ends(node, places, ending)}
+        for place, node in places:
+            if place not in ending and _ends(node, found.patterns, ending, unknown):
+                ending.add(place)
+                unknown.discard(id(node))
     if "#" not in ending:
         raise WrongConstraint(KIND, "no value satisfies it: every one would need another of its own kind inside")
 
 
-def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
+def _ends(node: Any, patterns: dict[str, str], ending: set[str], unknown: set[int]) -> bool:
     """Whether some value of ``node`` is finite, by those of its parts that are known to be."""
     if isinstance(node, bool):
         return node
-    unknown = {id(other) for place, other in places.items() if place not in ending}
     ends = lambda part: part if isinstance(part, bool) else id(part) not in unknown
     if "$ref" in node and node["$ref"] not in ending:
         return False
@@ -304,9 +330,21 @@ def _ends(node: Any, places: dict[str, Any], ending: set[str]) -> bool:
         return True
     least, first = node.get("minItems", 0), node.get("prefixItems", [])
     items = [*first[:least], *([node.get("items", True)] if least > len(first) else [])]
-    others = node.get("additionalProperties", True)
-    members = [node.get("properties", {}).get(name, others) for name in node.get("required", ())]
+    required = set(node.get("required", ()))
+    members = [part for name in required for part in _find_members(node, name, patterns)]
+    if node.get("minProperties", 0) > len(required):
+        named = [part for name, part in node.get("properties", {}).items() if name not in required]
+        others = [*node.get("patternProperties", {}).values(), node.get("additionalProperties", True)]
+        members.append(any(map(ends, (*named, *others))))
     return ("array" in types and all(map(ends, items))) or ("object" in types and all(map(ends, members)))
+
+
+def _find_members(node: dict, name: str, patterns: dict[str, str]) -> list:
+    """The schemas that the value of the key ``name`` is of."""
+    members = [part for key, part in node.get("patternProperties", {}).items() if re.search(patterns[key], name)]
+    if name in node.get("properties", {}):
+        members.append(node["properties"][name])
+    return members or [node.get("additionalProperties", True)]
 
 
 def _escape(key: str) -> str:

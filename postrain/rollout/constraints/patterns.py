@@ -30,19 +30,24 @@ _REFUSED = {
 _EDGES = {"AT_BEGINNING": "left", "AT_BEGINNING_STRING": "left", "AT_END": "right", "AT_END_STRING": "right"}
 
 
-def translate(pattern: str, kind: str, *, search: bool = False) -> str:
+def translate(pattern: str, kind: str, *, place: str = "", search: bool = False) -> str:
     """``pattern`` in Rust's syntax, for the whole text: what ``re.fullmatch``, or with ``search`` ``re.search`` finds.
 
-    ``kind``: of constraint, for messages. Raises WrongConstraint for what is no pattern, or has parts that cannot be
-    constrained: look-around, back-references, boundaries in the middle, ``(?m)``.
+    ``kind``: of constraint, and ``place`` in it, such as "#/pattern: ", for messages. Raises WrongConstraint for what
+    is no pattern, or has parts that cannot be constrained: look-around, back-references, boundaries in the middle,
+    ``(?m)``.
     """
     try:
         with warnings.catch_warnings():  # of sets that a later version of re may read otherwise
             warnings.simplefilter("ignore")
             tree = _parser.parse(pattern)
-    except (re.error, TypeError, OverflowError, RecursionError) as e:
-        raise WrongConstraint(kind, f"{_quote(pattern)} is not a regular expression of Python's re: {e}") from None
-    writer = _Writer(pattern, kind)
+    except RecursionError:
+        raise WrongConstraint(kind, f"{place}{_quote(pattern)} is nested too deeply") from None
+    except (re.error, TypeError, OverflowError) as e:
+        raise WrongConstraint(
+            kind, f"{place}{_quote(pattern)} is not a regular expression of Python's re: {e}"
+        ) from None
+    writer = _Writer(pattern, kind, place)
     if tree.state.flags & re.MULTILINE:
         writer.refuse("the flag m")
     return writer.write_whole(list(tree), tree.state.flags, search, search)
@@ -55,12 +60,12 @@ def _quote(pattern) -> str:
 
 
 class _Writer:
-    def __init__(self, pattern: str, kind: str):
-        self.pattern, self.kind = pattern, kind
+    def __init__(self, pattern: str, kind: str, place: str):
+        self.pattern, self.kind, self.place = pattern, kind, place
 
     def refuse(self, what: str):
         raise WrongConstraint(
-            self.kind, f"{_quote(self.pattern)} has {what}, which cannot be constrained: write it without"
+            self.kind, f"{self.place}{_quote(self.pattern)} has {what}, which cannot be constrained: write it without"
         )
 
     def write_whole(self, items: list, flags: int, left: bool, right: bool) -> str:

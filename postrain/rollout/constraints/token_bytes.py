@@ -1,7 +1,7 @@
 """The bytes that each token stands for, read from the tokenizer's own decoder.
 
 Decoding a sequence is then joining bytes, which is what makes a constraint on text one on ids. Tokenizers differ in
-one more thing: some strip the first space of a text, so that their first token has a byte less (``strips_space``).
+one more thing: some strip the space that a text begins with, so that other bytes are of their first token (``first``).
 """
 
 import json
@@ -15,12 +15,12 @@ class TokenBytes(NamedTuple):
     """``texts[i]``: the bytes of id i, b"" where it is no text: ``special`` ones, and ids that are no tokens.
 
     ``special``: id -> name of the tokens that are never text: those that only a template may write, and stop tokens.
-    ``strips_space``: whether decoding leaves out the space that a text begins with.
+    ``first``: the bytes of each id where it is the first of a sequence, if decoding strips spaces there; else None.
     """
 
     texts: tuple[bytes, ...]
     special: dict[int, str]
-    strips_space: bool
+    first: tuple[bytes, ...] | None
 
 
 def read_token_bytes(tokenizer: Tokenizer) -> TokenBytes:
@@ -28,50 +28,57 @@ def read_token_bytes(tokenizer: Tokenizer) -> TokenBytes:
     # As it is pickled, which is the JSON of its part of tokenizer.json, without the vocabulary.
     decoder = json.loads(tokenizer.fast.decoder.__getstate__()) if tokenizer.fast.decoder else None
     steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
-    spell, strips_space = _read_decoder(steps, tokenizer)
+    spell, spell_first = _read_decoder(steps, tokenizer)
     named = {token.content for token in tokenizer.fast.get_added_tokens_decoder().values() if token.special}
     names = {*tokenizer.control_tokens, *named}
-    special, texts = {}, [b""] * tokenizer.vocab_size
+    special: dict[int, str] = {}
+    texts, first = ([b""] * tokenizer.vocab_size for _ in range(2))
     for name, i in tokenizer.fast.get_vocab(with_added_tokens=True).items():
         if name in names or i in tokenizer.stop_ids:
             special[i] = name
         else:
             texts[i] = spell(name)
-    return TokenBytes(tuple(texts), special, strips_space)
+            first[i] = spell_first(name) if spell_first else b""
+    return TokenBytes(tuple(texts), special, tuple(first) if spell_first else None)
 
 
 def _read_decoder(steps: list, tokenizer: Tokenizer):
-    """(token -> bytes, whether the first space is stripped) of a decoder's steps."""
+    """(token -> bytes, the same for the first token of a sequence, None if no other) of a decoder's steps."""
     kinds = [step["type"] if step else "none" for step in steps]
     if kinds == ["ByteLevel"]:
-        return _spell_byte_level, False
-    replacements, strips_space, falls_back = [], False, False
-    for kind, step in zip(kinds, steps, strict=True):
-        if kind == "Replace" and "String" in step["pattern"]:
+        return _spell_byte_level, None
+    replacements, dropped, strips_space = [], "", False
+    for place, (kind, step) in enumerate(zip(kinds, steps, strict=True)):
+        before = kinds[:place]
+        is_alone = "Fuse" not in before and "ByteFallback" not in before  # what follows is of tokens as they are named
+        if kind == "Replace" and "String" in step["pattern"] and is_alone:
             replacements.append((step["pattern"]["String"], step["content"]))
-        elif kind == "Metaspace":
+        elif kind == "Metaspace" and is_alone:
+            if step.get("prepend_scheme", "always") != "never":
+                dropped += step["replacement"]  # wherever it stands in the first token
             replacements.append((step["replacement"], " "))
-            strips_space = step.get("prepend_scheme", "always") != "never"
-        elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0) and "Fuse" in kinds:
+        elif kind == "Strip" and (step["content"], step["start"], step["stop"]) == (" ", 1, 0) and "Fuse" in before:
             strips_space = True
-        elif kind == "ByteFallback":
-            falls_back = True
-        elif kind != "Fuse":
+        elif kind not in ("ByteFallback", "Fuse"):
             raise WrongConstraint(
                 "tokenizer",
                 f"{tokenizer.folder}/tokenizer.json has the decoder {' + '.join(kinds)}: expected ByteLevel, or "
-                "Replace, Metaspace, ByteFallback, Fuse and a Strip of one space; without it the bytes of tokens are "
-                "not known, and text cannot be constrained",
+                "Replace, Metaspace, ByteFallback, Fuse and a Strip of one space, in this order; without it the bytes "
+                "of tokens are not known, and text cannot be constrained",
             )
 
-    def spell(name: str) -> bytes:
-        if falls_back and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+    def spell(name: str, dropped: str = "") -> bytes:
+        if "ByteFallback" in kinds and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes([int(name[3:5], 16)])
         for old, new in replacements:
-            name = name.replace(old, new)
+            name = name.replace(old, "" if old in dropped else new)
         return name.encode()
 
-    return spell, strips_space
+    def spell_first(name: str) -> bytes:
+        text = spell(name, dropped)
+        return text.removeprefix(b" ") if strips_space else text
+
+    return spell, spell_first if dropped or strips_space else None
 
 
 def _spell_byte_level(name: str) -> bytes:

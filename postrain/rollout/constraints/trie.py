@@ -114,7 +114,10 @@ def _as_matrix(sequences) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(sequences, np.ndarray) and sequences.ndim == 2 and np.issubdtype(sequences.dtype, np.integer):
         ids, lengths = sequences.astype(np.int64), np.full(len(sequences), sequences.shape[1])
     else:
-        lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+        try:
+            lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+        except TypeError:
+            raise WrongConstraint("trie", f"expected sequences of ids, found {sequences!r:.60}") from None
         ids = np.full((len(lengths), lengths.max(initial=0)), -1, np.int64)
         flat = [i for sequence in sequences for i in sequence]
         if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in flat):

@@ -87,19 +87,7 @@ def teach(
         vocab_size = count_shared_ids(tokenizer, read_config(model_folder), teacher.config)
         if config.distill.top_k > vocab_size:
             raise UserError(f"config key 'distill.top_k' = {config.distill.top_k}: there are only {vocab_size:,} ids")
-        # The rows of a manifest have their file of bad ones already, and no other rows are written beside them.
-        rejected, tokens = None if (folder / MANIFEST).exists() else folder / REJECTED, config.distill.tokens
-        rows = load_examples(
-            config.data.train, tokenizer, config.data, rejected, kind="sft", preparation=choose_tokens(tokens)
-        )
-        examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
-        check_token_ids(rows.examples, teacher.config.vocab_size)
-        check_weights(examples)
-        say(str(rows.report))
-        if unread := list_unread(config):
-            say(f"not read    {unread}: by training on these rows")
-        if rows.report.total.skipped:
-            say(f"rejected    {rows.report.total.skipped:,} bad rows: {folder / REJECTED}")
+        rows, examples = _read_rows(config, tokenizer, teacher, folder, say)
         identity = identify(config, teacher, tokenizer, rows, vocab_size, dtype, shard_rows)
         manifest = _resume(folder, Manifest(identity, {}))
         say(f"teacher     {teacher.checksum}, {config.distill.top_k} of {vocab_size:,} ids a token")
@@ -122,6 +110,28 @@ def teach(
         if masses and (warning := format_low_mass(float(np.concatenate(masses).mean()), config.distill.top_k)):
             say(warning)
     return manifest
+
+
+def _read_rows(
+    config: Config, tokenizer: Tokenizer, teacher: Teacher, folder: pathlib.Path, say: Callable[[str], None]
+) -> tuple[ExampleSet, list[Rendered]]:
+    """The rows and their documents, which are checked; ``say`` is told what was read. Raises as ``teach`` does."""
+    rejected: pathlib.Path | None = folder / REJECTED
+    if (folder / MANIFEST).exists():
+        rejected = None  # the rows of a manifest have their file of bad ones already: no others are written beside them
+    else:
+        (folder / REJECTED).unlink(missing_ok=True)  # of rows that were read before, of which nothing came
+    preparation = choose_tokens(config.distill.tokens)
+    rows = load_examples(config.data.train, tokenizer, config.data, rejected, kind="sft", preparation=preparation)
+    examples = [one for one in rows.examples if isinstance(one, Rendered)]  # all of them, of this kind
+    check_token_ids(rows.examples, teacher.config.vocab_size)
+    check_weights(examples)
+    say(str(rows.report))
+    if unread := list_unread(config):
+        say(f"not read    {unread}: by training on these rows")
+    if rows.report.total.skipped:
+        say(f"rejected    {rows.report.total.skipped:,} bad rows: {folder / REJECTED}")
+    return rows, examples
 
 
 def check_teach_keys(config: Config) -> None:
