@@ -106,7 +106,9 @@ def make_route(served: Served, read: Callable) -> Callable:
 
 
 def to_response(value, headers: dict | None = None, status: int = 200) -> Response:
-    return Response(json.dumps(value).encode(), status, headers, "application/json")
+    """``value``: of JSON, or bytes that are JSON already."""
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return Response(data, status, headers, "application/json")
 
 
 def list_models(served) -> dict:

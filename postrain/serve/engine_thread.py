@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from postrain.rollout.constraints import ConstraintFactory
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import Event, SamplingParams
@@ -141,7 +139,7 @@ class EngineThread:
                     one.prompt,
                     one.sampling,
                     sample_id=one.sample_id,
-                    constraint=GuardedConstraint(one.constraint()) if one.constraint else None,
+                    constraint=one.constraint() if one.constraint else None,
                     until=one.until,
                 )
             except Exception as error:
@@ -178,36 +176,7 @@ class EngineThread:
     def _give_up(self, error: Exception) -> None:
         """Ends every request: what a failed step leaves in the cache is not known."""
         tickets, self._tickets = self._tickets, {}
+        self.engine.reset()
         for handle, (ticket, i) in tickets.items():
-            self.engine.cancel(handle)
             del ticket.handles[handle]
             self._end(ticket, i, error)
-        self.engine.slots.clear()
-        self.engine.prefixes.clear()
-
-
-class GuardedConstraint:
-    """A constraint whose failure ends its own answer (finish "error"), and not the engine's step for all others."""
-
-    def __init__(self, constraint):
-        self._constraint, self._failed = constraint, False
-        self._none = np.zeros_like(constraint.allowed())
-
-    def allowed(self) -> np.ndarray:
-        if not self._failed:
-            try:
-                return self._constraint.allowed()
-            except Exception as error:
-                print(f"a constraint failed: {error}", file=sys.stderr)
-                self._failed = True
-        return self._none
-
-    def advance(self, token: int) -> None:
-        try:
-            self._constraint.advance(token)
-        except Exception as error:
-            print(f"a constraint failed: {error}", file=sys.stderr)
-            self._failed = True
-
-    def is_done(self) -> bool:
-        return not self._failed and self._constraint.is_done()

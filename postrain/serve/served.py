@@ -23,6 +23,7 @@ from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import SamplingParams
+from postrain.rollout.text_stream import TextWindow
 from postrain.serve.engine_thread import EngineThread, QueueFull, Submission
 from postrain.serve.errors import ApiError, wrong
 from postrain.serve.limits import Limits
@@ -30,7 +31,7 @@ from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
 from postrain.serve.schemas import Job, has_half_pair
 from postrain.serve.sessions import Sessions
-from postrain.serve.streams import Answers, AnswerStream, TextWindow
+from postrain.serve.streams import Answers, AnswerStream
 
 
 class Token(NamedTuple):

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.rollout.requests import Completion, Event, SamplingParams
+from postrain.rollout.text_stream import TextWindow
 from postrain.serve.engine_thread import EngineThread, Submission
 from postrain.serve.errors import ApiError
 
@@ -32,55 +34,6 @@ class Piece(NamedTuple):
     completion: Completion | None = None  # the whole, with the last piece
 
 
-class TextWindow:
-    """Token ids one at a time -> text, as ``rollout.chat.TextStream`` gives it, at a cost that does not grow.
-
-    Only the newest ids are decoded: those of the last text that was given out, and what came since. Text is held back
-    while it ends in half a character, or in what may become one of ``stops``; ``stop`` is the one that has come.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops, self.stop = tokenizer, tuple(stops), None
-        self._ids: list[int] = []
-        self._read = 0  # of these ids, those whose text has been taken
-        self._held = ""  # text that has been taken, and not given out
-
-    def push(self, token: int) -> str:
-        if self.stop is not None:
-            return ""
-        self._ids.append(token)
-        return self._give(self._take(), last=False)
-
-    def ends_with(self, token: int) -> bool:
-        """Takes a token whose text nobody reads; whether one of ``stops`` has come."""
-        self.push(token)
-        return self.stop is not None
-
-    def end(self) -> str:
-        return "" if self.stop is not None else self._give(self._take(last=True), last=True)
-
-    def _take(self, last: bool = False) -> str:
-        """The text of the ids that are new. What decoders do at the beginning of a text they do to both."""
-        text = self.tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") and not last:
-            return ""
-        new = text[len(self.tokenizer.decode(self._ids[: self._read])) :]
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        return new
-
-    def _give(self, text: str, last: bool) -> str:
-        text = self._held + text
-        places = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            place, self.stop = min(places, key=lambda found: found[0])
-            return text[:place]
-        sizes = range(0 if last else min(max(map(len, self.stops), default=1) - 1, len(text)), 0, -1)
-        held = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
 class AnswerStream:
     """The events of one answer -> pieces. ``own_stops``: the stop ids of the model, which are no news to a client."""
 
@@ -92,7 +45,8 @@ class AnswerStream:
         tokens, done = event.tokens, event.completion
         finish, reason = None if done is None else done.finish, None
         if finish == "error":
-            raise ApiError(500, "the model gave no answer: its logits are not finite, or a constraint left no token")
+            print(f"an answer failed: {done.error}", file=sys.stderr)
+            raise ApiError(500, f"the model gave no answer: {done.error}"[:300])
         at_stop_id = finish == "stop" and done.tokens and done.tokens[-1] in self.sampling.stop_ids
         text = "".join(map(self._text.push, tokens[:-1] if at_stop_id else tokens))
         if done is not None:
