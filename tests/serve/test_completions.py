@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from serve_server import SHAPE
 
 from postrain.rollout.chat import for_tokenizer
 from postrain.rollout.engine import Engine
@@ -71,7 +72,7 @@ def test_samples_depend_on_the_seed_and_are_those_of_the_engine(http, served):
     assert len({tuple(one) for one in ids_of(first)}) == 3
     sampling = SamplingParams(temperature=1.3, top_p=0.9, top_k=50, min_p=0.001, max_new_tokens=10, seed=5)
     sampling = for_tokenizer(sampling, served.tokenizer, served.model.config)
-    direct = Engine(served.model.params, served.model.config).generate([ids], sampling, n=3)
+    direct = Engine(served.model.params, served.model.config, **SHAPE).generate([ids], sampling, n=3)
     assert ids_of(first) == [one.tokens for one in direct]
 
 

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from serve_server import make_qwen, run_server, wait_until
+from serve_server import SHAPE, make_qwen, run_server, wait_until
 from test_completions import score
 
 from postrain.errors import UserError
@@ -29,7 +29,7 @@ def test_ids_and_log_probabilities_are_those_of_the_engine(http, served):
     found = generate(http, input_ids=ids, sampling_params=asked, return_logprob=True, top_logprobs_num=2, rid="mine")
     sampling = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, max_new_tokens=8, seed=4)
     sampling = for_tokenizer(sampling, served.tokenizer, served.model.config)
-    [direct] = Engine(served.model.params, served.model.config).generate([ids], sampling)
+    [direct] = Engine(served.model.params, served.model.config, **SHAPE).generate([ids], sampling)
     assert found["output_ids"] == direct.tokens
     assert found["text"] == served.tokenizer.decode(direct.tokens)
     meta = found["meta_info"]
@@ -105,6 +105,7 @@ def test_versions_have_names_of_their_own(served, folder, monkeypatch):
 
     own.engine = Thread()
     monkeypatch.setattr("postrain.serve.served.load_chat_model", lambda folder: served.model)
+    monkeypatch.setattr("postrain.serve.served.compare_vocabularies", lambda new, old: None)  # which takes a second
     own.update_weights(str(folder), "2", "recompute")
     own.update_weights(str(folder), None, "recompute")
     assert own.versions == {0: "default", 1: "2", 2: "3"}
@@ -143,10 +144,10 @@ def test_weights_are_swapped_while_an_answer_goes_on(updated, folder, monkeypatc
     # Before the update the answer is that of the old weights, after it each token is the new weights' best.
     start = spans[1]["start"]
     sampling = for_tokenizer(SamplingParams(max_new_tokens=8, ignore_eos=True), own.tokenizer, old.config)
-    [before] = Engine(old.params, old.config).generate([ids], sampling)
+    [before] = Engine(old.params, old.config, **SHAPE).generate([ids], sampling)
     count = min(start, 8)
     assert found["output_ids"][:count] == before.tokens[:count]
-    [after] = Engine(new.params, new.config).generate([[*ids, *found["output_ids"][:start]]], sampling)
+    [after] = Engine(new.params, new.config, **SHAPE).generate([[*ids, *found["output_ids"][:start]]], sampling)
     assert found["output_ids"][start : start + 8] == after.tokens
     one = asked | {"max_new_tokens": 1}
     assert generate(http, input_ids=ids, sampling_params=one)["meta_info"]["weight_version"] == "step-7"
