@@ -1,11 +1,12 @@
 """The routes, and what stands before all of them: the API key, limits, requests under way, errors in OpenAI's form."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +20,7 @@ from postrain.serve.openai_chat import read_chat
 from postrain.serve.openai_completions import read_completion
 from postrain.serve.schemas import check_name, parse_body, write_ignored
 from postrain.serve.served import Served
-from postrain.serve.streams import EventStream, out_of_time, unless_gone
+from postrain.serve.streams import DONE, EventStream, out_of_time, unless_gone
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
 HEALTH_PATHS = ("/health", "/health_generate")
@@ -88,14 +89,27 @@ def make_route(served: Served, read: Callable) -> Callable:
             answers = served.open(reply.job, constraint, request.scope[END])
         headers = {"x-ignored-fields": write_ignored(reply.job.ignored)} if reply.job.ignored else {}
 
+        closed = False
+
         def close() -> None:
+            nonlocal closed
+            if closed:
+                return
+            closed = True
             answers.close()
             if session is not None and len(reply.completions) == reply.job.count:
                 served.sessions.add(session, reply.job, reply.completions, served.versions)
             served.note(answers, reply.completions.values(), sum(map(len, reply.job.prompts)))
 
+        async def stream() -> AsyncGenerator[bytes, None]:
+            async with contextlib.aclosing(reply.stream(answers)) as events:
+                async for event in events:
+                    if event == DONE:  # who has read it finds the turn in its session
+                        close()
+                    yield event
+
         if reply.job.stream:
-            return EventStream(reply.stream(answers), close, headers)
+            return EventStream(stream(), close, headers)
         try:
             result = await unless_gone(request.receive, reply.collect(answers))
         finally:
