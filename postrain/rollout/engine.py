@@ -170,7 +170,8 @@ class Engine:
         """Ends a request; what it has until now, of finish "abort". None where no such request is under way."""
         for request in [*self._queue, *self._filler.requests, *self.slots.running]:
             if request.handle == handle:
-                self._release(request)
+                with self._on_mesh():
+                    self._release(request)
                 return request.complete("abort")
         return None
 
@@ -235,11 +236,11 @@ class Engine:
         self._warn_of_positions(prompts, settings)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if longest_first else range(len(prompts))
         indices = {}
-        for i in order:
-            for k in range(n):
-                options = {"sample_id": first_sample + i + (k << 32), "until": until and until(i * n + k)}
-                indices[self.submit(prompts[i], settings[i], **options)] = i * n + k
         try:
+            for i in order:
+                for k in range(n):
+                    options = {"sample_id": first_sample + i + (k << 32), "until": until and until(i * n + k)}
+                    indices[self.submit(prompts[i], settings[i], **options)] = i * n + k
             while indices:
                 for event in self.step():
                     index = indices[event.handle]
@@ -402,6 +403,8 @@ class Engine:
         tokens = chunk.tokens[slot, :count].tolist()
         for i, token in enumerate(tokens):
             done = self._call(request, lambda token=token: self._ends(request, token))
+            if done:
+                request.error = None  # NaN came later
             if done or done is None:
                 count, finish, tokens = i + 1, "error" if done is None else "stop", tokens[: i + 1]
                 break

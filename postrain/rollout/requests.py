@@ -40,7 +40,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # times the number of times that the answer has an id, taken from its logit
     logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit); a mapping is taken too
     max_new_tokens: int = 128
-    min_new_tokens: int = 0  # no stop id before this many tokens
+    min_new_tokens: int = 0  # no stop id before this many tokens, unless a constraint leaves nothing else
     stop_ids: tuple[int, ...] = ()  # a row ends after the first of these, which is part of its tokens
     stop: tuple[str, ...] = ()  # texts that end an answer, which ends before them; read where answers are text
     ignore_eos: bool = False  # the tokenizer's stop ids end nothing; those of ``stop_ids`` do

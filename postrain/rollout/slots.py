@@ -181,6 +181,8 @@ class Slots:
         """
         sampling, size = request.sampling, self.config.vocab_size
         mask = request.constraint.allowed()
+        if mask.shape != (-(-size // 32),) or mask.dtype != np.uint32:
+            raise ValueError(f"a constraint for {size} ids gave {mask.shape} words of {mask.dtype}")
         if sampling.banned_ids:
             mask = mask & _allow_all_but(sampling.banned_ids, size)
         if sampling.stop_ids and len(request.tokens) < sampling.min_new_tokens:

@@ -40,6 +40,16 @@ def test_generation_does_not_depend_on_the_mesh(mesh):
         with count_compilations() as compiled:
             Engine(sharded, CONFIG).generate(prompts[::-1], sampling)
         assert not compiled
+    engine = Engine(sharded, CONFIG)
+    handle = engine.submit(prompts[0], sampling)
+    waiting = engine.submit(prompts[1], sampling, sample_id=1)
+    while not engine.num_running:
+        engine.step()
+    assert engine.cancel(handle).finish == "abort"  # before its first token: its row is emptied
+    found = {}
+    while not engine.is_idle:
+        found |= {event.handle: event.completion for event in engine.step() if event.completion}
+    assert found[waiting].tokens == expected[1].tokens
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:3], ids=str)

@@ -114,6 +114,18 @@ def test_nan_of_a_request_reaches_no_other(llama, broken):
                 assert np.isfinite(found[waiting].model_logprobs).all()
 
 
+def test_nan_after_the_end_is_no_error(llama, broken):
+    """The device goes on until the host has seen a token that ends the answer."""
+    engine = Engine(broken, llama.config, keep_answers=True)
+    sampling = SamplingParams(max_new_tokens=9, logit_bias={BROKEN: 1e4})
+    ended = engine.submit([1, 2], sampling, until=lambda token: True)
+    goes_on = engine.submit([1, 2], sampling)
+    found = run(engine)
+    assert (found[ended].tokens, found[ended].finish, found[ended].error) == ([BROKEN], "stop", None)
+    assert (found[goes_on].tokens, found[goes_on].finish) == ([BROKEN], "error")
+    assert "found NaN" in str(found[goes_on].error)
+
+
 def test_a_common_beginning_of_nan_is_not_computed_for_ever(llama, broken):
     beginning = [BROKEN, *make_prompts((50,), vocab_size=BROKEN)[0]]
     engine = Engine(broken, llama.config)
@@ -166,6 +178,10 @@ def test_what_a_caller_raises_ends_its_own_row(llama, fails):
     assert found[bad].finish == "error" and f"no state for {fails}" in str(found[bad].error)
     assert len(found[bad].tokens) == {"allowed": 2, "advance": 2, "until": 1}[fails]
     assert found[good].tokens == Engine(llama.params, llama.config).generate([[1], [1, 2]], SAMPLED)[1].tokens
+    narrow = OneOf([1])
+    narrow.words = narrow.words[:3]
+    handle = engine.submit([1, 2], SAMPLED, constraint=narrow)
+    assert "a constraint for 301 ids gave (3,) words" in str(run(engine)[handle].error)
     if fails == "until":
         with pytest.raises(KeyError, match="no state for until"):
             engine.generate([[1, 2]], SAMPLED, until=lambda index: until)
