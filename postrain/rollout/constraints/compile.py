@@ -84,8 +84,8 @@ class _Compiled(NamedTuple):
 class _Compiler:
     """llguidance's view of one tokenizer, and what was compiled for it.
 
-    Its vocabulary goes on past that of the model: by bytes that no token has, of which the rest of a first token may be
-    fed, and by the end of a text, which stands for the stop ids of whoever asks.
+    Its vocabulary goes on past that of the model: by the 256 bytes, since what is left of a first token may be no token
+    itself, and by the end of a text, which stands for the stop ids of whoever asks.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
@@ -268,7 +268,7 @@ def _write_choices(choices: Any) -> str:
     return "|".join("".join(f"\\x{{{ord(character):X}}}" for character in text) for text in choices)
 
 
-# What hides a part of a grammar: comments, strings and regular expressions, inside which nothing has a meaning here.
+# What has a meaning of its own in a grammar; in comments, strings and regular expressions nothing else has one.
 _PARTS = re.compile(
     r"""(?P<comment>(?://|\#)[^\n]*)
     | (?P<text>"(?:\\.|[^"\\])*" | /(?:\\.|[^/\\])+/)
