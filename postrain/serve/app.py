@@ -1,14 +1,16 @@
 """The routes, and what stands before all of them: the API key, limits, requests under way, errors in OpenAI's form."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import pathlib
-from collections.abc import Callable
+import time
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -16,12 +18,15 @@ from postrain.serve import sessions, sglang
 from postrain.serve.errors import ApiError
 from postrain.serve.openai_chat import read_chat
 from postrain.serve.openai_completions import read_completion
-from postrain.serve.schemas import check_name, parse_body
+from postrain.serve.schemas import check_name, parse_body, write_ignored
 from postrain.serve.served import Served
-from postrain.serve.streams import EventStream, unless_gone
+from postrain.serve.streams import DONE, EventStream, out_of_time, unless_gone
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
-OPEN_PATHS = ("/", "/health", "/health_generate")  # without the API key
+HEALTH_PATHS = ("/health", "/health_generate")
+OPEN_PATHS = ("/", *HEALTH_PATHS)  # without the API key
+END = "postrain.end"  # of a request's scope: the time (``time.monotonic``) at which it is out of time
+GRACE = 1.0  # seconds in which a stream may end with an error of its own, before its connection is closed
 
 
 def make_app(served: Served) -> "Gate":
@@ -39,23 +44,32 @@ def make_app(served: Served) -> "Gate":
         Route("/", lambda request: HTMLResponse(PAGE.read_text(encoding="utf-8")), methods=["GET"]),
         Route("/v1/chat/completions", make_route(served, read_chat), methods=["POST"]),
         Route("/v1/completions", make_route(served, read_completion), methods=["POST"]),
-        Route("/sessions/{name}", lambda request: show_session(served, request), methods=["GET", "DELETE"]),
+        Route("/sessions/{name:path}", lambda request: show_session(served, request), methods=["GET", "DELETE"]),
         *sglang.make_routes(served, make_route),
     ]
-    return Gate(make_starlette(served, gauges, routes), served)
+    return Gate(make_starlette(served, gauges, routes, lambda: engine.is_alive), served)
 
 
-def make_starlette(served, gauges: Callable[[], dict[str, float]], routes: list[Route]) -> Starlette:
+def make_starlette(
+    served,
+    gauges: Callable[[], dict[str, float]],
+    routes: list[Route],
+    is_alive: Callable[[], bool] = lambda: True,
+) -> Starlette:
     """``routes``, and what all servers have. ``served``: with ``name``, ``folder``, ``max_length``, ``metrics``."""
     metrics = lambda request: PlainTextResponse(served.metrics.format(gauges()))
     common = [
-        Route("/health", lambda request: Response(), methods=["GET"]),
-        Route("/health_generate", lambda request: Response(), methods=["GET"]),
+        *(Route(path, lambda request: Response(status_code=200 if is_alive() else 503)) for path in HEALTH_PATHS),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/v1/models", lambda request: to_response(list_models(served)), methods=["GET"]),
         Route("/v1/models/{name:path}", lambda request: show_model(served, request), methods=["GET"]),
     ]
-    handlers = {ApiError: _answer_api_error, HTTPException: _answer_http_error, Exception: _answer_failure}
+    handlers = {
+        ApiError: _answer_api_error,
+        HTTPException: _answer_http_error,
+        ClientDisconnect: lambda request, error: Response(status_code=499),
+        Exception: _answer_failure,
+    }
     return Starlette(routes=[*common, *routes], exception_handlers=handlers)
 
 
@@ -65,20 +79,37 @@ def make_route(served: Served, read: Callable) -> Callable:
 
     async def route(request: Request) -> Response | EventStream:
         session = sessions.check_name(request.headers.get(sessions.HEADER))
-        body = parse_body(await request.body())
+        data = await request.body()
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(served.workers, read, served, body)
-        headers = {"x-ignored-fields": ", ".join(map(ascii, reply.job.ignored))} if reply.job.ignored else {}
-        answers = served.open(reply.job)
+        with served.reserve():
+            reply = await loop.run_in_executor(served.workers, lambda: read(served, parse_body(data)))
+            constraint = None
+            if reply.job.wanted is not None:
+                constraint = await loop.run_in_executor(served.compilers, served.compile, reply.job)
+            answers = served.open(reply.job, constraint, request.scope[END])
+        headers = {"x-ignored-fields": write_ignored(reply.job.ignored)} if reply.job.ignored else {}
+
+        closed = False
 
         def close() -> None:
+            nonlocal closed
+            if closed:
+                return
+            closed = True
             answers.close()
             if session is not None and len(reply.completions) == reply.job.count:
                 served.sessions.add(session, reply.job, reply.completions, served.versions)
             served.note(answers, reply.completions.values(), sum(map(len, reply.job.prompts)))
 
+        async def stream() -> AsyncGenerator[bytes, None]:
+            async with contextlib.aclosing(reply.stream(answers)) as events:
+                async for event in events:
+                    if event == DONE:  # who has read it finds the turn in its session
+                        close()
+                    yield event
+
         if reply.job.stream:
-            return EventStream(reply.stream(answers), close, headers)
+            return EventStream(stream(), close, headers)
         try:
             result = await unless_gone(request.receive, reply.collect(answers))
         finally:
@@ -89,7 +120,9 @@ def make_route(served: Served, read: Callable) -> Callable:
 
 
 def to_response(value, headers: dict | None = None, status: int = 200) -> Response:
-    return Response(json.dumps(value).encode(), status, headers, "application/json")
+    """``value``: of JSON, or bytes that are JSON already."""
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return Response(data, status, headers, "application/json")
 
 
 def list_models(served) -> dict:
@@ -106,7 +139,7 @@ def show_session(served: Served, request: Request) -> Response:
     name = request.path_params["name"]
     if request.method == "DELETE":
         return to_response({"id": name, "deleted_turns": served.sessions.delete(name)})
-    return to_response({"id": name, "turns": served.sessions.get(name)})
+    return to_response({"id": name, **served.sessions.get(name)})
 
 
 async def _answer_api_error(request: Request, error: ApiError) -> Response:
@@ -127,7 +160,10 @@ async def _answer_failure(request: Request, error: Exception) -> Response:
 
 
 class Gate:
-    """Lets a request in, or refuses it; counts those that are inside. ``draining``: none is let in any more."""
+    """Lets a request in, or refuses it; counts those that are inside, and sees to it that each of them ends.
+
+    ``draining``: none is let in any more.
+    """
 
     def __init__(self, app: Starlette, served):
         self.app, self.served = app, served
@@ -136,7 +172,7 @@ class Gate:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        status = 500
+        status, seconds = 0, self.served.limits.seconds
 
         async def watch(message) -> None:
             nonlocal status
@@ -144,18 +180,26 @@ class Gate:
                 status = message["status"]
             await send(message)
 
+        async def refuse(error: ApiError) -> None:
+            await Response(error.to_bytes(), error.status, media_type="application/json")(scope, receive, watch)
+
         self.num_inside += 1
+        scope[END] = time.monotonic() + seconds
         try:
-            try:
-                self._check(scope)
-            except ApiError as error:
-                return await Response(error.to_bytes(), error.status, media_type="application/json")(
-                    scope, receive, watch
-                )
-            await self.app(scope, self._limit(receive), watch)
+            # A body that never comes whole, a client that reads no further: waiting for these has no end of its own.
+            async with asyncio.timeout(seconds + GRACE):
+                try:
+                    self._check(scope)
+                except ApiError as error:
+                    return await refuse(error)
+                await self.app(scope, self._limit(receive), watch)
+        except TimeoutError:
+            if not status:
+                await refuse(out_of_time(seconds))
+            # Else the server closes a connection whose response is not whole.
         finally:
             self.num_inside -= 1
-            self.served.metrics.add("postrain_requests_total", status=str(status))
+            self.served.metrics.add("postrain_requests_total", status=str(status or 500))
 
     def _check(self, scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}

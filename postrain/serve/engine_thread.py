@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from postrain.rollout.constraints import ConstraintFactory
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import Event, SamplingParams
@@ -60,10 +58,30 @@ class EngineThread:
     def num_open(self) -> int:
         return self._open
 
-    def submit(self, submissions: list[Submission], sink: Callable[[int, Event | Exception], None]) -> Ticket:
-        """Raises QueueFull where not all of them have room."""
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def reserve(self) -> None:
+        """Counts an answer that is still to be submitted, until ``release``. Raises QueueFull where it has no room."""
         with self._lock:
-            if self._open + len(submissions) > self.most:
+            if self._open >= self.most:
+                raise QueueFull
+            self._open += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._open -= 1
+
+    def submit(
+        self,
+        submissions: list[Submission],
+        sink: Callable[[int, Event | Exception], None],
+        num_reserved: int = 0,
+    ) -> Ticket:
+        """Raises QueueFull where not all of them have room, ``num_reserved`` of them that which was reserved."""
+        with self._lock:
+            if self._open + len(submissions) - num_reserved > self.most:
                 raise QueueFull
             self._open += len(submissions)
         ticket = Ticket(submissions, sink, open=len(submissions))
@@ -99,20 +117,20 @@ class EngineThread:
             try:
                 # Idle, it sleeps until there is something to do.
                 command = self._commands.get(block=self.engine.is_idle)
+            except queue.Empty:
+                command = None
+            else:
                 if command is None:
                     return
-                command()
-            except queue.Empty:
-                pass
-            if not self._commands.empty():
-                continue
             try:
-                events = self.engine.step()
+                if command is not None:
+                    command()
+                if self._commands.empty():
+                    for event in self.engine.step():
+                        self._deliver(event)
             except Exception as error:
+                traceback.print_exception(error, file=sys.stderr)
                 self._give_up(error)
-                continue
-            for event in events:
-                self._deliver(event)
 
     def _begin(self, ticket: Ticket) -> None:
         for i, one in enumerate(ticket.submissions):
@@ -121,7 +139,7 @@ class EngineThread:
                     one.prompt,
                     one.sampling,
                     sample_id=one.sample_id,
-                    constraint=GuardedConstraint(one.constraint()) if one.constraint else None,
+                    constraint=one.constraint() if one.constraint else None,
                     until=one.until,
                 )
             except Exception as error:
@@ -157,38 +175,8 @@ class EngineThread:
 
     def _give_up(self, error: Exception) -> None:
         """Ends every request: what a failed step leaves in the cache is not known."""
-        traceback.print_exception(error, file=sys.stderr)
         tickets, self._tickets = self._tickets, {}
+        self.engine.reset()
         for handle, (ticket, i) in tickets.items():
-            self.engine.cancel(handle)
             del ticket.handles[handle]
             self._end(ticket, i, error)
-        self.engine.slots.clear()
-        self.engine.prefixes.clear()
-
-
-class GuardedConstraint:
-    """A constraint whose failure ends its own answer (finish "error"), and not the engine's step for all others."""
-
-    def __init__(self, constraint):
-        self._constraint, self._failed = constraint, False
-        self._none = np.zeros_like(constraint.allowed())
-
-    def allowed(self) -> np.ndarray:
-        if not self._failed:
-            try:
-                return self._constraint.allowed()
-            except Exception as error:
-                print(f"a constraint failed: {error}", file=sys.stderr)
-                self._failed = True
-        return self._none
-
-    def advance(self, token: int) -> None:
-        try:
-            self._constraint.advance(token)
-        except Exception as error:
-            print(f"a constraint failed: {error}", file=sys.stderr)
-            self._failed = True
-
-    def is_done(self) -> bool:
-        return not self._failed and self._constraint.is_done()

@@ -19,6 +19,7 @@ from postrain.serve.schemas import (
     Fields,
     Job,
     Output,
+    Wanted,
     check_name,
     describe,
     make_usage,
@@ -34,6 +35,8 @@ def read_chat(served: Served, body: dict) -> "ChatReply":
     """Checks a body and renders its prompt. Raises ApiError, with the field named."""
     fields = Fields(body)
     check_name(served, fields.text("model"))
+    n = fields.whole("n", 1, 1, MAX_CHOICES)
+    served.check_count(1, n, "n")
     tools = _read_tools(fields, served)
     ids = _render(fields, served, tools.tools)
     room = served.check_prompt(ids, "messages")
@@ -43,21 +46,20 @@ def read_chat(served: Served, body: dict) -> "ChatReply":
     if tops and not with_logprobs:
         raise wrong("top_logprobs", "goes with logprobs: true")
     sampling = dataclasses.replace(sampling, top_logprobs=tops)
-    constraint = None
+    wanted = read_constraint(fields)
     if tools.forced:
-        constraint = _force_call(served, tools, fields, sampling)
-    elif (found := read_constraint(fields)) is not None:
-        if sampling.ignore_eos:
-            raise wrong("ignore_eos", "an answer under a constraint ends where the constraint lets it")
-        constraint = served.compile(*found, sampling)
-    n = fields.whole("n", 1, 1, MAX_CHOICES)
+        if wanted is not None or sampling.ignore_eos:
+            raise wrong("tool_choice", "a call that is forced leaves no room for response_format, or for ignore_eos")
+        wanted = Wanted({"grammar": write_call_grammar(served.tool_form, tools.forced)}, "tools")
+    elif wanted is not None and sampling.ignore_eos:
+        raise wrong("ignore_eos", "an answer under a constraint ends where the constraint lets it")
     stream, output = fields.flag("stream"), read_output(fields)
     ignored = tuple(fields.finish())
-    job = Job((tuple(ids),), sampling, n, constraint, stream, ignored)
+    job = Job((tuple(ids),), sampling, n, wanted, stream, ignored)
     # The template may begin the reasoning in the prompt; a constraint is on the answer, which then begins at once.
     begun = served.tokenizer.decode(ids[-16:]).rstrip().endswith(THINK)
     reads = served.tokenizer.template.reads_reasoning
-    reasoning = "none" if begun and constraint else "open" if begun else "may come" if reads else "none"
+    reasoning = "none" if begun and wanted else "open" if begun else "may come" if reads else "none"
     form = served.tool_form if tools.tools else None
     parsers = [ReplyParser(form, tools.names, reasoning) for _ in range(n)]
     return ChatReply(served, job, output, with_logprobs, parsers, tools.one_call)
@@ -98,13 +100,6 @@ def _read_tools(fields: Fields, served: Served) -> _Tools:
     if served.tool_form is None:
         raise wrong("tools", "the model's chat template writes calls in no form that can be read back")
     return _Tools(tools, functions, forced, one_call)
-
-
-def _force_call(served: Served, tools: _Tools, fields: Fields, sampling):
-    """The constraint under which an answer is a call of one of ``tools.forced``."""
-    if read_constraint(fields) is not None or sampling.ignore_eos:
-        raise wrong("tool_choice", "a call that is forced leaves no room for response_format, or for ignore_eos")
-    return served.compile({"grammar": write_call_grammar(served.tool_form, tools.forced)}, "tools", sampling)
 
 
 def _render(fields: Fields, served: Served, tools: list | None) -> list[int]:
@@ -150,6 +145,7 @@ class ChatReply:
         self.parsers, self.one_call = parsers, one_call
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self.completions: dict[int, Any] = {}
+        self._num_tokens = 0
 
     async def collect(self, answers: Answers) -> dict:
         choices = [_Choice() for _ in range(self.job.n)]
@@ -191,6 +187,7 @@ class ChatReply:
         return deltas
 
     def _note(self, i: int, piece: Piece) -> None:
+        self._num_tokens += len(piece.scores)
         if piece.completion is not None:
             self.completions[i] = piece.completion
 
@@ -223,12 +220,11 @@ class ChatReply:
 
     def _chunk(self, i: int, delta: dict, finish: str | None = None, **extra) -> bytes:
         choice = {"index": i, "delta": delta, "finish_reason": finish, **extra}
-        return to_event(self._object("chat.completion.chunk") | {"choices": [choice]})
+        usage = {"usage": self._usage()} if self.output.usage_each else {}
+        return to_event(self._object("chat.completion.chunk") | {"choices": [choice], **usage})
 
     def _usage(self) -> dict:
-        done = self.completions.values()
-        cached = max((one.cached_tokens for one in done), default=0)
-        return make_usage(len(self.job.prompts[0]), sum(len(one.tokens) for one in done), cached)
+        return make_usage(self.job, self.completions, self._num_tokens)
 
     def _logprobs(self, scores: Sequence[TokenScore]) -> dict:
         def describe_one(token: int, logprob: float) -> dict:

@@ -35,7 +35,8 @@ def read_completion(served: Served, body: dict) -> "CompletionReply":
     """Checks a body and encodes its prompts. Raises ApiError, with the field named."""
     fields = Fields(body)
     check_name(served, fields.text("model"))
-    texts = _split_prompts(fields.take("prompt"))
+    texts, n = _split_prompts(fields.take("prompt")), fields.whole("n", 1, 1, MAX_CHOICES)
+    served.check_count(len(texts), n, "prompt")
     with_bos = fields.flag("add_special_tokens", True)
     prompts = [encode(served, text, "prompt", with_bos) for text in texts]
     room = min(served.check_prompt(ids, "prompt") for ids in prompts)
@@ -46,16 +47,13 @@ def read_completion(served: Served, body: dict) -> "CompletionReply":
     options = {"vocab_size": served.vocab_size, "stop_ids": served.stop_ids, "seed": served.draw_seed()}
     sampling = read_sampling(fields, OPENAI, **options, default_tokens=DEFAULT_TOKENS, room=room)
     sampling = dataclasses.replace(sampling, top_logprobs=tops or 0, prompt_logprobs=echo and tops is not None)
-    constraint = None
-    if (found := read_constraint(fields)) is not None:
-        if sampling.ignore_eos:
-            raise wrong("ignore_eos", "an answer under a constraint ends where the constraint lets it")
-        constraint = served.compile(*found, sampling)
-    n, as_ids = fields.whole("n", 1, 1, MAX_CHOICES), fields.flag("return_tokens_as_token_ids")
+    wanted, as_ids = read_constraint(fields), fields.flag("return_tokens_as_token_ids")
+    if wanted is not None and sampling.ignore_eos:
+        raise wrong("ignore_eos", "an answer under a constraint ends where the constraint lets it")
     stream, output = fields.flag("stream"), read_output(fields)
     if stream and sampling.prompt_logprobs:
         raise wrong("echo", "with logprobs it comes whole: leave out stream")
-    job = Job(tuple(map(tuple, prompts)), sampling, n, constraint, stream, tuple(fields.finish()))
+    job = Job(tuple(map(tuple, prompts)), sampling, n, wanted, stream, tuple(fields.finish()))
     return CompletionReply(served, job, output, _Shown(echo, tops is not None, nothing_new, as_ids))
 
 
@@ -97,11 +95,13 @@ class CompletionReply:
         self.served, self.job, self.output, self.shown = served, job, output, shown
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self.completions: dict[int, Completion] = {}
+        self._num_tokens = 0
 
     async def collect(self, answers: Answers) -> dict:
         texts, lasts = [""] * self.job.count, {}
         scores: list[list[TokenScore]] = [[] for _ in texts]
         async for i, piece in answers.pieces():
+            self._num_tokens += len(piece.scores)
             texts[i] += piece.text
             scores[i] += piece.scores
             if piece.completion is not None:
@@ -112,6 +112,7 @@ class CompletionReply:
     async def stream(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         ends, begun = [0] * self.job.count, [not self.shown.echo] * self.job.count
         async for i, piece in answers.pieces():
+            self._num_tokens += len(piece.scores)
             if piece.completion is not None:
                 self.completions[i] = piece.completion
             choice = self._choice(i, piece.text, piece.scores, ends[i], piece, not begun[i])
@@ -187,6 +188,4 @@ class CompletionReply:
         }
 
     def _usage(self) -> dict:
-        done = self.completions.values()
-        prompt = sum(map(len, self.job.prompts))
-        return make_usage(prompt, sum(len(one.tokens) for one in done), sum(one.cached_tokens for one in done))
+        return make_usage(self.job, self.completions, 0 if self.shown.nothing_new else self._num_tokens)

@@ -75,11 +75,15 @@ def write_call_grammar(form: ToolForm, functions: Sequence[dict]) -> str:
     return "\n".join([f"start: {opening}call{closing}", f"call: {' | '.join(calls)}", *rules])
 
 
+def _refuse_constant(word: str):
+    raise ValueError(f"{word} is not a number of JSON")
+
+
 def _read_arguments(value: Any) -> dict | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
+            value = json.loads(value, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
 
@@ -150,7 +154,7 @@ class ReplyParser:
     def _take_call(self, deltas, last) -> bool:
         """A call is given whole, at its end."""
         closing = self.form.closing
-        place = self._text.find(closing) if closing else -1
+        place = self._find_closing(last) if closing else -1
         if place < 0 and not last:
             return False
         body = self._text if place < 0 else self._text[:place]
@@ -164,6 +168,16 @@ class ReplyParser:
             deltas.append(Delta("content", self.form.opening + body + (closing if place >= 0 else "")))
         self._mode = "content"
         return bool(self._text)
+
+    def _find_closing(self, last: bool) -> int:
+        """Where the closing mark is, -1 where it has not come: one within a string of the JSON is none."""
+        closing = self.form.closing
+        if closing not in self._text:
+            return -1
+        for match in re.finditer(rf'"(?:[^"\\]|\\.)*"?|{re.escape(closing)}', self._text, re.DOTALL):
+            if match.group() == closing:
+                return match.start()
+        return self._text.find(closing) if last else -1  # a string that has no end: no JSON
 
     def _take_until(self, mark: str | None, kind, deltas, last, *, trimmed: bool) -> bool:
         """Gives out text up to ``mark``; whether that has come. ``trimmed``: without the white space before it."""
@@ -186,7 +200,7 @@ class ReplyParser:
 
     def _read_calls(self, body: str) -> list[dict]:
         """The calls in JSON values one after the other; [] where any of it is something else."""
-        decoder, calls = json.JSONDecoder(), []
+        decoder, calls = json.JSONDecoder(parse_constant=_refuse_constant), []
         body = body if self.form.opening else re.sub(r"^\s*<\|\w+\|>", "", body)
         place = 0
         while (match := re.compile(r"[\s;,]*").match(body, place)) and match.end() < len(body):
@@ -200,6 +214,10 @@ class ReplyParser:
                 known = isinstance(name, str) and (self.form.opening or name in self.functions)
                 if not known or arguments is None:
                     return []
-                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+                try:
+                    written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+                except ValueError:  # 1e999 is read as infinity
+                    return []
+                function = {"name": name, "arguments": written}
                 calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
         return calls

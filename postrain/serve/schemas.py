@@ -8,17 +8,18 @@ response's header ``x-ignored-fields``.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from postrain.rollout.constraints import ConstraintFactory
-from postrain.rollout.requests import SamplingParams, WrongSetting
+from postrain.rollout.requests import Completion, SamplingParams, WrongSetting
 from postrain.serve.errors import ApiError, wrong
 
 MAX_CHOICES = 128
+# Each of these costs time or memory at every token of an answer.
+MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_IDS, MAX_BIASES = 16, 1000, 32, 1024
 
 # Fields that change an answer, with the values that ask for nothing: names of OpenAI, vLLM, SGLang and llama.cpp.
-_CONSTRAINT = "write it as response_format or structured_outputs"
+_CONSTRAINT = "write it as response_format or structured_outputs, in /generate within sampling_params"
 UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "best_of": ((1,), ""),
     "suffix": (("",), ""),
@@ -49,6 +50,32 @@ UNSUPPORTED: dict[str, tuple[tuple, str]] = {
     "guided_choice": ((), _CONSTRAINT),
     "guided_grammar": ((), _CONSTRAINT),
     "structural_tag": ((), _CONSTRAINT),
+    "regex": ((), _CONSTRAINT),
+    "ebnf": ((), _CONSTRAINT),
+    "grammar": ((), _CONSTRAINT),
+    "json_schema": ((), _CONSTRAINT),
+    "schema": ((), "write it as response_format.json_schema.schema"),
+    "enable_thinking": ((), "write it in chat_template_kwargs"),
+    "thinking": ((), "write it in chat_template_kwargs"),
+    "add_special_tokens": ((False,), "the chat template writes them"),
+    "echo": ((False,), ""),
+    "sampling_params": (({},), "write its fields beside the others"),
+    "max_tokens": ((), "write it as max_new_tokens"),
+    "max_completion_tokens": ((), "write it as max_new_tokens"),
+    "min_tokens": ((0,), "write it as min_new_tokens"),
+    "seed": ((), "write it as sampling_seed"),
+    "max_new_tokens": ((), "write it as max_tokens"),
+    "min_new_tokens": ((0,), "write it as min_tokens"),
+    "sampling_seed": ((), "write it as seed"),
+    "n_predict": ((), "write it as max_tokens"),
+    "repeat_penalty": ((1, 1.0), "write it as repetition_penalty"),
+    "mirostat": ((0,), ""),
+    "dry_multiplier": ((0,), ""),
+    "xtc_probability": ((0,), ""),
+    "dynatemp_range": ((0,), ""),
+    "top_n_sigma": ((-1,), ""),
+    "load_format": (("auto", "safetensors"), ""),
+    "keep_pause": ((False,), "answers go on after the update"),
     "lora_path": ((), "adapters are chosen when the server starts"),
     "image_data": ((), ""),
     "audio_data": ((), ""),
@@ -69,16 +96,32 @@ def parse_body(data: bytes) -> dict:
         raise ValueError(f"{word} is not a number of JSON")
 
     try:
-        body = json.loads(data, parse_constant=refuse)
+        body = json.loads(data.decode(), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, found {describe(body)}", code="invalid_json")
+    if b"\\ud" in data.lower():
+        for name, value in body.items():
+            if has_half_pair([name, value]):
+                raise wrong(ascii(name)[1:-1], "has half of a surrogate pair, which is no character")
     return body
 
 
+def has_half_pair(value: Any) -> bool:
+    """Whether a text in a value of JSON cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def describe(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "a deep nest"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -88,6 +131,7 @@ class Fields:
     def __init__(self, body: Mapping[str, Any], where: str = ""):
         self.values = {name: value for name, value in body.items() if value is not None}
         self.where, self._read = where, set[str]()
+        self._inner: list[Fields] = []
 
     def name(self, name: str) -> str:
         return f"{self.where}{name}"
@@ -95,6 +139,10 @@ class Fields:
     def take(self, name: str, default: Any = None) -> Any:
         self._read.add(name)
         return self.values.get(name, default)
+
+    def reads(self, name: str) -> bool:
+        """Whether somebody has asked for it."""
+        return name in self._read
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -130,6 +178,11 @@ class Fields:
         self._check(name, isinstance(value, dict), "an object")
         return value
 
+    def inner(self, name: str) -> "Fields":
+        """The fields of an object, which ``finish`` looks through too."""
+        self._inner.append(Fields(self.object(name), f"{self.name(name)}."))
+        return self._inner[-1]
+
     def texts(self, name: str) -> tuple[str, ...]:
         """One string, or a list of them."""
         value = self.take(name, [])
@@ -154,14 +207,19 @@ class Fields:
                 harmless, advice = UNSUPPORTED[name]
                 if self.values[name] not in harmless:
                     raise wrong(self.name(name), "is not supported" + (f": {advice}" if advice else ""))
-        return [self.name(name) for name in left]
+        return [self.name(name) for name in left] + [name for inner in self._inner for name in inner.finish()]
 
 
 def check_name(served, name: str | None) -> None:
     """Raises ApiError where a request is for another model than ``served``."""
-    if name is not None and name not in (served.name, served.folder):
+    if name is not None and name not in served.names:
         message = f"model: there is no {name!r:.80} here; this is {served.name!r}"
         raise ApiError(404, message, "model", "model_not_found")
+
+
+def write_ignored(names: Sequence[str]) -> str:
+    """The header ``x-ignored-fields``, short enough for any client."""
+    return ", ".join(map(ascii, names))[:2000]
 
 
 def is_whole(value: Any) -> bool:
@@ -187,6 +245,13 @@ OPENAI = Names(("max_completion_tokens", "max_tokens"), "min_tokens", "seed")
 SGLANG = Names(("max_new_tokens",), "min_new_tokens", "sampling_seed")
 
 
+class Wanted(NamedTuple):
+    """A constraint as it was asked for: what ``compile_constraint`` takes, and the field that it is from."""
+
+    spec: dict
+    param: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A request that has been checked: ``n`` answers to each prompt."""
@@ -194,7 +259,7 @@ class Job:
     prompts: tuple[tuple[int, ...], ...]
     sampling: SamplingParams
     n: int = 1
-    constraint: ConstraintFactory | None = None
+    wanted: Wanted | None = None
     stream: bool = False
     ignored: tuple[str, ...] = ()
 
@@ -221,6 +286,13 @@ def read_sampling(
         )
     top_k = fields.whole("top_k", 0, -1)
     ends = () if fields.flag("ignore_eos") else tuple(stop_ids)
+    stop_ids = set(fields.ids("stop_token_ids", vocab_size)).union(ends)
+    if len(stop_ids) > MAX_STOP_IDS:
+        most = f"{MAX_STOP_IDS - len(ends)} beside the model's own {len(ends)}" if ends else f"{MAX_STOP_IDS}"
+        raise wrong(fields.name("stop_token_ids"), f"expected at most {most}, found {len(stop_ids) - len(ends)}")
+    stops = tuple(dict.fromkeys(fields.texts("stop")))
+    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise wrong(fields.name("stop"), f"expected at most {MAX_STOPS} texts of {MAX_STOP_LENGTH} characters")
     values = {
         "temperature": fields.number("temperature", 1.0),
         "top_p": fields.number("top_p", 1.0),
@@ -232,8 +304,8 @@ def read_sampling(
         "logit_bias": _read_bias(fields, vocab_size),
         "max_new_tokens": limits[0] if limits else min(default_tokens, room),
         "min_new_tokens": fields.whole(names.min_new_tokens, 0),
-        "stop_ids": (*ends, *fields.ids("stop_token_ids", vocab_size)),
-        "stop": fields.texts("stop"),
+        "stop_ids": tuple(stop_ids),
+        "stop": stops,
         "ignore_eos": not ends,
         "seed": fields.whole(names.seed, seed, -(2**63)) % 2**32,
     }
@@ -247,13 +319,17 @@ def read_sampling(
 
 
 def _read_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    name, pairs = fields.name("logit_bias"), []
-    for key, value in fields.object("logit_bias").items():
-        if not key.isdecimal() or not isinstance(value, int | float) or isinstance(value, bool):
-            raise wrong(name, f"expected token ids with numbers, found {describe({key: value})}")
-        pairs.append((int(key), float(value)))
-    check_ids([token for token, _ in pairs], name, vocab_size)
-    return tuple(pairs)
+    name, biases = fields.name("logit_bias"), {}
+    given = fields.object("logit_bias")
+    if len(given) > MAX_BIASES:
+        raise wrong(name, f"expected at most {MAX_BIASES} token ids, found {len(given)}")
+    for key, value in given.items():
+        is_id = key.isascii() and key.isdigit() and len(key) < 10
+        if not is_id or not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e6:
+            raise wrong(name, f"expected token ids with numbers of -1e6 to 1e6, found {describe({key: value})}")
+        biases[int(key)] = float(value)
+    check_ids(list(biases), name, vocab_size)
+    return tuple(biases.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,23 +342,23 @@ class Output:
 
 
 def read_output(fields: Fields) -> Output:
-    options = Fields(fields.object("stream_options"), "stream_options.")
+    options = fields.inner("stream_options")
     each = options.flag("continuous_usage_stats")
     return Output(options.flag("include_usage") or each, each, fields.flag("return_token_ids"))
 
 
-def read_constraint(fields: Fields) -> tuple[dict, str] | None:
-    """What ``compile_constraint`` takes, and the field that asked for it."""
-    found: list[tuple[dict, str]] = []
-    form = Fields(fields.object("response_format"), "response_format.")
+def read_constraint(fields: Fields) -> Wanted | None:
+    found: list[Wanted] = []
+    form = fields.inner("response_format")
     kind = form.take("type", "text" if not form.values else None)
     if kind == "json_object":
-        found.append(({"json_object": True}, "response_format"))
+        found.append(Wanted({"json_object": True}, "response_format"))
     elif kind == "json_schema":
-        schema = Fields(form.object("json_schema"), "response_format.json_schema.").take("schema")
+        named = form.inner("json_schema")
+        schema, _, _, _ = map(named.take, ("schema", "name", "description", "strict"))
         if schema is None:
             raise wrong("response_format.json_schema.schema", "is missing")
-        found.append(({"json_schema": schema}, "response_format.json_schema.schema"))
+        found.append(Wanted({"json_schema": schema}, "response_format.json_schema.schema"))
     elif kind != "text":
         raise wrong("response_format.type", f"expected text, json_object or json_schema, found {describe(kind)}")
     kinds = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
@@ -291,13 +367,13 @@ def read_constraint(fields: Fields) -> tuple[dict, str] | None:
         if value is None or (name == "json_object" and value is False):
             continue
         if name == "json_object" and value is True:
-            found.append(({"json_object": True}, param))
+            found.append(Wanted({"json_object": True}, param))
         elif name in kinds:
-            found.append(({kinds[name]: parse_schema(value, param) if name == "json" else value}, param))
+            found.append(Wanted({kinds[name]: parse_schema(value, param) if name == "json" else value}, param))
         else:
             raise wrong(param, f"expected one of {', '.join([*kinds, 'json_object'])}")
     if len(found) > 1:
-        raise wrong(found[1][1], f"stands beside {found[0][1]}: expected one constraint")
+        raise wrong(found[1].param, f"stands beside {found[0].param}: expected one constraint")
     return found[0] if found else None
 
 
@@ -311,10 +387,18 @@ def parse_schema(value: Any, param: str) -> Any:
         raise wrong(param, f"not valid JSON: {error}") from None
 
 
-def make_usage(num_prompt: int, num_completion: int, num_cached: int) -> dict:
+def make_usage(job: Job, completions: Mapping[int, Completion], num_tokens: int) -> dict:
+    """``completions``: those that have ended, by their index; ``num_tokens`` of all answers until now.
+
+    A prompt is computed once for all of its answers: what the first of them did not find in the cache was computed.
+    """
+    num_prompt, num_cached = sum(map(len, job.prompts)), 0
+    for i in range(len(job.prompts)):
+        found = [completions[k].cached_tokens for k in range(i * job.n, (i + 1) * job.n) if k in completions]
+        num_cached += min(found, default=0) if len(found) == job.n else 0
     return {
         "prompt_tokens": num_prompt,
-        "completion_tokens": num_completion,
-        "total_tokens": num_prompt + num_completion,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt + num_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }

@@ -26,6 +26,7 @@ class ServedScorer:
 
     def __init__(self, model: Scorer, name: str, folder: str, limits: Limits):
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
+        self.names = {name, folder}  # all that a request may call the model
         self.metrics, self.created = Metrics(), int(time.time())
         self.max_length = limits.max_length or model.config.max_positions
         self.workers = concurrent.futures.ThreadPoolExecutor(1, "scores")

@@ -2,11 +2,14 @@
 
 import codecs
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,19 +18,20 @@ import jax.numpy as jnp
 from postrain.data.rendering.tokenizer import compare_vocabularies
 from postrain.errors import UserError
 from postrain.rollout.chat import ChatModel, for_tokenizer, load_chat_model
-from postrain.rollout.constraints import WrongConstraint
+from postrain.rollout.constraints import ConstraintFactory, WrongConstraint
 from postrain.rollout.constraints.compile import compile_constraint
 from postrain.rollout.constraints.token_bytes import read_token_bytes
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import SamplingParams
+from postrain.rollout.text_stream import TextWindow
 from postrain.serve.engine_thread import EngineThread, QueueFull, Submission
 from postrain.serve.errors import ApiError, wrong
 from postrain.serve.limits import Limits
 from postrain.serve.metrics import Metrics
 from postrain.serve.replies import find_tool_form
-from postrain.serve.schemas import Job
+from postrain.serve.schemas import Job, has_half_pair
 from postrain.serve.sessions import Sessions
-from postrain.serve.streams import Answers, AnswerStream, TextWindow
+from postrain.serve.streams import Answers, AnswerStream
 
 
 class Token(NamedTuple):
@@ -40,6 +44,7 @@ class Served:
 
     def __init__(self, model: ChatModel, name: str, folder: str, limits: Limits):
         self.model, self.name, self.folder, self.limits = model, name, folder, limits
+        self.names = {name, folder}  # all that a request may call the model
         self.tokenizer, self.vocab_size = model.tokenizer, model.config.vocab_size
         positions = model.config.max_positions
         if limits.max_length > positions:
@@ -52,8 +57,9 @@ class Served:
         engine = Engine(model.params, model.config, **options)
         self.engine = EngineThread(engine, limits.slots + limits.waiting)
         self.versions = {engine.version: "default"}  # of weights -> what clients call them
-        # Rendering and compiling constraints: one after the other, and beside the loop that serves.
+        # Beside the loop that serves; a constraint may take long, and then holds up constraints alone.
         self.workers = concurrent.futures.ThreadPoolExecutor(1, "requests")
+        self.compilers = concurrent.futures.ThreadPoolExecutor(1, "constraints")
         fitted = for_tokenizer(SamplingParams(), self.tokenizer, model.config)
         self.stop_ids, self._banned = frozenset(fitted.stop_ids), fitted.banned_ids
         self.tool_form = find_tool_form(self.tokenizer)
@@ -64,7 +70,8 @@ class Served:
 
     def close(self) -> None:
         self.engine.stop()
-        self.workers.shutdown()
+        self.workers.shutdown(cancel_futures=True)
+        self.compilers.shutdown(cancel_futures=True)
 
     def draw_seed(self) -> int:
         """For a request that names none."""
@@ -89,16 +96,20 @@ class Served:
 
         def swap(engine: Engine) -> None:
             number = engine.version + 1
-            self.versions[number] = version or str(number)
+            names = (str(k) for k in itertools.count(number))
+            self.versions[number] = version or next(one for one in names if one not in self.versions.values())
             try:
                 engine.update_weights(new.params, number, caches=caches, base_changed=True)
             except Exception:
+                del self.versions[number]  # nothing was chosen by these
                 self.versions[number + 1] = self.versions[number - 1]
                 engine.update_weights(self.model.params, number + 1, caches=caches, base_changed=True)
                 raise
             self.model = self.model._replace(params=new.params)
 
         self.engine.call(swap).result()
+        self.folder = folder
+        self.names.add(folder)
 
     # --- requests ---
 
@@ -112,17 +123,48 @@ class Served:
             raise wrong(name, message, "context_length_exceeded")
         return room
 
-    def compile(self, spec: dict, param: str, sampling: SamplingParams):
-        """A constraint of ``compile_constraint``; ``param``: the field that it is from."""
+    def check_count(self, num_prompts: int, n: int, name: str) -> None:
+        """Before anything is done for each of the answers. Raises ApiError."""
+        if num_prompts * n > self.engine.most:
+            message = f"{num_prompts * n} answers are more than this server takes ({self.engine.most})"
+            raise wrong(name if num_prompts > 1 else "n", message)
+
+    def compile(self, job: Job) -> ConstraintFactory:
+        """The constraint that ``job.wanted`` asks for."""
+        spec, param = job.wanted
+        if has_half_pair(spec):
+            raise wrong(param, "has half of a surrogate pair, which is no character")
+        stop_ids = job.sampling.stop_ids or None
         try:
-            return compile_constraint(
-                spec, self.tokenizer, vocab_size=self.vocab_size, stop_ids=sampling.stop_ids or None
-            )
+            return compile_constraint(spec, self.tokenizer, vocab_size=self.vocab_size, stop_ids=stop_ids)
         except WrongConstraint as error:
             raise wrong(param, str(error)) from None
 
-    def open(self, job: Job) -> Answers:
-        """Has the engine begin. Raises ApiError where the queue is full."""
+    @contextlib.contextmanager
+    def reserve(self) -> Iterator[None]:
+        """Room for a request while it is read. Raises ApiError where there is none."""
+        if not self.engine.is_alive:
+            raise ApiError(503, "the engine has ended: the server must be started again", code="engine_dead")
+        with self._refuse_when_full():
+            self.engine.reserve()
+        try:
+            yield
+        finally:
+            self.engine.release()
+
+    @contextlib.contextmanager
+    def _refuse_when_full(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueFull:
+            message = f"{self.engine.num_open} answers are under way or waiting: try again later"
+            raise ApiError(429, message, code="queue_full") from None
+
+    def open(self, job: Job, constraint: ConstraintFactory | None, end: float) -> Answers:
+        """Has the engine begin, in the room that was reserved. ``end``: the time (``time.monotonic``) of a 408.
+
+        Raises ApiError where the queue is full.
+        """
         sampling = job.sampling
         banned = self._banned
         if not self.stop_ids.issuperset(sampling.stop_ids):
@@ -132,15 +174,10 @@ class Served:
         for i, prompt in enumerate(job.prompts):
             for k in range(job.n):
                 until = TextWindow(self.tokenizer, sampling.stop).ends_with if sampling.stop else None
-                submissions.append(Submission(prompt, sampling, i + (k << 32), job.constraint, until))
+                submissions.append(Submission(prompt, sampling, i + (k << 32), constraint, until))
                 streams.append(AnswerStream(self.tokenizer, sampling, self.stop_ids))
-        if len(submissions) > self.engine.most:
-            raise wrong("n", f"{len(submissions)} answers are more than this server takes ({self.engine.most})")
-        try:
-            return Answers(self.engine, submissions, streams, self.limits.seconds)
-        except QueueFull:
-            message = f"{self.engine.num_open} answers are under way or waiting: try again later"
-            raise ApiError(429, message, code="queue_full") from None
+        with self._refuse_when_full():
+            return Answers(self.engine, submissions, streams, end, self.limits.seconds)
 
     def note(self, answers: Answers, completions, num_prompt: int) -> None:
         """Counts a request that has ended."""

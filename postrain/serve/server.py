@@ -5,11 +5,12 @@ import contextlib
 import signal
 import socket
 import sys
+import time
 
 from postrain.errors import UserError
 from postrain.hf.classifier import read_trunk
 from postrain.hf.find_model import find_model
-from postrain.rollout.chat import encode_prompt, load_chat_model
+from postrain.rollout.chat import encode_prompt, for_tokenizer, load_chat_model
 from postrain.rollout.requests import SamplingParams
 from postrain.rollout.score import load_scorer
 from postrain.serve.limits import Limits
@@ -18,12 +19,13 @@ from postrain.serve.served import Served
 try:
     import uvicorn
 
-    from postrain.serve.app import Gate, make_app
+    from postrain.serve.app import GRACE, Gate, make_app
     from postrain.serve.scorer import ServedScorer, make_scorer_app
 except ModuleNotFoundError as error:
     raise UserError(f"`postrain serve` needs the package {error.name}: pip install 'postrain[serve]'") from None
 
 DRAIN_CHECK = 0.05  # seconds between two looks at whether all requests have ended
+CLOSE_SECONDS = 5  # for connections of clients that do not read their last answer
 
 
 def serve(folder: str, *, name: str, host: str, port: int, limits: Limits) -> None:
@@ -60,7 +62,9 @@ def open_model(folder: str, name: str, limits: Limits) -> tuple[Served | ServedS
 
 
 def make_server(gate: Gate) -> "Server":
-    config = uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="off")
+    config = uvicorn.Config(
+        gate, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSE_SECONDS
+    )
     return Server(config, gate)
 
 
@@ -70,9 +74,10 @@ def warm_up(served: Served) -> None:
 
     def answer(engine) -> None:
         if served.limits.warm_length:
-            engine.warm_up()
+            return engine.warm_up()
         for temperature in (0.0, 1.0):
-            engine.generate([ids], SamplingParams(temperature=temperature, max_new_tokens=2))
+            sampling = SamplingParams(temperature=temperature, max_new_tokens=2)
+            engine.generate([ids], for_tokenizer(sampling, served.tokenizer, served.model.config))
         engine.prefixes.clear()
 
     served.engine.call(answer).result()
@@ -109,6 +114,7 @@ class Server(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._finish())
 
     async def _finish(self) -> None:
-        while self.gate.num_inside:
+        end = time.monotonic() + self.gate.served.limits.seconds + GRACE
+        while self.gate.num_inside and time.monotonic() < end:
             await asyncio.sleep(DRAIN_CHECK)
         self.should_exit = True

@@ -6,6 +6,7 @@ training needs: ids of the prompt and of the answers as the engine had them, log
 
 import collections
 import dataclasses
+import json
 import threading
 import time
 
@@ -16,53 +17,80 @@ from postrain.serve.streams import find_spans
 
 HEADER = "x-session-id"
 MAX_NAME = 200
-MAX_TOKENS = 4_000_000  # of all sessions together; the sessions that were used least recently go first
+MAX_SIZE = 4_000_000  # of all sessions together; those that were used least recently go first
+CHARACTERS = 4  # of settings that count as much as a token
 
 
 class Sessions:
     """Turns by the name of their session. For several threads."""
 
-    def __init__(self, max_tokens: int = MAX_TOKENS):
-        self.max_tokens, self.num_tokens = max_tokens, 0
-        self._turns: collections.OrderedDict[str, list[dict]] = collections.OrderedDict()
+    def __init__(self, max_size: int = MAX_SIZE):
+        self.max_size, self.size = max_size, 0
+        self._sessions: collections.OrderedDict[str, _Session] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, name: str, job: Job, completions: dict[int, Completion], versions: dict[int, str]) -> None:
         """The answers of one request, of which all have ended."""
         settings = dataclasses.asdict(job.sampling)
         del settings["banned_ids"]
+        settings["constraint"] = job.wanted and job.wanted.spec
+        settings_size = len(json.dumps(settings)) // CHARACTERS
         for i, prompt in enumerate(job.prompts):
             answers = [_to_dict(completions[i * job.n + k], versions) for k in range(job.n)]
             turn = {"created": time.time(), "prompt_ids": list(prompt), "answers": answers, "sampling": settings}
+            size = settings_size + len(prompt) + sum(len(one["token_ids"]) for one in answers)
             with self._lock:
-                self._turns.setdefault(name, []).append(turn)
-                self._turns.move_to_end(name)
-                self.num_tokens += _count_tokens(turn)
-                while self.num_tokens > self.max_tokens and len(self._turns) > 1:
-                    self._forget(next(iter(self._turns)))
+                session = self._sessions.setdefault(name, _Session())
+                self._sessions.move_to_end(name)
+                session.turns.append(turn)
+                session.sizes.append(size)
+                self.size += size
+                self._make_room()
 
-    def get(self, name: str) -> list[dict]:
+    def get(self, name: str) -> dict:
+        """``turns``, and ``forgotten_turns``: how many there were before these."""
         with self._lock:
-            if name not in self._turns:
+            if name not in self._sessions:
                 raise ApiError(
                     404, f"there is no session {name!r:.80}: nothing was recorded, or later ones needed room"
                 )
-            return list(self._turns[name])
+            session = self._sessions[name]
+            return {"turns": list(session.turns), "forgotten_turns": session.num_forgotten}
 
     def delete(self, name: str) -> int:
         """How many turns it had."""
-        turns = self.get(name)
+        turns = self.get(name)["turns"]
         with self._lock:
             self._forget(name)
         return len(turns)
 
+    def _make_room(self) -> None:
+        """Forgets whole sessions first: a rollout without its beginning is of no use."""
+        while self.size > self.max_size:
+            name, session = next(iter(self._sessions.items()))
+            if len(self._sessions) > 1:
+                self._forget(name)
+            else:
+                session.turns.popleft()
+                self.size -= session.sizes.popleft()
+                session.num_forgotten += 1
+
     def _forget(self, name: str) -> None:
-        self.num_tokens -= sum(map(_count_tokens, self._turns.pop(name, [])))
+        if name in self._sessions:
+            self.size -= sum(self._sessions.pop(name).sizes)
+
+
+@dataclasses.dataclass
+class _Session:
+    turns: collections.deque[dict] = dataclasses.field(default_factory=collections.deque)
+    sizes: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
+    num_forgotten: int = 0
 
 
 def check_name(name: str | None) -> str | None:
-    if name is not None and not 0 < len(name) <= MAX_NAME:
-        raise ApiError(400, f"X-Session-ID: expected 1 to {MAX_NAME} characters, found {len(name)}", "X-Session-ID")
+    if name is not None and not (0 < len(name) <= MAX_NAME and name.isascii() and name.isprintable()):
+        message = f"X-Session-ID: expected 1 to {MAX_NAME} printable characters of ASCII, found {name!r:.80}"
+        raise ApiError(400, message, "X-Session-ID")
     return name
 
 
@@ -75,7 +103,3 @@ def _to_dict(completion: Completion, versions: dict[int, str]) -> dict:
         "weight_versions": find_spans(completion.versions.tolist(), versions),
         "finish_reason": completion.finish,
     }
-
-
-def _count_tokens(turn: dict) -> int:
-    return len(turn["prompt_ids"]) + sum(len(one["token_ids"]) for one in turn["answers"])

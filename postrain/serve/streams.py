@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from postrain.data.rendering.tokenizer import Tokenizer
 from postrain.rollout.requests import Completion, Event, SamplingParams
+from postrain.rollout.text_stream import TextWindow
 from postrain.serve.engine_thread import EngineThread, Submission
 from postrain.serve.errors import ApiError
 
@@ -32,55 +34,6 @@ class Piece(NamedTuple):
     completion: Completion | None = None  # the whole, with the last piece
 
 
-class TextWindow:
-    """Token ids one at a time -> text, as ``rollout.chat.TextStream`` gives it, at a cost that does not grow.
-
-    Only the newest ids are decoded: those of the last text that was given out, and what came since. Text is held back
-    while it ends in half a character, or in what may become one of ``stops``; ``stop`` is the one that has come.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops, self.stop = tokenizer, tuple(stops), None
-        self._ids: list[int] = []
-        self._read = 0  # of these ids, those whose text has been taken
-        self._held = ""  # text that has been taken, and not given out
-
-    def push(self, token: int) -> str:
-        if self.stop is not None:
-            return ""
-        self._ids.append(token)
-        return self._give(self._take(), last=False)
-
-    def ends_with(self, token: int) -> bool:
-        """Takes a token whose text nobody reads; whether one of ``stops`` has come."""
-        self.push(token)
-        return self.stop is not None
-
-    def end(self) -> str:
-        return "" if self.stop is not None else self._give(self._take(last=True), last=True)
-
-    def _take(self, last: bool = False) -> str:
-        """The text of the ids that are new. What decoders do at the beginning of a text they do to both."""
-        text = self.tokenizer.decode(self._ids)
-        if text.endswith("\ufffd") and not last:
-            return ""
-        new = text[len(self.tokenizer.decode(self._ids[: self._read])) :]
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        return new
-
-    def _give(self, text: str, last: bool) -> str:
-        text = self._held + text
-        places = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            place, self.stop = min(places, key=lambda found: found[0])
-            return text[:place]
-        sizes = range(0 if last else min(max(map(len, self.stops), default=1) - 1, len(text)), 0, -1)
-        held = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stops)), 0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
 class AnswerStream:
     """The events of one answer -> pieces. ``own_stops``: the stop ids of the model, which are no news to a client."""
 
@@ -92,7 +45,8 @@ class AnswerStream:
         tokens, done = event.tokens, event.completion
         finish, reason = None if done is None else done.finish, None
         if finish == "error":
-            raise ApiError(500, "the model gave no answer: its logits are not finite, or a constraint left no token")
+            print(f"an answer failed: {done.error}", file=sys.stderr)
+            raise ApiError(500, f"the model gave no answer: {done.error}"[:300])
         at_stop_id = finish == "stop" and done.tokens and done.tokens[-1] in self.sampling.stop_ids
         text = "".join(map(self._text.push, tokens[:-1] if at_stop_id else tokens))
         if done is not None:
@@ -124,8 +78,15 @@ class Answers:
     """The answers of one request, under way in the engine: iterate ``pieces``, and at last ``close``, which cancels
     what has not ended. Raises QueueFull where the engine has no room for them."""
 
-    def __init__(self, engine: EngineThread, submissions: list[Submission], streams: list[AnswerStream], limit: float):
-        self._engine, self._streams, self._limit = engine, streams, limit
+    def __init__(
+        self,
+        engine: EngineThread,
+        submissions: list[Submission],
+        streams: list[AnswerStream],
+        end: float,
+        seconds: float,
+    ):
+        self._engine, self._streams, self._end, self._seconds = engine, streams, end, seconds
         self._begin, self.timing = time.monotonic(), Timing()
         self._events: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -134,7 +95,7 @@ class Answers:
             with contextlib.suppress(RuntimeError):  # the server has ended
                 loop.call_soon_threadsafe(self._events.put_nowait, (i, event))
 
-        self._ticket = engine.submit(submissions, sink)
+        self._ticket = engine.submit(submissions, sink, num_reserved=1)
 
     def close(self) -> None:
         self.timing.total = time.monotonic() - self._begin
@@ -142,19 +103,22 @@ class Answers:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(index of the answer, piece). Raises ApiError where time is up, or the engine failed."""
-        left, until = len(self._streams), self._begin + self._limit
+        left = len(self._streams)
         while left:
             try:
-                i, event = await asyncio.wait_for(self._events.get(), max(until - time.monotonic(), 0))
+                i, event = await asyncio.wait_for(self._events.get(), max(self._end - time.monotonic(), 0))
             except TimeoutError:
-                message = f"no answer within {self._limit:g} seconds: ask for fewer tokens"
-                raise ApiError(408, message, code="timeout") from None
+                raise out_of_time(self._seconds) from None
             if isinstance(event, Exception):
                 raise ApiError(500, f"the engine failed: {event}"[:300])
             if self.timing.first is None and event.tokens:
                 self.timing.first = time.monotonic() - self._begin
             left -= event.completion is not None
             yield i, self._streams[i].take(event)
+
+
+def out_of_time(seconds: float) -> ApiError:
+    return ApiError(408, f"no answer within {seconds:g} seconds: ask for fewer tokens", code="timeout")
 
 
 async def unless_gone(receive, work: Awaitable) -> Any:

@@ -1,11 +1,19 @@
 """One server for all tests of this folder, and clients of it."""
 
 import httpx
+import jax
 import openai
 import pytest
 from serve_server import KEY, make_qwen, run_server
 
 from postrain.rollout.chat import load_chat_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def free_programs():
+    """In place of that of all tests, which frees them after each file: here all files use those of one server."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="package")

@@ -15,6 +15,7 @@ from postrain.serve.server import bind, make_server
 
 KEY = "sk-test"
 NAME = "tiny"
+SHAPE = {"slots": 4, "min_rows": 4, "min_positions": 512}  # of every engine here: what one has compiled, all have
 
 
 def make_qwen(folder, seed=0):
@@ -28,7 +29,8 @@ def make_qwen(folder, seed=0):
 @contextlib.contextmanager
 def run_server(model, folder, **limits):
     """(Served, Gate, address) of a server that answers until the block ends."""
-    served = Served(model, NAME, str(folder), Limits(**{"slots": 4, "waiting": 16, "api_key": KEY, **limits}))
+    limits = {"slots": SHAPE["slots"], "warm_length": SHAPE["min_positions"], "waiting": 16, "api_key": KEY, **limits}
+    served = Served(model, NAME, str(folder), Limits(**limits))
     gate = make_app(served)
     with run_gate(gate) as address:
         yield served, gate, address

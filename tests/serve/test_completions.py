@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from serve_server import SHAPE
 
 from postrain.rollout.chat import for_tokenizer
 from postrain.rollout.engine import Engine
@@ -71,7 +72,7 @@ def test_samples_depend_on_the_seed_and_are_those_of_the_engine(http, served):
     assert len({tuple(one) for one in ids_of(first)}) == 3
     sampling = SamplingParams(temperature=1.3, top_p=0.9, top_k=50, min_p=0.001, max_new_tokens=10, seed=5)
     sampling = for_tokenizer(sampling, served.tokenizer, served.model.config)
-    direct = Engine(served.model.params, served.model.config).generate([ids], sampling, n=3)
+    direct = Engine(served.model.params, served.model.config, **SHAPE).generate([ids], sampling, n=3)
     assert ids_of(first) == [one.tokens for one in direct]
 
 
@@ -115,6 +116,23 @@ def read_events(http, path="/v1/completions", **body):
         lines = [line for line in reply.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_the_usage_counts_what_was_computed(http):
+    """The second answer to a prompt finds it in the cache, which the first one has filled."""
+    chat = {"messages": [{"role": "user", "content": "never asked before " * 8}], "n": 2, "max_tokens": 3}
+    for path, body in (
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", {"prompt": [[*range(900, 940)], [*range(400, 440)]], "n": 2, "max_tokens": 3}),
+    ):
+        body |= {"ignore_eos": True}
+        fresh, again = (http.post(path, json=body).json()["usage"] for _ in range(2))
+        assert fresh["completion_tokens"] == (6 if path.endswith("chat/completions") else 12)
+        assert fresh["prompt_tokens_details"]["cached_tokens"] == 0
+        assert 0 < again["prompt_tokens_details"]["cached_tokens"] < again["prompt_tokens"]
+        events = read_events(http, path, **body, stream_options={"continuous_usage_stats": True})
+        counts = [event["usage"]["completion_tokens"] for event in events]
+        assert counts == sorted(counts) and counts[-1] == fresh["completion_tokens"] and len(set(counts)) > 2
 
 
 def test_the_requests_of_a_load_generator(http):

@@ -1,11 +1,15 @@
 """Limits, clients that go, a step that fails: what has ended leaves nothing behind."""
 
+import asyncio
 import concurrent.futures
+import copy
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 
 import httpx
 import openai
@@ -14,6 +18,8 @@ from serve_server import KEY, run_server, wait_until
 
 from postrain import cli
 from postrain.errors import UserError
+from postrain.serve import app
+from postrain.serve.app import make_app
 from postrain.serve.limits import Limits
 from postrain.serve.served import Served
 
@@ -58,8 +64,74 @@ def test_a_full_queue_and_the_time_limit(small):
     with http.stream("POST", "/v1/completions", json={**LONG, "n": 2, "stream": True}) as reply:
         lines = [line for line in reply.iter_lines() if line]
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-    wait_until(lambda: served.engine.engine.is_idle)
+    wait_until(lambda: served.engine.num_open == 0 and served.engine.engine.is_idle)
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def call_app(served, receive, send, body=b"", path="/v1/completions"):
+    """The application without a server before it, and 0.1 seconds for a request. How it answered: (status, error)."""
+    own = copy.copy(served)
+    own.limits = dataclasses.replace(served.limits, seconds=0.05)
+    sent = []
+
+    async def collect(message):
+        sent.append(message)
+        await send(message)
+
+    headers = [(b"authorization", f"Bearer {KEY}".encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    gate = make_app(own)
+    asyncio.run(gate(scope, receive, collect))
+    assert gate.num_inside == 0
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+def test_requests_that_stand_still_are_ended(served, monkeypatch):
+    monkeypatch.setattr(app, "GRACE", 0.05)
+    messages = []
+
+    async def receive():
+        if messages:
+            return messages.pop(0)
+        await asyncio.sleep(60)
+
+    async def read(message):
+        pass
+
+    async def stop_reading(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    half = {"type": "http.request", "body": b'{"prompt"', "more_body": True}
+    messages[:] = [half]
+    status, body = call_app(served, receive, read)
+    assert (status, json.loads(body)["error"]["code"]) == (408, "timeout")
+    messages[:] = [{"type": "http.request", "body": json.dumps({**LONG, "stream": True}).encode()}]
+    assert call_app(served, receive, stop_reading)[0] == 200
+    wait_until(lambda: served.engine.num_open == 0)
+    messages[:] = [half, {"type": "http.disconnect"}]
+    assert call_app(served, receive, read)[0] == 499  # and nothing is raised
+
+
+def test_a_request_is_counted_before_it_is_read(small):
+    served, http = small
+    with served.reserve(), served.reserve():
+        refused = http.post("/v1/completions", json={"not even": "checked"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert http.post("/v1/completions", json={"not even": "checked"}).status_code == 400
+    assert served.engine.num_open == 0
+
+
+def test_a_constraint_that_takes_long_holds_nobody_up(http, served, monkeypatch):
+    compiled, compile_one = threading.Event(), served.compile
+    monkeypatch.setattr(served, "compile", lambda job: compiled.wait(20) and compile_one(job))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        body = {"prompt": "x", "max_tokens": 1}
+        slow = pool.submit(http.post, "/v1/completions", json=body | {"structured_outputs": {"regex": "a"}})
+        wait_until(lambda: served.engine.num_open == 1)
+        assert http.post("/v1/completions", json=body).status_code == 200 and not slow.done()
+        compiled.set()
+        assert slow.result().status_code == 200
 
 
 def test_the_request_of_a_client_that_goes_is_cancelled(http, served):
@@ -87,6 +159,25 @@ def test_a_step_that_fails_ends_what_is_under_way_and_no_more(http, served, monk
     assert reply.status_code == 500 and reply.json()["error"]["type"] == "server_error"
     assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
     assert served.engine.num_open == 0
+
+
+def test_an_engine_whose_thread_has_ended_is_not_healthy(small, monkeypatch):
+    served, http = small
+    assert http.get("/health").status_code == 200
+    dead = threading.Thread()
+    monkeypatch.setattr(served.engine, "_thread", dead)
+    assert http.get("/health").status_code == 503
+    refused = http.post("/v1/completions", json={"prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+
+
+def test_a_command_that_fails_does_not_end_the_thread(http, served, capfd):
+    def fail():
+        raise RuntimeError("broken command")
+
+    served.engine._commands.put(fail)
+    assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+    assert served.engine.is_alive and "broken command" in capfd.readouterr().err
 
 
 def test_metrics_count_what_went_on(http):

@@ -45,7 +45,13 @@ REFUSED = [
     (CHAT, user(logprobs=True, top_logprobs=21), "top_logprobs"),
     (CHAT, user(logit_bias={"x": 1}), "logit_bias"),
     (CHAT, user(logit_bias={"151936": 1}), "logit_bias"),
+    (CHAT, user(logit_bias={"1": 10**401}), "logit_bias"),
+    (CHAT, user(logit_bias={"9" * 5000: 1}), "logit_bias"),
+    (CHAT, user(logit_bias={str(i): 1 for i in range(1025)}), "logit_bias"),
+    (CHAT, user(stop=[str(i) for i in range(17)]), "stop"),
+    (CHAT, user(stop="x" * 1001), "stop"),
     (CHAT, user(stop_token_ids=[-1]), "stop_token_ids"),
+    (CHAT, user(stop_token_ids=list(range(40))), "stop_token_ids"),
     (CHAT, user(stream="yes"), "stream"),
     (CHAT, user(stream_options={"include_usage": 1}), "stream_options.include_usage"),
     (CHAT, user(tools=[{"no": "name"}]), "tools"),
@@ -61,6 +67,16 @@ REFUSED = [
     (CHAT, user(chat_template="{{ messages }}"), "chat_template"),
     (CHAT, user(chat_template_kwargs={"custom": 1}), "chat_template_kwargs.custom"),
     (CHAT, user(guided_json={}), "guided_json"),
+    (CHAT, user(regex="a"), "regex"),
+    (CHAT, user(grammar="start: /a/"), "grammar"),
+    (CHAT, user(enable_thinking=False), "enable_thinking"),
+    (CHAT, user(add_special_tokens=True), "add_special_tokens"),
+    (CHAT, user(echo=True), "echo"),
+    (CHAT, user(max_new_tokens=3), "max_new_tokens"),
+    (CHAT, user(sampling_params={"top_k": 3}), "sampling_params"),
+    (CHAT, user(response_format={"type": "json_object", "schema": {}}), "response_format.schema"),
+    (CHAT, user(structured_outputs={"grammar": 'start: "\ud800"'}), "structured_outputs"),
+    (CHAT, user(structured_outputs={"json": '{"enum": ["\\ud800"]}'}), "structured_outputs.json"),
     (CHAT, user(response_format={"type": "xml"}), "response_format.type"),
     (CHAT, user(response_format={"type": "json_schema"}), "response_format.json_schema.schema"),
     (
@@ -85,6 +101,10 @@ REFUSED = [
     (TEXT, text(suffix="x"), "suffix"),
     (TEXT, text(use_beam_search=True), "use_beam_search"),
     (TEXT, text(seed="x"), "seed"),
+    (TEXT, text(repeat_penalty=1.2), "repeat_penalty"),
+    (TEXT, text(n_predict=4), "n_predict"),
+    (TEXT, text(mirostat=2), "mirostat"),
+    (TEXT, {"prompt": [[1]] * 100_000, "n": 128}, "prompt"),
     (TEXT, text(echo=True, logprobs=1, stream=True), "echo"),
     (GENERATE, {}, "input_ids"),
     (GENERATE, {"text": "a", "input_ids": [1]}, "input_ids"),
@@ -95,6 +115,11 @@ REFUSED = [
     (GENERATE, sglang(stop_regex="x"), "sampling_params.stop_regex"),
     (GENERATE, sglang(max_new_tokens=600), "sampling_params.max_new_tokens"),
     (GENERATE, {"text": "a", "lora_path": "x"}, "lora_path"),
+    (GENERATE, {"text": "a", "temperature": 0}, "temperature"),
+    (GENERATE, sglang(max_tokens=4), "sampling_params.max_tokens"),
+    (GENERATE, {"input_ids": [[1]] * 1000, "sampling_params": {"n": 128}}, "input_ids"),
+    ("/update_weights_from_disk", {"model_path": "/nowhere", "load_format": "dummy"}, "load_format"),
+    ("/update_weights_from_disk", {"model_path": "/nowhere", "keep_pause": True}, "keep_pause"),
     ("/update_weights_from_disk", {}, "model_path"),
     ("/update_weights_from_disk", {"model_path": "/nowhere"}, "model_path"),
 ]
@@ -113,6 +138,17 @@ def _encode(body):
     import json
 
     return json.dumps(body).encode()  # httpx refuses half a surrogate pair
+
+
+def test_fields_that_nobody_reads_are_named_wherever_they_stand(http):
+    schema = {"name": "x", "schema": {"const": 1}, "other": 1}
+    body = user(
+        max_tokens=8, stream_options={"some": 1}, response_format={"type": "json_schema", "json_schema": schema}
+    )
+    reply = http.post(CHAT, json=body)
+    assert reply.headers["x-ignored-fields"] == "'response_format.json_schema.other', 'stream_options.some'"
+    reply = http.post(GENERATE, json=sglang(skip_special_tokens=True))
+    assert reply.headers["x-ignored-fields"] == "'sampling_params.skip_special_tokens'"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +173,8 @@ def test_errors_are_those_that_the_client_knows(client):
 
 def test_random_bodies_never_make_the_server_fail(http, served):
     values = [None, True, 0, 1, -1, 3.5, 1e308, "", "x", [], [1], ["a"], {}, {"a": 1}, "\udfff", [[]], [None], 2**70]
+    values += [10**401, {"1": 10**401}, {"9" * 5000: 1}, {"grammar": 'start: "\ud800"'}, {"regex": "\udc00"}]
+    values += [{"1": 1e308}, {"type": "json_schema", "json_schema": {"schema": {"enum": ["\ud800"]}}}]
     names = "messages model temperature top_p top_k min_p n stop seed stream logprobs top_logprobs logit_bias tools"
     names += " tool_choice response_format structured_outputs chat_template_kwargs max_tokens stream_options prompt"
     names += " echo stop_token_ids ignore_eos min_tokens return_token_ids text input_ids sampling_params rid"

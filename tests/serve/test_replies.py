@@ -11,6 +11,9 @@ from postrain.serve.replies import ReplyParser, ToolForm, find_tool_form
 QWEN = ToolForm("<tool_call>", "</tool_call>", "name", "arguments")
 LLAMA = ToolForm("", "", "name", "parameters")
 CALL = '{"name": "add", "arguments": {"a": 1, "b": "</x> 東"}}'
+MARKED = r"""<tool_call>{"name": "g", "arguments": {"x": "see </tool_call> \"mark\""}}</tool_call>"""
+BAD, OPEN = "<tool_call>{bad}</tool_call>", '<tool_call>{"name": "g</tool_call>'
+INFINITE = '<tool_call>{"name": "g", "arguments": {"x": 1e999}}</tool_call>'
 BOTH = f"<tool_call>\n{CALL}\n</tool_call>"
 
 
@@ -57,6 +60,17 @@ CASES = [
     ("<tool_call>\n{", QWEN, "none", {"content": "<tool_call>\n{"}, []),
     ("<tool_call>" + CALL, QWEN, "none", {}, [ADD]),  # cut at the closing mark, or the model leaves it out
     (f"<tool_call>[{CALL}, {CALL}]</tool_call>", QWEN, "none", {}, [ADD, ADD]),
+    (MARKED, QWEN, "none", {}, [("g", {"x": 'see </tool_call> "mark"'})]),
+    (f"{BAD} b", QWEN, "none", {"content": f"{BAD} b"}, []),
+    (f"{OPEN} b", QWEN, "none", {"content": f"{OPEN} b"}, []),
+    (f"{INFINITE}", QWEN, "none", {"content": INFINITE}, []),
+    (
+        '{"name": "g", "parameters": {"x": NaN}}',
+        LLAMA,
+        "none",
+        {"content": '{"name": "g", "parameters": {"x": NaN}}'},
+        [],
+    ),
     (BOTH, None, "none", {"content": BOTH}, []),
     ("<think>\nhm\n\n</think>\n\nyes ", None, "may come", {"reasoning_content": "hm", "content": "yes "}, []),
     ("hm\n</think>\nyes", None, "open", {"reasoning_content": "hm", "content": "yes"}, []),

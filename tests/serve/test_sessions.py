@@ -7,13 +7,13 @@ from serve_server import KEY
 
 from postrain.rollout.chat import encode_prompt
 from postrain.rollout.requests import Completion, SamplingParams
-from postrain.serve.schemas import Job
+from postrain.serve.schemas import Job, Wanted
 from postrain.serve.sessions import Sessions
 
 
 def test_the_turns_of_an_agent_are_recorded(running, http, served):
     address = running[2]
-    agent = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, default_headers={"X-Session-ID": "episode 7"})
+    agent = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, default_headers={"X-Session-ID": "run/7"})
     messages, replies = [{"role": "user", "content": "hi"}], []
     for stream in (False, True):
         asked = {"model": "tiny", "messages": messages, "max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
@@ -24,7 +24,7 @@ def test_the_turns_of_an_agent_are_recorded(running, http, served):
             text = agent.chat.completions.create(**asked).choices[0].message.content
         replies.append(text)
         prompt = encode_prompt(served.tokenizer, messages)
-        turns = http.get("/sessions/episode 7").json()["turns"]
+        turns = http.get("/sessions/run/7").json()["turns"]
         assert len(turns) == len(replies)
         [answer] = turns[-1]["answers"]
         assert turns[-1]["prompt_ids"] == prompt
@@ -36,17 +36,45 @@ def test_the_turns_of_an_agent_are_recorded(running, http, served):
         )
         assert answer["weight_versions"] == [{"version": "default", "start": 0, "end": 5}]
         messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": "go on"}]
-    assert http.delete("/sessions/episode 7").json() == {"id": "episode 7", "deleted_turns": 2}
-    assert http.get("/sessions/episode 7").status_code == 404
+    assert http.delete("/sessions/run/7").json() == {"id": "run/7", "deleted_turns": 2}
+    assert http.get("/sessions/run/7").status_code == 404
     assert http.post("/v1/completions", json={"prompt": "x"}, headers={"X-Session-ID": ""}).status_code == 400
 
 
-@pytest.mark.parametrize("most", [10, 100])
-def test_the_oldest_sessions_make_room(most):
-    sessions, none = Sessions(max_tokens=most), np.zeros(2, np.float32)
-    done = Completion([5, 6], none, none, none, np.zeros(2, np.int32), "stop")
-    for name in ("a", "b", "a", "c"):
-        sessions.add(name, Job(((1, 2, 3),), SamplingParams()), {0: done}, {0: "default"})
-    kept = [name for name in ("a", "b", "c") if name in sessions._turns]
-    assert kept == (["c"] if most == 10 else ["a", "b", "c"])
-    assert sessions.num_tokens == (5 if most == 10 else 20)
+NONE = np.zeros(2, np.float32)
+DONE = Completion([5, 6], NONE, NONE, NONE, np.zeros(2, np.int32), "stop")
+
+
+JOB = Job(((1, 2, 3),), SamplingParams())
+
+
+def fill(sessions, *names, job=JOB):
+    for name in names:
+        sessions.add(name, job, {0: DONE}, {0: "default"})
+    return sessions.size
+
+
+@pytest.mark.parametrize("room", [2, 4])
+def test_the_oldest_sessions_make_room(room):
+    size = fill(Sessions(), "a")
+    sessions = Sessions(max_size=room * size)
+    fill(sessions, "a", "b", "a", "c")
+    kept = [name for name in ("a", "b", "c") if name in sessions._sessions]
+    assert kept == (["c"] if room == 2 else ["a", "b", "c"])
+    assert sessions.size == (size if room == 2 else 4 * size)
+
+
+def test_the_oldest_turns_of_a_single_session_make_room():
+    sessions = Sessions(max_size=2 * fill(Sessions(), "a"))
+    fill(sessions, "a", "a", "a")
+    found = sessions.get("a")
+    assert (len(found["turns"]), found["forgotten_turns"]) == (2, 1)
+    assert sessions.delete("a") == 2 and sessions.size == 0
+
+
+def test_settings_are_recorded_and_counted():
+    plain, sessions = fill(Sessions(), "a"), Sessions()
+    long = SamplingParams(stop=("x" * 1000,), logit_bias=tuple((i, 1.0) for i in range(1000)))
+    size = fill(sessions, "a", job=Job(((1, 2, 3),), long, wanted=Wanted({"regex": "a" * 1000}, "structured_outputs")))
+    assert size > plain + 2000
+    assert sessions.get("a")["turns"][0]["sampling"]["constraint"] == {"regex": "a" * 1000}

@@ -1,15 +1,17 @@
 """POST /generate: ids in, ids out; weights from a folder, in the middle of an answer too."""
 
 import concurrent.futures
+import copy
 import json
 import shutil
 import time
 
 import numpy as np
 import pytest
-from serve_server import make_qwen, run_server, wait_until
+from serve_server import SHAPE, make_qwen, run_server, wait_until
 from test_completions import score
 
+from postrain.errors import UserError
 from postrain.rollout.chat import for_tokenizer, load_chat_model
 from postrain.rollout.engine import Engine
 from postrain.rollout.requests import SamplingParams
@@ -27,7 +29,7 @@ def test_ids_and_log_probabilities_are_those_of_the_engine(http, served):
     found = generate(http, input_ids=ids, sampling_params=asked, return_logprob=True, top_logprobs_num=2, rid="mine")
     sampling = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, max_new_tokens=8, seed=4)
     sampling = for_tokenizer(sampling, served.tokenizer, served.model.config)
-    [direct] = Engine(served.model.params, served.model.config).generate([ids], sampling)
+    [direct] = Engine(served.model.params, served.model.config, **SHAPE).generate([ids], sampling)
     assert found["output_ids"] == direct.tokens
     assert found["text"] == served.tokenizer.decode(direct.tokens)
     meta = found["meta_info"]
@@ -76,7 +78,44 @@ def updated(served, folder, tmp_path):
             yield own, http, other
 
 
-def test_weights_are_swapped_while_an_answer_goes_on(updated, monkeypatch):
+def test_versions_have_names_of_their_own(served, folder, monkeypatch):
+    """Automatic ones too; that of weights whose probe failed is free again."""
+    own = copy.copy(served)
+    own.versions, own.names, fails = {0: "default"}, set(served.names), [False]
+
+    class Engine:
+        version = 0
+
+        def update_weights(self, params, version, **options):
+            self.version = version
+            if fails[0]:
+                fails[0] = False
+                raise UserError("the probe shows other weights")
+
+    class Thread:
+        engine = Engine()
+
+        def call(self, function):
+            future = concurrent.futures.Future()
+            try:
+                future.set_result(function(self.engine))
+            except UserError as error:
+                future.set_exception(error)
+            return future
+
+    own.engine = Thread()
+    monkeypatch.setattr("postrain.serve.served.load_chat_model", lambda folder: served.model)
+    monkeypatch.setattr("postrain.serve.served.compare_vocabularies", lambda new, old: None)  # which takes a second
+    own.update_weights(str(folder), "2", "recompute")
+    own.update_weights(str(folder), None, "recompute")
+    assert own.versions == {0: "default", 1: "2", 2: "3"}
+    fails[0] = True
+    with pytest.raises(UserError, match="probe"):
+        own.update_weights(str(folder), "mine", "recompute")
+    assert own.version == "3" and "mine" not in own.versions.values()
+
+
+def test_weights_are_swapped_while_an_answer_goes_on(updated, folder, monkeypatch):
     own, http, other = updated
     engine, step, count = own.engine.engine, own.engine.engine.step, 0
 
@@ -105,15 +144,16 @@ def test_weights_are_swapped_while_an_answer_goes_on(updated, monkeypatch):
     # Before the update the answer is that of the old weights, after it each token is the new weights' best.
     start = spans[1]["start"]
     sampling = for_tokenizer(SamplingParams(max_new_tokens=8, ignore_eos=True), own.tokenizer, old.config)
-    [before] = Engine(old.params, old.config).generate([ids], sampling)
+    [before] = Engine(old.params, old.config, **SHAPE).generate([ids], sampling)
     count = min(start, 8)
     assert found["output_ids"][:count] == before.tokens[:count]
-    [after] = Engine(new.params, new.config).generate([[*ids, *found["output_ids"][:start]]], sampling)
+    [after] = Engine(new.params, new.config, **SHAPE).generate([[*ids, *found["output_ids"][:start]]], sampling)
     assert found["output_ids"][start : start + 8] == after.tokens
-    assert (
-        generate(http, input_ids=ids, sampling_params=asked | {"max_new_tokens": 1})["meta_info"]["weight_version"]
-        == "step-7"
-    )
+    one = asked | {"max_new_tokens": 1}
+    assert generate(http, input_ids=ids, sampling_params=one)["meta_info"]["weight_version"] == "step-7"
+    # The name that the server was started with is still the model's, and the new one is too.
+    for name in (own.name, str(folder), str(other)):
+        assert http.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_a_folder_that_cannot_be_used_changes_nothing(updated, tmp_path):
