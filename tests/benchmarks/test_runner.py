@@ -90,14 +90,14 @@ def sft_run(rate, memory):
 
 @pytest.mark.parametrize(
     ("rate", "memory", "met"),
-    [(2500, 1.9, [1, 1, 1]), (2499, 1.9, [0, 1, 1]), (2500, 2.0, [1, 0, 1]), (2500, 5.0, [1, 0, 0])],
+    [(3500, 1.9, [1, 1, 1]), (3499, 1.9, [0, 1, 1]), (3500, 2.0, [1, 0, 1]), (3500, 5.0, [1, 0, 0])],
 )
 def test_bars_of_fine_tuning(load_benchmark, rate, memory, met):
     sft = load_benchmark("sft")
     sides = {"postrain": [sft_run(rate, memory)], "trl_packed": [sft_run(1000, 2.0)], "trl_padded": [sft_run(500, 5.0)]}
     _, bars = sft.summarize(sides)
     assert [bar.met for bar in bars] == met
-    assert str(bars[0]).startswith(f"useful tokens/s over TRL packed {rate / 1000:.2f}x (>= 2.50x): **")
+    assert str(bars[0]).startswith(f"useful tokens/s over TRL packed {rate / 1000:.2f}x (>= 3.50x): **")
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,26 @@ def test_the_bar_of_loading_is_the_worst_layout_s(load_benchmark, worst, met):
     assert bar.met == met
 
 
-def test_generation_has_no_bar(load_benchmark):
-    generate, runner = load_benchmark("generate"), load_benchmark("runner")
-    line = {"tokens_per_second": dict.fromkeys(generate.WAYS, 10.0), "peak_rss_gib": 1.0, "others_cpu_share": 0.0}
-    _, bars = generate.summarize({side: [line | {"versions": {}}] for side in generate.SIDES})
-    assert runner.describe_bars(bars) == "Bars: none, these figures are for comparison."
+@pytest.mark.parametrize(
+    ("ours", "tailed", "group", "met"),
+    [
+        (30.0, 50.0, 4.0, [1] * 8),
+        (29.9, 50.0, 4.0, [0, 0, 0, 1, 1, 1, 1, 1]),
+        (19.9, 49.9, 3.9, [0] * 8),
+    ],
+)
+def test_bars_of_generation(load_benchmark, ours, tailed, group, met):
+    """Beside transformers at equal lengths and long-tailed ones, beside Tunix, and a group beside prompts apart."""
+    engine = load_benchmark("engine")
+    names = ("first_median", "first_p99", "between_median", "between_p99", "pause_median", "pause_p99")
+    figures = {"peak_rss_gib": 1.0, "others_cpu_share": 0.0, "versions": {"jax": "1"}}
+    own = {"group": group, "latency": dict.fromkeys(names, 0.01), "long_tailed": tailed}
+    sides = {"postrain": (ours, own), "transformers": (10.0, {"long_tailed": 10.0}), "tunix": (10.0, {})}
+    lines = {
+        side: [figures | {"equal": dict.fromkeys(engine.WAYS, rate)} | more] for side, (rate, more) in sides.items()
+    }
+    _, bars = engine.summarize(lines)
+    assert [bar.met for bar in bars] == met
 
 
 def test_the_quickstarts_figures_are_its_first_and_last_evaluation(load_benchmark, tmp_path):
@@ -223,7 +238,7 @@ def test_the_step_of_preferences_makes_no_logits_and_no_second_model(load_benchm
     assert memory["largest"] < memory["logits"] / 4 and memory["of_reference"] < memory["model"] / 2
 
 
-@pytest.mark.parametrize("name", ["sft", "preference", "generate", "compile", "quickstart", "load"])
+@pytest.mark.parametrize("name", ["sft", "preference", "engine", "compile", "quickstart", "load"])
 def test_every_section_is_on_the_page(load_benchmark, name):
     page = load_benchmark("runner").PAGE.read_text()
     assert f"<!-- {name} -->\n" in page and f"<!-- /{name} -->" in page
