@@ -100,10 +100,8 @@ class Served:
             self.versions[number] = version or next(one for one in names if one not in self.versions.values())
             try:
                 engine.update_weights(new.params, number, caches=caches, base_changed=True)
-            except Exception:
-                del self.versions[number]  # nothing was chosen by these
-                self.versions[number + 1] = self.versions[number - 1]
-                engine.update_weights(self.model.params, number + 1, caches=caches, base_changed=True)
+            except Exception:  # the engine goes on with the weights of before
+                del self.versions[number]
                 raise
             self.model = self.model._replace(params=new.params)
 

@@ -1,7 +1,6 @@
 """POST /generate: ids in, ids out; weights from a folder, in the middle of an answer too."""
 
 import concurrent.futures
-import copy
 import json
 import shutil
 import time
@@ -78,41 +77,23 @@ def updated(served, folder, tmp_path):
             yield own, http, other
 
 
-def test_versions_have_names_of_their_own(served, folder, monkeypatch):
-    """Automatic ones too; that of weights whose probe failed is free again."""
-    own = copy.copy(served)
-    own.versions, own.names, fails = {0: "default"}, set(served.names), [False]
-
-    class Engine:
-        version = 0
-
-        def update_weights(self, params, version, **options):
-            self.version = version
-            if fails[0]:
-                fails[0] = False
-                raise UserError("the probe shows other weights")
-
-    class Thread:
-        engine = Engine()
-
-        def call(self, function):
-            future = concurrent.futures.Future()
-            try:
-                future.set_result(function(self.engine))
-            except UserError as error:
-                future.set_exception(error)
-            return future
-
-    own.engine = Thread()
-    monkeypatch.setattr("postrain.serve.served.load_chat_model", lambda folder: served.model)
-    monkeypatch.setattr("postrain.serve.served.compare_vocabularies", lambda new, old: None)  # which takes a second
-    own.update_weights(str(folder), "2", "recompute")
-    own.update_weights(str(folder), None, "recompute")
+def test_versions_have_names_of_their_own(updated, monkeypatch):
+    """Automatic ones too; that of weights which the probe refuses is free again, and their number too."""
+    own, _, other = updated
+    own.update_weights(str(other), "2", "recompute")
+    own.update_weights(str(other), None, "recompute")
     assert own.versions == {0: "default", 1: "2", 2: "3"}
-    fails[0] = True
-    with pytest.raises(UserError, match="probe"):
-        own.update_weights(str(folder), "mine", "recompute")
-    assert own.version == "3" and "mine" not in own.versions.values()
+
+    def refuse(params):
+        raise UserError("the probe shows other weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(own.engine.engine._weights, "check", refuse)
+        with pytest.raises(UserError, match="probe"):
+            own.update_weights(str(other), "mine", "abort")
+    assert own.versions == {0: "default", 1: "2", 2: "3"} and own.version == "3"
+    own.update_weights(str(other), "mine", "recompute")
+    assert own.versions[3] == own.version == "mine"
 
 
 def test_weights_are_swapped_while_an_answer_goes_on(updated, folder, monkeypatch):
